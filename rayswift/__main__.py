@@ -1,0 +1,7 @@
+"""``python -m rayswift`` is ``rayswift``."""
+
+import sys
+
+from rayswift.cli import main
+
+sys.exit(main())

@@ -1,0 +1,165 @@
+"""What the arguments of every command share: checking, resolving, saving, and reading a checkpoint's settings back."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import logging
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Self
+
+import rayswift
+from rayswift.arguments.fields import Spec, convert, is_unset, specs_of
+from rayswift.arguments.redaction import REDACTED, redact
+from rayswift.errors import UserError
+
+logger = logging.getLogger("rayswift.arguments")
+
+ARGS_FILE = "args.json"
+
+# SWIFT's load_args: these come from the checkpoint whatever the command line says ...
+_FORCED = ("train_type", "task_type", "bnb_4bit_quant_type", "bnb_4bit_use_double_quant")
+# ... and these if the command line does not name them.
+_RESTORED = (
+    "external_plugins", "model", "model_type", "model_revision", "torch_dtype", "attn_impl", "experts_impl",
+    "new_special_tokens", "num_labels", "problem_type", "rope_scaling", "max_model_len", "quant_method", "quant_bits",
+    "hqq_axis", "template", "system", "truncation_strategy", "agent_template", "norm_bbox", "use_chat_template",
+    "response_prefix",
+)  # fmt: skip
+
+
+@dataclass(init=False, repr=False, eq=False)
+class Arguments:
+    """The settings of one command as flat attributes with SWIFT's flag names.
+
+    Make them with `rayswift.arguments.parse_arguments` or `make_arguments`, which convert and check; the bare
+    constructor does neither. Groups add fields, and may define ``problems`` (contradictions, one line each, which
+    become one `UserError`), ``remarks`` (one-line warnings) and ``resolve`` (defaults that depend on other settings).
+    """
+
+    command: ClassVar[str] = ""
+    topic: ClassVar[str] = ""
+
+    given: frozenset[str] = frozenset()  # canonical names of what the user set
+    restored: frozenset[str] = frozenset()  # ... and of what a checkpoint's args.json set
+    config_file: str | None = None  # the YAML or JSON file the settings were read from
+    training_args: dict[str, Any] = field(default_factory=dict)  # further transformers.TrainingArguments fields
+
+    def __init__(self, **values: Any) -> None:
+        # One short constructor for every class: generating one per class costs a fifth of start-up time.
+        for declared in dataclasses.fields(self):
+            if declared.name in values:
+                setattr(self, declared.name, values.pop(declared.name))
+            elif declared.default_factory is not dataclasses.MISSING:
+                setattr(self, declared.name, declared.default_factory())
+        if values:
+            raise TypeError(f"{type(self).__name__} has no setting {', '.join(values)}")
+
+    def finish(self) -> Self:
+        """Check every group, then work out the defaults that depend on other settings. Raises UserError."""
+        if problems := self.problem_lines():
+            raise UserError("\n".join(problems))
+        for remark in dict.fromkeys(self._each("remarks")):
+            logger.warning(remark)
+        return self._resolved()
+
+    def problem_lines(self) -> list[str]:
+        """What contradicts what, one line each."""
+        return list(dict.fromkeys(self._each("problems")))
+
+    def _each(self, hook: str) -> Iterator[str]:
+        for cls in reversed(type(self).__mro__):
+            if hook in cls.__dict__:
+                yield from cls.__dict__[hook](self)
+
+    def _resolved(self) -> Self:
+        for cls in reversed(type(self).__mro__):
+            if "resolve" in cls.__dict__:
+                cls.__dict__["resolve"](self)
+        return self
+
+    def is_set(self, name: str) -> bool:
+        """Whether the user or a checkpoint decided this setting, so that it is not a mere default."""
+        return name in self.given or name in self.restored
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every setting as JSON-able values, tokens masked."""
+        names = [f.name for f in dataclasses.fields(self) if f.name not in ("given", "restored", "config_file")]
+        return {name: redact(getattr(self, name), name) for name in names}
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write `to_dict` to ``path`` (a file, or a folder that gets ``args.json``), whole or not at all."""
+        path = os.fspath(path)
+        path = os.path.join(path, ARGS_FILE) if os.path.isdir(path) else path
+        content = {"command": self.command, "rayswift_version": rayswift.__version__, **self.to_dict()}
+        with open(f"{path}.tmp", "w", encoding="utf-8") as file:
+            json.dump(content, file, ensure_ascii=False, indent=2)
+            file.write("\n")
+        os.replace(f"{path}.tmp", path)
+
+    def with_saved(self, saved: dict[str, Any]) -> Self:
+        """These arguments completed from a checkpoint's ``args.json``, by SWIFT's rules for ``load_args``.
+
+        Reads RaySwift's and ms-swift's files; unknown keys and values this version cannot use are passed over.
+        Returns new arguments (or these, with ``--load_args false``).
+        """
+        if not getattr(self, "load_args", True):
+            return self
+        specs = specs_of(type(self))
+        wanted = {name: True for name in _FORCED} | {name: not self.is_set(name) for name in _RESTORED}
+        if getattr(self, "load_data_args", False):
+            wanted |= {name: name not in self.given for name, spec in specs.items() if spec.topic == "Dataset"}
+        result, restored = copy.copy(self), set(self.restored)
+        for name, value in _readable(specs, saved).items():
+            if wanted.get(name):
+                setattr(result, name, value)
+                restored.add(name)
+        result.restored = frozenset(restored)
+        return result._resolved()
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k, v in self.to_dict().items())})"
+
+
+def _readable(specs: dict[str, Spec], saved: dict[str, Any]) -> dict[str, Any]:
+    """What of a saved ``args.json`` these flags can take, under canonical names."""
+    names = {alias: spec.name for spec in specs.values() for alias in (*spec.aliases, spec.name)}
+    values: dict[str, Any] = {}
+    for key, raw in saved.items():
+        spec = specs.get(names.get(key, ""))
+        if spec is None or is_unset(spec, raw) or raw in (REDACTED, []):
+            continue
+        if isinstance(raw, str) and raw.startswith("torch."):  # ms-swift 3.x wrote repr(torch.bfloat16)
+            raw = raw.removeprefix("torch.")
+        try:
+            values[spec.name] = convert(spec, raw)
+        except ValueError as error:
+            logger.warning("%s of the checkpoint is not used: %s", ARGS_FILE, error)
+    return values
+
+
+def read_saved_arguments(checkpoint_dir: str | os.PathLike[str]) -> dict[str, Any] | None:
+    """The ``args.json`` of a local checkpoint folder, or of the run directory above a ``checkpoint-N``.
+
+    None if there is none. Raises UserError if the file is not JSON.
+    """
+    folder = os.path.abspath(os.fspath(checkpoint_dir))
+    folders = [folder]
+    if os.path.basename(folder).startswith("checkpoint-"):
+        folders.append(os.path.dirname(folder))
+    for path in (os.path.join(name, ARGS_FILE) for name in folders):
+        if os.path.isfile(path):
+            try:
+                with open(path, encoding="utf-8") as file:
+                    saved = json.load(file)
+            except (OSError, ValueError) as error:
+                raise UserError(
+                    f"{path}: cannot read the saved arguments ({error}); --load_args false skips it"
+                ) from None
+            if not isinstance(saved, dict):
+                raise UserError(f"{path}: expected a JSON object; --load_args false skips it")
+            return saved
+    return None

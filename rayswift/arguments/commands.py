@@ -1,0 +1,154 @@
+"""One class per command, put together from the groups."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar
+
+from rayswift.arguments.fields import arg_like
+from rayswift.arguments.groups import (
+    DatasetArguments,
+    EngineArguments,
+    GenerationArguments,
+    ModelArguments,
+    RayArguments,
+    TemplateArguments,
+    WorkerArguments,
+)
+from rayswift.arguments.rlhf import RlhfRules
+from rayswift.arguments.serving import (
+    BenchmarkArguments,
+    QuantizeArguments,
+    ResultArguments,
+    SamplingArguments,
+    ServerArguments,
+    WebPageArguments,
+)
+from rayswift.arguments.training import BatchingArguments, CheckpointArguments, TrainingRules, TunerArguments
+
+_MODEL_EXAMPLE = "for example --model Qwen/Qwen2.5-7B-Instruct"
+
+
+@dataclass(init=False, repr=False, eq=False)
+class SftArguments(TunerArguments, BatchingArguments, CheckpointArguments, WorkerArguments, TrainingRules):
+    """Fine-tune a model on conversations, with LoRA or whole."""
+
+    command: ClassVar[str] = "sft"
+
+    load_args: bool = arg_like(ModelArguments, "load_args", False)
+
+
+@dataclass(init=False, repr=False, eq=False)
+class PretrainArguments(SftArguments):
+    """Continue pre-training on plain text: every token is trained."""
+
+    command: ClassVar[str] = "pt"
+
+    use_chat_template: bool = arg_like(TemplateArguments, "use_chat_template", False)
+    loss_scale: str = arg_like(TemplateArguments, "loss_scale", "all")
+
+
+@dataclass(init=False, repr=False, eq=False)
+class RlhfArguments(RlhfRules, SftArguments):
+    """Align a model: DPO, KTO, reward models, PPO, GRPO, ..."""
+
+    command: ClassVar[str] = "rlhf"
+
+    loss_scale: str = arg_like(TemplateArguments, "loss_scale", "last_round")
+
+
+@dataclass(init=False, repr=False, eq=False)
+class ModelRequired(ModelArguments):
+    """A model must be named, by itself or by its adapter."""
+
+    def problems(self) -> Iterator[str]:
+        elsewhere = getattr(self, "eval_url", None) or getattr(self, "base_url", None)
+        if not self.model and not self.adapters and not elsewhere:
+            yield f"--model or --adapters is required, {_MODEL_EXAMPLE}"
+
+
+@dataclass(init=False, repr=False, eq=False)
+class InferArguments(
+    ResultArguments,
+    EngineArguments,
+    GenerationArguments,
+    WorkerArguments,
+    DatasetArguments,
+    TemplateArguments,
+    ModelRequired,
+):
+    """Talk to a model in the terminal, or answer the rows of --val_dataset."""
+
+    command: ClassVar[str] = "infer"
+
+    def problems(self) -> Iterator[str]:
+        for flag in ("metric", "val_dataset_sample"):
+            if flag in self.given and not (self.val_dataset or self.dataset or self.load_data_args):
+                yield f"--{flag} needs --val_dataset"
+
+
+@dataclass(init=False, repr=False, eq=False)
+class DeployArguments(
+    ServerArguments, EngineArguments, GenerationArguments, RayArguments, TemplateArguments, ModelRequired
+):
+    """Serve a model over HTTP with OpenAI's interface."""
+
+    command: ClassVar[str] = "deploy"
+
+
+@dataclass(init=False, repr=False, eq=False)
+class AppArguments(WebPageArguments, DeployArguments):
+    """Chat with a model in the browser."""
+
+    command: ClassVar[str] = "app"
+
+    stream: bool | None = arg_like(GenerationArguments, "stream", True)
+
+
+@dataclass(init=False, repr=False, eq=False)
+class SampleArguments(
+    SamplingArguments,
+    EngineArguments,
+    GenerationArguments,
+    WorkerArguments,
+    DatasetArguments,
+    TemplateArguments,
+    ModelArguments,
+):
+    """Sample many answers per prompt and keep the best."""
+
+    command: ClassVar[str] = "sample"
+
+    temperature: float | None = arg_like(GenerationArguments, "temperature", 1.0)
+
+    def problems(self) -> Iterator[str]:
+        if self.sampler_engine not in ("no", "client") and not self.model and not self.adapters:
+            yield f"--model or --adapters is required, {_MODEL_EXAMPLE}"
+        if not self.dataset and not self.cache_files:
+            yield "--dataset is required, for example --dataset prompts.jsonl"
+
+
+@dataclass(init=False, repr=False, eq=False)
+class EvalArguments(BenchmarkArguments, DeployArguments):
+    """Run benchmarks on a model or an endpoint."""
+
+    command: ClassVar[str] = "eval"
+
+    temperature: float | None = arg_like(GenerationArguments, "temperature", 0.0)
+
+
+@dataclass(init=False, repr=False, eq=False)
+class ExportArguments(QuantizeArguments, RayArguments, DatasetArguments, TemplateArguments, ModelRequired):
+    """Merge, quantise, convert or push a model."""
+
+    command: ClassVar[str] = "export"
+
+
+COMMANDS = {
+    cls.command: cls
+    for cls in (
+        PretrainArguments, SftArguments, RlhfArguments, InferArguments, DeployArguments, AppArguments, SampleArguments,
+        EvalArguments, ExportArguments,
+    )
+}  # fmt: skip

@@ -1,0 +1,388 @@
+"""From a command line, a configuration file and Python keywords to checked arguments; and the help."""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import logging
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from rayswift.arguments.base import Arguments
+from rayswift.arguments.commands import COMMANDS
+from rayswift.arguments.fields import Spec, convert, is_unset, specs_of
+from rayswift.arguments.redaction import REDACTED, SECRET_FLAGS, is_secret, redact_text
+from rayswift.arguments.training import OptimizerArguments
+from rayswift.arguments.training_args import TOPIC, choices_of, passthrough_specs
+from rayswift.errors import UserError
+
+logger = logging.getLogger("rayswift.arguments")
+
+_CONFIG_ENDINGS = (".yaml", ".yml", ".json")
+# Keys of a saved args.json that are no flags.
+_NO_FLAGS = frozenset({"command", "rayswift_version"})
+_MISSING = "\0missing"  # what argparse puts where a flag stands without its value
+_MAX_PROBLEMS = 15
+
+
+@functools.cache
+def flags_of(command: str) -> dict[str, Spec]:
+    """Every flag of a command by canonical name, further TrainingArguments fields included."""
+    cls = COMMANDS[command]
+    declared = specs_of(cls)
+    if not issubclass(cls, OptimizerArguments):
+        return declared
+    declared = {
+        name: replace(spec, choices=spec.choices or choices_of(name)) if choices_of(name) else spec
+        for name, spec in declared.items()
+    }
+    return {**declared, **passthrough_specs(set(declared) | {alias for s in declared.values() for alias in s.aliases})}
+
+
+@functools.cache
+def _swift() -> dict[str, Any]:
+    with open(os.path.join(os.path.dirname(__file__), "swift_flags.json"), encoding="utf-8") as file:
+        content: dict[str, Any] = json.load(file)
+    return content
+
+
+@dataclass
+class _Reader:
+    """Collects values by canonical name, and problems, from one source after the other; later ones win."""
+
+    command: str
+    values: dict[str, Any] = field(default_factory=dict)
+    problems: list[str] = field(default_factory=list)
+    config_file: str | None = None
+
+    def __post_init__(self) -> None:
+        self.flags = flags_of(self.command)
+        self.names = {name: name for name in self.flags} | {
+            alias: spec.name for spec in self.flags.values() for alias in spec.aliases
+        }
+
+    def take(self, key: str, raw: Any) -> None:
+        """A value from Python or a configuration file."""
+        name = key.replace("-", "_")
+        if name == "training_args" and isinstance(raw, Mapping):
+            for inner, value in raw.items():
+                self.take(str(inner), value)
+        elif name in self.names:
+            self.put(self.names[name], raw)
+        elif name not in _NO_FLAGS:
+            self.unknown(name, raw)
+
+    def put(self, name: str, raw: Any) -> None:
+        self.values.pop(name, None)
+        if not is_unset(self.flags[name], raw) and raw != REDACTED:
+            self.values[name] = raw
+
+    def find(self, name: str) -> tuple[str | None, bool]:
+        """The canonical name, and whether it was negated (``no_name``); a unique beginning is enough.
+
+        (None, False) for an unknown flag; (None, True) for an ambiguous one, which is now among the problems.
+        """
+        if name in self.names:
+            return self.names[name], False
+        positive = self.names.get(name.removeprefix("no_"))
+        if name.startswith("no_") and positive and self.flags[positive].kind == "bool":
+            return positive, True
+        if name in _swift()["ignored"] or name in _swift()["flags"]:
+            return None, False
+        matches = {self.names[known] for known in self.names if known.startswith(name)}
+        if len(matches) > 1:
+            self.problems.append(f"--{name} is short for several flags: {', '.join(f'--{m}' for m in sorted(matches))}")
+        return (next(iter(matches)), False) if len(matches) == 1 else (None, len(matches) > 1)
+
+    def unknown(self, name: str, raw: Any = None) -> None:
+        """A flag this command does not have: passed over where it asks for nothing, else a problem that says why."""
+        swift = _swift()
+        if name in swift["ignored"]:
+            logger.warning("--%s is not needed: %s", name, swift["ignored"][name])
+        elif name in swift["flags"] and str(raw).lower() in ("false", "none", "null", "[]", "{}"):
+            logger.debug("--%s %s asks for nothing", name, raw)
+        else:
+            self.problems.append(self._why_unknown(name))
+
+    def _why_unknown(self, name: str) -> str:
+        swift = _swift()
+        if name in swift["instead"]:
+            return f"--{name} is SWIFT's; in RaySwift use {swift['instead'][name]}"
+        others = [other for other in COMMANDS if name in flags_of(other)]
+        if others and name not in self.names:
+            return (
+                f"--{name} is no flag of rayswift {self.command}, but of {', '.join(f'rayswift {o}' for o in others)}"
+            )
+        if name in swift["flags"]:
+            return f"--{name} is SWIFT's; RaySwift does not have it yet"
+        import difflib
+
+        close = difflib.get_close_matches(name, [*self.names, "help", "config"], n=1, cutoff=0.6)
+        hint = f"; did you mean --{close[0]}?" if close else f"; rayswift {self.command} --help lists the flags"
+        return f"unknown flag --{name}{hint}"
+
+    def take_config(self, path: str) -> None:
+        """The settings of a YAML or JSON file; its ``ENV`` sets environment variables that are not set yet."""
+        if self.config_file:
+            raise UserError(f"--config {path}: {self.config_file} is already the configuration file; give one")
+        self.config_file = path
+        content = read_config(path)
+        environment = content.pop("ENV", None) or {}
+        if not isinstance(environment, dict):
+            raise UserError(f"{path}: ENV: expected `NAME: value` lines")
+        for name, value in environment.items():
+            current = os.environ.setdefault(str(name), str(value))
+            if current != str(value):
+                logger.warning("%s: ENV %s keeps the value it already has", path, name)
+        before = len(self.problems)
+        for key, raw in content.items():
+            self.take(str(key), raw)
+        self.problems[before:] = [f"{path}: {problem}" for problem in self.problems[before:]]
+
+    def take_argv(self, argv: Sequence[str]) -> None:
+        """A command line: an optional configuration file, then flags."""
+        words = _without_strays(argv)
+        if words and words[0].lower().endswith(_CONFIG_ENDINGS) and not words[0].startswith("-"):
+            self.take_config(words.pop(0))
+        tokens = list(self._normalised(words))
+        flags = [word.partition("=")[0] for word in tokens if _is_flag(word)]
+        for flag in sorted({flag for flag in flags if flags.count(flag) > 1}):
+            logger.warning("%s is given more than once: the last one counts", flag)
+        parsed, extra = _parser(self.flags).parse_known_args(tokens)
+        values = vars(parsed)
+        if config := values.pop("config", None):
+            if config == _MISSING:
+                self.problems.append("--config needs a value, for example --config sft.yaml")
+            else:
+                self.take_config(config)
+        for name, raw in values.items():
+            if raw == _MISSING or raw == []:
+                self.problems.append(f"--{name} needs a value, {self.flags[name].hint}")
+            else:
+                self.put(name, raw)
+        for word in extra:
+            self.problems.append(f"unexpected {redact_text(word)!r}: a value with spaces needs quotes")
+
+    def _normalised(self, words: Sequence[str]) -> Iterator[str]:
+        """The words with every flag in its canonical form; unknown flags become problems, their values are dropped."""
+        position = 0
+        while position < len(words):
+            word = self._with_two_hyphens(words[position])
+            position += 1
+            if not _is_flag(word):
+                yield word
+                continue
+            key, equals, value = word[2:].partition("=")
+            key = key.replace("-", "_")
+            end = position
+            while not equals and end < len(words) and not _is_flag(words[end]):
+                end += 1
+            name, negated = ("config", False) if key == "config" else self.find(key)
+            if name is None:
+                if not negated:
+                    self.unknown(key, value if equals else " ".join(words[position:end]))
+                position = end
+            elif negated:
+                yield f"--{name}=false"
+            elif equals:
+                yield f"--{name}={value}"
+            elif end > position and _is_negative_number(words[position]):
+                yield f"--{name}={words[position]}"  # argparse takes -1e-4 for a flag
+                position += 1
+            else:
+                yield f"--{name}"
+
+    def _with_two_hyphens(self, word: str) -> str:
+        """Read ``-model``, or a flag with the long dash of a web page, as what was meant, and count it as a problem."""
+        name, equals, value = word.lstrip("-\u2013\u2014").partition("=")
+        known = name.replace("-", "_") in self.names
+        if word.startswith("--") or word == f"{name}{equals}{value}" or not known:
+            return word
+        self.problems.append(f"{word.partition('=')[0]}: flags start with two hyphens, --{name}")
+        return f"--{name}{equals}{value}"
+
+    def build(self) -> Arguments:
+        """Convert and check everything that was taken. Raises UserError with a line per problem."""
+        cls = COMMANDS[self.command]
+        for name in set(SECRET_FLAGS) & set(self.flags) - set(self.values):
+            if value := os.environ.get(f"RAYSWIFT_{name.upper()}"):
+                self.values[name] = value
+        typed: dict[str, Any] = {"training_args": {}}
+        failed: list[str] = []
+        declared = specs_of(cls)
+        for name, raw in self.values.items():
+            try:
+                value = convert(self.flags[name], raw)
+            except ValueError as error:
+                self.problems.append(str(error))
+                failed.append(name)
+                continue
+            (typed if name in declared else typed["training_args"])[name] = value
+        arguments = cls(**typed, given=frozenset(self.values), config_file=self.config_file)
+        if not self.problems:
+            return arguments.finish()
+        if not any("did you mean --help?" in problem for problem in self.problems):
+            # A setting that could not be read stands at its default here: what that contradicts is no news.
+            self.problems += [p for p in arguments.problem_lines() if not any(f"--{name} " in p for name in failed)]
+        more = len(self.problems) - _MAX_PROBLEMS
+        raise UserError("\n".join(self.problems[:_MAX_PROBLEMS] + ([f"... and {more} more"] if more > 0 else [])))
+
+
+def _is_negative_number(word: str) -> bool:
+    try:
+        return word.startswith("-") and float(word) <= 0
+    except ValueError:
+        return False
+
+
+def _is_flag(word: str) -> bool:
+    return word.startswith("--") and len(word) > 2 and " " not in word.partition("=")[0]
+
+
+def _without_strays(argv: Sequence[str]) -> list[str]:
+    """The words without what copied command lines carry along: blank words, ``...``, a comment after ``\\ ``."""
+    words: list[str] = []
+    in_comment = False
+    for word in argv:
+        text = word.strip()
+        in_comment = (in_comment and not _is_flag(word)) or (word[:1].isspace() and text.startswith("#"))
+        if in_comment:
+            logger.warning("ignored a comment: %s", redact_text(text))
+        elif not text and word:
+            logger.warning("ignored a blank word: a backslash must be the last character of its line")
+        elif text in ("...", "\u2026"):
+            logger.warning("ignored %s", text)
+        else:
+            words.append(word)
+    return words
+
+
+def read_config(path: str) -> dict[str, Any]:
+    """A YAML or JSON file of settings as a dict. Raises UserError with file and line."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            text = file.read()
+    except OSError as error:
+        raise UserError(f"{path}: cannot read this configuration file ({error.strerror})") from None
+    if path.lower().endswith(".json"):
+        try:
+            content = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise UserError(f"{path}:{error.lineno}: not valid JSON ({error.msg})") from None
+    else:
+        import yaml
+
+        try:
+            content = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            mark = getattr(error, "problem_mark", None)
+            line = f":{mark.line + 1}" if mark else ""
+            raise UserError(f"{path}{line}: not valid YAML ({getattr(error, 'problem', None) or error})") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: expected settings, one `flag: value` per line")
+    return content
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> Any:
+        raise UserError(message)
+
+
+def _parser(
+    flags: Mapping[str, Spec], values: Mapping[str, Any] | None = None, **details: Any
+) -> argparse.ArgumentParser:
+    """An argparse parser that takes every value as text.
+
+    With ``values`` it is made for printing help, where they replace the defaults.
+    """
+    parser = _Parser(
+        add_help=False, allow_abbrev=False, argument_default=argparse.SUPPRESS,
+        formatter_class=functools.partial(argparse.RawDescriptionHelpFormatter, max_help_position=34), **details,
+    )  # fmt: skip
+    groups: dict[str, Any] = {"": parser.add_argument_group("General")}
+    groups[""].add_argument("--config", nargs="?", const=_MISSING, metavar="FILE",
+                            help="YAML or JSON file of settings; may also stand first, without --config")  # fmt: skip
+    groups[""].add_argument("--help", action="help", help="show this and exit")
+    for spec in flags.values():
+        if spec.topic not in groups:
+            groups[spec.topic] = parser.add_argument_group(spec.topic)
+        options: dict[str, Any] = {"nargs": "?", "const": "true" if spec.kind == "bool" else _MISSING}
+        if spec.is_list:
+            options = {"nargs": "*"}
+        if values is not None:
+            options = {"metavar": _metavar(spec), "help": _help_line(spec, values)}
+        groups[spec.topic].add_argument(spec.flag, **options)
+    return parser
+
+
+def _metavar(spec: Spec) -> str:
+    names = {"bool": "true|false", "int": "INT", "float": "NUMBER", "int | float": "NUMBER", "dict[str, Any]": "JSON"}
+    name = names.get(spec.item_kind, spec.name.rpartition("_")[2].upper())
+    if spec.choices and len(", ".join(spec.choices)) < 100:
+        name = f"{{{','.join(spec.choices)}}}"
+    return f"{name} ..." if spec.is_list else name
+
+
+def _help_line(spec: Spec, values: Mapping[str, Any]) -> str:
+    default = values.get(spec.name, spec.default)
+    if spec.name not in values and (spec.shown or default is None or default == [] or default == {}):
+        text = spec.shown or "unset"
+    elif isinstance(default, bool):
+        text = str(default).lower()
+    else:
+        text = " ".join(map(str, default)) if isinstance(default, (list, tuple)) else str(default)
+    also = f"; also {', '.join(f'--{alias}' for alias in spec.aliases)}" if spec.aliases else ""
+    text = REDACTED if is_secret(spec.name) and spec.name in values else redact_text(text)
+    return f"{spec.help} (default: {text}{also})".replace("%", "%%")
+
+
+def format_help(command: str, values: Mapping[str, Any] | None = None, prog: str | None = None) -> str:
+    """The help of a command: every flag by topic, with a line and its default (or that of a script, ``values``)."""
+    cls = COMMANDS[command]
+    flags = flags_of(command)
+    topics = list(dict.fromkeys(spec.topic for spec in flags.values()))
+    # The command's own topic first would surprise: model and dataset come first everywhere.
+    order = ["Model", "Dataset", "Template"]
+    topics.sort(key=lambda topic: (order.index(topic) if topic in order else len(order), topic == TOPIC))
+    ordered = {name: spec for topic in topics for name, spec in flags.items() if spec.topic == topic}
+    prog = prog or f"rayswift {command}"
+    parser = _parser(
+        ordered, values or {}, prog=prog, usage=f"{prog} [CONFIG.yaml] [--flag value ...]", description=cls.__doc__,
+        epilog="Booleans: true/false, or --flag and --no_flag. Lists: separated by spaces. null: as if not given.\n"
+        "Flags may be written with - or _, and shortened as long as they stay unique.",
+    )  # fmt: skip
+    return parser.format_help()
+
+
+def parse_arguments(
+    command: str, argv: Sequence[str], *, defaults: Mapping[str, Any] | None = None, prog: str | None = None
+) -> Arguments:
+    """Read a command line (without the command itself) into checked arguments.
+
+    Args:
+        command: one of the nine commands, e.g. ``"sft"``.
+        argv: the words after the command: an optional configuration file, then flags.
+        defaults: settings by name that a configuration file and the command line may override.
+        prog: how help calls the program, ``rayswift <command>`` by default.
+
+    Raises:
+        UserError: with one line per problem.
+        SystemExit: 0, after printing help for ``--help``.
+    """
+    if {"-h", "--help"} & set(argv):
+        print(format_help(command, defaults, prog), end="")
+        sys.exit(0)
+    reader = _Reader(command)
+    for key, raw in (defaults or {}).items():
+        reader.take(key, raw)
+    reader.take_argv(argv)
+    return reader.build()
+
+
+def make_arguments(command: str, **settings: Any) -> Arguments:
+    """Checked arguments from Python keywords (typed, or as text like on the command line). Raises UserError."""
+    return parse_arguments(command, [], defaults=settings)

@@ -1,0 +1,191 @@
+"""The settings of serving, sampling, evaluating and exporting."""
+
+# ruff: noqa: RUF009 (arg() makes a dataclass field: it is meant to be called in the class body)
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from rayswift.arguments.base import Arguments
+from rayswift.arguments.fields import arg
+
+
+@dataclass(init=False, repr=False, eq=False)
+class ResultArguments(Arguments):
+    """Batch inference: which rows, and where the answers go."""
+
+    topic: ClassVar[str] = "Results"
+
+    result_path: str | None = arg(None, "jsonl file of the answers", shown="<checkpoint>/infer_result/<date>.jsonl")
+    write_batch_size: int = arg(1000, "rows between writes of the result file", ge=1)
+    val_dataset_sample: int | None = arg(None, "rows to take from --val_dataset", ge=1, shown="all")
+    metric: str | None = arg(None, "score the answers against the dataset's", choices=("acc", "rouge"))
+
+
+@dataclass(init=False, repr=False, eq=False)
+class ServerArguments(Arguments):
+    """An HTTP server with OpenAI's interface, as a Ray Serve application."""
+
+    topic: ClassVar[str] = "Server"
+
+    host: str = arg("127.0.0.1", "address to listen on; 0.0.0.0 opens it to the network")
+    port: int = arg(8000, "port to listen on", ge=1, le=65535)
+    api_key: str | None = arg(None, "key that clients must send", shown="no key", example="KEY")
+    served_model_name: str | None = arg(None, "name of the model for clients", shown="the last part of --model")
+    owned_by: str = arg("rayswift", "owner shown by /v1/models")
+    adapter_root: str | None = arg(
+        None, "folder or URI whose adapters are loaded when asked for", example="s3://bucket/adapters"
+    )
+    min_replicas: int = arg(1, "fewest replicas", ge=0)
+    max_replicas: int = arg(1, "most replicas; above --min_replicas the number follows the load", ge=1)
+    target_ongoing_requests: int | None = arg(None, "requests per replica to aim for", ge=1, shown="Ray Serve's")
+    ssl_keyfile: str | None = arg(None, "key of the TLS certificate")
+    ssl_certfile: str | None = arg(None, "TLS certificate")
+    max_logprobs: int = arg(20, "most alternatives per token a client may ask for", ge=0)
+    log_interval: int = arg(20, "seconds between lines with requests and tokens/s", ge=1)
+    log_level: str = arg(
+        "info", "what the server logs", choices=("critical", "error", "warning", "info", "debug", "trace")
+    )
+    verbose: bool = arg(False, "log each request")
+    dry_run: bool = arg(False, "print the Ray Serve configuration and stop")
+
+    def problems(self) -> Iterator[str]:
+        if self.max_replicas < self.min_replicas:
+            yield f"--max_replicas {self.max_replicas} is below --min_replicas {self.min_replicas}: change one"
+        if bool(self.ssl_keyfile) != bool(self.ssl_certfile):
+            yield "--ssl_keyfile and --ssl_certfile belong together: give both"
+        for flag in ("ssl_keyfile", "ssl_certfile"):
+            path = getattr(self, flag)
+            if path and not os.path.isfile(path):
+                yield f"--{flag} {path}: no such file"
+
+
+@dataclass(init=False, repr=False, eq=False)
+class WebPageArguments(Arguments):
+    """The chat page."""
+
+    topic: ClassVar[str] = "Web page"
+
+    base_url: str | None = arg(None, "endpoint to talk to", shown="one is started", example="http://127.0.0.1:8000/v1")
+    lang: str = arg("en", "language of the page", choices=("en", "zh"))
+    studio_title: str | None = arg(None, "title of the page", shown="the model's name")
+    is_multimodal: bool | None = arg(None, "whether the model takes images", shown="found from the model")
+    server_name: str = arg("127.0.0.1", "address the page listens on")
+    server_port: int = arg(7860, "port the page listens on", ge=1, le=65535)
+    share: bool = arg(False, "make a public link")
+
+
+@dataclass(init=False, repr=False, eq=False)
+class SamplingArguments(Arguments):
+    """Sampling many answers per prompt and keeping the best."""
+
+    topic: ClassVar[str] = "Sampling"
+
+    sampler_type: str = arg("sample", "sample, or distil from a stronger model", choices=("sample", "distill"))
+    sampler_engine: str = arg(
+        "transformers",
+        "engine that samples; no scores --cache_files only",
+        value_aliases={"pt": "transformers"},
+        choices=("transformers", "vllm", "lmdeploy", "no", "client"),
+    )
+    num_return_sequences: int = arg(64, "answers per prompt", ge=1)
+    n_best_to_keep: int = arg(5, "best answers per prompt to keep", ge=1)
+    num_sampling_batch_size: int = arg(1, "prompts per batch", ge=1)
+    num_sampling_batches: int | None = arg(None, "batches to sample", ge=1, shown="all")
+    orm_model: str | None = arg(None, "outcome reward: accuracy, math, format, ... or a model")
+    prm_model: str | None = arg(None, "process reward: a registered name or a model")
+    prm_threshold: float = arg(0.0, "least process reward of an answer to keep")
+    easy_query_threshold: float | None = arg(None, "drop prompts with a larger share of right answers", ge=0, le=1)
+    data_range: list[int] = arg([], "part I of N of the prompts: --data_range I N, I from 0", ge=0)
+    cache_files: list[str] = arg([], "answers sampled before")
+    engine_kwargs: dict[str, Any] = arg({}, "further engine settings, as JSON")
+    output_dir: str = arg("sample_output", "folder of the results")
+    output_file: str | None = arg(None, "name of the result file, ending in .jsonl", shown="<date>.jsonl")
+    override_exist_file: bool = arg(False, "write over an existing result file")
+    resume: bool = arg(False, "go on with an unfinished result file")
+
+    def problems(self) -> Iterator[str]:
+        shard = self.data_range
+        if shard and (len(shard) != 2 or not shard[0] < shard[1]):
+            yield "--data_range: expected I N with 0 <= I < N, for example --data_range 0 4"
+        if self.output_file and (
+            os.path.basename(self.output_file) != self.output_file or not self.output_file.endswith(".jsonl")
+        ):
+            yield f"--output_file {self.output_file}: expected a file name ending in .jsonl; the folder is --output_dir"
+        if self.sampler_engine == "no" and not self.cache_files:
+            yield "--sampler_engine no needs --cache_files: without an engine only earlier answers can be scored"
+
+
+@dataclass(init=False, repr=False, eq=False)
+class BenchmarkArguments(Arguments):
+    """Benchmarks over an endpoint."""
+
+    topic: ClassVar[str] = "Benchmarks"
+
+    eval_dataset: list[str] = arg(
+        [], "benchmarks, by the backend's names", aliases=("eval_datasets",), example="gsm8k arc"
+    )
+    eval_backend: str = arg("Native", "who runs them", choices=("Native", "OpenCompass", "VLMEvalKit"))
+    eval_limit: int | None = arg(None, "rows per benchmark", ge=1, shown="all")
+    eval_dataset_args: dict[str, Any] = arg({}, "settings of each benchmark, as JSON", aliases=("eval_datasets_args",))
+    eval_generation_config: dict[str, Any] = arg({}, "settings of generation, as JSON")
+    eval_output_dir: str = arg("eval_output", "folder of the results")
+    eval_num_proc: int = arg(16, "requests at a time", ge=1)
+    eval_url: str | None = arg(None, "endpoint to evaluate", shown="one is started", example="http://127.0.0.1:8000/v1")
+    extra_eval_args: dict[str, Any] = arg({}, "further settings of the backend, as JSON")
+    local_dataset: bool = arg(False, "take the benchmarks from a local folder")
+
+    def problems(self) -> Iterator[str]:
+        if not self.eval_dataset:
+            yield "--eval_dataset is required, for example --eval_dataset gsm8k"
+
+
+@dataclass(init=False, repr=False, eq=False)
+class QuantizeArguments(Arguments):
+    """Merging, quantising, converting and pushing."""
+
+    topic: ClassVar[str] = "Export"
+
+    output_dir: str | None = arg(None, "folder of the result", shown="beside the model, named after what was done")
+    exist_ok: bool = arg(False, "write into a folder that is already there")
+    merge_lora: bool = arg(False, "merge the adapter into the weights")
+    quant_method: str | None = arg(
+        None, "quantise the weights", choices=("awq", "gptq", "bnb", "fp8"), swift_only=("gptq_v2",)
+    )
+    quant_bits: int | None = arg(None, "bits per weight", ge=1, le=8, example="4")
+    quant_n_samples: int = arg(256, "rows of --dataset to calibrate with", ge=1)
+    quant_batch_size: int = arg(1, "rows per batch of calibration", ge=1)
+    group_size: int = arg(128, "weights that share a scale (-1: a whole row)", ge=-1)
+    to_cached_dataset: bool = arg(False, "encode --dataset once, for later training")
+    template_mode: str = arg("train", "what the encoded dataset is for", choices=("train", "rlhf", "kto"))
+    to_ollama: bool = arg(False, "write an Ollama Modelfile")
+    to_peft_format: bool = arg(False, "convert a SWIFT adapter to PEFT's format")
+    push_to_hub: bool = arg(False, "push the result to the hub")
+    hub_model_id: str | None = arg(None, "name on the hub", example="organisation/name")
+    hub_private_repo: bool = arg(False, "make it private")
+    commit_message: str = arg("update files", "message of the push")
+    max_shard_size: str = arg("5GB", "largest weight file")
+
+    _ACTIONS: ClassVar[tuple[str, ...]] = (
+        "merge_lora", "quant_method", "to_cached_dataset", "to_ollama", "to_peft_format", "push_to_hub",
+    )  # fmt: skip
+
+    def problems(self) -> Iterator[str]:
+        dataset, adapters = getattr(self, "dataset", None), getattr(self, "adapters", None)
+        if not any(getattr(self, action) for action in self._ACTIONS):
+            yield "nothing to do: give " + ", ".join(f"--{name}" for name in self._ACTIONS)
+        if self.quant_bits and not self.quant_method:
+            yield "--quant_bits needs --quant_method, for example --quant_method awq"
+        if self.quant_method in ("awq", "gptq") and not dataset:
+            yield f"--quant_method {self.quant_method} needs --dataset to calibrate with"
+        if self.quant_method in ("awq", "gptq") and not self.quant_bits:
+            yield f"--quant_method {self.quant_method} needs --quant_bits, for example --quant_bits 4"
+        if self.to_cached_dataset and not dataset:
+            yield "--to_cached_dataset true needs --dataset"
+        if self.push_to_hub and not self.hub_model_id:
+            yield "--push_to_hub true needs --hub_model_id, for example --hub_model_id organisation/name"
+        for flag in ("merge_lora", "to_peft_format"):
+            if getattr(self, flag) and not adapters:
+                yield f"--{flag} true needs --adapters"

@@ -1,0 +1,248 @@
+"""The settings of training: tuner, optimiser, evaluation, checkpoints, DeepSpeed."""
+
+# ruff: noqa: RUF009 (arg() makes a dataclass field: it is meant to be called in the class body)
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from rayswift.arguments.base import Arguments
+from rayswift.arguments.fields import arg, read_json
+from rayswift.arguments.groups import DatasetArguments, ModelArguments, TemplateArguments
+
+DEEPSPEED_PRESETS = ("zero0", "zero1", "zero2", "zero3", "zero2_offload", "zero3_offload")
+_LORA_ONLY = (
+    "lora_rank", "lora_alpha", "lora_dropout", "lora_bias", "lora_dtype", "target_modules", "target_regex",
+    "modules_to_save", "use_rslora", "use_dora", "init_weights",
+)  # fmt: skip
+_FULL_ONLY = ("freeze_parameters", "freeze_parameters_ratio", "trainable_parameters")
+
+
+@dataclass(init=False, repr=False, eq=False)
+class TunerArguments(Arguments):
+    """Which weights are trained."""
+
+    topic: ClassVar[str] = "Tuner"
+
+    train_type: str = arg(
+        "lora", "train a low-rank adapter, or all weights", choices=("lora", "full"),
+        aliases=("tuner_type", "sft_type"),
+        swift_only=("lora_llm", "longlora", "adalora", "llamapro", "adapter", "vera", "boft", "fourierft", "reft",
+                    "bone", "ia3"),
+    )  # fmt: skip
+    tuner_backend: str = arg("peft", "library that makes the adapter", choices=("peft",), swift_only=("unsloth",))
+    lora_rank: int = arg(8, "rank of the adapter", ge=1)
+    lora_alpha: float = arg(32.0, "scale of the adapter", gt=0)
+    lora_dropout: float = arg(0.05, "dropout before the adapter", ge=0, lt=1)
+    lora_bias: str = arg("none", "which biases are trained", choices=("none", "all"))
+    lora_dtype: str | None = arg(
+        None, "precision of the adapter", choices=("bfloat16", "float16", "float32"), shown="float32"
+    )
+    target_modules: list[str] = arg(["all-linear"], "modules that get an adapter")
+    target_regex: str | None = arg(None, "pattern of the modules that get an adapter; wins over --target_modules")
+    modules_to_save: list[str] = arg([], "modules trained whole and saved with the adapter")
+    use_rslora: bool = arg(False, "rank-stabilised LoRA")
+    use_dora: bool = arg(False, "weight-decomposed LoRA")
+    init_weights: str = arg("true", "how the adapter starts: true, false, gaussian, pissa, pissa_niter_N, olora")
+    freeze_parameters: list[str] = arg([], "full: name prefixes of weights to freeze")
+    freeze_parameters_ratio: float = arg(0.0, "full: share of weights to freeze, from the bottom", ge=0, le=1)
+    trainable_parameters: list[str] = arg([], "full: name prefixes to train; wins over freezing")
+
+    def problems(self) -> Iterator[str]:
+        if self.train_type == "full" and getattr(self, "adapters", None):
+            yield "--adapters contradicts --train_type full: give --train_type lora, or merge the adapter first"
+
+    def remarks(self) -> Iterator[str]:
+        names = _LORA_ONLY if self.train_type == "full" else _FULL_ONLY
+        flags = [f"--{name}" for name in names if name in self.given]
+        if flags:
+            yield f"{', '.join(flags)}: no effect with --train_type {self.train_type}"
+
+
+def read_deepspeed(raw: Any) -> str | dict[str, Any]:
+    """The name of a preset, or a DeepSpeed configuration (JSON text, or the path of a .json file) as a dict."""
+    if isinstance(raw, str) and raw in DEEPSPEED_PRESETS:
+        return raw
+    if isinstance(raw, str) and not raw.lstrip().startswith("{") and not raw.endswith(".json") and os.sep not in raw:
+        raise ValueError(f"choose from {', '.join(DEEPSPEED_PRESETS)}, or give JSON or the path of a .json file")
+    return read_json(raw)
+
+
+def read_resume(raw: Any) -> str | None:
+    """A checkpoint folder, or "true" for the newest whole one; false means no."""
+    text = str(raw)
+    return {"true": "true", "false": None}.get(text.lower(), text)
+
+
+@dataclass(init=False, repr=False, eq=False)
+class OptimizerArguments(Arguments):
+    """How long, how fast and how precisely is trained."""
+
+    topic: ClassVar[str] = "Training"
+
+    num_train_epochs: float = arg(3.0, "passes over the dataset", gt=0)
+    max_steps: int = arg(-1, "optimiser steps; above 0 it wins over --num_train_epochs", ge=-1, example="1000")
+    per_device_train_batch_size: int = arg(1, "rows per worker and forward pass", ge=1)
+    gradient_accumulation_steps: int | None = arg(
+        None, "forward passes per optimiser step", ge=1, shown="what makes the global batch at least 16"
+    )
+    learning_rate: float | None = arg(
+        None, "peak learning rate", ge=0, shown="1e-4; 1e-5 with --train_type full", example="1e-4"
+    )
+    lr_scheduler_type: str = arg("cosine", "shape of the learning rate over time")
+    lr_scheduler_kwargs: dict[str, Any] = arg({}, "settings of that shape, as JSON")
+    warmup_ratio: float = arg(0.0, "share of the steps in which the learning rate rises", ge=0, le=1)
+    warmup_steps: int | float = arg(0, "steps in which the learning rate rises", ge=0)
+    optim: str = arg("adamw_torch", "optimiser")
+    weight_decay: float = arg(0.1, "weight decay", ge=0)
+    adam_beta1: float = arg(0.9, "Adam's decay of the mean", ge=0, lt=1)
+    adam_beta2: float = arg(0.95, "Adam's decay of the variance", ge=0, lt=1)
+    adam_epsilon: float = arg(1e-8, "Adam's term against division by zero", gt=0)
+    max_grad_norm: float = arg(1.0, "gradients are clipped to this norm; 0 for never", ge=0)
+    gradient_checkpointing: bool = arg(True, "compute activations twice to save memory")
+    gradient_checkpointing_kwargs: dict[str, Any] = arg({}, "settings of gradient checkpointing, as JSON")
+    seed: int = arg(42, "seed of training", ge=0)
+    deepspeed: str | dict[str, Any] | None = arg(
+        None, f"{', '.join(DEEPSPEED_PRESETS)}, JSON, or a .json file", parse=read_deepspeed, example="zero2"
+    )
+    zero_hpz_partition_size: int | None = arg(
+        None, "ZeRO-3: workers that share one secondary copy of the weights", ge=1
+    )
+
+    def problems(self) -> Iterator[str]:
+        if self.max_steps == 0:
+            yield "--max_steps 0: expected -1 (as many as --num_train_epochs takes) or at least 1"
+        if self.warmup_ratio and self.warmup_steps:
+            ratio, steps = self.warmup_ratio, self.warmup_steps
+            yield f"--warmup_ratio {ratio:g} contradicts --warmup_steps {steps:g}: give one of the two"
+        if self.deepspeed and self.training_args.get("fsdp"):
+            yield "--deepspeed contradicts --fsdp: both shard the model, give one of the two"
+        if self.zero_hpz_partition_size and self.zero_stage != 3:
+            yield "--zero_hpz_partition_size needs --deepspeed zero3"
+        yield from self._precision_problems()
+
+    def _precision_problems(self) -> Iterator[str]:
+        fp16, bf16 = self.training_args.get("fp16"), self.training_args.get("bf16")
+        dtype = getattr(self, "torch_dtype", None)
+        if fp16 and bf16:
+            yield "--fp16 true contradicts --bf16 true: give one of the two"
+        for flag, on, other in (("--fp16", fp16, "bfloat16"), ("--bf16", bf16, "float16")):
+            if on and dtype == other:
+                yield f"{flag} true contradicts --torch_dtype {other}: drop one of the two"
+
+    @property
+    def zero_stage(self) -> int | None:
+        """The ZeRO stage that ``deepspeed`` asks for, None without DeepSpeed."""
+        if isinstance(self.deepspeed, dict):
+            stage = self.deepspeed.get("zero_optimization", {}).get("stage", 0)
+            return stage if isinstance(stage, int) else None
+        return int(self.deepspeed[4]) if self.deepspeed else None
+
+    def resolve(self) -> None:
+        if not self.is_set("learning_rate"):
+            self.learning_rate = 1e-5 if getattr(self, "train_type", "lora") == "full" else 1e-4
+
+
+@dataclass(init=False, repr=False, eq=False)
+class BatchingArguments(Arguments):
+    """How rows become batches."""
+
+    topic: ClassVar[str] = "Batches"
+
+    train_dataloader_shuffle: bool = arg(True, "shuffle the batches of each epoch")
+    dataloader_num_workers: int | None = arg(None, "processes that feed each worker", ge=0, shown="Ray Data's")
+    lazy_tokenize: bool | None = arg(None, "encode rows when they are needed instead of before", shown="false")
+    packing: bool = arg(False, "fill each sequence with several rows")
+    packing_length: int | None = arg(None, "length of a packed sequence", ge=1, shown="--max_length")
+    padding_free: bool = arg(False, "join the rows of a batch instead of padding them")
+
+    def problems(self) -> Iterator[str]:
+        if self.packing and self.lazy_tokenize:
+            yield "--packing true contradicts --lazy_tokenize true: packing needs every row's length; drop one"
+        if self.lazy_tokenize and getattr(self, "streaming", False):
+            yield "--lazy_tokenize true contradicts --streaming true: a stream is always encoded late; drop one"
+
+    def remarks(self) -> Iterator[str]:
+        if "packing_length" in self.given and not self.packing:
+            yield "--packing_length: no effect without --packing true"
+
+
+@dataclass(init=False, repr=False, eq=False)
+class CheckpointArguments(Arguments):
+    """Evaluation, checkpoints, logs."""
+
+    topic: ClassVar[str] = "Evaluation, checkpoints and logs"
+
+    output_dir: str | None = arg(None, "folder of the results", shown="output/<model>")
+    add_version: bool = arg(True, "put each run into its own v{N}-{date} folder")
+    eval_strategy: str | None = arg(
+        None,
+        "when to evaluate",
+        choices=("no", "steps", "epoch"),
+        aliases=("evaluation_strategy",),
+        shown="--save_strategy; no without validation rows",
+    )
+    eval_steps: int | float | None = arg(None, "steps between evaluations", gt=0, shown="--save_steps", example="100")
+    eval_on_start: bool = arg(False, "evaluate before the first step")
+    per_device_eval_batch_size: int = arg(1, "rows per worker and forward pass in evaluation", ge=1)
+    eval_metric: str | None = arg(
+        None,
+        "metric of evaluation; token accuracy is always measured",
+        choices=("acc",),
+        swift_only=("nlg", "infonce", "paired", "reranker"),
+        aliases=("metric",),
+        shown="acc",
+    )
+    save_strategy: str = arg("steps", "when to save a checkpoint", choices=("no", "steps", "epoch", "best"))
+    save_steps: int | float = arg(500, "steps between checkpoints", gt=0)
+    save_total_limit: int | None = arg(None, "checkpoints to keep (the best and the newest)", ge=1, shown="all")
+    save_only_model: bool = arg(False, "save no optimiser state; such a run cannot be resumed")
+    metric_for_best_model: str = arg("loss", "evaluation metric that picks the best checkpoint")
+    greater_is_better: bool | None = arg(None, "whether a higher metric is better", shown="false for losses")
+    load_best_model_at_end: bool = arg(False, "end with the best checkpoint's weights")
+    resume_from_checkpoint: str | None = arg(
+        None, "checkpoint folder to go on from; true for the newest", parse=read_resume, example="true"
+    )
+    create_checkpoint_symlink: bool = arg(False, "make best and last links in the output folder")
+    logging_steps: int = arg(5, "steps between log lines", ge=1)
+    logging_first_step: bool = arg(True, "log the first step too")
+    report_to: list[str] = arg(
+        ["tensorboard"], "where metrics go", choices=("tensorboard", "wandb", "swanlab", "all", "none")
+    )
+
+    def problems(self) -> Iterator[str]:
+        if self.load_best_model_at_end and (self.eval_strategy == "no" or self._no_validation()):
+            cause = (
+                "--eval_strategy no" if self.eval_strategy == "no" else "--split_dataset_ratio 0 without --val_dataset"
+            )
+            yield f"--load_best_model_at_end true contradicts {cause}: without evaluation there is no best checkpoint"
+        elif self.load_best_model_at_end and self.save_strategy == "no":
+            yield "--load_best_model_at_end true contradicts --save_strategy no: there is no checkpoint to load"
+
+    def remarks(self) -> Iterator[str]:
+        if self.eval_strategy not in (None, "no") and self._no_validation():
+            yield f"--eval_strategy {self.eval_strategy}: no effect without --val_dataset or --split_dataset_ratio"
+
+    def _no_validation(self) -> bool:
+        return not getattr(self, "val_dataset", None) and getattr(self, "split_dataset_ratio", 0) == 0
+
+    def resolve(self) -> None:
+        if not self.is_set("output_dir"):
+            self.output_dir = os.path.join("output", getattr(self, "model_suffix", "model"))
+        if not self.is_set("eval_steps"):
+            self.eval_steps = self.save_steps
+
+
+@dataclass(init=False, repr=False, eq=False)
+class TrainingRules(ModelArguments, DatasetArguments, TemplateArguments, OptimizerArguments):
+    """What training needs as a whole."""
+
+    def problems(self) -> Iterator[str]:
+        if not self.model and not (self.load_args and self.adapters):
+            yield "--model is required, for example --model Qwen/Qwen2.5-7B-Instruct"
+        if not self.dataset:
+            yield "--dataset is required, for example --dataset train.jsonl"
+        if self.streaming and self.max_steps <= 0:
+            yield "--streaming true needs --max_steps: a stream's length is not known, for example --max_steps 1000"

@@ -1,0 +1,151 @@
+"""Connect to Ray, count what it has, and turn ``--num_workers`` and friends into what Ray Train is asked for.
+
+No address: Ray starts embedded with this machine's cores. Inside a Ray job, with ``RAY_ADDRESS`` or ``--address``:
+that cluster. Nothing else changes.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+from dataclasses import dataclass
+from typing import Any
+
+from rayswift.errors import UserError
+
+logger = logging.getLogger("rayswift.cluster")
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """What the connected cluster has, counting the nodes its autoscaler may still start."""
+
+    embedded: bool
+    cpus: float
+    gpus: float
+    nodes: int
+
+    def describe(self) -> str:
+        """For messages: ``this machine has 2 CPUs and no GPU``."""
+        subject = "this machine has" if self.embedded else f"the cluster ({self.nodes} nodes) has at most"
+        return f"{subject} {self.cpus:g} CPUs and {f'{self.gpus:g} GPUs' if self.gpus else 'no GPU'}"
+
+
+@dataclass(frozen=True)
+class Workers:
+    """The worker group to ask Ray Train for. ``num_workers`` is a count, or (min, max) for an elastic group."""
+
+    num_workers: int | tuple[int, int]
+    use_gpu: bool
+    resources_per_worker: dict[str, float]
+
+    @property
+    def largest(self) -> int:
+        """The most workers the group may grow to: what the global batch is planned for."""
+        return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[1]
+
+
+def cpu_count() -> int:
+    """CPUs this process may use (affinity and cgroup included where Python knows them)."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def check_before_start(args: Any) -> None:
+    """Refuse what this machine can never give, before Ray is even imported (embedded Ray on CPU only)."""
+    if address_of(args) or args.resources_per_worker or args.use_gpu or has_nvidia_driver():
+        return
+    local = Cluster(embedded=True, cpus=cpu_count(), gpus=0, nodes=1)
+    plan_workers(args, local)
+
+
+def has_nvidia_driver() -> bool:
+    """Whether an NVIDIA driver is loaded here."""
+    return os.path.exists("/proc/driver/nvidia/version") or os.path.exists("/dev/nvidiactl")
+
+
+def address_of(args: Any) -> str | None:
+    """The cluster to connect to: ``--address``, else ``RAY_ADDRESS`` (set inside a Ray job), else None."""
+    return args.address or os.environ.get("RAY_ADDRESS") or None
+
+
+def connect(args: Any) -> Cluster:
+    """Connect to the cluster, or start Ray embedded; a Ray that this process already uses is kept.
+
+    Raises:
+        UserError: the cluster at ``--address`` does not answer.
+    """
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # Ray warns that a future version will no longer clear CUDA_VISIBLE_DEVICES for actors without GPUs.
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    import ray
+
+    address = address_of(args)
+    if not ray.is_initialized():
+        options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+        try:
+            ray.init(address=address or "local", **(options if address else {**options, "include_dashboard": False}))
+        except (ConnectionError, ValueError) as error:
+            raise UserError(f"--address {address}: no Ray cluster answers there ({_first_line(error)})") from None
+    resources = ray.cluster_resources()
+    limits = _autoscaler_limits()
+    return Cluster(
+        embedded=address is None,
+        cpus=max(resources.get("CPU", 0), limits.get("CPU", 0)),
+        gpus=max(resources.get("GPU", 0), limits.get("GPU", 0)),
+        nodes=sum(node["Alive"] for node in ray.nodes()),
+    )
+
+
+def _autoscaler_limits() -> dict[str, float]:
+    """The most of each resource that the cluster's autoscaler may start; empty without an autoscaler."""
+    from ray._private.state import state
+
+    # Ray Train and Ray Data read the same table; there is no public way to it in Ray 2.60.
+    return state.get_max_resources_from_cluster_config() or {}
+
+
+def plan_workers(args: Any, cluster: Cluster) -> Workers:
+    """How many workers, on what.
+
+    Unset, ``--num_workers`` is one per visible GPU on this machine, else 1. CPU workers leave room for Ray Data: with
+    every core promised to training, its tasks would wait for ever.
+
+    Raises:
+        UserError: the cluster can never give what is asked.
+    """
+    use_gpu = cluster.gpus > 0 if args.use_gpu is None else args.use_gpu
+    if use_gpu and not cluster.gpus:
+        raise UserError(f"--use_gpu true: {cluster.describe()}; leave it out, or set --address to a cluster with GPUs")
+    num_workers = args.num_workers or (int(cluster.gpus) if use_gpu and cluster.embedded else 1)
+    count = num_workers if isinstance(num_workers, int) else num_workers[0]
+    resources = {key: float(value) for key, value in (args.resources_per_worker or {}).items()}
+    unit, available = ("GPU", cluster.gpus) if use_gpu else ("CPU", cluster.cpus)
+    if unit not in resources and count > available:
+        least = f"; use --num_workers {int(available)} or less" if available >= 1 else ""
+        raise UserError(f"--num_workers {count} needs {count} {unit}s and {cluster.describe()}{least}")
+    if use_gpu:
+        resources.setdefault("GPU", 1)
+    resources.setdefault("CPU", 1 if use_gpu else _cpus_per_worker(num_workers, cluster))
+    for name, available in (("CPU", cluster.cpus), ("GPU", cluster.gpus)):
+        needed = resources.get(name, 0) * count
+        if needed > available:
+            raise UserError(
+                f"--resources_per_worker {resources} for {count} workers needs {needed:g} {name}s and "
+                f"{cluster.describe()}; lower it or --num_workers"
+            )
+    return Workers(num_workers, use_gpu, resources)
+
+
+def _cpus_per_worker(num_workers: int | tuple[int, int], cluster: Cluster) -> float:
+    largest = num_workers if isinstance(num_workers, int) else num_workers[1]
+    return min(1.0, max(cluster.cpus - 1, cluster.cpus / 2) // (0.01 * largest) / 100)
+
+
+def node_name() -> str:
+    """This machine's name, for messages from remote workers."""
+    return socket.gethostname()
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().split("\n", 1)[0]

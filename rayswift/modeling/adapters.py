@@ -1,0 +1,271 @@
+"""Make a model trainable: put LoRA on it, or freeze parts of it; load saved adapters; say how many parameters train."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from bisect import bisect
+from itertools import accumulate
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rayswift.errors import UserError
+from rayswift.modeling.loading import one_line, read_safetensors_header
+
+if TYPE_CHECKING:
+    import torch
+
+logger = logging.getLogger("rayswift.modeling.adapters")
+
+ALL_LINEAR, ALL_EMBEDDING, ALL_NORM = "all-linear", "all-embedding", "all-norm"  # SWIFT's shorthands
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+
+
+def add_lora(model: Any, args: Any) -> Any:
+    """Put a LoRA on ``model`` as the tuner arguments say and return the ``PeftModel``.
+
+    Reads ``lora_rank, lora_alpha, lora_dropout, lora_bias, lora_dtype, target_modules, target_regex, modules_to_save,
+    use_rslora, use_dora, init_weights``. Only the adapter (and ``modules_to_save``) stays trainable. Adapter weights
+    are float32 beside half-precision base weights unless ``--lora_dtype`` says otherwise.
+
+    Raises:
+        UserError: a target that matches no layer, a rank that no target layer can use, an unknown initialisation.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    targets = find_targets(model, args.target_modules, args.target_regex)
+    check_rank(model, targets, args.lora_rank)
+    config = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=args.lora_rank,
+        lora_alpha=args.lora_alpha,
+        lora_dropout=args.lora_dropout,
+        bias=args.lora_bias,
+        target_modules=targets,
+        modules_to_save=find_modules_to_save(model, args.modules_to_save) or None,
+        use_rslora=args.use_rslora,
+        use_dora=args.use_dora,
+        init_lora_weights=init_lora_weights(args.init_weights),
+    )
+    try:
+        peft_model = get_peft_model(model, config)
+    except (ValueError, TypeError, ImportError) as error:
+        raise UserError(
+            f"LoRA cannot be put on {type(model).__name__} ({one_line(error)}); see --target_modules"
+        ) from error
+    if args.lora_dtype is not None:
+        cast_adapter(peft_model, args.lora_dtype)
+    logger.info("lora_config: %s", config)
+    return peft_model
+
+
+def find_targets(model: Any, target_modules: list[str], target_regex: str | None) -> list[str] | str:
+    """Resolve ``--target_modules`` (names, ``all-linear``, ``all-embedding``) or ``--target_regex`` against the model.
+
+    Returns a sorted list of module names as PEFT matches them (the end of the dotted path), or the regular expression,
+    which wins (as in SWIFT). UserError for a name or expression that matches nothing.
+    """
+    import torch
+
+    names = [name for name, _ in model.named_modules() if name]
+    if target_regex is not None:
+        try:
+            matched = any(re.fullmatch(target_regex, name) for name in names)
+        except re.error as error:
+            raise UserError(f"--target_regex {target_regex}: not a regular expression ({error})") from None
+        if not matched:
+            raise UserError(f"--target_regex {target_regex}: matches no layer; layers are {example_layers(model)}")
+        return target_regex
+    found: set[str] = set()
+    for target in target_modules:
+        if target == ALL_LINEAR:
+            found |= linear_suffixes(model)
+        elif target == ALL_EMBEDDING:
+            found |= {name.rpartition(".")[2] for name, m in model.named_modules() if isinstance(m, torch.nn.Embedding)}
+        elif any(name == target or name.endswith("." + target) for name in names):
+            found.add(target)
+        else:
+            raise UserError(f"--target_modules {target}: the model has no such layer; it has {example_layers(model)}")
+    if not found:
+        raise UserError(f"--target_modules: names no layer; give {ALL_LINEAR} or some of {example_layers(model)}")
+    return sorted(found)
+
+
+def linear_suffixes(model: Any) -> set[str]:
+    """Last name parts of all linear layers but the output head (``{"q_proj", "k_proj", …}``)."""
+    import torch
+    from transformers.pytorch_utils import Conv1D
+
+    head = model.get_output_embeddings()
+    head_names = {name for name, module in model.named_modules() if module is head}
+    linear = {
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear | Conv1D) and name not in head_names
+    }
+    return {name.rpartition(".")[2] for name in linear}
+
+
+def example_layers(model: Any) -> str:
+    """The names a user can give as targets, for error messages."""
+    return ", ".join(sorted(linear_suffixes(model)))
+
+
+def check_rank(model: Any, targets: list[str] | str, rank: int) -> None:
+    """UserError when ``rank`` is below 1 or no target layer has that many rows and columns."""
+    if rank < 1:
+        raise UserError(f"--lora_rank {rank}: must be at least 1")
+    limits = []
+    for name, module in model.named_modules():
+        rows, columns = getattr(module, "out_features", None), getattr(module, "in_features", None)
+        if matches(name, targets) and isinstance(rows, int) and isinstance(columns, int):
+            limits.append(min(rows, columns))
+    if limits and rank > max(limits):
+        raise UserError(f"--lora_rank {rank}: larger than any target layer; the largest allows {max(limits)}")
+
+
+def matches(name: str, targets: list[str] | str) -> bool:
+    """PEFT's rule for which modules are targets: the whole path for an expression, the end of it for names."""
+    if isinstance(targets, str):
+        return re.fullmatch(targets, name) is not None
+    return any(name == target or name.endswith("." + target) for target in targets)
+
+
+def find_modules_to_save(model: Any, modules_to_save: list[str]) -> list[str]:
+    """Resolve ``--modules_to_save`` (names, ``all-embedding``, ``all-norm``); UserError for a name without a match."""
+    import torch
+
+    names = {name for name, _ in model.named_modules() if name}
+    found: set[str] = set()
+    for wanted in modules_to_save:
+        if wanted == ALL_EMBEDDING:
+            found |= {name for name, m in model.named_modules() if isinstance(m, torch.nn.Embedding)}
+        elif wanted == ALL_NORM:
+            found |= {name for name, m in model.named_modules() if type(m).__name__.lower().endswith("norm")}
+        elif any(name == wanted or name.endswith("." + wanted) for name in names):
+            found.add(wanted)
+        else:
+            raise UserError(f"--modules_to_save {wanted}: the model has no such module (try embed_tokens or lm_head)")
+    return sorted(found)
+
+
+def init_lora_weights(init_weights: str) -> Any:
+    """``--init_weights`` as PEFT takes it. UserError for what needs more than the model to start from."""
+    if init_weights.lower() in ("true", "false"):
+        return init_weights.lower() == "true"
+    if init_weights in ("gaussian", "pissa", "olora", "orthogonal") or re.fullmatch(r"pissa_niter_\d+", init_weights):
+        return init_weights
+    raise UserError(
+        f"--init_weights {init_weights}: not built; choose true, false, gaussian, orthogonal, olora or pissa(_niter_N)"
+    )
+
+
+def cast_adapter(model: Any, dtype: str) -> None:
+    """Cast the trainable (adapter) parameters to ``dtype``: ``--lora_dtype``."""
+    import torch
+
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.to(getattr(torch, dtype))
+
+
+def freeze_for_full(model: Any, args: Any) -> None:
+    """Choose what a full-parameter run trains, in SWIFT's order: ratio, then prefixes, then what stays trainable.
+
+    ``--freeze_parameters_ratio`` freezes that share of all parameters from the input side; ``--freeze_parameters``
+    freezes by name prefix; ``--trainable_parameters`` wins over both. UserError for a prefix that matches nothing and
+    when nothing is left to train.
+    """
+    named = list(model.named_parameters())
+    ratio = args.freeze_parameters_ratio
+    if not 0 <= ratio <= 1:
+        raise UserError(f"--freeze_parameters_ratio {ratio}: must be between 0 and 1")
+    if ratio > 0:
+        ends = list(accumulate(parameter_size(parameter) for _, parameter in named))
+        for _, parameter in named[: bisect(ends, int(ends[-1] * ratio))]:
+            parameter.requires_grad_(False)
+    set_requires_grad(named, args.freeze_parameters, False, "--freeze_parameters")
+    set_requires_grad(named, args.trainable_parameters, True, "--trainable_parameters")
+    if not any(parameter.requires_grad for _, parameter in named):
+        raise UserError("--freeze_parameters leaves nothing to train; name something in --trainable_parameters")
+
+
+def set_requires_grad(named: list[tuple[str, Any]], prefixes: list[str], value: bool, flag: str) -> None:
+    """Set ``requires_grad`` of every parameter whose name starts with one of ``prefixes``."""
+    for prefix in prefixes:
+        chosen = [parameter for name, parameter in named if name.startswith(prefix)]
+        if not chosen:
+            raise UserError(f"{flag} {prefix}: no parameter starts with it; they start like {named[0][0]}")
+        for parameter in chosen:
+            parameter.requires_grad_(value)
+
+
+def load_adapter(model: Any, adapter_dir: str, *, is_trainable: bool = False) -> Any:
+    """Put the adapter saved in ``adapter_dir`` on ``model`` and return the ``PeftModel``; safetensors only.
+
+    Raises:
+        UserError: no adapter there, pickle weights, a broken file, or an adapter of another base model.
+    """
+    from peft import PeftModel, get_peft_model_state_dict
+
+    saved_keys = set(check_adapter(adapter_dir))
+    try:
+        peft_model = PeftModel.from_pretrained(model, adapter_dir, is_trainable=is_trainable)
+    except (ValueError, KeyError, TypeError, ImportError) as error:
+        raise UserError(f"--adapters {adapter_dir}: cannot be loaded ({one_line(error)})") from error
+    except RuntimeError as error:
+        if "size mismatch" not in str(error):
+            raise
+        raise UserError(
+            f"--adapters {adapter_dir}: was trained on another base model: {one_line(error, 200)}"
+        ) from error
+    absent = sorted(set(get_peft_model_state_dict(peft_model)) - saved_keys)
+    if absent:  # PEFT would only warn, and go on with the untrained start values
+        raise UserError(f"--adapters {adapter_dir}: lacks {len(absent)} weights of this model, such as {absent[0]}")
+    return peft_model
+
+
+def check_adapter(adapter_dir: str) -> list[str]:
+    """Return the tensor names of the adapter in ``adapter_dir``; UserError when it is none or incomplete."""
+    folder = Path(adapter_dir)
+    if not folder.is_dir():
+        raise UserError(f"--adapters {adapter_dir}: no such folder; give a checkpoint-N folder of a run")
+    try:
+        config = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        mend = (
+            "it is a full model: give it as --model"
+            if (folder / "config.json").is_file()
+            else "give a checkpoint-N folder"
+        )
+        raise UserError(f"--adapters {adapter_dir}: no {ADAPTER_CONFIG} in it; {mend}") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder / ADAPTER_CONFIG}: cannot be read ({error})") from None
+    if not isinstance(config, dict) or "peft_type" not in config:
+        raise UserError(f"{folder / ADAPTER_CONFIG}: not a PEFT configuration (no peft_type)")
+    weights = folder / ADAPTER_WEIGHTS
+    if not weights.is_file():
+        found = (
+            "only pickle weights (adapter_model.bin), which can run code when loaded"
+            if (folder / "adapter_model.bin").is_file()
+            else "no weights"
+        )
+        raise UserError(f"--adapters {adapter_dir}: {found}; {ADAPTER_WEIGHTS} is needed")
+    return list(read_safetensors_header(weights))
+
+
+def parameter_size(parameter: torch.Tensor) -> int:
+    """Number of elements; of the whole parameter when ZeRO-3 has partitioned it (``ds_numel``)."""
+    return int(getattr(parameter, "ds_numel", 0) or parameter.numel())
+
+
+def parameter_info(model: Any) -> str:
+    """SWIFT's line, e.g. ``PeftModelForCausalLM: 498.4319M Params (4.3991M Trainable [0.8826%]), 0.0000M Buffers.``"""
+    total = sum(parameter_size(parameter) for parameter in model.parameters())
+    trainable = sum(parameter_size(parameter) for parameter in model.parameters() if parameter.requires_grad)
+    buffers = sum(buffer.numel() for buffer in model.buffers())
+    return (
+        f"{type(model).__name__}: {total / 1e6:.4f}M Params ({trainable / 1e6:.4f}M Trainable "
+        f"[{100 * trainable / max(total, 1):.4f}%]), {buffers / 1e6:.4f}M Buffers."
+    )

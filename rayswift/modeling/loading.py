@@ -1,0 +1,240 @@
+"""Load tokenizers and models from local folders, safetensors only, and read what a folder holds without loading it."""
+
+from __future__ import annotations
+
+import json
+import logging
+import struct
+import sys
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from rayswift.errors import UserError
+
+logger = logging.getLogger("rayswift.modeling.loading")
+
+DTYPES = ("bfloat16", "float16", "float32")
+ATTN_IMPLS = {"flash_attn": "flash_attention_2"}  # SWIFT's short name; Transformers' own names pass through
+SAFETENSORS_ITEM_BYTES = {
+    "F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2,
+    "I8": 1, "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1,
+}  # fmt: skip
+MAX_HEADER_BYTES = 100_000_000  # the safetensors format's own limit
+EMBEDDING_MULTIPLE = 64  # resized embeddings keep a row count that tensor cores and vLLM's sharding like
+
+
+@dataclass(frozen=True)
+class ParameterCounts:
+    """What the weight files of a folder hold: number of parameters and their bytes on disk (tied weights once)."""
+
+    parameters: int
+    bytes: int
+
+
+def read_config(model_dir: str) -> dict[str, Any]:
+    """Return ``config.json`` of ``model_dir``. UserError when the folder or the file is missing or broken."""
+    path = Path(model_dir) / "config.json"
+    if not Path(model_dir).is_dir():
+        raise UserError(f"--model {model_dir}: no such folder; give a model folder or a hub id")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"--model {model_dir}: no config.json in it, so it is not a model folder") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read ({error}); download the model again") from None
+    if not isinstance(config, dict):
+        raise UserError(f"{path}: not a JSON object; download the model again")
+    return config
+
+
+def resolve_dtype(requested: str | None, model_dir: str, use_gpu: bool, *, training: bool = True) -> str:
+    """Decide the dtype of the weights: ``bfloat16``, ``float16`` or ``float32``.
+
+    What the user asked for (``--torch_dtype``) is taken as it is. None takes ``config.json``'s dtype, except that
+    training never starts from an accidental one: a float32 or float16 configuration trains in bfloat16 where the device
+    supports it (SWIFT 3.3 does so too; float16 weights would need loss scaling). CPUs count as supporting bfloat16:
+    PyTorch computes in it on every CPU, at half the memory. A GPU older than Ampere trains in what the file says.
+    """
+    if requested is not None:
+        if requested not in DTYPES:
+            raise UserError(f"--torch_dtype {requested}: unknown; choose one of {', '.join(DTYPES)}")
+        return requested
+    config = read_config(model_dir)
+    text_config = config.get("text_config") or {}
+    dtype = (
+        config.get("dtype") or config.get("torch_dtype") or text_config.get("dtype") or text_config.get("torch_dtype")
+    )
+    dtype = str(dtype).removeprefix("torch.")
+    if dtype not in DTYPES:
+        dtype = "float32"  # what Transformers assumes for a config without one
+    if training and dtype != "bfloat16" and supports_bfloat16(use_gpu):
+        return "bfloat16"
+    return dtype
+
+
+def supports_bfloat16(use_gpu: bool) -> bool:
+    """True when the training device computes in bfloat16. A driver that sees no GPU itself trusts the workers' GPUs."""
+    if not use_gpu:
+        return True
+    import torch
+
+    return not torch.cuda.is_available() or torch.cuda.is_bf16_supported(including_emulation=False)
+
+
+def load_tokenizer(model_dir: str, *, trust_remote_code: bool = False) -> Any:
+    """Load the tokenizer of ``model_dir``; its pad token falls back to eos. UserError when there is none."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model_dir, trust_remote_code=trust_remote_code, local_files_only=True)
+    except (OSError, ValueError, ImportError, KeyError, TypeError) as error:
+        raise UserError(f"{model_dir}: its tokenizer cannot be loaded ({one_line(error)})") from error
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_model(
+    model_dir: str,
+    *,
+    torch_dtype: str = "bfloat16",
+    attn_impl: str | None = None,
+    trust_remote_code: bool = False,
+    device: str | None = None,
+    model_kwargs: dict[str, Any] | None = None,
+) -> Any:
+    """Load a causal language model from ``model_dir`` in ``torch_dtype``.
+
+    Args:
+        attn_impl: ``--attn_impl``: ``sdpa``, ``eager``, ``flash_attn`` (= ``flash_attention_2``), …; None: automatic.
+        device: where the model goes (``"cuda"``, ``"cpu"``); None leaves it where Transformers puts it.
+        model_kwargs: ``--model_kwargs``: further keywords of ``from_pretrained``. ``{"use_safetensors": false}`` allows
+            pickle weights (``pytorch_model.bin``) of a source the user trusts.
+
+    Raises:
+        UserError: no or broken weights, pickle weights, weights that do not fit the config, an unknown architecture.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    options: dict[str, Any] = {"use_safetensors": True, "output_loading_info": True, **(model_kwargs or {})}
+    read_config(model_dir)
+    if options["use_safetensors"]:
+        parameter_counts(model_dir)  # a broken file is named here, before seconds of loading
+    if attn_impl is not None:
+        options["attn_implementation"] = ATTN_IMPLS.get(attn_impl, attn_impl)
+    show_progress_on_terminals_only()
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            model_dir,
+            dtype=getattr(torch, torch_dtype),
+            trust_remote_code=trust_remote_code,
+            local_files_only=True,
+            **options,
+        )
+    except (OSError, ValueError, ImportError, KeyError, TypeError, RuntimeError) as error:
+        raise load_error(error, model_dir, attn_impl) from error
+    model, loading_info = loaded
+    missing = sorted(loading_info["missing_keys"])
+    if missing:  # Transformers would only warn, and go on with random numbers
+        raise UserError(f"--model {model_dir}: its weight files lack {len(missing)} tensors, such as {missing[0]}")
+    return model.to(device) if device is not None else model
+
+
+def show_progress_on_terminals_only() -> None:
+    """Switch Transformers' bars off where standard error is a file or a pipe (worker logs, scripts)."""
+    from transformers.utils import logging as transformers_logging
+
+    if not sys.stderr.isatty():
+        transformers_logging.disable_progress_bar()
+
+
+def load_error(error: Exception, model_dir: str, attn_impl: str | None) -> Exception:
+    """Turn what ``from_pretrained`` raises on bad input into a UserError; other failures (out of memory) stay."""
+    text = one_line(error)
+    if isinstance(error, RuntimeError) and "size mismatch" not in text and "mismatched" not in text:
+        return error
+    if attn_impl is not None and ("attn" in text.lower() or "attention" in text.lower()):
+        return UserError(f"--attn_impl {attn_impl}: {text}; leave the flag out for the automatic choice")
+    if "trust_remote_code" in text:
+        return UserError(f"--model {model_dir}: needs its own code; if you trust it, add --trust_remote_code true")
+    return UserError(f"--model {model_dir}: cannot be loaded ({text})")
+
+
+def one_line(error: BaseException, limit: int = 300) -> str:
+    """The message of ``error`` on one line of at most ``limit`` characters."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= limit else text[: limit - 1] + "…"
+
+
+def weight_files(model_dir: str) -> list[Path]:
+    """The safetensors files of ``model_dir``, all of those that its index names. UserError when there are none."""
+    folder = Path(model_dir)
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        try:
+            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        except (ValueError, KeyError, AttributeError) as error:
+            raise UserError(f"{index}: cannot be read ({error}); download the model again") from None
+        absent = [name for name in names if not (folder / name).is_file()]
+        if absent:
+            raise UserError(f"{model_dir}: {len(absent)} of {len(names)} weight files are missing, such as {absent[0]}")
+        return [folder / name for name in names]
+    if (folder / "model.safetensors").is_file():
+        return [folder / "model.safetensors"]
+    if any(folder.glob("pytorch_model*.bin")):
+        raise UserError(
+            f"--model {model_dir}: holds only pickle weights (pytorch_model*.bin), which can run code when loaded; if "
+            """you trust their source, add --model_kwargs '{"use_safetensors": false}'"""
+        )
+    raise UserError(f"--model {model_dir}: no weights (model.safetensors) in it")
+
+
+def read_safetensors_header(path: Path) -> dict[str, dict[str, Any]]:
+    """Return ``{tensor name: {"dtype", "shape", "data_offsets"}}`` of a safetensors file without reading its data.
+
+    UserError when the file is cut short or no safetensors file.
+    """
+    broken = UserError(f"{path}: broken or incomplete safetensors file; copy or download it again")
+    with path.open("rb") as file:
+        prefix = file.read(8)
+        if len(prefix) != 8:
+            raise broken
+        (length,) = struct.unpack("<Q", prefix)
+        if length > MAX_HEADER_BYTES:
+            raise broken
+        try:
+            header = json.loads(file.read(length))
+        except ValueError:
+            raise broken from None
+    header.pop("__metadata__", None)
+    data_bytes = max((tensor["data_offsets"][1] for tensor in header.values()), default=0)
+    if path.stat().st_size != 8 + length + data_bytes:
+        raise broken
+    return header
+
+
+def parameter_counts(model_dir: str) -> ParameterCounts:
+    """Count the parameters of a model folder from the headers of its weight files (milliseconds, nothing loaded)."""
+    parameters = size = 0
+    for path in weight_files(model_dir):
+        for tensor in read_safetensors_header(path).values():
+            count = prod(tensor["shape"])
+            parameters += count
+            size += count * SAFETENSORS_ITEM_BYTES.get(tensor["dtype"], 1)
+    return ParameterCounts(parameters, size)
+
+
+def add_special_tokens(model: Any, tokenizer: Any, new_special_tokens: list[str]) -> int:
+    """Add ``--new_special_tokens`` to the tokenizer, in this order, and make room for them in the embeddings.
+
+    Returns the number of tokens that were new to the tokenizer. The new rows start at the mean of the old ones
+    (Transformers' default); LoRA trains them only with ``--modules_to_save embed_tokens lm_head``.
+    """
+    added = tokenizer.add_tokens(list(new_special_tokens), special_tokens=True)
+    if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
+        model.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=EMBEDDING_MULTIPLE)
+    logger.info("new_special_tokens: %d added, %d tokens now", added, len(tokenizer))
+    return int(added)

@@ -1,0 +1,101 @@
+"""Merge an adapter into its base model: ``--merge_lora true`` and ``rayswift export --merge_lora true``."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from rayswift.errors import UserError
+from rayswift.modeling.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS, check_adapter, load_adapter
+from rayswift.modeling.loading import add_special_tokens, load_model, load_tokenizer, parameter_counts, resolve_dtype
+
+logger = logging.getLogger("rayswift.modeling.merging")
+
+
+def merge_adapter(
+    adapter_dir: str,
+    model_dir: str,
+    output_dir: str | None = None,
+    torch_dtype: str | None = None,
+    *,
+    new_special_tokens: list[str] | None = None,
+    trust_remote_code: bool = False,
+) -> str:
+    """Write base + adapter as one plain model and return its folder.
+
+    Args:
+        output_dir: None means ``<adapter_dir>-merged``: a whole model there that is newer than the adapter is reused,
+            a broken or older one replaced. A folder given here must be new or empty.
+        torch_dtype: dtype of the merged weights; None takes the base model's.
+        new_special_tokens: those that the adapter was trained with, when the checkpoint has no tokenizer of its own.
+
+    The folder holds config, generation config, safetensors, tokenizer with chat template, and ``args.json`` of the
+    checkpoint. It is written beside the target and renamed, so a killed merge leaves nothing half-made.
+    UserError for a broken adapter or model, or when the folder cannot be written.
+    """
+    check_adapter(adapter_dir)
+    adapter, target = Path(adapter_dir).resolve(), Path(output_dir or f"{adapter_dir.rstrip('/')}-merged").resolve()
+    if output_dir is not None and target.exists() and any(target.iterdir()):
+        raise UserError(f"--output_dir {output_dir}: exists and is not empty; name a new folder for the merged model")
+    if is_current(target, adapter):
+        logger.info("merged model already there: %s", target)
+        return str(target)
+    dtype = resolve_dtype(torch_dtype, model_dir, use_gpu=False, training=False)
+    has_tokenizer = (adapter / "tokenizer_config.json").is_file()
+    tokenizer = load_tokenizer(str(adapter) if has_tokenizer else model_dir, trust_remote_code=trust_remote_code)
+    model = load_model(model_dir, torch_dtype=dtype, trust_remote_code=trust_remote_code)
+    if new_special_tokens:
+        add_special_tokens(model, tokenizer, new_special_tokens)
+    model = load_adapter(model, str(adapter)).merge_and_unload(safe_merge=True)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as scratch:
+            built = Path(scratch) / target.name
+            write_model(model, tokenizer, adapter, built)
+            publish(built, target, adapter)
+    except OSError as error:
+        raise UserError(f"cannot write the merged model to {target} ({error.strerror or error})") from error
+    logger.info("merged %s into %s", adapter, target)
+    return str(target)
+
+
+def is_current(merged: Path, adapter: Path) -> bool:
+    """True when ``merged`` is a whole model and not older than the adapter's files."""
+    if not (merged / "config.json").is_file():
+        return False
+    try:
+        parameter_counts(str(merged))  # reads every header and compares it with the file's length
+    except UserError:
+        return False
+    written = (merged / "config.json").stat().st_mtime
+    return all((adapter / name).stat().st_mtime <= written for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS))
+
+
+def write_model(model: Any, tokenizer: Any, adapter: Path, folder: Path) -> None:
+    """Save the merged ``model`` and its tokenizer to ``folder``, and copy the checkpoint's ``args.json``."""
+    import torch
+
+    if not torch.accelerator.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # saving imports DeepSpeed, which would warn on standard output
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    if (adapter / "args.json").is_file():
+        shutil.copyfile(adapter / "args.json", folder / "args.json")
+    for path in folder.iterdir():
+        path.chmod(0o644)  # safetensors writes 0600: a server under another account could not read it
+
+
+def publish(built: Path, target: Path, adapter: Path) -> None:
+    """Rename ``built`` to ``target``. What is there already goes first, unless another process just finished it."""
+    if target.exists() and not is_current(target, adapter):
+        discarded = built.with_name(target.name + "-old")
+        os.replace(target, discarded)
+    try:
+        built.rename(target)
+    except OSError:
+        if not is_current(target, adapter):
+            raise

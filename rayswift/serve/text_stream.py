@@ -1,0 +1,95 @@
+"""Token ids to text while they come: nothing half-decoded is shown, and nothing that may turn out a stop word."""
+
+from __future__ import annotations
+
+import queue
+from collections.abc import Callable, Sequence
+from typing import Any
+
+REPLACEMENT = "\N{REPLACEMENT CHARACTER}"  # what decoding gives for the first bytes of a character
+
+
+class TokenQueue:
+    """A Transformers streamer that hands generated token ids to another thread through ``items``.
+
+    The model calls :meth:`put` with the prompt first, then with each token; an exception or None put in by the
+    generating thread ends the queue.
+    """
+
+    def __init__(self) -> None:
+        self.items: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self._prompt_seen = False
+
+    def put(self, value: Any) -> None:
+        """Take the prompt's ids (dropped) or one new id, as a tensor."""
+        if not self._prompt_seen:
+            self._prompt_seen = True
+            return
+        for token in value.reshape(-1).tolist():
+            self.items.put(token)
+
+    def end(self) -> None:
+        """The model is done; the thread that called it says so itself, with the outcome."""
+
+
+class TextStream:
+    """Decodes tokens one by one into pieces of text that add up to the answer.
+
+    A token is decoded together with a few before it, because a tokenizer may join pieces or open a word with a space.
+    ``finished`` is set when a stop word has come; the text ends before it.
+    """
+
+    def __init__(self, decode: Callable[[Sequence[int]], str], stop_words: Sequence[str] = ()) -> None:
+        self.decode, self.stop_words = decode, stop_words
+        self.emitted, self.finished = "", False
+        self._ids: list[int] = []
+        self._start = self._read = 0  # ids before _read are decoded; those from _start on are decoded again
+        self._held = ""
+
+    def add(self, token: int) -> str:
+        """Take one token; returns the text that is now certain."""
+        self._ids.append(token)
+        return self._emit(self._decoded(final=False), final=False)
+
+    def end(self) -> str:
+        """No more tokens: returns what was held back."""
+        if self.finished:
+            return ""
+        return self._emit(self._decoded(final=True), final=True)
+
+    def _decoded(self, *, final: bool) -> str:
+        before, now = self.decode(self._ids[self._start : self._read]), self.decode(self._ids[self._start :])
+        if len(now) <= len(before) or (now.endswith(REPLACEMENT) and not final):
+            return ""
+        self._start, self._read = self._read, len(self._ids)
+        return now[len(before) :]
+
+    def _emit(self, text: str, *, final: bool) -> str:
+        self._held += text
+        cut = cut_at_stop_word(self._held, self.stop_words)
+        if cut != self._held:
+            self.finished, keep = True, 0
+            self._held = cut
+        else:
+            keep = 0 if final else longest_start_at_end(self._held, self.stop_words)
+        split = len(self._held) - keep
+        piece, self._held = self._held[:split], self._held[split:]
+        self.emitted += piece
+        return piece
+
+
+def cut_at_stop_word(text: str, stop_words: Sequence[str]) -> str:
+    """``text`` up to the first stop word in it."""
+    ends = [text.find(word) for word in stop_words if word in text]
+    return text[: min(ends)] if ends else text
+
+
+def longest_start_at_end(text: str, stop_words: Sequence[str]) -> int:
+    """Length of the longest end of ``text`` that a stop word starts with."""
+    longest = 0
+    for word in stop_words:
+        for length in range(min(len(word) - 1, len(text)), longest, -1):
+            if text.endswith(word[:length]):
+                longest = length
+                break
+    return longest

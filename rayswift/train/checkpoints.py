@@ -1,0 +1,164 @@
+"""Checkpoints that are whole or do not exist.
+
+A checkpoint folder counts only when its ``manifest.json`` (every file with its size and hash, written last and by
+rename) is there and true. Everything here works on a ``pyarrow.fs`` file system, so a run directory may be local, on
+NFS or in a bucket.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import re
+import uuid
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pyarrow.fs import FileSystem
+
+logger = logging.getLogger("rayswift.train")
+
+MANIFEST = "manifest.json"
+_NAME = re.compile(r"^checkpoint-(\d+)$")
+_RUN_NAME = re.compile(r"^v(\d+)-\d{8}-\d{6}$")
+
+
+@dataclass(frozen=True)
+class FoundCheckpoint:
+    """A whole checkpoint: its path on its file system and the optimiser step it was taken after."""
+
+    path: str
+    step: int
+
+    @property
+    def run_directory(self) -> str:
+        """The run directory it lies in."""
+        return os.path.dirname(self.path)
+
+
+def hash_files(folder: str, share: int = 0, shares: int = 1) -> dict[str, dict[str, Any]]:
+    """Size and BLAKE2b hash of every ``shares``-th file below a local folder, by its relative path."""
+    files = sorted(path for path in Path(folder).rglob("*") if path.is_file() and path.name != MANIFEST)
+    entries = {}
+    for path in files[share::shares]:
+        digest = hashlib.blake2b(digest_size=20)
+        with path.open("rb") as file:
+            while data := file.read(1 << 22):
+                digest.update(data)
+        name = path.relative_to(folder).as_posix()
+        entries[name] = {"size": path.stat().st_size, "blake2b": digest.hexdigest()}
+    return entries
+
+
+def write_atomically(filesystem: FileSystem, path: str, text: str) -> None:
+    """Write a small file that is either the old one or the new one, never half of it."""
+    from pyarrow import fs
+
+    # A bucket shows an object only once it is complete; a file system needs the rename.
+    target = f"{path}.{uuid.uuid4().hex[:8]}.tmp" if isinstance(filesystem, fs.LocalFileSystem) else path
+    with filesystem.open_output_stream(target) as stream:
+        stream.write(text.encode())
+    if target != path:
+        with open(target, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(target, path)
+
+
+def write_manifest(filesystem: FileSystem, checkpoint: str, step: int, files: dict[str, dict[str, Any]]) -> None:
+    """Make a checkpoint whole: the last thing that is written into it."""
+    text = json.dumps({"step": step, "files": files}, indent=1)
+    write_atomically(filesystem, f"{checkpoint}/{MANIFEST}", text)
+
+
+def read_manifest(filesystem: FileSystem, checkpoint: str) -> dict[str, Any] | None:
+    """The manifest of a folder when it is there and every file it names has its size; else None."""
+    try:
+        with filesystem.open_input_stream(f"{checkpoint}/{MANIFEST}") as stream:
+            manifest = json.loads(stream.read())
+        infos = filesystem.get_file_info([f"{checkpoint}/{name}" for name in manifest["files"]])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    sizes = [entry["size"] for entry in manifest["files"].values()]
+    return manifest if [info.size for info in infos] == sizes else None
+
+
+def verify(folder: str, manifest: dict[str, Any]) -> str | None:
+    """The first file of a local checkpoint whose bytes are not what the manifest says; None if all are."""
+    found = hash_files(folder)
+    return next((name for name, entry in manifest["files"].items() if found.get(name) != entry), None)
+
+
+def list_checkpoints(filesystem: FileSystem, run_directory: str) -> list[FoundCheckpoint]:
+    """The whole checkpoints of a run directory, oldest step first."""
+    found = []
+    for name in _folders(filesystem, run_directory):
+        match = _NAME.match(name)
+        path = f"{run_directory}/{name}"
+        if match and read_manifest(filesystem, path):
+            found.append(FoundCheckpoint(path, int(match.group(1))))
+    return sorted(found, key=lambda checkpoint: checkpoint.step)
+
+
+def latest_checkpoint(filesystem: FileSystem, output_dir: str) -> FoundCheckpoint | None:
+    """The newest whole checkpoint below ``--output_dir``: of the newest run that has one, or of the folder itself."""
+    runs = sorted((name for name in _folders(filesystem, output_dir) if _RUN_NAME.match(name)), key=_version)
+    for folder in [f"{output_dir}/{name}" for name in reversed(runs)] + [output_dir]:
+        checkpoints = list_checkpoints(filesystem, folder)
+        if checkpoints:
+            return checkpoints[-1]
+    return None
+
+
+def clean_unfinished(filesystem: FileSystem, run_directory: str, after_step: int) -> list[str]:
+    """Remove what a dead run left half-done: folders without a true manifest, and those later than ``after_step``."""
+    removed = []
+    for name in _folders(filesystem, run_directory):
+        match = _NAME.match(name)
+        path = f"{run_directory}/{name}"
+        if match and (int(match.group(1)) > after_step or not read_manifest(filesystem, path)):
+            delete_checkpoint(filesystem, path)
+            removed.append(name)
+    return removed
+
+
+def delete_checkpoint(filesystem: FileSystem, path: str) -> None:
+    """Delete a checkpoint, manifest first, so that an interrupted deletion leaves nothing that looks whole."""
+    if filesystem.get_file_info(f"{path}/{MANIFEST}").is_file:
+        filesystem.delete_file(f"{path}/{MANIFEST}")
+    filesystem.delete_dir(path)
+
+
+def keep_only(filesystem: FileSystem, run_directory: str, limit: int | None, best: str | None) -> list[str]:
+    """``--save_total_limit``: keep the newest ``limit`` checkpoints, of which one place is the best's (SWIFT)."""
+    checkpoints = list_checkpoints(filesystem, run_directory)
+    if not limit or len(checkpoints) <= limit:
+        return []
+    best_name = os.path.basename(best) if best else None
+    protected = [c for c in checkpoints if os.path.basename(c.path) == best_name or c is checkpoints[-1]]
+    others = [c for c in checkpoints if c not in protected]
+    surplus = others[: max(0, len(checkpoints) - max(limit, len(protected)))]
+    for checkpoint in surplus:
+        delete_checkpoint(filesystem, checkpoint.path)
+    return [os.path.basename(checkpoint.path) for checkpoint in surplus]
+
+
+def _folders(filesystem: FileSystem, path: str) -> list[str]:
+    from pyarrow import fs
+
+    infos = filesystem.get_file_info(fs.FileSelector(path, allow_not_found=True))
+    return [info.base_name for info in infos if info.type == fs.FileType.Directory]
+
+
+def _version(name: str) -> int:
+    match = _RUN_NAME.match(name)
+    assert match is not None
+    return int(match.group(1))
+
+
+def run_versions(filesystem: FileSystem, output_dir: str) -> list[int]:
+    """The N of every ``vN-date`` run directory below ``--output_dir``."""
+    return [_version(name) for name in _folders(filesystem, output_dir) if _RUN_NAME.match(name)]

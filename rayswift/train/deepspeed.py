@@ -1,0 +1,63 @@
+"""``--deepspeed``: a preset name, a JSON text or a file, to the dict that Transformers hands to DeepSpeed."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from rayswift.errors import UserError
+
+_PRESETS = Path(__file__).with_name("deepspeed_presets.json")
+
+
+def deepspeed_config(value: str | dict[str, Any] | None) -> dict[str, Any] | None:
+    """The DeepSpeed configuration, or None without ``--deepspeed``. Presets are SWIFT's (SWIFT.md 1.6).
+
+    Raises:
+        UserError: no such preset or file, or broken JSON.
+    """
+    if value is None or isinstance(value, dict):
+        return value
+    presets = json.loads(_PRESETS.read_text(encoding="utf-8"))
+    if value in presets:
+        return presets[value]
+    try:
+        text = value if value.lstrip().startswith("{") else Path(value).read_text(encoding="utf-8")
+        return json.loads(text)
+    except OSError:
+        raise UserError(f"--deepspeed {value}: choose {', '.join(presets)}, a JSON text or a file") from None
+    except json.JSONDecodeError as error:
+        raise UserError(f"--deepspeed: broken JSON at line {error.lineno}: {error.msg}") from None
+
+
+def zero_stage(config: dict[str, Any] | None) -> int:
+    """The ZeRO stage of a configuration; 0 without DeepSpeed."""
+    return int((config or {}).get("zero_optimization", {}).get("stage", 0))
+
+
+def prepare_deepspeed(use_gpu: bool, local_world_size: int) -> None:
+    """Make DeepSpeed use the process group that Ray Train set up; call before a model is loaded.
+
+    Without ``init_distributed`` ZeRO-3's ``zero.Init`` sees a world of one process.
+    """
+    if not use_gpu:
+        os.environ["DS_ACCELERATOR"] = "cpu"
+        os.environ["LOCAL_SIZE"] = str(local_world_size)
+    import deepspeed
+
+    deepspeed.init_distributed(dist_backend="nccl" if use_gpu else "gloo")
+
+
+def check_precision(config: dict[str, Any] | None, dtype: str) -> None:
+    """Refuse a DeepSpeed file that computes in another precision than ``--torch_dtype``.
+
+    Raises:
+        UserError: names both.
+    """
+    for section, meant in (("bf16", "bfloat16"), ("fp16", "float16")):
+        enabled = (config or {}).get(section, {}).get("enabled", "auto")
+        if enabled != "auto" and bool(enabled) != (dtype == meant):
+            state = "on" if enabled else "off"
+            raise UserError(f"--deepspeed switches {section} {state} but --torch_dtype is {dtype}; make them agree")

@@ -1,0 +1,411 @@
+"""The train flow of ``rayswift pt`` and ``rayswift sft``, from arguments to a run directory. Reads top to bottom."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from rayswift import cluster as ray_cluster
+from rayswift.data.sources import filesystem_of
+from rayswift.errors import UserError
+from rayswift.train import checkpoints
+from rayswift.train.deepspeed import check_precision, deepspeed_config
+from rayswift.train.plan import StepPlan, plan_steps
+from rayswift.train.run_directory import RunDirectory, check_writable, output_base
+
+if TYPE_CHECKING:
+    from rayswift.cluster import Cluster, Workers
+    from rayswift.data.encoding import Encoder
+    from rayswift.data.pipeline import TrainData
+    from rayswift.data.streaming import StreamPlan
+
+logger = logging.getLogger("rayswift.train")
+
+
+@dataclass
+class _Resume:
+    """Where ``--resume_from_checkpoint`` leads: a checkpoint, and the run directory to go on in (None: a new one)."""
+
+    checkpoint: str | None = None
+    run_directory: str | None = None
+
+
+def train(args: Any) -> dict[str, Any]:
+    """Train, and say on the way what happens.
+
+    Returns:
+        ``run_directory``, ``global_step``, ``last_model_checkpoint``, ``best_model_checkpoint``, ``best_metric``.
+
+    Raises:
+        UserError: bad input; nothing is left half-written.
+    """
+    base = output_base(args)
+    check_writable(base)
+    resume = _find_resume(args, base)
+    ray_cluster.check_before_start(args)
+    model_dir, dtype = _resolve_model(args)
+    cluster = ray_cluster.connect(args)
+    workers = ray_cluster.plan_workers(args, cluster)
+    _check_precision(args, dtype, workers)
+    _announce(args, model_dir, dtype, cluster, workers)
+
+    encoder = _encoder(args, model_dir)
+    data, stream, sample = _load_data(args, encoder)
+    plan = plan_steps(args, workers.largest, None if data is None else len(data.train))
+    plan.accumulation(workers.largest)
+    _print_sample(encoder, sample)
+    _print_data(args, data, plan, workers)
+
+    run = RunDirectory(resume.run_directory) if resume.run_directory else RunDirectory.create(base, args.add_version)
+    _write_inputs(args, run, data)
+    outcome = _fit(args, run, plan, workers, dtype, model_dir, data, stream, encoder, resume)
+    _print_end(args, outcome)
+    return outcome
+
+
+# --- before anything expensive starts ---------------------------------------------------------------------------
+
+
+def _find_resume(args: Any, base: str) -> _Resume:
+    """``true``: the newest whole checkpoint below ``--output_dir``, and its own run directory goes on. A path: that
+    checkpoint, in a new run directory, so that later checkpoints of the old run stay."""
+    wanted = args.resume_from_checkpoint
+    if not wanted or str(wanted).lower() == "false":
+        return _Resume()
+    if str(wanted).lower() == "true":
+        filesystem, inner = filesystem_of(base)
+        found = checkpoints.latest_checkpoint(filesystem, inner)
+        if found is None:
+            raise UserError(f"--resume_from_checkpoint true: no whole checkpoint below --output_dir {base}")
+        checkpoints.clean_unfinished(filesystem, found.run_directory, found.step)
+        prefix = base[: len(base) - len(inner)] if "://" in base else ""
+        return _Resume(found.path, prefix + found.run_directory)
+    path = wanted if "://" in wanted else os.path.abspath(os.path.expanduser(wanted))
+    filesystem, inner = filesystem_of(path)
+    if not filesystem.get_file_info(inner).type.name == "Directory":
+        raise UserError(f"--resume_from_checkpoint {wanted}: no such folder")
+    if not checkpoints.read_manifest(filesystem, inner):
+        raise UserError(
+            f"--resume_from_checkpoint {wanted}: no whole checkpoint (its {checkpoints.MANIFEST} is missing or not "
+            "true); give a checkpoint-N folder of a run, or `true` for the newest whole one"
+        )
+    return _Resume(inner)
+
+
+def _resolve_model(args: Any) -> tuple[str, str]:
+    from rayswift.hub import resolve_model
+    from rayswift.modeling.loading import resolve_dtype, weight_files
+
+    model_dir = resolve_model(args.model, revision=args.model_revision, use_hf=args.use_hf, token=args.hub_token)
+    weight_files(model_dir)
+    use_gpu = ray_cluster.has_nvidia_driver() if args.use_gpu is None else args.use_gpu
+    return model_dir, resolve_dtype(args.torch_dtype, model_dir, use_gpu)
+
+
+def _check_precision(args: Any, dtype: str, workers: Workers) -> None:
+    if dtype == "float16" and not workers.use_gpu:
+        raise UserError("--torch_dtype float16 trains on GPUs only; use bfloat16 or float32 on CPU")
+    check_precision(deepspeed_config(args.deepspeed), dtype)
+
+
+def _announce(args: Any, model_dir: str, dtype: str, cluster: Cluster, workers: Workers) -> None:
+    from rayswift.modeling.loading import parameter_counts
+
+    counts = parameter_counts(model_dir)
+    count = workers.num_workers if isinstance(workers.num_workers, int) else f"{workers.num_workers[0]} to {workers.largest}"
+    device = "GPU" if workers.use_gpu else "CPU"
+    _say(f"model: {args.model} ({counts.parameters / 1e6:.1f}M parameters, {dtype}), {args.train_type} training")
+    _say(f"workers: {count} on {device}, DeepSpeed {args.deepspeed or 'off'}; {cluster.describe()}")
+
+
+def _encoder(args: Any, model_dir: str) -> Encoder:
+    from rayswift.data.encoding import Encoder
+
+    return Encoder(
+        model_dir,
+        template=args.template,
+        system=args.system,
+        max_length=args.max_length or _model_max_length(model_dir),
+        truncation_strategy=args.truncation_strategy,
+        use_chat_template=args.use_chat_template,
+        loss_scale=args.loss_scale,
+        enable_thinking=args.enable_thinking,
+        add_non_thinking_prefix=args.add_non_thinking_prefix,
+        template_backend=args.template_backend,
+        response_prefix=args.response_prefix,
+        new_special_tokens=tuple(args.new_special_tokens),
+        trust_remote_code=args.trust_remote_code,
+    )
+
+
+def _model_max_length(model_dir: str) -> int | None:
+    """SWIFT's default for --max_length: what the model's configuration allows."""
+    from rayswift.modeling.loading import read_config
+
+    return read_config(model_dir).get("max_position_embeddings")
+
+
+# --- data -------------------------------------------------------------------------------------------------------
+
+
+def _load_data(args: Any, encoder: Encoder) -> tuple[TrainData | None, StreamPlan | None, dict[str, Any]]:
+    """Token rows, or for ``--streaming true`` the plan of a stream; and the first standard row."""
+    _say(f"template: {encoder.template_name}")
+    if args.streaming:
+        from rayswift.data.streaming import plan_stream
+
+        stream, sample = plan_stream(args)
+        return None, stream, sample
+    from rayswift.data.pipeline import load_train_data
+
+    with _StageBars() as bars:
+        data = load_train_data(args, encoder, bars.update)
+    return data, None, data.sample
+
+
+class _StageBars:
+    """A counter per data stage in the terminal: rows done, rows/s."""
+
+    def __init__(self) -> None:
+        self._bars: dict[str, Any] = {}
+
+    def __enter__(self) -> _StageBars:
+        return self
+
+    def update(self, stage: str, done: int) -> None:
+        """Show that this many rows of a stage are done."""
+        from tqdm import tqdm
+
+        if stage not in self._bars:
+            self._bars[stage] = tqdm(desc=stage, unit=" rows", file=sys.stderr, dynamic_ncols=True)
+        bar = self._bars[stage]
+        bar.update(done - bar.n)
+
+    def __exit__(self, *_: object) -> None:
+        for bar in self._bars.values():
+            bar.close()
+
+
+def _print_sample(encoder: Encoder, sample: dict[str, Any]) -> None:
+    """The first encoded row as SWIFT prints it; a text goes through the very path that training uses."""
+    from rayswift.data.encoding import Dropped
+
+    encoded = encoder.encode_batch([sample])[0]
+    for line in [f"first row dropped: {encoded.reason}"] if isinstance(encoded, Dropped) else encoder.describe(encoded):
+        _say(line)
+
+
+def _print_data(args: Any, data: TrainData | None, plan: StepPlan, workers: Workers) -> None:
+    if data is not None:
+        for line in data.drops.lines():
+            _say(line)
+        _say(f"Dataset Token Length: {length_line(data.train.lengths)}")
+        if data.val is not None:
+            _say(f"Dataset Token Length: {length_line(data.val.lengths)}")
+        held_out = len(data.val) if data.val is not None else 0
+        _say(f"train_dataset: {len(data.train)} rows, val_dataset: {held_out} rows")
+    accumulation = plan.accumulation(workers.largest)
+    _say(
+        f"{plan.max_steps} steps of {plan.global_batch_size} rows ({workers.largest} workers × "
+        f"{plan.per_device_batch_size} rows × {accumulation} accumulated)"
+    )
+
+
+def length_line(lengths: Any) -> str:
+    """SWIFT's ``172.068281±93.875049, min=36.000000, max=866.000000, size=48330``."""
+    return f"{lengths.mean():.6f}±{lengths.std():.6f}, min={lengths.min():.6f}, max={lengths.max():.6f}, size={len(lengths)}"
+
+
+def _write_inputs(args: Any, run: RunDirectory, data: TrainData | None) -> None:
+    args.save(run.local / "args.json")
+    if data is not None and data.val_rows:
+        run.write_jsonl("val_dataset.jsonl", data.val_rows)
+        _say(f"The split dataset from the training set will be saved at: {run.uri}/val_dataset.jsonl")
+    _say(f"The logging file will be saved in: {run.uri}/logging.jsonl")
+    run.sync()
+
+
+# --- training ---------------------------------------------------------------------------------------------------
+
+
+def _fit(
+    args: Any,
+    run: RunDirectory,
+    plan: StepPlan,
+    workers: Workers,
+    dtype: str,
+    model_dir: str,
+    data: TrainData | None,
+    stream: StreamPlan | None,
+    encoder: Encoder,
+    resume: _Resume,
+) -> dict[str, Any]:
+    from rayswift.train.events import start_event_queue
+    from rayswift.train.progress import Progress
+    from rayswift.train.worker import WorkerConfig
+
+    events = start_event_queue()
+    config = WorkerConfig(
+        args=args,
+        plan=plan,
+        model=model_dir if os.path.isdir(args.model) else args.model,
+        dtype=dtype,
+        use_gpu=workers.use_gpu,
+        run_uri=run.uri,
+        train=data.train if data else None,
+        val=data.val if data else None,
+        resume=resume.checkpoint,
+        events=events,
+    )
+    trainer = _torch_trainer(args, run, workers, config, plan, stream, encoder)
+    progress = Progress(events, plan, run, "tensorboard" in args.report_to or "all" in args.report_to)
+    try:
+        with progress:
+            result = _run_trainer(trainer)
+    except KeyboardInterrupt:
+        _say_how_to_resume(run, progress.last_step)
+        raise
+    finally:
+        run.close()
+    outcome = _outcome(run, result)
+    run.append_jsonl("logging.jsonl", _summary(data, progress.parameter_info, outcome))
+    return outcome
+
+
+def _torch_trainer(
+    args: Any,
+    run: RunDirectory,
+    workers: Workers,
+    config: Any,
+    plan: StepPlan,
+    stream: StreamPlan | None,
+    encoder: Encoder,
+) -> Any:
+    from ray.data import ExecutionOptions
+    from ray.train import CheckpointConfig, DataConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    from rayswift.train.worker import train_loop
+
+    datasets: dict[str, Any] = {}
+    if stream is not None:
+        from rayswift.data.streaming import stream_tokens
+
+        rows_per_block = plan.global_batch_size // workers.largest
+        datasets["train"] = lambda: stream_tokens(stream, encoder, rows_per_block, config.events)
+    folder, _, name = run.uri.rpartition("/")
+    # Ray Train resumes on its own from a snapshot of the same name; the manifests are what counts here.
+    _forget_snapshot(run)
+    return TorchTrainer(
+        train_loop,
+        train_loop_config={"config": config},
+        torch_config=TorchConfig(backend=None if workers.use_gpu else "gloo"),
+        scaling_config=ScalingConfig(
+            num_workers=workers.num_workers, use_gpu=workers.use_gpu, resources_per_worker=workers.resources_per_worker
+        ),
+        run_config=RunConfig(
+            name=name,
+            storage_path=folder,
+            failure_config=FailureConfig(
+                max_failures=args.max_failures,
+                controller_failure_limit=args.max_failures,
+                max_preemption_failures=max(args.max_failures, 0) * 10 if args.max_failures >= 0 else -1,
+            ),
+            checkpoint_config=CheckpointConfig(num_to_keep=None),
+            logging_config=LoggingConfig(log_level="WARNING"),
+        ),
+        datasets=datasets,
+        dataset_config=DataConfig(
+            execution_options=ExecutionOptions(preserve_order=True), enable_shard_locality=False
+        ),
+    )
+
+
+def _forget_snapshot(run: RunDirectory) -> None:
+    snapshot = f"{run.path}/checkpoint_manager_snapshot.json"
+    if run.filesystem.get_file_info(snapshot).is_file:
+        run.filesystem.delete_file(snapshot)
+
+
+def _run_trainer(trainer: Any) -> Any:
+    """``fit``; a worker's failure becomes one line that says which worker, why, and where its log is."""
+    from ray.train import TrainingFailedError
+
+    try:
+        return trainer.fit()
+    except TrainingFailedError as error:
+        failures = getattr(error, "worker_failures", None) or {}
+        rank, cause = next(iter(failures.items()), (None, error))
+        where = f"worker {rank}" if rank is not None else "the training controller"
+        logger.debug("training failed", exc_info=error)
+        raise TrainingFailed(f"training failed in {where}: {_innermost(cause)}") from error
+
+
+class TrainingFailed(RuntimeError):
+    """Training ended by a failure that the allowed restarts (``--max_failures``) did not mend."""
+
+
+def _innermost(error: BaseException) -> str:
+    lines = [line for line in str(error).strip().splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[-1].strip() if lines else 'no message'}"
+
+
+# --- after ------------------------------------------------------------------------------------------------------
+
+
+def _outcome(run: RunDirectory, result: Any) -> dict[str, Any]:
+    returned = result.return_value or {}
+    if "user_error" in returned:
+        raise UserError(returned["user_error"])
+    if "error" in returned:
+        raise TrainingFailed(f"training could not start: {returned['error']}")
+    found = checkpoints.list_checkpoints(run.filesystem, run.path)
+    paths = {checkpoint.step: f"{run.uri}/checkpoint-{checkpoint.step}" for checkpoint in found}
+    last = found[-1].step if found else None
+    return {
+        "run_directory": run.uri,
+        "global_step": returned.get("global_step"),
+        "last_model_checkpoint": paths.get(last),
+        "best_model_checkpoint": paths.get(returned.get("best_step"), paths.get(last)),
+        "best_metric": returned.get("best_metric"),
+    }
+
+
+def _summary(data: TrainData | None, parameter_info: str | None, outcome: dict[str, Any]) -> dict[str, Any]:
+    """SWIFT's closing row of logging.jsonl."""
+    row: dict[str, Any] = {}
+    if data is not None:
+        row["train_dataset"] = length_line(data.train.lengths)
+        if data.val is not None:
+            row["val_dataset"] = length_line(data.val.lengths)
+    return {**row, "model_parameter_info": parameter_info, **outcome}
+
+
+def _print_end(args: Any, outcome: dict[str, Any]) -> None:
+    last, best = outcome["last_model_checkpoint"], outcome["best_model_checkpoint"]
+    _say(f"last_model_checkpoint: {last}")
+    _say(f"best_model_checkpoint: {best}")
+    if last is None:
+        return
+    flag = "--model" if args.train_type == "full" else "--adapters"
+    _say("next:")
+    _say(f"  rayswift infer {flag} {last} --stream true")
+    _say(f"  rayswift deploy {flag} {last}")
+    if flag == "--adapters":
+        _say(f"  rayswift export {flag} {last} --merge_lora true")
+
+
+def _say_how_to_resume(run: RunDirectory, last_step: int | None) -> None:
+    if last_step:
+        _say(f"stopped; checkpoint-{last_step} in {run.uri} is whole. Go on with the same command and "
+             "--resume_from_checkpoint true")  # fmt: skip
+    else:
+        _say("stopped before the first checkpoint (--save_steps)")
+
+
+def _say(line: str) -> None:
+    """A line for the person at the terminal."""
+    print(line, flush=True)

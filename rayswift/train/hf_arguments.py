@@ -1,0 +1,80 @@
+"""RaySwift's arguments to ``transformers.TrainingArguments``."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from rayswift.train.deepspeed import deepspeed_config
+
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
+
+    from rayswift.train.plan import StepPlan
+
+#: Fields with the same name and meaning on both sides.
+_SAME = (
+    "per_device_train_batch_size", "per_device_eval_batch_size", "lr_scheduler_type", "weight_decay", "adam_beta1",
+    "adam_beta2", "adam_epsilon", "max_grad_norm", "optim", "seed", "save_only_model", "logging_first_step",
+    "metric_for_best_model", "greater_is_better", "eval_on_start", "num_train_epochs",
+)  # fmt: skip
+
+
+def default_learning_rate(args: Any) -> float:
+    """``--learning_rate``, else SWIFT's: 1e-4 for adapters, 1e-5 for full training."""
+    return args.learning_rate or (1e-5 if args.train_type == "full" else 1e-4)
+
+
+def hf_training_arguments(
+    args: Any, plan: StepPlan, world_size: int, output_dir: str, dtype: str, use_gpu: bool, has_val: bool
+) -> TrainingArguments:
+    """The Trainer's arguments for one worker.
+
+    Args:
+        args: the command's arguments.
+        plan: the run's steps; ``epoch`` strategies become steps here, because the Trainer sees one long pass.
+        world_size: workers of this attempt.
+        output_dir: where the Trainer writes checkpoint folders (on this machine).
+        dtype: ``bfloat16``, ``float16`` or ``float32``: float32 means float32, with no mixed precision.
+        use_gpu: whether workers have accelerators.
+        has_val: whether there are validation rows.
+    """
+    from transformers import TrainingArguments
+
+    save_strategy, save_steps = strategy_steps(args.save_strategy, args.save_steps, plan)
+    wanted = args.eval_strategy or args.save_strategy
+    eval_strategy, eval_steps = strategy_steps(wanted if has_val else "no", args.eval_steps or args.save_steps, plan)
+    values: dict[str, Any] = {name: getattr(args, name) for name in _SAME}
+    values |= {
+        "output_dir": output_dir,
+        "learning_rate": default_learning_rate(args),
+        "lr_scheduler_kwargs": args.lr_scheduler_kwargs or None,
+        # Transformers 5 reads a fraction in warmup_steps as a ratio.
+        "warmup_steps": args.warmup_steps or args.warmup_ratio,
+        "max_steps": plan.max_steps,
+        "gradient_accumulation_steps": plan.accumulation(world_size),
+        "gradient_checkpointing": args.gradient_checkpointing,
+        "gradient_checkpointing_kwargs": args.gradient_checkpointing_kwargs or {"use_reentrant": False},
+        "bf16": dtype == "bfloat16",
+        "fp16": dtype == "float16",
+        "use_cpu": not use_gpu,
+        "save_strategy": save_strategy,
+        "save_steps": save_steps,
+        "eval_strategy": eval_strategy,
+        "eval_steps": eval_steps,
+        "logging_steps": args.logging_steps,
+        "deepspeed": deepspeed_config(args.deepspeed),
+        "ddp_find_unused_parameters": False,
+        # The loader starts at the step to resume at: there is nothing to skip.
+        "ignore_data_skip": True,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "log_level": "error",
+    }
+    return TrainingArguments(**{**values, **args.training_args})
+
+
+def strategy_steps(strategy: str, steps: float, plan: StepPlan) -> tuple[str, float]:
+    """``epoch`` as a number of steps; ``steps`` below 1 stay a share of the run, as in Transformers."""
+    if strategy == "epoch":
+        return "steps", plan.steps_per_epoch or plan.max_steps
+    return str(strategy), min(steps, plan.max_steps) if steps >= 1 else steps

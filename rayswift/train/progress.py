@@ -1,0 +1,222 @@
+"""The driver's view of a run: one live progress line, ``logging.jsonl``, TensorBoard and the plots.
+
+Events come from the workers' :class:`~rayswift.train.events.EventQueue`, whatever machine they are on.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import threading
+import time
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rayswift.train.plan import StepPlan
+    from rayswift.train.run_directory import RunDirectory
+
+logger = logging.getLogger("rayswift.train")
+
+POLL_SECONDS = 0.5
+#: SWIFT 3.3's order of a training row.
+_ROW_ORDER = ("loss", "token_acc", "grad_norm", "learning_rate", "memory(GiB)", "train_speed(iter/s)")
+
+
+def format_seconds(seconds: float) -> str:
+    """``53s``, ``1m 31s``, ``9h 30m 16s``, as SWIFT writes them."""
+    minutes, left = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    parts = [f"{hours}h"] if hours else []
+    parts += [f"{minutes}m"] if minutes or hours else []
+    return " ".join([*parts, f"{left}s"])
+
+
+class Progress:
+    """Consumes events on a thread while ``TorchTrainer.fit`` blocks. Use as a context manager.
+
+    Args:
+        queue: the event queue actor.
+        plan: the run's steps.
+        run: where logging.jsonl, runs/ and images/ go.
+        tensorboard: whether to write TensorBoard events.
+    """
+
+    def __init__(self, queue: Any, plan: StepPlan, run: RunDirectory, tensorboard: bool) -> None:
+        self.queue, self.plan, self.run = queue, plan, run
+        self.rows: list[dict[str, Any]] = []
+        self.parameter_info: str | None = None
+        self.best_step: int | None = None
+        self.last_step: int | None = None
+        self._first_step = 0
+        self._started = time.monotonic()
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._loop, name="rayswift-progress", daemon=True)
+        self._bar: Any = None
+        self._writer: Any = None
+        self._tensorboard = tensorboard
+
+    def __enter__(self) -> Progress:
+        from tqdm import tqdm
+
+        self._bar = tqdm(total=self.plan.max_steps, desc="Train", unit="step", dynamic_ncols=True, file=sys.stderr)
+        if self._tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._writer = SummaryWriter(str(self.run.local / "runs"))
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join(timeout=30)
+        self._bar.close()
+        if self._writer:
+            self._writer.close()
+        plot_rows(self.rows, self.run)
+
+    def _loop(self) -> None:
+        import ray
+
+        while True:
+            stopping = self._stop.is_set()
+            try:
+                for event in ray.get(self.queue.drain.remote()):
+                    getattr(self, f"_on_{event['event']}")(event)
+            except ray.exceptions.RayError as error:
+                logger.debug("no events: %s", error)
+                return
+            if stopping:
+                return
+            self._stop.wait(POLL_SECONDS)
+
+    # --- one method per event ---
+
+    def _on_start(self, event: dict[str, Any]) -> None:
+        if self.parameter_info is None:
+            self._say(f"model_parameter_info: {event['parameter_info']}")
+        self.parameter_info = event["parameter_info"]
+
+    def _on_resume(self, event: dict[str, Any]) -> None:
+        """An attempt starts at a step: rows of later steps were never part of the run that goes on."""
+        step = event["step"]
+        if self.rows or self.last_step is not None or step:
+            self._say(f"training goes on from step {step}")
+        self.run.fetch("logging.jsonl")
+        self.rows = [row for row in read_log(self.run) if row.get("global_step/max_steps") and _step_of(row) <= step]
+        self.run.write_jsonl("logging.jsonl", self.rows)
+        self._first_step, self._started = step, time.monotonic()
+        self._bar.n = self._bar.initial = step
+        self._bar.start_t = self._bar.last_print_t = time.time()
+        self._bar.refresh()
+
+    def _on_step(self, event: dict[str, Any]) -> None:
+        self._bar.n = event["step"]
+        self._bar.refresh()
+
+    def _on_log(self, event: dict[str, Any]) -> None:
+        row = event["row"]
+        formatted = self._format(row)
+        self.rows.append(formatted)
+        self.run.append_jsonl("logging.jsonl", formatted)
+        self._say(str(formatted))
+        if "loss" in row:
+            self._bar.set_postfix_str(_postfix(row))
+        if self._writer:
+            prefix = "eval" if "eval_loss" in row else "train"
+            for name, value in row.items():
+                if isinstance(value, (int, float)) and name != "global_step":
+                    tag = name.removeprefix("eval_").removeprefix("train_")
+                    self._writer.add_scalar(f"{prefix}/{tag}", value, row["global_step"])
+            self._writer.flush()
+
+    def _on_checkpoint(self, event: dict[str, Any]) -> None:
+        self.last_step, self.best_step = event["step"], event["best"]
+        self._say(f"saved checkpoint-{event['step']}")
+        self.run.sync()
+
+    def _on_drops(self, event: dict[str, Any]) -> None:
+        for line in event["lines"]:
+            self._say(line)
+
+    # --- formatting ---
+
+    def _format(self, row: dict[str, Any]) -> dict[str, Any]:
+        """A worker's row as SWIFT writes it: its key order, 8 decimals, shares and times."""
+        step = row["global_step"]
+        elapsed = time.monotonic() - self._started
+        speed = (step - self._first_step) / elapsed if elapsed else 0.0
+        values = {**row, "train_speed(iter/s)": speed}
+        skipped = {"global_step", "epoch", "tokens/s"}
+        names = [name for name in _ROW_ORDER if name in values] if "loss" in row else []
+        names += [name for name in row if name not in names and name not in skipped]
+        formatted: dict[str, Any] = {name: _rounded(name, values[name]) for name in names}
+        if "tokens/s" in row:
+            formatted["tokens/s"] = round(row["tokens/s"], 2)
+        formatted["epoch"] = round(row["epoch"], 8)
+        formatted["global_step/max_steps"] = f"{step}/{self.plan.max_steps}"
+        formatted["percentage"] = f"{step / self.plan.max_steps:.2%}"
+        formatted["elapsed_time"] = format_seconds(elapsed)
+        formatted["remaining_time"] = format_seconds((self.plan.max_steps - step) / speed if speed else 0)
+        return formatted
+
+    def _say(self, line: str) -> None:
+        self._bar.write(line, file=sys.stdout)
+        sys.stdout.flush()
+
+
+def read_log(run: RunDirectory) -> list[dict[str, Any]]:
+    """The rows of a run's logging.jsonl; a half-written last line of a killed driver is left out."""
+    path = run.local / "logging.jsonl"
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            logger.debug("%s: a broken line is left out", path)
+    return rows
+
+
+def _step_of(row: dict[str, Any]) -> int:
+    return int(row["global_step/max_steps"].split("/")[0])
+
+
+def _rounded(name: str, value: Any) -> Any:
+    if not isinstance(value, float):
+        return value
+    return round(value, {"memory(GiB)": 2, "train_speed(iter/s)": 6}.get(name, 8))
+
+
+def _postfix(row: dict[str, Any]) -> str:
+    parts = [f"loss={row['loss']:.4f}", f"acc={row['token_acc']:.3f}"]
+    if "grad_norm" in row:
+        parts.append(f"grad_norm={row['grad_norm']:.2f}")
+    parts += [f"lr={row['learning_rate']:.2e}", f"tok/s={row['tokens/s']:.0f}", f"mem={row['memory(GiB)']:.2f}GiB"]
+    return " ".join(parts)
+
+
+def plot_rows(rows: list[dict[str, Any]], run: RunDirectory) -> None:
+    """``images/train_loss.png``, ``eval_loss.png`` and so on: one picture per logged number."""
+    series: dict[str, list[tuple[int, float]]] = {}
+    for row in rows:
+        step = _step_of(row)
+        for name, value in row.items():
+            if isinstance(value, (int, float)) and ("loss" in row or "eval_loss" in row):
+                series.setdefault(name if name.startswith("eval_") else f"train_{name}", []).append((step, value))
+    if not series:
+        return
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    folder = run.local / "images"
+    folder.mkdir(exist_ok=True)
+    for name, points in series.items():
+        figure, axes = plt.subplots(figsize=(8, 5))
+        axes.plot(*zip(*points, strict=True), marker="." if len(points) < 50 else None)
+        axes.set_xlabel("step")
+        axes.set_title(name)
+        axes.grid(alpha=0.3)
+        figure.savefig(folder / f"{name.replace('/', '_per_')}.png", dpi=100)
+        plt.close(figure)

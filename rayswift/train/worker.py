@@ -1,0 +1,188 @@
+"""What each Ray Train worker runs: model, data share, Trainer, checkpoints. Reads top to bottom."""
+
+from __future__ import annotations
+
+import logging
+import os
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from rayswift.data.blocks import BlockRows
+from rayswift.errors import UserError
+from rayswift.train.batches import EpochLoader, Rank, StreamLoader, TokenRows
+from rayswift.train.plan import StepPlan
+from rayswift.train.store import CheckpointStore
+
+if TYPE_CHECKING:
+    from rayswift.train.trainer import StepTrainer
+
+logger = logging.getLogger("rayswift.train")
+
+
+@dataclass(frozen=True)
+class WorkerConfig:
+    """Everything a worker needs; the same on every rank and every attempt.
+
+    Args:
+        args: the command's arguments.
+        plan: the run's steps.
+        model_dir: the model's local folder, or its hub id when nodes fetch it themselves.
+        dtype: ``bfloat16``, ``float16`` or ``float32``.
+        use_gpu: whether workers have accelerators.
+        run_uri: the run directory, a local path or a URI.
+        train: token rows; None when a stream is read through ``get_dataset_shard("train")``.
+        val: validation token rows, or None.
+        resume: the checkpoint to start from, or None.
+        events: the driver's event queue.
+    """
+
+    args: Any
+    plan: StepPlan
+    model: str
+    dtype: str
+    use_gpu: bool
+    run_uri: str
+    train: BlockRows | None
+    val: BlockRows | None
+    resume: str | None
+    events: Any
+
+
+def train_loop(loop_config: dict[str, Any]) -> dict[str, Any]:
+    """The ``train_loop_per_worker`` of Ray Train; every rank returns the run's outcome."""
+    import ray.train
+
+    from rayswift.modeling.loading import one_line
+
+    config: WorkerConfig = loop_config["config"]
+    context = ray.train.get_context()
+    rank = Rank(context.get_world_rank(), context.get_world_size())
+    _prepare_process(config, context.get_local_world_size())
+    store = CheckpointStore(config, rank, context.get_local_rank(), context.get_local_world_size())
+    resume, start_step = store.resume_from()
+    try:
+        trainer = _build_trainer(config, rank, store, start_step)
+    except Exception as error:
+        # What fails before the first step fails again: restarting the group would only cost minutes.
+        logger.exception("the trainer could not be built")
+        return {"user_error" if isinstance(error, UserError) else "error": one_line(error)}
+    if rank.rank == 0:
+        config.events.push.remote({"event": "resume", "step": start_step})
+    trainer.train(resume_from_checkpoint=resume)
+    trainer.save_final()
+    store.close()
+    state = trainer.state
+    return {
+        "global_step": state.global_step,
+        "best_metric": state.best_metric,
+        "best_step": state.best_global_step,
+        "last_step": trainer.last_saved_step if trainer.last_saved_step > 0 else None,
+    }
+
+
+def _prepare_process(config: WorkerConfig, local_world_size: int) -> None:
+    """Threads, DeepSpeed and seeds, before any model is loaded."""
+    import torch
+    from transformers import set_seed
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    if not config.use_gpu:
+        cpus = len(os.sched_getaffinity(0))
+        torch.set_num_threads(max(1, cpus // local_world_size))
+    if config.args.deepspeed:
+        from rayswift.train.deepspeed import prepare_deepspeed
+
+        prepare_deepspeed(config.use_gpu, local_world_size)
+    set_seed(config.args.seed)
+
+
+def _build_trainer(config: WorkerConfig, rank: Rank, store: CheckpointStore, start_step: int) -> StepTrainer:
+    from rayswift.hub import resolve_model
+    from rayswift.modeling.adapters import parameter_info
+    from rayswift.modeling.loading import load_tokenizer
+    from rayswift.train.hf_arguments import hf_training_arguments
+    from rayswift.train.trainer import StepTrainer
+
+    args = config.args
+    # DeepSpeed's ZeRO-3 shards the model while it loads, and learns of it from these arguments: they come first.
+    hf_arguments = hf_training_arguments(
+        args, config.plan, rank.world_size, store.local_dir, config.dtype, config.use_gpu, config.val is not None
+    )
+    model_dir = resolve_model(config.model, revision=args.model_revision, use_hf=args.use_hf, token=args.hub_token)
+    tokenizer = load_tokenizer(model_dir, trust_remote_code=args.trust_remote_code)
+    model = _build_model(config, model_dir)
+    pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
+
+    def push(event: dict[str, Any]) -> None:
+        config.events.push.remote(event)
+
+    val_rows = TokenRows(config.val) if config.val is not None else None
+    if rank.rank == 0:
+        push({"event": "start", "parameter_info": parameter_info(model), "world_size": rank.world_size})
+    return StepTrainer(
+        model=model,
+        args=hf_arguments,
+        processing_class=tokenizer,
+        eval_dataset=val_rows,
+        loader=_loader(config, rank, pad_token_id, start_step),
+        step_plan=config.plan,
+        val_rows=val_rows,
+        rank=rank,
+        push=push,
+        commit=store.commit,
+        pad_token_id=pad_token_id,
+    )
+
+
+def _build_model(config: WorkerConfig, model_dir: str) -> Any:
+    from rayswift.modeling.adapters import add_lora, freeze_for_full, load_adapter
+    from rayswift.modeling.loading import load_model
+
+    args = config.args
+    model = load_model(
+        model_dir,
+        torch_dtype=_load_dtype(config),
+        attn_impl=args.attn_impl,
+        trust_remote_code=args.trust_remote_code,
+        model_kwargs=args.model_kwargs,
+    )
+    model.config.use_cache = False
+    if args.train_type == "full":
+        freeze_for_full(model, args)
+    elif args.adapters:
+        model = load_adapter(model, args.adapters[0], is_trainable=True)
+    else:
+        model = add_lora(model, args)
+    if args.gradient_checkpointing:
+        # Frozen embeddings give inputs without gradients, and recomputed layers would then have none either.
+        model.enable_input_require_grads()
+    return model
+
+
+def _load_dtype(config: WorkerConfig) -> str:
+    """The dtype weights are kept in.
+
+    Full training keeps float32 master weights: DeepSpeed makes its own from half-precision ones, without it the model
+    is loaded in float32 and computes under autocast (bfloat16 weights would lose updates smaller than 1/256).
+    """
+    if config.args.train_type == "full" and not config.args.deepspeed:
+        return "float32"
+    return config.dtype
+
+
+def _loader(config: WorkerConfig, rank: Rank, pad_token_id: int, start_step: int) -> EpochLoader | StreamLoader:
+    args = config.args
+    if config.train is not None:
+        rows = TokenRows(config.train)
+        return EpochLoader(
+            rows, config.plan, rank, pad_token_id, start_step, args.data_seed, args.train_dataloader_shuffle
+        )
+    import ray.train
+
+    shard = ray.train.get_dataset_shard("train")
+
+    def blocks() -> Any:
+        return shard.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=2)
+
+    return StreamLoader(blocks, config.plan, rank, pad_token_id, start_step)

@@ -1,0 +1,189 @@
+"""Every mistake is one line that names the flag and the mend."""
+
+from __future__ import annotations
+
+import shlex
+
+import pytest
+
+from rayswift.arguments import make_arguments, parse_arguments
+from rayswift.errors import UserError
+
+
+def lines_of(command_line: str) -> list[str]:
+    command, *words = shlex.split(command_line)
+    with pytest.raises(UserError) as error:
+        parse_arguments(command, words)
+    return str(error.value).split("\n")
+
+
+SFT = "sft --model m --dataset d"
+
+
+@pytest.mark.parametrize(
+    ("command_line", "expected"),
+    [
+        # unknown
+        ("sft --hlep", "unknown flag --hlep; did you mean --help?"),
+        (f"{SFT} --lerning_rate 1", "unknown flag --lerning_rate; did you mean --learning_rate?"),
+        (f"{SFT} --xyzzy 1", "unknown flag --xyzzy; rayswift sft --help lists the flags"),
+        (f"{SFT} --lora_d 1", "--lora_d is short for several flags: --lora_dropout, --lora_dtype"),
+        (f"{SFT} --use_galore true", "--use_galore is SWIFT's; RaySwift does not have it yet"),
+        (f"{SFT} --lisa_activated_layers 2", "--lisa_activated_layers is SWIFT's; RaySwift does not have it yet"),
+        (
+            f"{SFT} --group_by_length true",
+            "--group_by_length is SWIFT's; in RaySwift use --train_sampling_strategy group_by_length",
+        ),
+        (f"{SFT} --rlhf_type dpo", "--rlhf_type is no flag of rayswift sft, but of rayswift rlhf"),
+        (f"{SFT} --seed 1 stray", "unexpected 'stray': a value with spaces needs quotes"),
+        (f"{SFT} --seed 1 2", "unexpected '2': a value with spaces needs quotes"),
+        ("sft -model m --dataset d", "-model: flags start with two hyphens, --model"),
+        ("sft \u2014model m --dataset d", "\u2014model: flags start with two hyphens, --model"),
+        # values
+        (
+            f"{SFT} --torch_dtype int7",
+            "--torch_dtype int7: choose from bfloat16, float16, float32, for example --torch_dtype bfloat16",
+        ),
+        (
+            f"{SFT} --deepspeed zero9",
+            "--deepspeed zero9: choose from zero0, zero1, zero2, zero3, zero2_offload, zero3_offload, "
+            "or give JSON or the path of a .json file, for example --deepspeed zero2",
+        ),
+        (f"{SFT} --deepspeed conf/ds.json", "--deepspeed conf/ds.json: no such file, for example --deepspeed zero2"),
+        (f"{SFT} --deepspeed '{{bad'", "--deepspeed {bad: not valid JSON"),
+        (
+            f"{SFT} --train_type adalora",
+            "--train_type adalora: SWIFT has it, RaySwift does not have it yet; choose from lora, full",
+        ),
+        (f"{SFT} --max_steps ten", "--max_steps ten: expected a whole number, for example --max_steps 1000"),
+        (f"{SFT} --max_steps 1.5", "--max_steps 1.5: expected a whole number"),
+        (f"{SFT} --max_steps", "--max_steps needs a value, for example --max_steps 1000"),
+        (f"{SFT} --max_steps 0", "--max_steps 0: expected -1"),
+        (f"{SFT} --packing maybe", "--packing maybe: expected true or false"),
+        (f"{SFT} --learning_rate fast", "--learning_rate fast: expected a number, for example --learning_rate 1e-4"),
+        (f"{SFT} --learning_rate nan", "--learning_rate nan: expected a number"),
+        (f"{SFT} --weight_decay -1e-4", "--weight_decay -1e-4: expected a number at least 0"),
+        (f"{SFT} --lr_scheduler_type round", "--lr_scheduler_type round: choose from linear, cosine"),
+        (f"{SFT} --optim sdg", "--optim sdg: choose from adamw_torch"),
+        (f"{SFT} --columns text", "--columns text: expected JSON or the path of a .json file"),
+        (f"{SFT} --columns '[1]'", "--columns [1]: expected a JSON object in braces"),
+        (f"{SFT} --system gone.txt", "--system gone.txt: cannot read this file"),
+        (
+            f"{SFT} --num_workers two",
+            "--num_workers two: expected N or MIN,MAX with 1 <= MIN <= MAX, for example --num_workers 4",
+        ),
+        (f"{SFT} --num_workers 4,1", "--num_workers 4,1: expected N or MIN,MAX"),
+        (f"{SFT} --num_workers 0", "--num_workers 0: expected N or MIN,MAX"),
+        (f"{SFT} --max_length 0", "--max_length 0: expected a whole number at least 1"),
+        (f"{SFT} --lora_rank 0", "--lora_rank 0: expected a whole number at least 1"),
+        (
+            f"{SFT} --per_device_train_batch_size 0",
+            "--per_device_train_batch_size 0: expected a whole number at least 1",
+        ),
+        (f"{SFT} --save_steps 0", "--save_steps 0: expected a number above 0"),
+        (f"{SFT} --split_dataset_ratio 1", "--split_dataset_ratio 1: expected a number at least 0 and below 1"),
+        (f"{SFT} --external_plugins no.py", "--external_plugins no.py: no such file"),
+        ("deploy --model m --port 70000", "--port 70000: expected a whole number at least 1 and at most 65535"),
+        # what is missing
+        ("sft --dataset d", "--model is required"),
+        ("sft --model m", "--dataset is required"),
+        ("infer", "--model or --adapters is required"),
+        ("sample --model m", "--dataset is required"),
+        ("eval --model m", "--eval_dataset is required"),
+        ("export --model m", "nothing to do: give --merge_lora"),
+        # contradictions
+        (f"{SFT} --streaming true", "--streaming true needs --max_steps"),
+        (f"{SFT} --packing true --lazy_tokenize true", "--packing true contradicts --lazy_tokenize true"),
+        (
+            f"{SFT} --streaming true --max_steps 5 --lazy_tokenize true",
+            "--lazy_tokenize true contradicts --streaming true",
+        ),
+        (f"{SFT} --zero_hpz_partition_size 8", "--zero_hpz_partition_size needs --deepspeed zero3"),
+        (f"{SFT} --deepspeed zero2 --zero_hpz_partition_size 8", "--zero_hpz_partition_size needs --deepspeed zero3"),
+        (f"{SFT} --deepspeed zero2 --fsdp full_shard", "--deepspeed contradicts --fsdp"),
+        (
+            f"{SFT} --load_best_model_at_end true --eval_strategy no",
+            "--load_best_model_at_end true contradicts --eval_strategy no",
+        ),
+        (
+            f"{SFT} --load_best_model_at_end true --split_dataset_ratio 0",
+            "contradicts --split_dataset_ratio 0 without --val_dataset",
+        ),
+        (f"{SFT} --load_best_model_at_end true --save_strategy no", "contradicts --save_strategy no"),
+        (f"{SFT} --interleave_prob 0.5 0.5", "--interleave_prob has 2 values but --dataset names 1"),
+        ("sft --model m --dataset a b --interleave_prob 0.5 0.1", "--interleave_prob adds up to 0.6"),
+        (f"{SFT} --fp16 true --torch_dtype bfloat16", "--fp16 true contradicts --torch_dtype bfloat16"),
+        (f"{SFT} --bf16 true --torch_dtype float16", "--bf16 true contradicts --torch_dtype float16"),
+        (f"{SFT} --bf16 true --fp16 true", "--fp16 true contradicts --bf16 true"),
+        (f"{SFT} --warmup_ratio 0.1 --warmup_steps 5", "--warmup_ratio 0.1 contradicts --warmup_steps 5"),
+        (f"{SFT} --train_type full --adapters a", "--adapters contradicts --train_type full"),
+        (
+            f"{SFT} --use_gpu false --resources_per_worker '{{\"GPU\": 1}}'",
+            "--use_gpu false contradicts --resources_per_worker",
+        ),
+        ("infer --model m --merge_lora true", "--merge_lora true needs --adapters"),
+        ("infer --model m --top_logprobs 3", "--top_logprobs needs --logprobs true"),
+        ("deploy --model m --min_replicas 3", "--max_replicas 1 is below --min_replicas 3"),
+        ("export --model m --quant_method awq --quant_bits 4", "--quant_method awq needs --dataset"),
+        ("export --model m --push_to_hub true", "--push_to_hub true needs --hub_model_id"),
+        ("rlhf --model m --dataset d --rlhf_type grpo", "--rlhf_type grpo needs --reward_funcs or --reward_model"),
+        ("rlhf --model m --dataset d --use_vllm true", "--use_vllm true contradicts --rlhf_type dpo"),
+    ],
+)
+def test_one_line_names_the_mend(command_line: str, expected: str) -> None:
+    lines = lines_of(command_line)
+    assert len(lines) == 1, lines
+    assert expected in lines[0]
+
+
+def test_all_mistakes_are_listed_at_once() -> None:
+    lines = lines_of("sft --torch_dtype int7 --lora_rank 0 --streaming --lerning_rate 3")
+    assert [line.split()[0] for line in lines] == [
+        "unknown",
+        "--torch_dtype",
+        "--lora_rank",
+        "--model",
+        "--dataset",
+        "--streaming",
+    ]
+
+
+def test_a_value_that_cannot_be_read_contradicts_nothing() -> None:
+    assert lines_of(f"{SFT} --streaming --max_steps ten") == [
+        "--max_steps ten: expected a whole number, for example --max_steps 1000"
+    ]
+
+
+def test_python_keywords_get_the_same_messages() -> None:
+    with pytest.raises(UserError, match="--lora_rank 0: expected a whole number at least 1"):
+        make_arguments("sft", model="m", dataset=["d"], lora_rank=0)
+    with pytest.raises(UserError, match="unknown flag --modle; did you mean --model"):
+        make_arguments("sft", modle="m", dataset=["d"])
+
+
+@pytest.mark.parametrize(
+    ("words", "warning"),
+    [
+        (
+            "--train_type full --lora_rank 4 --use_dora true",
+            "--lora_rank, --use_dora: no effect with --train_type full",
+        ),
+        ("--freeze_parameters_ratio 0.5", "--freeze_parameters_ratio: no effect with --train_type lora"),
+        ("--packing_length 128", "--packing_length: no effect without --packing true"),
+        ("--split_dataset_ratio 0 --eval_strategy steps", "--eval_strategy steps: no effect without --val_dataset"),
+        ("--use_ray true", "--use_ray is not needed: RaySwift always runs on Ray"),
+        ("--seed 1 --seed 2", "--seed is given more than once: the last one counts"),
+        ("...", "ignored ..."),
+    ],
+)
+def test_harmless_settings_are_warned_about(words: str, warning: str, caplog: pytest.LogCaptureFixture) -> None:
+    parse_arguments("sft", [*SFT.split()[1:], *words.split()])
+    assert warning in caplog.text
+
+
+def test_swift_flags_that_ask_for_nothing_pass() -> None:
+    parse_arguments("sft", [*SFT.split()[1:], "--use_galore", "false", "--vit_lr", "none"])
+
+
+def test_ellipsis_as_a_keyword_is_kept() -> None:
+    assert make_arguments("infer", model="m", response_prefix="...").response_prefix == "..."

@@ -1,0 +1,280 @@
+"""Conversations and their layout as text: no tokenizer needed but for matching."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from rayswift.data.conversation import DropRow, read_conversation
+from rayswift.data.templates import (
+    Piece,
+    RenderOptions,
+    Template,
+    get_template,
+    load_templates,
+    match_template,
+    render_bare,
+    text_of,
+)
+from rayswift.errors import UserError
+
+U, A, S = "user", "assistant", "system"
+
+
+def chat(*turns: tuple[str, str] | tuple[str, str, bool]) -> list[dict[str, Any]]:
+    return [{"role": t[0], "content": t[1], **({"loss": t[2]} if len(t) > 2 else {})} for t in turns]
+
+
+def marked(pieces: list[Piece]) -> str:
+    """The layout as one string, trained stretches between ▮ marks."""
+    shown, trained = "", False
+    for piece in pieces:
+        if piece.text and bool(piece.weight) != trained:
+            shown, trained = shown + "▮", not trained
+        shown += piece.text
+    return shown + ("▮" if trained else "")
+
+
+def bound(name: str) -> Template:
+    return get_template(name).bind("<bos>", "<eos>", adds_bos=False)
+
+
+def layout(name: str, messages: list[dict[str, Any]], tools: Any = None, **options: Any) -> str:
+    template = bound(name)
+    return marked(template.render(read_conversation(messages, tools, template.agent), RenderOptions(**options)))
+
+
+def prompt(name: str, messages: list[dict[str, Any]], **options: Any) -> str:
+    template = bound(name)
+    return text_of(template.render_prompt(read_conversation(messages), RenderOptions(**options)))
+
+
+ONE = chat((U, "Q"), (A, "R"))
+TWO = chat((S, "SYS"), (U, "q1"), (A, "r1"), (U, "q2"), (A, "r2"))
+
+CHATML_ONE = "<|im_start|>user\nQ<|im_end|>\n<|im_start|>assistant\n▮R<|im_end|>▮"
+CHATML_TWO = (
+    "<|im_start|>system\nSYS<|im_end|>\n<|im_start|>user\nq1<|im_end|>\n<|im_start|>assistant\n▮r1<|im_end|>▮\n"
+    "<|im_start|>user\nq2<|im_end|>\n<|im_start|>assistant\n▮r2<|im_end|>▮"
+)
+NO_THINK = "<think>\n\n</think>\n\n"
+QWEN3_ONE = f"<|im_start|>user\nQ<|im_end|>\n<|im_start|>assistant\n{NO_THINK}▮R<|im_end|>▮"
+QWEN3_TWO = CHATML_TWO.replace("▮r", f"{NO_THINK}▮r")
+LLAMA3_TURN = "<|start_header_id|>{}<|end_header_id|>\n\n"
+LLAMA3_ONE = f"<|begin_of_text|>{LLAMA3_TURN.format(U)}Q<|eot_id|>{LLAMA3_TURN.format(A)}▮R<|eot_id|>▮"
+LLAMA3_TWO = (
+    f"<|begin_of_text|>{LLAMA3_TURN.format(S)}SYS<|eot_id|>{LLAMA3_TURN.format(U)}q1<|eot_id|>{LLAMA3_TURN.format(A)}"
+    f"▮r1<|eot_id|>▮{LLAMA3_TURN.format(U)}q2<|eot_id|>{LLAMA3_TURN.format(A)}▮r2<|eot_id|>▮"
+)
+LLAMA3_DATE = "Cutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\n"
+DEEPSEEK_TWO = "<bos>SYS<｜User｜>q1<｜Assistant｜>▮r1<eos>▮<｜User｜>q2<｜Assistant｜>▮r2<eos>▮"
+
+
+def with_system(text: str, system: str) -> str:
+    return f"<|im_start|>system\n{system}<|im_end|>\n{text}"
+
+
+@pytest.mark.parametrize(
+    ("name", "one", "two"),
+    [
+        ("chatml", CHATML_ONE, CHATML_TWO),
+        ("qwen", with_system(CHATML_ONE, "You are a helpful assistant."), CHATML_TWO),
+        (
+            "qwen2_5",
+            with_system(CHATML_ONE, "You are Qwen, created by Alibaba Cloud. You are a helpful assistant."),
+            CHATML_TWO,
+        ),
+        (
+            "smollm2",
+            with_system(CHATML_ONE, "You are a helpful AI assistant named SmolLM, trained by Hugging Face"),
+            CHATML_TWO,
+        ),
+        ("qwen3", QWEN3_ONE, QWEN3_TWO),
+        ("qwen3_thinking", CHATML_ONE, CHATML_TWO),
+        ("qwen3_nothinking", CHATML_ONE, CHATML_TWO),
+        ("llama3", LLAMA3_ONE, LLAMA3_TWO),
+        (
+            "llama3_2",
+            LLAMA3_ONE.replace("text|>", f"text|>{LLAMA3_TURN.format(S)}{LLAMA3_DATE}<|eot_id|>", 1),
+            LLAMA3_TWO.replace("SYS", LLAMA3_DATE + "SYS"),
+        ),
+        (
+            "deepseek",
+            "<bos>User: Q\n\nAssistant:▮R<eos>▮",
+            "<bos>SYS\n\nUser: q1\n\nAssistant:▮r1<eos>▮User: q2\n\nAssistant:▮r2<eos>▮",
+        ),
+        ("deepseek_v2_5", "<bos><｜User｜>Q<｜Assistant｜>▮R<eos>▮", DEEPSEEK_TWO),
+        ("deepseek_r1", "<bos><｜User｜>Q<｜Assistant｜>▮R<eos>▮", DEEPSEEK_TWO),
+        (
+            "default",
+            "You are a helpful assistant.\n\n### Human:\nQ\n\n### Assistant:\n▮R<eos>▮",
+            "SYS\n\n### Human:\nq1\n\n### Assistant:\n▮r1▮\n\n### Human:\nq2\n\n### Assistant:\n▮r2<eos>▮",
+        ),
+    ],
+)
+def test_every_family_lays_out_one_and_two_rounds_as_swift_does(name: str, one: str, two: str) -> None:
+    assert layout(name, ONE) == one
+    assert layout(name, TWO) == two
+
+
+def test_the_table_above_covers_every_family() -> None:
+    marks = test_every_family_lays_out_one_and_two_rounds_as_swift_does.pytestmark
+    assert {row[0] for row in marks[0].args[1]} == set(load_templates())
+
+
+@pytest.mark.parametrize(
+    ("loss_scale", "expected"),
+    [
+        ("default", "SYS|q1|▮r1|q2|▮r2"),
+        ("last_round", "SYS|q1|r1|q2|▮r2"),
+        ("all", "▮SYS|▮q1|▮r1|▮q2|▮r2"),
+    ],
+)
+def test_loss_scale_decides_what_is_trained(loss_scale: str, expected: str) -> None:
+    template = bound("chatml")
+    pieces = template.render(read_conversation(TWO), RenderOptions(loss_scale=loss_scale))
+    shown = [("▮" if piece.weight else "") + piece.text for piece in pieces if not piece.literal]
+    assert "|".join(shown) == expected
+    if loss_scale == "all":
+        assert all(piece.weight for piece in pieces)
+
+
+def test_a_loss_flag_on_a_message_overrides_the_loss_scale() -> None:
+    messages = chat((U, "q1"), (A, "r1", True), (U, "q2"), (A, "r2", False))
+    expected = CHATML_TWO.replace("<|im_start|>system\nSYS<|im_end|>\n", "").replace("▮r2<|im_end|>▮", "r2<|im_end|>")
+    assert layout("chatml", messages, loss_scale="last_round") == expected
+    assert layout("chatml", messages) == expected
+
+
+def test_parts_of_one_turn_keep_their_own_loss_flags() -> None:
+    messages = chat((U, "q"), (A, "thought", False), (A, "answer"))
+    assert layout("chatml", messages).endswith("assistant\nthought▮answer<|im_end|>▮")
+
+
+def test_consecutive_messages_of_one_role_are_joined_without_separator() -> None:
+    messages = chat((U, "a"), (U, "b"), (A, "c"), (A, "d"))
+    assert layout("chatml", messages) == CHATML_ONE.replace("Q", "ab").replace("R", "cd")
+
+
+def test_the_system_text_of_the_row_comes_before_the_flag_and_the_flag_before_the_default() -> None:
+    assert layout("qwen2_5", TWO, system="FLAG") == CHATML_TWO
+    assert layout("qwen2_5", ONE, system="FLAG") == with_system(CHATML_ONE, "FLAG")
+    assert layout("qwen2_5", ONE, system="") == CHATML_ONE
+    assert layout("qwen2_5", chat((S, ""), *((m["role"], m["content"]) for m in ONE))) == CHATML_ONE
+
+
+def test_a_conversation_that_starts_with_the_assistant_gets_an_empty_query() -> None:
+    assert layout("chatml", chat((A, "R"))) == CHATML_ONE.replace("Q", "")
+
+
+@pytest.mark.parametrize(
+    ("messages", "tools", "reason"),
+    [
+        ([], None, "no messages"),
+        (chat((U, "q"), (S, "late"), (A, "r")), None, "a system message that is not the first message"),
+        ([{"role": "user", "content": [{"type": "image"}]}], None, "message content is not text"),
+        (chat((U, "q"), ("tool_call", "{}")), None, "tool messages need the agent templates"),
+        (ONE, '[{"name": "f"}]', "tools need the agent templates"),
+    ],
+)
+def test_a_row_that_is_no_conversation_is_dropped_with_the_reason(messages: Any, tools: Any, reason: str) -> None:
+    with pytest.raises(DropRow, match=reason):
+        read_conversation(messages, tools)
+
+
+def test_hybrid_thinking_keeps_thoughts_and_does_not_train_the_empty_block() -> None:
+    thought = chat((U, "q1"), (A, "<think>\na\n</think>\n\nr1"), (U, "q2"), (A, f"{NO_THINK}r2"))
+    shown = layout("qwen3", thought)
+    assert "assistant\n▮<think>\na\n</think>\n\nr1<|im_end|>▮" in shown
+    assert shown.endswith(f"assistant\n{NO_THINK}▮r2<|im_end|>▮")
+
+
+def test_last_round_drops_earlier_thoughts_and_adds_the_empty_block_to_the_last_round_only() -> None:
+    thought = chat((U, "q1"), (A, "<think>\na\n</think>\n\nr1"), (U, "q2"), (A, "r2"))
+    shown = layout("qwen3", thought, loss_scale="last_round")
+    assert "assistant\nr1<|im_end|>" in shown
+    assert shown.count("<think>") == 1
+    assert "<think>" not in layout("qwen3", ONE, add_non_thinking_prefix=False)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "opening"),
+    [
+        ("qwen3", {}, NO_THINK),
+        ("qwen3", {"enable_thinking": True}, ""),
+        ("qwen3", {"enable_thinking": False}, NO_THINK),
+        ("qwen3_thinking", {}, "<think>\n"),
+        ("qwen3_nothinking", {}, ""),
+        ("qwen3", {"response_prefix": "Sure: "}, "Sure: "),
+    ],
+)
+def test_the_prompt_ends_as_the_thinking_mode_asks(name: str, options: dict[str, Any], opening: str) -> None:
+    start = "<|im_start|>user\nQ<|im_end|>\n<|im_start|>assistant\n"
+    assert prompt(name, chat((U, "Q")), **options) == start + opening
+
+
+def test_a_prompt_that_ends_with_an_assistant_message_is_continued() -> None:
+    assert prompt("llama3", ONE) == LLAMA3_ONE.replace("▮", "").removesuffix("<|eot_id|>")
+
+
+def test_tools_are_written_as_the_qwen_models_expect_them() -> None:
+    tool = {"type": "function", "function": {"name": "weather", "parameters": {}}}
+    messages = chat(
+        (U, "q"),
+        ("tool_call", '{"name": "weather", "arguments": "{\\"city\\": \\"北京\\"}"}'),
+        ("tool_call", '{"name": "weather", "arguments": {}}'),
+        ("tool_response", "sunny"),
+        ("tool", "rain"),
+        (A, "R"),
+    )
+    shown = layout("qwen2_5", messages, [tool], loss_scale="last_round")
+    assert "assistant.\n\n# Tools\n\nYou may call" in shown
+    assert '<tools>\n{"type": "function", "function": {"name": "weather", "parameters": {}}}\n</tools>' in shown
+    assert (
+        '▮<tool_call>\n{"name": "weather", "arguments": {"city": "北京"}}\n</tool_call>\n'
+        '<tool_call>\n{"name": "weather", "arguments": {}}\n</tool_call><|im_end|>▮\n<|im_start|>user\n'
+        "<tool_response>\nsunny\n</tool_response>\n<tool_response>\nrain\n</tool_response><|im_end|>\n"
+        "<|im_start|>assistant\n▮R<|im_end|>▮"
+    ) in shown
+
+
+def test_bare_mode_keeps_every_text_in_order() -> None:
+    everything = render_bare(read_conversation(TWO), RenderOptions(loss_scale="all"), "<bos>", "<eos>")
+    assert marked(everything) == "▮<bos>SYSq1r1q2r2<eos>▮"
+    replies = render_bare(read_conversation(TWO), RenderOptions(), "", "<eos>")
+    assert marked(replies) == "SYSq1▮r1▮q2▮r2<eos>▮"
+
+
+def test_an_unknown_template_name_is_answered_with_the_choices() -> None:
+    with pytest.raises(UserError, match=r"--template qwen9: unknown; choose auto or one of chatml, qwen, qwen2_5"):
+        get_template("qwen9")
+
+
+def test_a_template_that_ends_with_eos_needs_one() -> None:
+    with pytest.raises(UserError, match="--template default ends replies with the eos token"):
+        get_template("default").bind(None, None, adds_bos=False)
+
+
+def test_importing_the_templates_loads_no_heavy_library() -> None:
+    heavy = "{'torch', 'ray', 'transformers', 'numpy', 'pyarrow', 'tokenizers'}"
+    code = f"import sys, rayswift.data.templates; sys.exit(repr({heavy} & set(sys.modules)) != 'set()')"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize("name", ["qwen3", "qwen3_thinking", "llama3", "llama3_2", "deepseek_v2_5", "deepseek_r1"])
+def test_a_tokenizer_is_matched_to_the_family_of_its_chat_template(name: str, family_dir: Callable[[str], str]) -> None:
+    from transformers import AutoTokenizer
+
+    matched = match_template(AutoTokenizer.from_pretrained(family_dir(name)))
+    assert matched is not None and matched.name == name
+
+
+@pytest.mark.parametrize("name", ["gemma", "llama2", "phi3", "open_ended", "no_template"])
+def test_other_chat_templates_match_no_family(name: str, family_dir: Callable[[str], str]) -> None:
+    from transformers import AutoTokenizer
+
+    assert match_template(AutoTokenizer.from_pretrained(family_dir(name))) is None

@@ -1,0 +1,100 @@
+"""A merged model computes what base and adapter compute, and is whole or not there."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_models import llama, lora_args, randomise_lora, word_tokenizer
+
+from rayswift.errors import UserError
+from rayswift.modeling.adapters import add_lora, load_adapter
+from rayswift.modeling.loading import add_special_tokens, load_model, load_tokenizer
+from rayswift.modeling.merging import merge_adapter
+
+IDS = torch.arange(3, 40)[None]
+
+
+@pytest.fixture
+def base_and_adapter(tmp_path: Path) -> tuple[str, str]:
+    """A base model folder and a checkpoint folder as a LoRA run leaves it (no tokenizer, but args.json)."""
+    llama().save_pretrained(tmp_path / "base")
+    word_tokenizer().save_pretrained(tmp_path / "base")
+    model = add_lora(llama(), lora_args())
+    randomise_lora(model)
+    model.save_pretrained(tmp_path / "checkpoint-3")
+    (tmp_path / "checkpoint-3" / "args.json").write_text(json.dumps({"template": "chatml"}))
+    return str(tmp_path / "base"), str(tmp_path / "checkpoint-3")
+
+
+def test_merged_logits_equal_base_plus_adapter(base_and_adapter: tuple[str, str]) -> None:
+    base, adapter = base_and_adapter
+    merged = merge_adapter(adapter, base)
+    assert merged == adapter + "-merged"
+    with torch.no_grad():
+        expected = load_adapter(load_model(base, torch_dtype="float32"), adapter).eval()(IDS).logits
+        found = load_model(merged, torch_dtype="float32").eval()(IDS).logits
+        plain = load_model(base, torch_dtype="float32").eval()(IDS).logits
+    assert torch.allclose(found, expected, atol=1e-5, rtol=0)
+    assert (found - plain).abs().max() > 1e-2  # the adapter does something
+
+
+def test_merged_folder_holds_all_that_serving_needs(base_and_adapter: tuple[str, str]) -> None:
+    base, adapter = base_and_adapter
+    merged = Path(merge_adapter(adapter, base, torch_dtype="bfloat16"))
+    assert {path.name for path in merged.iterdir()} >= {
+        "config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
+        "chat_template.jinja", "args.json",
+    }  # fmt: skip
+    assert load_tokenizer(str(merged)).chat_template == word_tokenizer().chat_template
+    assert json.loads((merged / "config.json").read_text())["dtype"] == "bfloat16"
+    assert not [path for path in merged.parent.iterdir() if path.name.startswith(".")]
+
+
+def test_a_whole_merged_model_is_reused_and_a_broken_or_old_one_replaced(base_and_adapter: tuple[str, str]) -> None:
+    base, adapter = base_and_adapter
+    weights = Path(merge_adapter(adapter, base)) / "model.safetensors"
+    first = weights.stat()
+    merge_adapter(adapter, base)
+    assert weights.stat() == first
+    weights.write_bytes(weights.read_bytes()[:-10])
+    merge_adapter(adapter, base)
+    assert weights.stat().st_size == first.st_size
+    second = weights.stat().st_ino
+    newer = weights.stat().st_mtime + 60
+    os.utime(Path(adapter) / "adapter_model.safetensors", (newer, newer))
+    merge_adapter(adapter, base)
+    assert weights.stat().st_ino != second
+
+
+def test_a_folder_of_the_user_is_never_replaced(base_and_adapter: tuple[str, str], tmp_path: Path) -> None:
+    base, adapter = base_and_adapter
+    before = sorted(os.listdir(base))
+    with pytest.raises(UserError, match="--output_dir"):
+        merge_adapter(adapter, base, output_dir=base)
+    assert sorted(os.listdir(base)) == before
+    assert merge_adapter(adapter, base, output_dir=str(tmp_path / "new" / "place")) == str(tmp_path / "new" / "place")
+
+
+def test_new_special_tokens_of_the_run_are_part_of_the_merged_model(
+    base_and_adapter: tuple[str, str], tmp_path: Path
+) -> None:
+    base, _ = base_and_adapter
+    tokenizer = load_tokenizer(base)
+    model = load_model(base, torch_dtype="float32")
+    add_special_tokens(model, tokenizer, ["<a>"])
+    trained = add_lora(model, lora_args(modules_to_save=["embed_tokens"]))
+    trained.save_pretrained(tmp_path / "with-token")
+    merged = merge_adapter(str(tmp_path / "with-token"), base, new_special_tokens=["<a>"])
+    assert load_tokenizer(merged).convert_tokens_to_ids("<a>") == 160
+    assert load_model(merged).get_input_embeddings().weight.shape[0] == 192
+
+
+def test_merging_a_folder_without_adapter_is_refused(base_and_adapter: tuple[str, str]) -> None:
+    base, _ = base_and_adapter
+    with pytest.raises(UserError, match="give it as --model"):
+        merge_adapter(base, base)
+    assert not Path(base + "-merged").exists()
