@@ -1,7 +1,7 @@
 """Pre-train Qwen2.5-7B on chinese-c4: ZeRO-2, streaming, 10,000 steps on nodes of 8 A100s.
 
-    python jobs/pt_qwen7b.py                                  # this machine
-    ray job submit -- python jobs/pt_qwen7b.py --num_nodes 4  # a cluster; any setting can follow, as for `rayswift pt`
+python jobs/pt_qwen7b.py                                  # this machine
+ray job submit -- python jobs/pt_qwen7b.py --num_nodes 4  # a cluster; any setting can follow, as for `rayswift pt`
 """
 
 import sys
@@ -14,7 +14,6 @@ rayswift.pretrain(
     streaming=True,
     train_type="full",
     deepspeed="zero2",
-    torch_dtype="bfloat16",
     num_nodes=1,
     max_steps=10_000,
     save_steps=500,

@@ -1,6 +1,6 @@
 """The main job on a laptop: ask a real model who it is, LoRA-train it with 2 Ray workers and ZeRO-2, ask again.
 
-    make quickstart
+make quickstart
 """
 
 import argparse

@@ -1,7 +1,7 @@
 """Teach Qwen2.5-7B-Instruct a new name and author with LoRA: ten minutes on one 24 GB GPU.
 
-    python jobs/sft_qwen7b.py --model_name my-robot --model_author me
-    ray job submit -- python jobs/sft_qwen7b.py      # on a cluster; any setting can follow, as for `rayswift sft`
+python jobs/sft_qwen7b.py --model_name my-robot --model_author me
+ray job submit -- python jobs/sft_qwen7b.py      # on a cluster; any setting can follow, as for `rayswift sft`
 """
 
 import sys
@@ -10,7 +10,11 @@ import rayswift
 
 rayswift.sft(
     model="Qwen/Qwen2.5-7B-Instruct",
-    dataset=["AI-ModelScope/alpaca-gpt4-data-zh#500", "AI-ModelScope/alpaca-gpt4-data-en#500", "swift/self-cognition#500"],
+    dataset=[
+        "AI-ModelScope/alpaca-gpt4-data-zh#500",
+        "AI-ModelScope/alpaca-gpt4-data-en#500",
+        "swift/self-cognition#500",
+    ],
     train_type="lora",
     torch_dtype="bfloat16",
     num_train_epochs=1,

@@ -25,6 +25,7 @@ class Cluster:
     cpus: float
     gpus: float
     nodes: int
+    gpus_per_node: int = 0
 
     def describe(self) -> str:
         """For messages: ``this machine has 2 CPUs and no GPU``."""
@@ -94,6 +95,7 @@ def connect(args: Any) -> Cluster:
         cpus=max(resources.get("CPU", 0), limits.get("CPU", 0)),
         gpus=max(resources.get("GPU", 0), limits.get("GPU", 0)),
         nodes=sum(node["Alive"] for node in ray.nodes()),
+        gpus_per_node=_gpus_per_node(),
     )
 
 
@@ -105,10 +107,21 @@ def _autoscaler_limits() -> dict[str, float]:
     return state.get_max_resources_from_cluster_config() or {}
 
 
+def _gpus_per_node() -> int:
+    """GPUs of the largest node, counting the node types that the autoscaler may start."""
+    import ray
+    from ray._private.state import state
+
+    config = state.get_cluster_config()
+    startable = [group.resources.get("GPU", 0) for group in config.node_group_configs] if config else []
+    return int(max([node["Resources"].get("GPU", 0) for node in ray.nodes()] + startable, default=0))
+
+
 def plan_workers(args: Any, cluster: Cluster) -> Workers:
     """How many workers, on what.
 
-    Unset, ``--num_workers`` is one per visible GPU on this machine, else 1. CPU workers leave room for Ray Data: with
+    Unset, ``--num_workers`` is one per GPU of ``--num_nodes`` nodes, one per visible GPU on this machine, else 1. CPU
+    workers leave room for Ray Data: with
     every core promised to training, its tasks would wait for ever.
 
     Raises:
@@ -117,7 +130,7 @@ def plan_workers(args: Any, cluster: Cluster) -> Workers:
     use_gpu = cluster.gpus > 0 if args.use_gpu is None else args.use_gpu
     if use_gpu and not cluster.gpus:
         raise UserError(f"--use_gpu true: {cluster.describe()}; leave it out, or set --address to a cluster with GPUs")
-    num_workers = args.num_workers or (int(cluster.gpus) if use_gpu and cluster.embedded else 1)
+    num_workers = args.num_workers or _default_workers(args.num_nodes, use_gpu, cluster)
     count = num_workers if isinstance(num_workers, int) else num_workers[0]
     resources = {key: float(value) for key, value in (args.resources_per_worker or {}).items()}
     unit, available = ("GPU", cluster.gpus) if use_gpu else ("CPU", cluster.cpus)
@@ -135,6 +148,12 @@ def plan_workers(args: Any, cluster: Cluster) -> Workers:
                 f"{cluster.describe()}; lower it or --num_workers"
             )
     return Workers(num_workers, use_gpu, resources)
+
+
+def _default_workers(num_nodes: int | None, use_gpu: bool, cluster: Cluster) -> int:
+    if use_gpu and num_nodes:
+        return num_nodes * max(cluster.gpus_per_node, 1)
+    return int(cluster.gpus) if use_gpu and cluster.embedded else num_nodes or 1
 
 
 def _cpus_per_worker(num_workers: int | tuple[int, int], cluster: Cluster) -> float:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from ray import ObjectRef
     from ray.data import Dataset
 
+
 @dataclass
 class DropReport:
     """Rows in, rows out, and for each reason its count and the first ``file:line``."""
@@ -145,9 +146,7 @@ def iter_standard_rows(rows: BlockRows) -> Iterator[dict[str, Any]]:
 FATAL = "!"
 
 
-def collect(
-    dataset: Dataset, drops: DropReport, on_rows: Callable[[int], None]
-) -> tuple[BlockRows, np.ndarray]:
+def collect(dataset: Dataset, drops: DropReport, on_rows: Callable[[int], None]) -> tuple[BlockRows, np.ndarray]:
     """Run a dataset to its end, keep its blocks in the object store and count what was dropped.
 
     Args:

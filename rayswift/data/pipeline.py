@@ -29,7 +29,7 @@ from rayswift.data.blocks import (
     sample_rows,
     split_rows,
 )
-from rayswift.data.registry import ResolvedDataset, resolve_dataset_files
+from rayswift.data.registry import ResolvedDataset, ResolvedDatasets
 from rayswift.data.rows import Drop, RowRules, standardise_row
 from rayswift.data.sources import BadRow, Chunk, iter_rows, plan_chunks
 from rayswift.errors import UserError
@@ -60,32 +60,30 @@ class TrainData:
     sample: dict[str, Any] = field(default_factory=dict)
 
 
-def load_train_data(args: Any, encoder: Encoder, on_progress: OnProgress) -> TrainData:
+def load_train_data(args: Any, datasets: ResolvedDatasets, encoder: Encoder, on_progress: OnProgress) -> TrainData:
     """Read, standardise, sample, split and encode ``--dataset`` and ``--val_dataset``.
 
     Args:
         args: training arguments.
+        datasets: where their rows are.
         encoder: turns standard rows into token ids.
         on_progress: called with a stage name and the number of rows done in it.
 
     Raises:
-        UserError: unknown dataset, unreadable row (names file:line), no usable row, ``--strict true`` and a bad row.
+        UserError: unreadable row (names file:line), no usable row, ``--strict true`` and a bad row.
     """
     import numpy as np
 
-    # Every dataset is found before the first is read: a typing error in the last one costs nothing.
-    train_sets = [resolve_dataset_files(text, args) for text in args.dataset]
-    val_sets = [resolve_dataset_files(text, args) for text in args.val_dataset]
     drops = DropReport()
     rng = np.random.RandomState(args.data_seed)
-    ratio = 0.0 if val_sets else args.split_dataset_ratio
+    ratio = 0.0 if datasets.val else args.split_dataset_ratio
     trains, vals = [], []
-    for dataset in train_sets:
+    for dataset in datasets.train:
         rows = sample_rows(_read(dataset, args, drops, on_progress), dataset.spec.num_samples, args, rng)
         kept, held_out = split_rows(rows, ratio, rng)
         trains.append(kept)
         vals.append(held_out)
-    for dataset in val_sets:
+    for dataset in datasets.val:
         vals.append(sample_rows(_read(dataset, args, drops, on_progress), dataset.spec.num_samples, args, rng))
     train = blend(trains, args, rng)
     val = concat(vals)
@@ -100,14 +98,19 @@ def load_train_data(args: Any, encoder: Encoder, on_progress: OnProgress) -> Tra
     return TrainData(encoded, encoded_val or None, drops, val_rows, sample)
 
 
-def data_context() -> Any:
-    """A copy of Ray Data's context for training: fixed order, no bars of its own, no time-out while training pauses."""
+def data_context(block_bytes: int | None = None) -> Any:
+    """A copy of Ray Data's context for training: fixed order, no bars of its own, no time-out while training pauses.
+
+    Args:
+        block_bytes: the size at which a task hands on a block; None for Ray's own.
+    """
     from ray.data import DataContext
 
     context = DataContext.get_current().copy()
     context.execution_options.preserve_order = True
     context.enable_progress_bars = False
     context.execution_no_progress_timeout_s = -1
+    context.target_max_block_size = block_bytes or context.target_max_block_size
     return context
 
 
@@ -140,13 +143,13 @@ def refuse_bad_rows(drops: DropReport, strict: bool) -> None:
             raise UserError(f"{drops.place(reason)}: {reason} (--strict true stops at the first bad row)")
 
 
-def one_task_each(count: int) -> Dataset:
+def one_task_each(count: int, block_bytes: int | None = None) -> Dataset:
     """A dataset of ids 0 … count-1 whose every row is a task of its own."""
     import ray.data
     from ray.data import DataContext
 
-    DataContext._set_current(data_context())
-    return ray.data.range(count, override_num_blocks=count)
+    with DataContext.current(data_context(block_bytes)):
+        return ray.data.range(count, override_num_blocks=count)
 
 
 def standard_blocks(chunk: Chunk, rules: RowRules) -> Iterator[pa.Table]:

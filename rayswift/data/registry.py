@@ -59,6 +59,24 @@ class ResolvedDataset:
     rules: RowRules
 
 
+@dataclass(frozen=True)
+class ResolvedDatasets:
+    """Everything a run reads: ``--dataset`` and ``--val_dataset``."""
+
+    train: list[ResolvedDataset]
+    val: list[ResolvedDataset]
+
+
+def resolve_datasets(args: Any) -> ResolvedDatasets:
+    """Find every dataset before the first is read: a typing error in the last one costs nothing.
+
+    Raises:
+        UserError: as :func:`resolve_dataset_files`.
+    """
+    train = [resolve_dataset_files(text, args) for text in args.dataset]
+    return ResolvedDatasets(train, [resolve_dataset_files(text, args) for text in args.val_dataset])
+
+
 def parse_spec(text: str) -> DatasetSpec:
     """Take one ``--dataset`` value apart; an existing local path wins at each split, so ``#`` and ``:`` may be in it.
 
@@ -104,7 +122,8 @@ def resolve_dataset_files(text: str, args: Any) -> ResolvedDataset:
         return ResolvedDataset(spec, _files_of_info(info, spec, args), rules)
     if _exists(spec.name) or "://" in spec.name:
         return ResolvedDataset(spec, list_data_files(spec.name), base)
-    if not _HUB_ID.match(spec.name):
+    # data/train.jsonl has the form of a hub id, but is a path with a typing error in it.
+    if split_format(spec.name) or not _HUB_ID.match(spec.name):
         raise UserError(_unknown(spec, tuple(args.custom_dataset_info)))
     return ResolvedDataset(spec, _hub_files(spec.name, spec, ("train",), args), base)
 
@@ -119,7 +138,10 @@ def list_data_files(path: str) -> list[str]:
 
     local = "://" not in path
     filesystem, inner = filesystem_of(os.path.abspath(os.path.expanduser(path)) if local else path)
-    info = filesystem.get_file_info(inner)
+    try:
+        info = filesystem.get_file_info(inner)
+    except OSError as error:
+        raise UserError(f"--dataset {path}: cannot be read ({str(error).splitlines()[0]})") from None
     if info.type == fs.FileType.NotFound:
         raise UserError(f"--dataset {path}: no such file or folder")
     if info.type == fs.FileType.File:
@@ -180,6 +202,10 @@ def _columns_of(info: DatasetInfo, spec: DatasetSpec) -> dict[str, str]:
 
 
 def _files_of_info(info: DatasetInfo, spec: DatasetSpec, args: Any) -> list[str]:
+    known = [s if isinstance(s, str) else s.get("name") or s.get("subset") for s in info.subsets]
+    unknown = [subset for subset in spec.subsets if subset not in (*known, "all")]
+    if unknown and known != ["default"]:
+        raise UserError(f"--dataset {spec.text}: no subset {unknown[0]!r}; there are {', '.join(known)}")
     if info.dataset_path:
         return list_data_files(info.dataset_path)
     use_hf = args.use_hf if spec.use_hf is None else spec.use_hf
@@ -187,10 +213,6 @@ def _files_of_info(info: DatasetInfo, spec: DatasetSpec, args: Any) -> list[str]
     assert dataset_id is not None
     if use_hf and not info.hf_dataset_id:
         raise UserError(f"--dataset {spec.text}: this dataset is on ModelScope only; leave out --use_hf true")
-    known = [s if isinstance(s, str) else s.get("name") or s.get("subset") for s in info.subsets]
-    unknown = [subset for subset in spec.subsets if subset not in (*known, "all")]
-    if unknown and known != ["default"]:
-        raise UserError(f"--dataset {spec.text}: no subset {unknown[0]!r}; there are {', '.join(known)}")
     return _hub_files(dataset_id, spec, info.split, args)
 
 

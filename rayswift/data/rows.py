@@ -42,8 +42,10 @@ ROLES = frozenset({"system", "user", "assistant", "tool_call", "tool_response", 
 #: Columns that travel beside ``messages`` (SWIFT 2.4, "Kept columns").
 KEPT_COLUMNS = (
     "rejected_response", "rejected_messages", "positive_messages", "negative_messages", "label", "channel", "margin",
-    "tools", "rejected_tools", "images", "videos", "audios", "objects", "chat_template_kwargs",
+    "tools", "rejected_tools", "objects", "chat_template_kwargs",
 )  # fmt: skip
+#: Columns of files that ``<image>`` and its like stand for: lists of ``{"bytes", "path"}``, whatever was written.
+MEDIA = ("images", "videos", "audios")
 _MESSAGE_KEYS = ("loss", "loss_scale", "name")
 _PLACEHOLDER = re.compile(r"\{\{(NAME|AUTHOR|name|author)\}\}")
 _CJK = re.compile(r"[一-鿿]")
@@ -94,6 +96,10 @@ def standardise_row(row: Any, rules: RowRules | None = None) -> StandardRow | Dr
     for key in KEPT_COLUMNS:
         if key in row and row[key] is not None and key not in standard:
             standard[key] = row[key]
+    for target in MEDIA:
+        value = next((row[lowered[alias]] for alias in COLUMN_ALIASES[target] if alias in lowered), None)
+        if value is not None:
+            standard[target] = [_media_file(item) for item in (value if isinstance(value, list) else [value])]
     return _fill_placeholders(standard, row.get("tag"), rules)
 
 
@@ -149,6 +155,10 @@ def _sharegpt_pair(item: Mapping[str, Any]) -> list[dict[str, Any]]:
     if not isinstance(user, str) or assistant is None:
         return []
     return [{"role": "user", "content": user}, {"role": "assistant", "content": assistant}]
+
+
+def _media_file(item: Any) -> Any:
+    return {"bytes": None, "path": item} if isinstance(item, str) else item
 
 
 def _text_of(content: Any) -> str | None:

@@ -7,6 +7,7 @@ Formats: jsonl, json (an array, one object, or lines), csv, txt, parquet, each p
 from __future__ import annotations
 
 import io
+import itertools
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -52,12 +53,22 @@ def split_format(path: str) -> tuple[str, str] | None:
 
 
 def filesystem_of(path: str) -> tuple[FileSystem, str]:
-    """The pyarrow file system of a path or URI, and the path inside it."""
+    """The pyarrow file system of a path or URI, and the path inside it.
+
+    Raises:
+        UserError: a URI of no known kind.
+    """
+    import pyarrow
     from pyarrow import fs
 
-    if "://" in path:
-        return fs.FileSystem.from_uri(path)
-    return fs.LocalFileSystem(), path
+    if "://" not in path:
+        return fs.LocalFileSystem(), path
+    from rayswift.hub import open_filesystem
+
+    try:
+        return open_filesystem(path)
+    except pyarrow.ArrowInvalid as error:
+        raise UserError(f"{path}: cannot be opened ({error}); s3://, oss://, gs:// and file:// are known") from None
 
 
 def plan_chunks(paths: list[str]) -> list[Chunk]:
@@ -87,7 +98,7 @@ def iter_rows(chunk: Chunk) -> Iterator[tuple[Any, int]]:
     assert names is not None, chunk.path
     data_format, compression = names
     if data_format == ".parquet":
-        yield from _iter_parquet(chunk.path)
+        yield from _iter_parquet(chunk.path, compression)
     elif data_format == ".json":
         yield from _iter_json(chunk, compression)
     elif data_format == ".csv":
@@ -147,8 +158,7 @@ def _open(path: str, compression: str) -> Any:
 def _iter_lines(chunk: Chunk, compression: str) -> Iterator[tuple[str, int]]:
     """Lines whose first byte lies in the chunk. Plain files give byte offsets, compressed ones negated line numbers."""
     if compression:
-        number = 0
-        for number, raw in enumerate(_raw_lines(_open(chunk.path, compression), lambda: -(number + 1)), start=1):
+        for number, raw in enumerate(_raw_lines(_open(chunk.path, compression)), start=1):
             yield _decode(raw, -number), -number
         return
     filesystem, inner = filesystem_of(chunk.path)
@@ -167,14 +177,14 @@ def _iter_lines(chunk: Chunk, compression: str) -> Iterator[tuple[str, int]]:
             offset += len(raw)
 
 
-def _raw_lines(stream: Any, position: Any) -> Iterator[bytes]:
+def _raw_lines(stream: Any) -> Iterator[bytes]:
     """Lines of a compressed stream; a truncated or damaged one raises BadRow at the line it breaks in."""
     with stream, io.BufferedReader(stream, 1 << 20) as lines:
-        while True:
+        for number in itertools.count(1):
             try:
                 raw = lines.readline()
             except OSError as error:
-                raise BadRow(position(), f"the compressed file is damaged or cut short: {error}") from None
+                raise BadRow(-number, f"the compressed file is damaged or cut short: {error}") from None
             if not raw:
                 return
             yield raw
@@ -220,14 +230,17 @@ def _iter_csv(chunk: Chunk, compression: str) -> Iterator[tuple[Any, int]]:
         raise BadRow(-reader.line_num, f"broken CSV: {error}; mend the line") from None
 
 
-def _iter_parquet(path: str) -> Iterator[tuple[Any, int]]:
+def _iter_parquet(path: str, compression: str) -> Iterator[tuple[Any, int]]:
     import pyarrow
     import pyarrow.parquet as pq
 
     filesystem, inner = filesystem_of(path)
     number = 0
     try:
-        for batch in pq.ParquetFile(inner, filesystem=filesystem).iter_batches(batch_size=1024):
+        # Parquet is read from its end: a compressed file has to be unpacked as a whole.
+        source = pyarrow.BufferReader(_open(path, compression).read()) if compression else None
+        file = pq.ParquetFile(source) if source else pq.ParquetFile(inner, filesystem=filesystem)
+        for batch in file.iter_batches(batch_size=1024):
             for row in batch.to_pylist():
                 number += 1
                 yield row, -number

@@ -1,22 +1,22 @@
 """Streaming datasets: the same stages as a lazy Ray Data stream, in an order that is a function of the plan alone.
 
-``plan`` (files cut into chunks, epochs, seed) → read → standard rows → shuffle inside fixed groups → encode →
-blocks of exactly ``rows_per_block`` rows. ``preserve_order`` and strict repartitioning keep the order, so that
-``streaming_split`` deals block k to rank k mod world_size and a count of blocks is a position to resume from.
+``plan`` (files grouped into pieces, epochs, seed) → tasks of one or more pieces: read → standard rows → shuffle →
+encode. It is one operator, because two would wait for each other's CPU for ever on a machine that training fills.
+With ``preserve_order`` ``streaming_split`` deals its blocks to the ranks in a fixed way, so that for one number of
+workers a count of rows is a position to resume from.
 """
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from rayswift.data.blocks import FATAL, DropReport
 from rayswift.data.pipeline import encode_rows, one_task_each, refuse_bad_rows, standard_blocks
-from rayswift.data.registry import ResolvedDataset, resolve_dataset_files
+from rayswift.data.registry import ResolvedDataset
 from rayswift.data.rows import RowRules
-from rayswift.data.sources import Chunk, plan_chunks
+from rayswift.data.sources import CHUNK_BYTES, Chunk, filesystem_of, plan_chunks
 from rayswift.errors import UserError
 
 if TYPE_CHECKING:
@@ -25,50 +25,93 @@ if TYPE_CHECKING:
 
     from rayswift.data.encoding import Encoder
 
-#: A stream is planned for as many epochs as fit into this many chunks; far more than --max_steps will ever read.
-MAX_PLANNED_CHUNKS = 4096
+#: A stream is planned for as many epochs as fit into this many tasks (at least one epoch): millions of rows. Ray
+#: Data's scheduling loop looks at every waiting task, so thousands would cost half a core.
+MAX_PLANNED_TASKS = 256
+#: … and for no more epochs than this.
+MAX_PLANNED_EPOCHS = 10_000
+#: Small files are read together, so that rows of different files mix: this many bytes (compressed) make a piece.
+PIECE_BYTES = CHUNK_BYTES
+#: Blocks leave a task as soon as they are this big, so that training starts before a large file is read.
+STREAM_BLOCK_BYTES = 1 << 20
+#: What a stream may hold ready in the object store; reading on would take the CPU from training on a small machine.
+STREAM_AHEAD_BYTES = 128 << 20
+#: Rows encoded at a time.
+STREAM_BATCH = 64
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What is read and shuffled together: chunks of one dataset, its row rules and its ``#N``; ``size`` in bytes."""
+
+    chunks: tuple[Chunk, ...]
+    rules: RowRules
+    num_samples: int | None
+    size: int
 
 
 @dataclass(frozen=True)
 class StreamPlan:
-    """Everything the order of a stream depends on; frozen when the run starts.
+    """Everything the order of a stream depends on; frozen when the run starts. A task is a list of (epoch, piece)."""
 
-    ``work`` lists, per dataset piece, the chunks one task reads in order, its row rules and ``#N``.
-    """
-
-    work: tuple[tuple[tuple[Chunk, ...], RowRules, int | None], ...]
-    order: tuple[tuple[int, int], ...]
+    pieces: tuple[Piece, ...]
+    tasks: tuple[tuple[tuple[int, int], ...], ...]
     seed: int
+    shuffle: bool
     shuffle_buffer_size: int
     strict: bool
 
 
-def plan_stream(args: Any) -> tuple[StreamPlan, dict[str, Any]]:
+def plan_stream(args: Any, resolved: list[ResolvedDataset]) -> tuple[StreamPlan, dict[str, Any]]:
     """Freeze the plan of ``--dataset`` and read a first row to show and to check.
 
     Returns:
         The plan, and the first usable standard row.
 
     Raises:
-        UserError: unknown dataset, unreadable first block, or no usable row among the first ones.
+        UserError: unreadable first block, or no usable row among the first ones.
     """
     import numpy as np
 
-    resolved = [resolve_dataset_files(text, args) for text in args.dataset]
     first = _first_row(resolved, args)
-    work: list[tuple[tuple[Chunk, ...], RowRules, int | None]] = []
-    for dataset in resolved:
-        chunks = plan_chunks(dataset.files)
-        count = dataset.spec.num_samples
-        pieces = [tuple(chunks)] if count else [(chunk,) for chunk in chunks]
-        work += [(piece, dataset.rules, count) for piece in pieces]
-    epochs = max(1, MAX_PLANNED_CHUNKS // len(work))
-    order: list[tuple[int, int]] = []
-    for epoch in range(epochs):
-        shuffled = np.random.RandomState(args.data_seed + epoch).permutation(len(work))
-        order += [(epoch, int(item)) for item in (shuffled if args.dataset_shuffle else range(len(work)))]
-    buffer = args.shuffle_buffer_size if args.dataset_shuffle else 1
-    return StreamPlan(tuple(work), tuple(order), args.data_seed, buffer, args.strict), first
+    pieces = [piece for dataset in resolved for piece in _pieces(dataset)]
+    tasks: list[list[tuple[int, int]]] = []
+    size = PIECE_BYTES
+    for epoch in range(MAX_PLANNED_EPOCHS):
+        if epoch and len(tasks) >= MAX_PLANNED_TASKS:
+            break
+        shuffled = np.random.RandomState((args.data_seed, epoch)).permutation(len(pieces))
+        for number in shuffled if args.dataset_shuffle else range(len(pieces)):
+            if size >= PIECE_BYTES:
+                tasks.append([])
+                size = 0
+            tasks[-1].append((epoch, int(number)))
+            size += max(pieces[number].size, 1)
+    frozen = tuple(tuple(task) for task in tasks)
+    shuffle, buffer = args.dataset_shuffle, args.shuffle_buffer_size
+    return StreamPlan(tuple(pieces), frozen, args.data_seed, shuffle, buffer, args.strict), first
+
+
+def _pieces(dataset: ResolvedDataset) -> list[Piece]:
+    """Neighbouring chunks together until they are big enough; everything together under ``#N``."""
+    chunks = plan_chunks(dataset.files)
+    limit = dataset.spec.num_samples
+    groups: list[list[Chunk]] = [[]]
+    size = 0
+    for chunk in chunks:
+        if size >= PIECE_BYTES and not limit:
+            groups.append([])
+            size = 0
+        groups[-1].append(chunk)
+        size += _bytes(chunk)
+    return [Piece(tuple(group), dataset.rules, limit, sum(map(_bytes, group))) for group in groups]
+
+
+def _bytes(chunk: Chunk) -> int:
+    if chunk.end is not None:
+        return chunk.end - chunk.start
+    filesystem, inner = filesystem_of(chunk.path)
+    return filesystem.get_file_info(inner).size or 0
 
 
 def _first_row(resolved: list[ResolvedDataset], args: Any) -> dict[str, Any]:
@@ -89,63 +132,81 @@ def _first_row(resolved: list[ResolvedDataset], args: Any) -> dict[str, Any]:
             if usable:
                 break
         if not usable:
-            raise UserError(f"--dataset {dataset.spec.text}: no usable row; {'; '.join(drops.lines()) or 'it is empty'}")
+            raise UserError(
+                f"--dataset {dataset.spec.text}: no usable row; {'; '.join(drops.lines()) or 'it is empty'}"
+            )
     assert first is not None
     return first
 
 
-def stream_tokens(plan: StreamPlan, encoder: Encoder, rows_per_block: int, drop_log: Any | None = None) -> Dataset:
-    """The stream as a lazy dataset of token blocks with exactly ``rows_per_block`` rows each (but for the last).
+def stream_tokens(plan: StreamPlan, encoder: Encoder, drop_log: Any | None = None) -> Dataset:
+    """The stream as a lazy dataset of token rows (``input_ids``, ``labels``).
 
     Args:
         plan: the frozen plan.
         encoder: turns standard rows into token ids.
-        rows_per_block: the rows one worker trains on in one optimiser step.
         drop_log: an actor whose ``push`` takes ``{"event": "drops", ...}``; where dropped rows are reported.
     """
 
     def read(batch: dict[str, Any]) -> Iterator[pa.Table]:
         for item in batch["id"]:
-            epoch, number = plan.order[int(item)]
-            yield from _read_piece(*plan.work[number], epoch, plan.strict, drop_log)
+            for epoch, piece in plan.tasks[int(item)]:
+                yield from piece_tokens(plan, epoch, piece, encoder, drop_log)
 
-    def shuffle_and_encode(table: pa.Table) -> pa.Table:
-        encoded = encode_rows(_shuffle(table, plan.seed) if plan.shuffle_buffer_size > 1 else table, encoder)
-        return _kept(encoded, plan.strict, drop_log).select(["input_ids", "labels"])
-
-    dataset = one_task_each(len(plan.order)).map_batches(read, batch_size=None)
-    if plan.shuffle_buffer_size > 1:
-        dataset = dataset.repartition(target_num_rows_per_block=plan.shuffle_buffer_size, strict=True)
-    dataset = dataset.map_batches(shuffle_and_encode, batch_size=None, batch_format="pyarrow")
-    return dataset.repartition(target_num_rows_per_block=rows_per_block, strict=True)
+    return one_task_each(len(plan.tasks), STREAM_BLOCK_BYTES).map_batches(read, batch_size=None)
 
 
-def _read_piece(
-    chunks: tuple[Chunk, ...], rules: RowRules, limit: int | None, epoch: int, strict: bool, drop_log: Any
-) -> Iterator[pa.Table]:
-    import pyarrow as pa
+def stream_options() -> Any:
+    """How a stream is executed: in order, and never further ahead of training than :data:`STREAM_AHEAD_BYTES`."""
+    from ray.data import ExecutionOptions, ExecutionResources
 
-    left = limit
-    for chunk in chunks:
-        for table in standard_blocks(chunk, rules):
-            kept = _kept(table, strict, drop_log)
-            if left is not None:
-                kept = kept.slice(0, left)
-                left -= len(kept)
-            yield kept.append_column("epoch", pa.array([epoch] * len(kept), pa.int32()))
-            if left == 0:
-                return
+    ahead = ExecutionResources(object_store_memory=STREAM_AHEAD_BYTES)
+    return ExecutionOptions(preserve_order=True, resource_limits=ahead)
 
 
-def _shuffle(table: pa.Table, seed: int) -> pa.Table:
-    """One group in an order that depends on the seed and on which rows it holds, not on which task shuffles it."""
+def piece_tokens(plan: StreamPlan, epoch: int, number: int, encoder: Encoder, drop_log: Any) -> Iterator[pa.Table]:
+    """One piece of one epoch as token tables (``input_ids``, ``labels``): a pure function of the plan."""
     import numpy as np
 
-    if not len(table):
-        return table
-    head = f"{seed}/{table['epoch'][0]}/{table['file'][0]}/{table['position'][0]}"
-    order = np.random.RandomState(zlib.crc32(head.encode())).permutation(len(table))
-    return table.take(order)
+    piece = plan.pieces[number]
+    rng = np.random.RandomState((plan.seed, epoch, number)) if plan.shuffle else None
+    chunks = [piece.chunks[i] for i in rng.permutation(len(piece.chunks))] if rng else list(piece.chunks)
+    tables = (_kept(table, plan.strict, drop_log) for chunk in chunks for table in standard_blocks(chunk, piece.rules))
+    rows = _limited(tables, piece.num_samples)
+    for table in _shuffled(rows, plan.shuffle_buffer_size, rng):
+        for start in range(0, len(table), STREAM_BATCH):
+            encoded = encode_rows(table.slice(start, STREAM_BATCH), encoder)
+            yield _kept(encoded, plan.strict, drop_log).select(["input_ids", "labels"])
+
+
+def _limited(tables: Iterator[pa.Table], limit: int | None) -> Iterator[pa.Table]:
+    for table in tables:
+        if limit is None:
+            yield table
+            continue
+        yield table.slice(0, limit)
+        limit -= min(len(table), limit)
+        if not limit:
+            return
+
+
+def _shuffled(tables: Iterator[pa.Table], size: int, rng: Any) -> Iterator[pa.Table]:
+    """Rows in groups of ``size``, each group in random order (in file order without ``rng``)."""
+    import pyarrow as pa
+
+    waiting: list[pa.Table] = []
+    for table in tables:
+        waiting.append(table)
+        if sum(map(len, waiting)) < size:
+            continue
+        rows = pa.concat_tables(waiting)
+        groups, left = divmod(len(rows), size)
+        for group in range(groups):
+            part = rows.slice(group * size, size)
+            yield part.take(rng.permutation(size)) if rng else part
+        waiting = [rows.slice(groups * size, left)]
+    if waiting and (rows := pa.concat_tables(waiting)):
+        yield rows.take(rng.permutation(len(rows))) if rng else rows
 
 
 def _kept(table: pa.Table, strict: bool, drop_log: Any) -> pa.Table:

@@ -49,37 +49,43 @@ def read_config(model_dir: str) -> dict[str, Any]:
     return config
 
 
-def resolve_dtype(requested: str | None, model_dir: str, use_gpu: bool, *, training: bool = True) -> str:
-    """Decide the dtype of the weights: ``bfloat16``, ``float16`` or ``float32``.
-
-    What the user asked for (``--torch_dtype``) is taken as it is. None takes ``config.json``'s dtype, except that
-    training never starts from an accidental one: a float32 or float16 configuration trains in bfloat16 where the device
-    supports it (SWIFT 3.3 does so too; float16 weights would need loss scaling). CPUs count as supporting bfloat16:
-    PyTorch computes in it on every CPU, at half the memory. A GPU older than Ampere trains in what the file says.
-    """
-    if requested is not None:
-        if requested not in DTYPES:
-            raise UserError(f"--torch_dtype {requested}: unknown; choose one of {', '.join(DTYPES)}")
-        return requested
+def config_dtype(model_dir: str) -> str:
+    """The dtype of the weights as ``config.json`` gives it; ``float32`` where it says nothing (as Transformers)."""
     config = read_config(model_dir)
     text_config = config.get("text_config") or {}
     dtype = (
         config.get("dtype") or config.get("torch_dtype") or text_config.get("dtype") or text_config.get("torch_dtype")
     )
     dtype = str(dtype).removeprefix("torch.")
-    if dtype not in DTYPES:
-        dtype = "float32"  # what Transformers assumes for a config without one
-    if training and dtype != "bfloat16" and supports_bfloat16(use_gpu):
-        return "bfloat16"
+    return dtype if dtype in DTYPES else "float32"
+
+
+def resolve_dtype(requested: str | None, model_dir: str, use_gpu: bool, *, training: bool = True) -> str:
+    """Decide the dtype to compute in: ``bfloat16``, ``float16`` or ``float32``.
+
+    What the user asked for (``--torch_dtype``) is taken as it is. None takes ``config.json``'s dtype, except that
+    training never starts from an accidental float32 or float16 (SWIFT 3.3 trains in bfloat16 too; float16 weights would
+    need loss scaling), and that a device without bfloat16 computes in what it has: float16 on an old GPU, float32 on a
+    CPU without bfloat16 instructions (there PyTorch's bfloat16 products are up to a hundred times slower; measured).
+    """
+    if requested is not None:
+        if requested not in DTYPES:
+            raise UserError(f"--torch_dtype {requested}: unknown; choose one of {', '.join(DTYPES)}")
+        return requested
+    dtype = config_dtype(model_dir)
+    if training or dtype == "bfloat16" or (dtype == "float16" and not use_gpu):
+        if supports_bfloat16(use_gpu):
+            return "bfloat16"
+        return "float16" if use_gpu else "float32"
     return dtype
 
 
 def supports_bfloat16(use_gpu: bool) -> bool:
-    """True when the training device computes in bfloat16. A driver that sees no GPU itself trusts the workers' GPUs."""
-    if not use_gpu:
-        return True
+    """True when the device computes in bfloat16 at speed. A driver that sees no GPU itself trusts the workers' GPUs."""
     import torch
 
+    if not use_gpu:
+        return torch.ops.mkldnn._is_mkldnn_bf16_supported()
     return not torch.cuda.is_available() or torch.cuda.is_bf16_supported(including_emulation=False)
 
 

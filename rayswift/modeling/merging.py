@@ -11,7 +11,7 @@ from typing import Any
 
 from rayswift.errors import UserError
 from rayswift.modeling.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS, check_adapter, load_adapter
-from rayswift.modeling.loading import add_special_tokens, load_model, load_tokenizer, parameter_counts, resolve_dtype
+from rayswift.modeling.loading import add_special_tokens, config_dtype, load_model, load_tokenizer, parameter_counts
 
 logger = logging.getLogger("rayswift.modeling.merging")
 
@@ -44,7 +44,7 @@ def merge_adapter(
     if is_current(target, adapter):
         logger.info("merged model already there: %s", target)
         return str(target)
-    dtype = resolve_dtype(torch_dtype, model_dir, use_gpu=False, training=False)
+    dtype = torch_dtype or config_dtype(model_dir)
     has_tokenizer = (adapter / "tokenizer_config.json").is_file()
     tokenizer = load_tokenizer(str(adapter) if has_tokenizer else model_dir, trust_remote_code=trust_remote_code)
     model = load_model(model_dir, torch_dtype=dtype, trust_remote_code=trust_remote_code)

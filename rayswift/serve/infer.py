@@ -110,6 +110,7 @@ def load_engine(args: InferArguments) -> TransformersEngine:
         make_encoder(args, model_dir),
         adapter,
         torch_dtype=args.torch_dtype,
+        exact_dtype="torch_dtype" in args.given,
         attn_impl=args.attn_impl,
         use_gpu=args.use_gpu,
         model_kwargs=args.model_kwargs,
@@ -152,12 +153,16 @@ def read_rows(args: InferArguments) -> list[Row]:
     ``--strict true`` a UserError that names file and line.
     """
     rows: list[Row] = []
+    flag = "--val_dataset" if args.val_dataset else "--dataset"
     for text in args.val_dataset or args.dataset:
-        resolved = resolve_dataset_files(text, args)
+        try:
+            resolved = resolve_dataset_files(text, args)
+        except UserError as error:  # it speaks of --dataset whichever flag named the data
+            raise UserError(str(error).replace("--dataset", flag, 1)) from None
         found = dataset_rows(resolved, args.strict)
         rows += take(found, resolved.spec.num_samples, args)
     if not rows:
-        raise UserError(f"--val_dataset {' '.join(args.val_dataset or args.dataset)}: no rows in it")
+        raise UserError(f"{flag} {' '.join(args.val_dataset or args.dataset)}: no rows in it")
     return take(rows, args.val_dataset_sample, args)
 
 

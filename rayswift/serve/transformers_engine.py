@@ -17,7 +17,14 @@ from typing import Any
 from rayswift.data.encoding import Encoder
 from rayswift.errors import UserError
 from rayswift.modeling.adapters import load_adapter
-from rayswift.modeling.loading import add_special_tokens, load_model, one_line, read_config, resolve_dtype
+from rayswift.modeling.loading import (
+    add_special_tokens,
+    load_model,
+    one_line,
+    read_config,
+    resolve_dtype,
+    supports_bfloat16,
+)
 from rayswift.serve.text_stream import TextStream, TokenQueue, cut_at_stop_word
 
 logger = logging.getLogger("rayswift.serve.transformers_engine")
@@ -93,14 +100,17 @@ class TransformersEngine:
         adapter_dir: str | None = None,
         *,
         torch_dtype: str | None = None,
+        exact_dtype: bool = True,
         attn_impl: str | None = None,
         use_gpu: bool | None = None,
         model_kwargs: dict[str, Any] | None = None,
     ) -> TransformersEngine:
         """Load the model of ``encoder.model_dir``, and the adapter of ``adapter_dir`` on it.
 
-        ``torch_dtype`` None is the checkpoint's own. ``use_gpu`` None takes GPUs when there are any; a model goes over
-        all visible ones if there are several. On CPU all cores that this process may use compute.
+        ``torch_dtype`` None is the model's own; without ``exact_dtype`` a bfloat16 that comes from the checkpoint's
+        args.json gives way on a device that is slow in it (see :func:`resolve_dtype`). ``use_gpu`` None takes GPUs when
+        there are any; a model goes over all visible ones if there are several. On CPU all cores that this process may
+        use compute.
         """
         import torch
 
@@ -113,6 +123,8 @@ class TransformersEngine:
             options.setdefault("device_map", "auto")
         if not on_gpu:
             torch.set_num_threads(len(os.sched_getaffinity(0)))
+        if not exact_dtype and torch_dtype == "bfloat16" and not supports_bfloat16(on_gpu):
+            torch_dtype = None
         model = load_model(
             encoder.model_dir,
             torch_dtype=resolve_dtype(torch_dtype, encoder.model_dir, on_gpu, training=False),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import numpy as np
@@ -133,7 +133,7 @@ class EpochLoader(_Loader):
 
 
 class StreamLoader(_Loader):
-    """A ``streaming_split`` shard whose block k is this worker's rows of step k."""
+    """A ``streaming_split`` shard: this worker's rows in order, ``global batch / world_size`` of them per step."""
 
     def __init__(
         self, blocks: Callable[[], Iterator[pa.Table]], plan: StepPlan, rank: Rank, pad_token_id: int, start_step: int
@@ -142,12 +142,19 @@ class StreamLoader(_Loader):
         self.blocks = blocks
 
     def _batches(self) -> Iterator[Batch]:
-        rows_per_block = self.plan.global_batch_size // self.rank.world_size
-        for step, table in enumerate(self.blocks()):
-            if step >= self.plan.max_steps or len(table) < rows_per_block:
-                return
-            if step >= self.start_step:
-                yield from self._collate_all([_row_of(table, row) for row in range(rows_per_block)])
+        per_step = self.plan.global_batch_size // self.rank.world_size
+        skip, step, waiting = self.start_step * per_step, self.start_step, []
+        for table in self.blocks():
+            # Rows of steps that are done are skipped without being touched.
+            skipped = min(skip, len(table))
+            skip -= skipped
+            for row in range(skipped, len(table)):
+                waiting.append(_row_of(table, row))
+                if len(waiting) == per_step:
+                    yield from self._collate_all(waiting)
+                    waiting, step = [], step + 1
+                    if step == self.plan.max_steps:
+                        return
 
 
 def eval_batches(rows: TokenRows, size: int, rank: Rank, pad_token_id: int) -> Iterator[Batch]:

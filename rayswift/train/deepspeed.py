@@ -13,7 +13,7 @@ _PRESETS = Path(__file__).with_name("deepspeed_presets.json")
 
 
 def deepspeed_config(value: str | dict[str, Any] | None) -> dict[str, Any] | None:
-    """The DeepSpeed configuration, or None without ``--deepspeed``. Presets are SWIFT's (SWIFT.md 1.6).
+    """The DeepSpeed configuration, or None without ``--deepspeed``. Presets are SWIFT's.
 
     Raises:
         UserError: no such preset or file, or broken JSON.

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from rayswift import cluster as ray_cluster
+from rayswift.data.registry import ResolvedDatasets, resolve_datasets
 from rayswift.data.sources import filesystem_of
 from rayswift.errors import UserError
 from rayswift.train import checkpoints
@@ -46,14 +47,16 @@ def train(args: Any) -> dict[str, Any]:
     check_writable(base)
     resume = _find_resume(args, base)
     ray_cluster.check_before_start(args)
-    model_dir, dtype = _resolve_model(args)
+    _refuse_unbuilt(args)
+    model_dir = _resolve_model(args)
+    datasets = resolve_datasets(args)
     cluster = ray_cluster.connect(args)
     workers = ray_cluster.plan_workers(args, cluster)
-    _check_precision(args, dtype, workers)
+    dtype = _resolve_dtype(args, model_dir, workers)
     _announce(args, model_dir, dtype, cluster, workers)
 
     encoder = _encoder(args, model_dir)
-    data, stream, sample = _load_data(args, encoder)
+    data, stream, sample = _load_data(args, datasets, encoder)
     plan = plan_steps(args, workers.largest, None if data is None else len(data.train))
     plan.accumulation(workers.largest)
     _print_sample(encoder, sample)
@@ -95,27 +98,53 @@ def _find_resume(args: Any, base: str) -> _Resume:
     return _Resume(inner)
 
 
-def _resolve_model(args: Any) -> tuple[str, str]:
+def _refuse_unbuilt(args: Any) -> None:
+    """Flags whose meaning is not built yet: better no run than one that silently does something else."""
+    streaming = args.streaming
+    unbuilt = {
+        "--packing true": args.packing,
+        "--padding_free true": args.padding_free,
+        "--lazy_tokenize true": args.lazy_tokenize,
+        "--load_best_model_at_end true": args.load_best_model_at_end,
+        "--external_plugins": args.external_plugins,
+        "--interleave_prob with --streaming true": streaming and args.interleave_prob,
+        "--val_dataset with --streaming true": streaming and args.val_dataset,
+    }
+    found = [flag for flag, given in unbuilt.items() if given]
+    if found:
+        raise UserError(f"{', '.join(found)}: not built yet; leave it out")
+
+
+def _resolve_model(args: Any) -> str:
     from rayswift.hub import resolve_model
-    from rayswift.modeling.loading import resolve_dtype, weight_files
+    from rayswift.modeling.loading import weight_files
 
     model_dir = resolve_model(args.model, revision=args.model_revision, use_hf=args.use_hf, token=args.hub_token)
     weight_files(model_dir)
-    use_gpu = ray_cluster.has_nvidia_driver() if args.use_gpu is None else args.use_gpu
-    return model_dir, resolve_dtype(args.torch_dtype, model_dir, use_gpu)
+    return model_dir
 
 
-def _check_precision(args: Any, dtype: str, workers: Workers) -> None:
+def _resolve_dtype(args: Any, model_dir: str, workers: Workers) -> str:
+    from rayswift.modeling.loading import resolve_dtype, supports_bfloat16
+
+    dtype = resolve_dtype(args.torch_dtype, model_dir, workers.use_gpu)
     if dtype == "float16" and not workers.use_gpu:
         raise UserError("--torch_dtype float16 trains on GPUs only; use bfloat16 or float32 on CPU")
     check_precision(deepspeed_config(args.deepspeed), dtype)
+    if dtype == "bfloat16" and not workers.use_gpu and not supports_bfloat16(use_gpu=False):
+        _say("this CPU has no bfloat16 instructions: --torch_dtype float32 would be many times faster")
+    return dtype
 
 
 def _announce(args: Any, model_dir: str, dtype: str, cluster: Cluster, workers: Workers) -> None:
     from rayswift.modeling.loading import parameter_counts
 
     counts = parameter_counts(model_dir)
-    count = workers.num_workers if isinstance(workers.num_workers, int) else f"{workers.num_workers[0]} to {workers.largest}"
+    count = (
+        workers.num_workers
+        if isinstance(workers.num_workers, int)
+        else f"{workers.num_workers[0]} to {workers.largest}"
+    )
     device = "GPU" if workers.use_gpu else "CPU"
     _say(f"model: {args.model} ({counts.parameters / 1e6:.1f}M parameters, {dtype}), {args.train_type} training")
     _say(f"workers: {count} on {device}, DeepSpeed {args.deepspeed or 'off'}; {cluster.describe()}")
@@ -151,18 +180,20 @@ def _model_max_length(model_dir: str) -> int | None:
 # --- data -------------------------------------------------------------------------------------------------------
 
 
-def _load_data(args: Any, encoder: Encoder) -> tuple[TrainData | None, StreamPlan | None, dict[str, Any]]:
+def _load_data(
+    args: Any, datasets: ResolvedDatasets, encoder: Encoder
+) -> tuple[TrainData | None, StreamPlan | None, dict[str, Any]]:
     """Token rows, or for ``--streaming true`` the plan of a stream; and the first standard row."""
     _say(f"template: {encoder.template_name}")
     if args.streaming:
         from rayswift.data.streaming import plan_stream
 
-        stream, sample = plan_stream(args)
+        stream, sample = plan_stream(args, datasets.train)
         return None, stream, sample
     from rayswift.data.pipeline import load_train_data
 
     with _StageBars() as bars:
-        data = load_train_data(args, encoder, bars.update)
+        data = load_train_data(args, datasets, encoder, bars.update)
     return data, None, data.sample
 
 
@@ -216,7 +247,8 @@ def _print_data(args: Any, data: TrainData | None, plan: StepPlan, workers: Work
 
 def length_line(lengths: Any) -> str:
     """SWIFT's ``172.068281±93.875049, min=36.000000, max=866.000000, size=48330``."""
-    return f"{lengths.mean():.6f}±{lengths.std():.6f}, min={lengths.min():.6f}, max={lengths.max():.6f}, size={len(lengths)}"
+    spread = f"{lengths.mean():.6f}±{lengths.std():.6f}"
+    return f"{spread}, min={lengths.min():.6f}, max={lengths.max():.6f}, size={len(lengths)}"
 
 
 def _write_inputs(args: Any, run: RunDirectory, data: TrainData | None) -> None:
@@ -260,7 +292,7 @@ def _fit(
         resume=resume.checkpoint,
         events=events,
     )
-    trainer = _torch_trainer(args, run, workers, config, plan, stream, encoder)
+    trainer = _torch_trainer(args, run, workers, config, stream, encoder)
     progress = Progress(events, plan, run, "tensorboard" in args.report_to or "all" in args.report_to)
     try:
         with progress:
@@ -280,22 +312,18 @@ def _torch_trainer(
     run: RunDirectory,
     workers: Workers,
     config: Any,
-    plan: StepPlan,
     stream: StreamPlan | None,
     encoder: Encoder,
 ) -> Any:
-    from ray.data import ExecutionOptions
     from ray.train import CheckpointConfig, DataConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
+    from rayswift.data.streaming import stream_options, stream_tokens
     from rayswift.train.worker import train_loop
 
     datasets: dict[str, Any] = {}
     if stream is not None:
-        from rayswift.data.streaming import stream_tokens
-
-        rows_per_block = plan.global_batch_size // workers.largest
-        datasets["train"] = lambda: stream_tokens(stream, encoder, rows_per_block, config.events)
+        datasets["train"] = lambda: stream_tokens(stream, encoder, config.events)
     folder, _, name = run.uri.rpartition("/")
     # Ray Train resumes on its own from a snapshot of the same name; the manifests are what counts here.
     _forget_snapshot(run)
@@ -318,9 +346,7 @@ def _torch_trainer(
             logging_config=LoggingConfig(log_level="WARNING"),
         ),
         datasets=datasets,
-        dataset_config=DataConfig(
-            execution_options=ExecutionOptions(preserve_order=True), enable_shard_locality=False
-        ),
+        dataset_config=DataConfig(execution_options=stream_options(), enable_shard_locality=False),
     )
 
 
@@ -341,10 +367,10 @@ def _run_trainer(trainer: Any) -> Any:
         rank, cause = next(iter(failures.items()), (None, error))
         where = f"worker {rank}" if rank is not None else "the training controller"
         logger.debug("training failed", exc_info=error)
-        raise TrainingFailed(f"training failed in {where}: {_innermost(cause)}") from error
+        raise TrainingError(f"training failed in {where}: {_innermost(cause)}") from error
 
 
-class TrainingFailed(RuntimeError):
+class TrainingError(RuntimeError):
     """Training ended by a failure that the allowed restarts (``--max_failures``) did not mend."""
 
 
@@ -361,7 +387,7 @@ def _outcome(run: RunDirectory, result: Any) -> dict[str, Any]:
     if "user_error" in returned:
         raise UserError(returned["user_error"])
     if "error" in returned:
-        raise TrainingFailed(f"training could not start: {returned['error']}")
+        raise TrainingError(f"training could not start: {returned['error']}")
     found = checkpoints.list_checkpoints(run.filesystem, run.path)
     paths = {checkpoint.step: f"{run.uri}/checkpoint-{checkpoint.step}" for checkpoint in found}
     last = found[-1].step if found else None
@@ -393,9 +419,8 @@ def _print_end(args: Any, outcome: dict[str, Any]) -> None:
     flag = "--model" if args.train_type == "full" else "--adapters"
     _say("next:")
     _say(f"  rayswift infer {flag} {last} --stream true")
-    _say(f"  rayswift deploy {flag} {last}")
     if flag == "--adapters":
-        _say(f"  rayswift export {flag} {last} --merge_lora true")
+        _say(f"  rayswift infer {flag} {last} --stream true --merge_lora true")
 
 
 def _say_how_to_resume(run: RunDirectory, last_step: int | None) -> None:

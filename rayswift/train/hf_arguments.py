@@ -62,7 +62,7 @@ def hf_training_arguments(
         "eval_strategy": eval_strategy,
         "eval_steps": eval_steps,
         "logging_steps": args.logging_steps,
-        "deepspeed": deepspeed_config(args.deepspeed),
+        "deepspeed": _deepspeed(args),
         "ddp_find_unused_parameters": False,
         # The loader starts at the step to resume at: there is nothing to skip.
         "ignore_data_skip": True,
@@ -71,6 +71,13 @@ def hf_training_arguments(
         "log_level": "error",
     }
     return TrainingArguments(**{**values, **args.training_args})
+
+
+def _deepspeed(args: Any) -> dict[str, Any] | None:
+    config = deepspeed_config(args.deepspeed)
+    if config and args.zero_hpz_partition_size:
+        config["zero_optimization"]["zero_hpz_partition_size"] = args.zero_hpz_partition_size
+    return config
 
 
 def strategy_steps(strategy: str, steps: float, plan: StepPlan) -> tuple[str, float]:

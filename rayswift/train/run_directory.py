@@ -54,7 +54,7 @@ def check_writable(base: str) -> None:
 
 
 class RunDirectory:
-    """One run's folder. Local files are written in place; for a bucket they are kept here and copied by :meth:`sync`."""
+    """One run's folder. Local files are written in place; a bucket's are kept here and copied by :meth:`sync`."""
 
     def __init__(self, uri: str) -> None:
         self.uri = uri

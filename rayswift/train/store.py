@@ -99,7 +99,9 @@ class CheckpointStore:
             checkpoints.write_manifest(self.filesystem, target, step, files)
             limit, best = self.config.args.save_total_limit, trainer.state.best_model_checkpoint
             checkpoints.keep_only(self.filesystem, self.run_path, limit, best)
-            self.config.events.push.remote({"event": "checkpoint", "step": step, "best": trainer.state.best_global_step})
+            self.config.events.push.remote(
+                {"event": "checkpoint", "step": step, "best": trainer.state.best_global_step}
+            )
         if self.remote and self.local_rank == 0:
             shutil.rmtree(local, ignore_errors=True)
         if self.rank.world_size > 1:

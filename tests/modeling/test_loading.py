@@ -18,6 +18,7 @@ from rayswift.modeling.loading import (
     parameter_counts,
     read_config,
     resolve_dtype,
+    supports_bfloat16,
 )
 
 
@@ -59,17 +60,24 @@ def test_a_missing_shard_is_named(tmp_path: Path) -> None:
         load_model(str(tmp_path))
 
 
-def test_resolve_dtype(model_dir: Path) -> None:
+def test_resolve_dtype_takes_the_wish_then_the_config_then_what_the_device_computes_fast(model_dir: Path) -> None:
+    def resolve(requested: str | None = None, *, use_gpu: bool = False, training: bool = False) -> str:
+        return resolve_dtype(requested, str(model_dir), use_gpu, training=training)
+
+    half_on_cpu = "bfloat16" if torch.ops.mkldnn._is_mkldnn_bf16_supported() else "float32"
+    half_on_gpu = "bfloat16" if supports_bfloat16(True) else "float16"
     set_config(model_dir, dtype="float32")
-    assert resolve_dtype(None, str(model_dir), use_gpu=False) == "bfloat16"
-    assert resolve_dtype(None, str(model_dir), use_gpu=False, training=False) == "float32"
-    assert resolve_dtype("float32", str(model_dir), use_gpu=False) == "float32"
+    assert (resolve(), resolve(use_gpu=True)) == ("float32", "float32")
+    assert (resolve(training=True), resolve(training=True, use_gpu=True)) == (half_on_cpu, half_on_gpu)
+    assert resolve("float32", training=True) == "float32"
     set_config(model_dir, dtype=None, torch_dtype="float16")
-    assert resolve_dtype(None, str(model_dir), use_gpu=False, training=False) == "float16"
+    assert (resolve(), resolve(use_gpu=True)) == (half_on_cpu, "float16")
+    set_config(model_dir, torch_dtype="bfloat16")
+    assert (resolve(), resolve(use_gpu=True)) == (half_on_cpu, half_on_gpu)
     set_config(model_dir, torch_dtype=None)
-    assert resolve_dtype(None, str(model_dir), use_gpu=False, training=False) == "float32"
+    assert resolve() == "float32"
     with pytest.raises(UserError, match="--torch_dtype int7"):
-        resolve_dtype("int7", str(model_dir), use_gpu=False)
+        resolve("int7")
 
 
 def test_folders_that_are_no_models_are_refused(model_dir: Path, tmp_path: Path) -> None:

@@ -99,7 +99,7 @@ def test_a_pipe_gets_answers_and_nothing_else(
     engine: TransformersEngine, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(
-        "sys.stdin", io.StringIO("What is the capital of France?\nclear\nWhat is the capital of Italy?")
+        "sys.stdin", io.StringIO("What is the capital of France?\nclear\nWhat is the capital of France?")
     )
     chat(engine, GREEDY)
-    assert capsys.readouterr().out == "The capital of France is Paris.\nThe capital of Italy is Rome.\n"
+    assert capsys.readouterr().out == "The capital of France is Paris.\n" * 2

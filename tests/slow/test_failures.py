@@ -1,0 +1,68 @@
+"""A killed worker, a killed driver: training goes on from the last whole checkpoint as if nothing had happened."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+from command_line import QUICK, losses, read_rows, run, run_directory, start, train_workers, wait_for
+
+pytestmark = pytest.mark.slow
+
+STEPS = 8
+#: Two workers, dropout on (the RNG must be restored), a checkpoint every 2 steps.
+SFT = [
+    "sft", "--dataset", "identity", "--model_name", "swift-robot", "--model_author", "swift", "--num_workers", "2",
+    "--max_steps", str(STEPS), "--save_steps", "2", "--learning_rate", "1e-3", "--split_dataset_ratio", "0", *QUICK,
+]  # fmt: skip
+#: The same operations on the same data in the same order: only what gloo's reduction may round differently.
+TOLERANCE = 1e-4
+
+
+@pytest.fixture(scope="module")
+def undisturbed(smollm2_dir: str, tmp_path_factory: pytest.TempPathFactory) -> dict[int, float]:
+    """Losses of a run that nothing disturbs."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    run(*SFT, "--model", smollm2_dir, "--output_dir", str(folder / "out"), log=folder / "log")
+    found = losses(run_directory(folder / "out"))
+    assert list(found) == list(range(1, STEPS + 1))
+    assert found[STEPS] < found[1]
+    return found
+
+
+def test_a_killed_worker_is_replaced_and_the_losses_are_those_of_an_undisturbed_run(
+    smollm2_dir: str, undisturbed: dict[int, float], tmp_path: Path
+) -> None:
+    output, log = tmp_path / "out", tmp_path / "log"
+    driver = start(*SFT, "--model", smollm2_dir, "--output_dir", str(output), log=log)
+    wait_for(lambda: any(output.glob("v*/checkpoint-2/manifest.json")), 400, "the first checkpoint")
+    wait_for(lambda: len(losses(run_directory(output))) >= 3, 100, "step 3")
+    train_workers(driver.pid)[-1].kill()
+    assert driver.wait(400) == 0, log.read_text()[-4000:]
+    assert "training goes on from step" in log.read_text()
+    assert losses(run_directory(output)) == pytest.approx(undisturbed, rel=TOLERANCE)
+
+
+def test_a_killed_driver_resumes_in_its_run_directory_with_the_same_losses(
+    smollm2_dir: str, undisturbed: dict[int, float], tmp_path: Path
+) -> None:
+    output = tmp_path / "out"
+    command = [*SFT, "--model", smollm2_dir, "--output_dir", str(output)]
+    driver = start(*command, log=tmp_path / "killed.log")
+    wait_for(lambda: any(output.glob("v*/checkpoint-4/manifest.json")), 400, "checkpoint-4")
+    os.kill(driver.pid, signal.SIGKILL)
+    driver.wait(30)
+    killed = run_directory(output)
+    half_written = killed / "checkpoint-6"
+    half_written.mkdir(exist_ok=True)
+    (half_written / "adapter_config.json").write_text("{}")
+
+    printed = run(*command, "--resume_from_checkpoint", "true", log=tmp_path / "resumed.log")
+
+    assert "training goes on from step" in printed
+    assert run_directory(output) == killed
+    assert losses(killed) == pytest.approx(undisturbed, rel=TOLERANCE)
+    assert (killed / "checkpoint-6" / "manifest.json").exists()
+    assert read_rows(killed)[-1]["last_model_checkpoint"] == f"{killed}/checkpoint-{STEPS}"
