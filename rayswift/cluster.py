@@ -120,9 +120,8 @@ def _gpus_per_node() -> int:
 def plan_workers(args: Any, cluster: Cluster) -> Workers:
     """How many workers, on what.
 
-    Unset, ``--num_workers`` is one per GPU of ``--num_nodes`` nodes, one per visible GPU on this machine, else 1. CPU
-    workers leave room for Ray Data: with
-    every core promised to training, its tasks would wait for ever.
+    Unset, ``--num_workers`` is one per GPU of ``--num_nodes`` nodes, one per visible GPU on this machine, else 1.
+    Workers leave room for Ray Data: with every core promised to training, its tasks would wait for ever.
 
     Raises:
         UserError: the cluster can never give what is asked.
@@ -139,7 +138,7 @@ def plan_workers(args: Any, cluster: Cluster) -> Workers:
         raise UserError(f"--num_workers {count} needs {count} {unit}s and {cluster.describe()}{least}")
     if use_gpu:
         resources.setdefault("GPU", 1)
-    resources.setdefault("CPU", 1 if use_gpu else _cpus_per_worker(num_workers, cluster))
+    resources.setdefault("CPU", _cpus_per_worker(num_workers, cluster))
     for name, available in (("CPU", cluster.cpus), ("GPU", cluster.gpus)):
         needed = resources.get(name, 0) * count
         if needed > available:
@@ -158,7 +157,7 @@ def _default_workers(num_nodes: int | None, use_gpu: bool, cluster: Cluster) -> 
 
 def _cpus_per_worker(num_workers: int | tuple[int, int], cluster: Cluster) -> float:
     largest = num_workers if isinstance(num_workers, int) else num_workers[1]
-    return min(1.0, max(cluster.cpus - 1, cluster.cpus / 2) // (0.01 * largest) / 100)
+    return min(1.0, int(max(cluster.cpus - 1, cluster.cpus / 2) * 100 / largest) / 100)
 
 
 def node_name() -> str:

@@ -25,18 +25,28 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+from typing import Any, TypeVar
 
 from rayswift.errors import UserError
+from rayswift.hub_clients import (
+    Files,
+    HuggingFace,
+    ModelScope,
+    Source,
+    Uri,
+    explained_error,
+    first_line,
+    is_transient,
+    no_space_error,
+    open_filesystem,
+)
+from rayswift.hub_datasets import choose_data_files
 
-if TYPE_CHECKING:
-    from pyarrow.fs import FileSystem
+__all__ = ["is_remote_uri", "open_filesystem", "resolve_adapter", "resolve_dataset", "resolve_model"]
 
 logger = logging.getLogger("rayswift.hub")
 
 T = TypeVar("T")
-#: What a hub says of a file: its size in bytes (0: not known) and a text that changes with its content.
-Files = dict[str, tuple[int, str]]
 #: Gets the listed paths and a reader of small text files; returns the paths that are wanted.
 Chooser = Callable[[list[str], Callable[[str], str]], list[str]]
 
@@ -120,208 +130,6 @@ def resolve_dataset(
     return [os.path.join(folder, path) for path in chosen]
 
 
-def open_filesystem(uri: str) -> tuple[FileSystem, str]:
-    """The pyarrow file system of a URI and the path inside it.
-
-    ``oss://`` is the S3 API of ``OSS_ENDPOINT`` (or ``AWS_ENDPOINT_URL``) with ``OSS_ACCESS_KEY_ID`` and
-    ``OSS_ACCESS_KEY_SECRET`` (or the AWS ones); ``s3://`` follows the AWS variables, ``AWS_ENDPOINT_URL`` too.
-    """
-    from pyarrow import fs
-
-    scheme, _, path = uri.partition("://")
-    env = os.environ.get
-    endpoint = env("AWS_ENDPOINT_URL_S3") or env("AWS_ENDPOINT_URL")
-    if scheme.lower() == "oss":
-        endpoint = env("OSS_ENDPOINT") or endpoint
-        if not endpoint:
-            raise UserError(f"{uri}: set OSS_ENDPOINT, for example https://oss-cn-hangzhou.aliyuncs.com")
-    elif scheme.lower() != "s3" or not endpoint:
-        return fs.FileSystem.from_uri(uri)
-    protocol, _, host = endpoint.rpartition("://")
-    return fs.S3FileSystem(
-        access_key=env("OSS_ACCESS_KEY_ID") if scheme.lower() == "oss" else None,
-        secret_key=env("OSS_ACCESS_KEY_SECRET") if scheme.lower() == "oss" else None,
-        region=(env("OSS_REGION") if scheme.lower() == "oss" else None) or env("AWS_REGION") or "us-east-1",
-        scheme=protocol or "https",
-        endpoint_override=host.rstrip("/"),
-        # Alibaba's OSS refuses path-style addresses; MinIO and other S3 servers expect them.
-        force_virtual_addressing="aliyuncs.com" in host,
-    ), path.rstrip("/")
-
-
-@dataclass
-class _Source:
-    """A repository at a hub, or a folder under a URI. The subclasses know how to list it and how to fetch files."""
-
-    flag: str
-    kind: str
-    name: str
-    revision: str | None = None
-    token: str | None = field(default=None, repr=False)
-    title: ClassVar[str] = ""
-    #: How to ask the other hub; what to set for another cache folder, and for a mirror.
-    elsewhere: ClassVar[str] = ""
-    cache_variable: ClassVar[str] = "RAYSWIFT_CACHE"
-
-    @property
-    def label(self) -> str:
-        return f"{self.flag} {self.name}"
-
-    def cache_dir(self) -> str:
-        return os.path.expanduser(os.environ.get("RAYSWIFT_CACHE") or "~/.cache/rayswift")
-
-    def offline(self) -> bool:
-        return False
-
-    def listing(self) -> tuple[str, Files]:
-        """The commit (empty where the hub has none) and every file of the repository."""
-        raise NotImplementedError
-
-    def download(self, files: Files) -> str:
-        """Fetch these files whole, or raise; files that are there already are kept. Returns their folder."""
-        raise NotImplementedError
-
-    def cached_folder(self) -> str | None:
-        """The folder that the hub's client has in its cache from elsewhere, without network."""
-        return None
-
-
-class _ModelScope(_Source):
-    title, elsewhere, cache_variable = "ModelScope", "Hugging Face: --use_hf true, or HF::{}", "MODELSCOPE_CACHE"
-    endpoint: str | None = None
-
-    def _api(self) -> Any:
-        # modelscope.hub delegates to this client, and importing it there costs seconds because it imports torch.
-        from modelscope_hub import HubApi, HubConfig
-
-        return HubApi(HubConfig(token=self.token or None, endpoint=self.endpoint))
-
-    def cache_dir(self) -> str:
-        from modelscope_hub import HubConfig
-
-        return str(HubConfig().cache_dir)
-
-    def offline(self) -> bool:
-        return os.environ.get("MODELSCOPE_OFFLINE", "").lower() in ("1", "true", "yes", "on")
-
-    def listing(self) -> tuple[str, Files]:
-        from modelscope_hub import NotExistError
-
-        api = self._api()
-        try:
-            entries = api.list_repo_files(self.name, self.kind, revision=self.revision)
-        except NotExistError:
-            # Not on modelscope.cn: perhaps on modelscope.ai (a configured endpoint is trusted, and comes back).
-            endpoint = api.resolve_endpoint_for_read(self.name, repo_type=self.kind)
-            if endpoint == api.legacy.endpoint:
-                raise
-            self.endpoint = endpoint
-            entries = self._api().list_repo_files(self.name, self.kind, revision=self.revision)
-        blobs = [entry for entry in entries if entry.type != "tree"]
-        return "", {entry.path: (entry.size, entry.sha256 or entry.blob_id or "") for entry in blobs}
-
-    def download(self, files: Files) -> str:
-        wanted = [
-            {"Path": path, "Size": size or None, "Sha256": digest if len(digest) == 64 else None}
-            for path, (size, digest) in files.items()
-        ]
-        return str(self._api().download_repo(self.name, self.kind, revision=self.revision, file_list=wanted))
-
-    def cached_folder(self) -> str | None:
-        from modelscope_hub import CacheNotFound
-
-        try:
-            return str(self._api().download_repo(self.name, self.kind, revision=self.revision, local_files_only=True))
-        except CacheNotFound:
-            return None
-
-
-class _HuggingFace(_Source):
-    title, elsewhere, cache_variable = "Hugging Face", "ModelScope: --use_hf false, or MS::{}", "HF_HOME"
-
-    def _common(self) -> dict[str, Any]:
-        return {"repo_type": self.kind, "revision": self.revision}
-
-    def _endpoint(self) -> dict[str, Any]:
-        return {"endpoint": os.environ.get("HF_ENDPOINT") or None, "token": self.token or None}
-
-    def cache_dir(self) -> str:
-        from huggingface_hub import constants
-
-        # The client's own lock folder, which its cache tools pass over.
-        return os.path.join(constants.HF_HUB_CACHE, ".locks")
-
-    def offline(self) -> bool:
-        from huggingface_hub import constants
-
-        return bool(constants.HF_HUB_OFFLINE)
-
-    def listing(self) -> tuple[str, Files]:
-        from huggingface_hub import HfApi
-        from huggingface_hub.hf_api import RepoFile
-
-        api = HfApi(**self._endpoint())
-        commit = api.repo_info(self.name, **self._common()).sha
-        assert commit is not None
-        entries = api.list_repo_tree(self.name, repo_type=self.kind, revision=commit, recursive=True)
-        blobs = [entry for entry in entries if isinstance(entry, RepoFile)]
-        return commit, {entry.path: (entry.size, entry.lfs.sha256 if entry.lfs else entry.blob_id) for entry in blobs}
-
-    def download(self, files: Files) -> str:
-        from huggingface_hub import snapshot_download
-
-        patterns = [glob.escape(path) for path in files]
-        return snapshot_download(self.name, **self._common(), **self._endpoint(), allow_patterns=patterns)
-
-    def cached_folder(self) -> str | None:
-        from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import LocalEntryNotFoundError
-
-        try:
-            # A pattern that nothing matches: completeness is judged here, for the files that are wanted.
-            return snapshot_download(self.name, **self._common(), local_files_only=True, allow_patterns=["."])
-        except LocalEntryNotFoundError:
-            return None
-
-
-class _Uri(_Source):
-    title = "the file system"
-
-    def listing(self) -> tuple[str, Files]:
-        from pyarrow import fs
-
-        filesystem, root = open_filesystem(self.name)
-        if filesystem.get_file_info(root).type != fs.FileType.Directory:
-            raise UserError(f"{self.label}: no such folder")
-        entries = filesystem.get_file_info(fs.FileSelector(root, recursive=True))
-        blobs = [entry for entry in entries if entry.type == fs.FileType.File]
-        return "", {
-            os.path.relpath(entry.path, root): (entry.size, f"{entry.size}-{entry.mtime_ns}") for entry in blobs
-        }
-
-    def download(self, files: Files) -> str:
-        from concurrent.futures import ThreadPoolExecutor
-
-        filesystem, root = open_filesystem(self.name)
-        folder = os.path.join(self.cache_dir(), "uri", hashlib.sha256(self.name.encode()).hexdigest()[:16])
-        # The folder's last component is the run's and the served model's default name.
-        folder = os.path.join(folder, os.path.basename(root) or "root")
-
-        def copy(path: str) -> None:
-            target = os.path.join(folder, path)
-            os.makedirs(os.path.dirname(target), exist_ok=True)
-            with filesystem.open_input_stream(f"{root}/{path}", compression=None) as reader:
-                with open(target + ".incomplete", "wb") as writer:
-                    shutil.copyfileobj(reader, writer, 8 << 20)
-            if os.path.getsize(target + ".incomplete") != files[path][0]:
-                raise ConnectionError(f"{path}: cut short, or changed while it was copied")
-            os.replace(target + ".incomplete", target)
-
-        with ThreadPoolExecutor(4) as pool:
-            list(pool.map(copy, files))
-        return folder
-
-
 @dataclass
 class _State:
     """What was fetched of one source, kept beside its lock: files that are whole are not hashed or asked for again."""
@@ -375,10 +183,10 @@ def _local_path(name: str) -> str | None:
     return os.path.abspath(path) if os.path.exists(path) else None
 
 
-def _source(flag: str, kind: str, name: str, revision: str | None, use_hf: bool, token: str | None) -> _Source:
+def _source(flag: str, kind: str, name: str, revision: str | None, use_hf: bool, token: str | None) -> Source:
     """The source that ``name`` means, or a UserError if it can be neither a hub id nor a URI."""
     if is_remote_uri(name):
-        return _Uri(flag, kind, name.rstrip("/"))
+        return Uri(flag, kind, name.rstrip("/"))
     prefix, _, rest = name.partition("::")
     if rest and prefix.upper() in ("HF", "MS"):
         name, use_hf = rest, prefix.upper() == "HF"
@@ -386,10 +194,10 @@ def _source(flag: str, kind: str, name: str, revision: str | None, use_hf: bool,
         raise UserError(f"{flag} {name}: no such folder (and a hub id has the form owner/name)")
     if not _ID.fullmatch(name) or ".." in name:
         raise UserError(f"{flag} {name}: no such folder, and no hub id: owner/name of letters, digits and . _ - only")
-    return (_HuggingFace if use_hf else _ModelScope)(flag, kind, name, revision, token)
+    return (HuggingFace if use_hf else ModelScope)(flag, kind, name, revision, token)
 
 
-def _fetch(source: _Source, choose: Chooser) -> tuple[str, list[str]]:
+def _fetch(source: Source, choose: Chooser) -> tuple[str, list[str]]:
     """The folder that holds the chosen files of a source, and their sorted paths. One process per cache at a time."""
     with _lock(source) as state_path:
         state, away = _refresh(source, state_path)
@@ -414,7 +222,7 @@ def _fetch(source: _Source, choose: Chooser) -> tuple[str, list[str]]:
         return state.folder, chosen
 
 
-def _refresh(source: _Source, state_path: str) -> tuple[_State, str]:
+def _refresh(source: Source, state_path: str) -> tuple[_State, str]:
     """The state brought up to date with the hub's listing; with the cache alone, also a text that says why."""
     state = _read_state(state_path)
     away = f"{source.label}: offline mode is set" if source.offline() else ""
@@ -425,9 +233,9 @@ def _refresh(source: _Source, state_path: str) -> tuple[_State, str]:
         except UserError:
             raise
         except Exception as error:  # each client has its own classes of errors
-            if not _is_transient(error):
-                raise _explain(source, error) from None
-            away = f"{source.label}: cannot reach {source.title} ({_first_line(source, error)})"
+            if not is_transient(error):
+                raise explained_error(source, error) from None
+            away = f"{source.label}: cannot reach {source.title} ({first_line(source, error)})"
         else:
             if commit != state.commit:
                 state = _State(commit)
@@ -445,23 +253,23 @@ def _refresh(source: _Source, state_path: str) -> tuple[_State, str]:
     return state, away
 
 
-def _download(source: _Source, state: _State, missing: Files) -> None:
+def _download(source: Source, state: _State, missing: Files) -> None:
     needed = sum(size for size, _ in missing.values())
     os.makedirs(source.cache_dir(), exist_ok=True)
     if needed > (free := shutil.disk_usage(source.cache_dir()).free):
-        raise _no_space(source, f"needs {needed / 1e9:.2f} GB and {free / 1e9:.2f} GB are free")
+        raise no_space_error(source, f"needs {needed / 1e9:.2f} GB and {free / 1e9:.2f} GB are free")
     logger.info("%s: downloading %d files (%.2f GB) from %s", source.label, len(missing), needed / 1e9, source.title)
     try:
         state.folder = _with_retries(source, lambda: source.download(missing), TRIES)
     except UserError:
         raise
     except Exception as error:  # each client has its own classes of errors
-        raise _explain(source, error) from None
+        raise explained_error(source, error) from None
     state.have.update((path, digest) for path, (_, digest) in missing.items())
 
 
 @contextmanager
-def _lock(source: _Source) -> Iterator[str]:
+def _lock(source: Source) -> Iterator[str]:
     """Hold the lock of this source in the cache folder; gives the path of its state file."""
     from filelock import FileLock, Timeout
 
@@ -477,7 +285,7 @@ def _lock(source: _Source) -> Iterator[str]:
             lock.acquire()
     except OSError as error:
         if error.errno not in (errno.EROFS, errno.EACCES, errno.EPERM):
-            raise _explain(source, error) from None
+            raise explained_error(source, error) from None
         yield path  # a shared cache that may only be read needs no lock
         return
     try:
@@ -486,88 +294,16 @@ def _lock(source: _Source) -> Iterator[str]:
         lock.release()
 
 
-def _with_retries(source: _Source, call: Callable[[], T], tries: int) -> T:
+def _with_retries(source: Source, call: Callable[[], T], tries: int) -> T:
     for attempt in range(1, tries):
         try:
             return call()
         except Exception as error:  # each client has its own classes of errors
-            if not _is_transient(error):
+            if not is_transient(error):
                 raise
-            logger.warning("%s: %s; try %d of %d", source.label, _first_line(source, error), attempt + 1, tries)
+            logger.warning("%s: %s; try %d of %d", source.label, first_line(source, error), attempt + 1, tries)
             time.sleep(RETRY_SECONDS * 2 ** (attempt - 1))
     return call()
-
-
-def _chain(error: BaseException | None) -> Iterator[BaseException]:
-    """The error, what failed inside it (ModelScope's failed_files), and its causes."""
-    while error is not None:
-        yield error
-        for inner in getattr(error, "failed_files", {}).values():
-            yield from _chain(inner)
-        error = error.__cause__ or error.__context__
-
-
-def _status(error: BaseException) -> int | None:
-    """The HTTP status behind an error of either client, or behind pyarrow's text of an S3 error."""
-    for part in _chain(error):
-        status = getattr(part, "status_code", None) or getattr(getattr(part, "response", None), "status_code", None)
-        if isinstance(status, int):
-            return status
-        if match := re.search(r"(?:HTTP status|response code:?) (\d{3})|(ACCESS_DENIED)|(NO_SUCH_BUCKET)", str(part)):
-            return int(match[1]) if match[1] else 403 if match[2] else 404
-    return None
-
-
-def _is_transient(error: BaseException) -> bool:
-    if (status := _status(error)) is not None:
-        return status in (408, 425, 429) or status >= 500
-    parts = list(_chain(error))
-    if any(isinstance(part, OSError) and part.errno in (errno.ENOSPC, errno.EROFS, errno.EACCES) for part in parts):
-        return False
-    network = ("httpx2", "httpx", "requests", "urllib3")
-    return any(
-        isinstance(part, (ConnectionError, TimeoutError))
-        or type(part).__module__.partition(".")[0] in network
-        or getattr(part, "retryable", False)
-        or "Consistency check failed" in str(part)  # huggingface_hub, when a body ends early
-        or "NETWORK_CONNECTION" in str(part)  # pyarrow's S3
-        for part in parts
-    )
-
-
-def _first_line(source: _Source, error: BaseException) -> str:
-    """A short reason without secrets: the first line, without the token and without query strings."""
-    parts = [part for part in _chain(error) if not hasattr(part, "failed_files")]
-    codes = [part.errno for part in parts if isinstance(part, OSError) and part.errno]
-    text = os.strerror(codes[-1]) if codes else next(iter(str(parts[0]).splitlines()), "") or type(parts[0]).__name__
-    text = re.sub(r"\?[^\s'\")]*", "", text)
-    return (text.replace(source.token, "***") if source.token else text)[:200]
-
-
-def _no_space(source: _Source, reason: str) -> UserError:
-    return UserError(f"{source.label}: {reason} at {source.cache_dir()}; free space or set {source.cache_variable}")
-
-
-def _explain(source: _Source, error: BaseException) -> UserError:
-    """The one line for a failure of a client; names the flag and the mend."""
-    status, reason = _status(error), _first_line(source, error)
-    codes = {part.errno for part in _chain(error) if isinstance(part, OSError)}
-    at = f" at revision {source.revision}" if source.revision else ""
-    if errno.ENOSPC in codes:
-        return _no_space(source, "no space left")
-    if status == 404 or (status == 401 and type(error).__name__ == "RepositoryNotFoundError" and source.token):
-        other = f", or try {source.elsewhere.format(source.name)}" if source.elsewhere else ""
-        return UserError(f"{source.label}: {source.title} has no such {source.kind}{at}; check the spelling{other}")
-    if status in (401, 403):
-        mend = "this --hub_token may not read it" if source.token else "check the spelling, or give --hub_token"
-        return UserError(
-            f"{source.label}: {source.title} refuses it{at} (HTTP {status}: private or gated); {mend}"
-            " (a gated one also wants its terms accepted on its page)"
-        )
-    if codes & {errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR, errno.EEXIST}:
-        return UserError(f"{source.label}: cannot write to {source.cache_dir()}; set {source.cache_variable}")
-    again = "; run the command again, whole files are kept" if _is_transient(error) else ""
-    return UserError(f"{source.label}: {source.title} failed: {reason}{again}")
 
 
 def _check_folder(label: str, paths: Any, markers: tuple[str, ...]) -> None:
@@ -625,177 +361,3 @@ def _write_json(path: str, value: Any) -> None:
     with open(path + ".tmp", "w", encoding="utf-8") as file:
         json.dump(value, file)
     os.replace(path + ".tmp", path)
-
-
-# Which files of a dataset repository are a subset and a split. ---------------------------------------------------
-
-#: Data formats, the preferred first where a repository holds as many files of each.
-_FORMATS = {"parquet": (".parquet",), "json": (".jsonl", ".json"), "csv": (".csv",), "txt": (".txt",)}
-_NOT_DATA = re.compile(r"(dataset_infos?|dataset_dict|configuration|config|state|requirements|licen[sc]e|readme)\.\w+")
-_SPLIT_WORDS = {
-    "train": ("train", "training"),
-    "validation": ("validation", "valid", "val", "dev"),
-    "test": ("test", "testing", "eval", "evaluation"),
-}
-
-
-@dataclass
-class _Config:
-    """One subset as the repository declares it: split → patterns, or None where only its folder is given."""
-
-    name: str
-    is_default: bool = False
-    folder: str = ""
-    splits: dict[str, list[str]] | None = None
-
-
-def choose_data_files(
-    dataset_id: str, paths: list[str], read: Callable[[str], str], *, subset: str | None = None, split: str = "train"
-) -> list[str]:
-    """The data files among ``paths`` that are this subset and split, sorted; see :func:`resolve_dataset`."""
-    label = f"--dataset {dataset_id}"
-    data = [path for path in paths if _format_of(path) and not _NOT_DATA.fullmatch(os.path.basename(path).lower())]
-    configs = _front_matter_configs(label, read("README.md")) if "README.md" in paths else []
-    structure = dataset_id.rpartition("::")[2].rpartition("/")[2] + ".json"
-    if not configs and structure in paths:
-        configs = _structure_configs(read(structure))
-        data = [path for path in data if not configs or path != structure]
-    if not data:
-        script = any(path.endswith(".py") for path in paths)
-        why = "its data is behind a loading script, which is never run" if script else "no data file there"
-        raise UserError(f"{label}: {why}; give files in .jsonl .json .csv .txt or .parquet (plain, .gz or .zst)")
-    if configs:
-        config = _choose_config(label, dataset_id, configs, subset)
-        if config.splits is not None:
-            return _declared_files(label, config, data, split)
-        data = [path for path in data if path.startswith(config.folder)]
-    elif subset and subset != "default":
-        data = _subset_by_name(label, data, subset)
-    return _one_format(label, _split_by_name(label, data, split))
-
-
-def _format_of(path: str) -> str | None:
-    base = re.sub(r"\.(gz|zst)$", "", path.lower())
-    return next((name for name, suffixes in _FORMATS.items() if base.endswith(suffixes)), None)
-
-
-def _front_matter_configs(label: str, readme: str) -> list[_Config]:
-    """``configs`` of the YAML between the ``---`` lines that open a README (Hugging Face's and ModelScope's format)."""
-    import yaml
-
-    match = re.match(r"\s*---[ \t]*\r?\n(.*?)\r?\n---[ \t]*(\r?\n|$)", readme, re.DOTALL)
-    try:
-        listed = (yaml.safe_load(match[1]) or {}).get("configs") if match else None
-    except (yaml.YAMLError, AttributeError):
-        logger.warning("%s: the YAML at the head of its README.md is broken; going by file names", label)
-        return []
-    configs = []
-    for entry in listed if isinstance(listed, list) else []:
-        if not isinstance(entry, dict) or not (entry.get("data_files") or entry.get("data_dir")):
-            continue
-        folder = str(entry.get("data_dir") or "").removeprefix("./").rstrip("/")
-        config = _Config(str(entry.get("config_name", "default")), bool(entry.get("default")), folder and folder + "/")
-        for given_split, path in _split_items(entry.get("data_files")):
-            config.splits = config.splits or {}
-            config.splits.setdefault(given_split, []).append(config.folder + path.removeprefix("./"))
-        configs.append(config)
-    return configs
-
-
-def _split_items(data_files: Any) -> Iterator[tuple[str, str]]:
-    """``data_files`` in each of its spellings: a pattern, patterns, {split: patterns}, [{split, path}]."""
-    if isinstance(data_files, dict):
-        data_files = [{"split": split, "path": path} for split, path in data_files.items()]
-    for item in data_files if isinstance(data_files, list) else [data_files] if data_files else []:
-        path = item.get("path") if isinstance(item, dict) else item
-        for pattern in path if isinstance(path, list) else [path]:
-            yield str(item.get("split", "train")) if isinstance(item, dict) else "train", str(pattern)
-
-
-def _structure_configs(text: str) -> list[_Config]:
-    """ModelScope's ``<name>.json``: ``{subset: {split: {"meta": data file, "file": archive}}}``; else no configs."""
-    try:
-        return [
-            _Config(name, name == "default", "", {split: [entry["meta"]] for split, entry in splits.items()})
-            for name, splits in json.loads(text).items()
-        ]
-    except (ValueError, AttributeError, TypeError, KeyError):
-        return []  # a data file that happens to carry the repository's name
-
-
-def _choose_config(label: str, dataset_id: str, configs: list[_Config], subset: str | None) -> _Config:
-    names = ", ".join(config.name for config in configs)
-    if subset:
-        chosen = [config for config in configs if config.name == subset]
-        if not chosen and subset != "default":
-            raise UserError(f"{label}: no subset {subset!r}; there are {names}")
-    else:
-        chosen = []
-    chosen = chosen or [c for c in configs if c.is_default] or [c for c in configs if c.name == "default"]
-    if not chosen and len(configs) > 1:
-        raise UserError(f"{label}: has several subsets; choose one as {dataset_id}:NAME from {names}")
-    return (chosen or configs)[0]
-
-
-def _declared_files(label: str, config: _Config, data: list[str], split: str) -> list[str]:
-    assert config.splits is not None
-    if split not in config.splits:
-        raise UserError(f"{label}: subset {config.name!r} has no split {split!r}; there are {', '.join(config.splits)}")
-    patterns = [_glob_regex(pattern) for pattern in config.splits[split]]
-    found = [path for path in data if any(pattern.fullmatch(path) for pattern in patterns)]
-    if not found:
-        raise UserError(
-            f"{label}: {', '.join(config.splits[split])} of subset {config.name!r} are not in the repository as"
-            " .jsonl .json .csv .txt or .parquet; choose another subset or give the files"
-        )
-    return found
-
-
-def _glob_regex(pattern: str) -> re.Pattern[str]:
-    """Hub globs: ``*`` stays in a folder, ``**`` does not, a folder means everything in it."""
-    parts = re.findall(r"\*\*/|\*\*|\*|\?|\[[^\]]+\]|.", pattern.rstrip("/"))
-    known = {"**/": "(?:.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}
-    regex = "".join(known.get(part) or (part if len(part) > 1 else re.escape(part)) for part in parts)
-    is_folder = not set(pattern.rpartition("/")[2]) & set("*?[")
-    return re.compile(regex + "(?:/.*)?" if is_folder else regex)
-
-
-def _subset_by_name(label: str, data: list[str], subset: str) -> list[str]:
-    """Files in a folder of the subset's name, else files named after it (``name.jsonl``, ``name-00000.parquet``)."""
-    named = re.compile(rf"(?:.*/)?{re.escape(subset)}[-_.][^/]*")
-    found = [path for path in data if subset in path.split("/")[:-1]] or [p for p in data if named.fullmatch(p)]
-    if not found:
-        known = sorted({path.split("/")[-2] for path in data if "/" in path} or {path.split(".")[0] for path in data})
-        raise UserError(f"{label}: no subset {subset!r}; there are {', '.join(known[:20])}")
-    return found
-
-
-def _split_by_name(label: str, data: list[str], split: str) -> list[str]:
-    """Files whose name, or else nearest folder, says the split; files that say none are the train split."""
-    words = {split: _SPLIT_WORDS.get(split, (split,)), **{k: v for k, v in _SPLIT_WORDS.items() if k != split}}
-    alternatives = {name: "|".join(map(re.escape, spelt)) for name, spelt in words.items()}
-    patterns = {name: re.compile(rf"(?<![a-z0-9])(?:{spelt})(?![a-z])") for name, spelt in alternatives.items()}
-
-    def split_of(path: str) -> str | None:
-        for part in reversed(path.lower().split("/")):
-            for name, pattern in patterns.items():
-                if pattern.search(part):
-                    return name
-        return None
-
-    found = [path for path in data if split_of(path) == split]
-    if not found and split == "train":
-        found = [path for path in data if split_of(path) is None]
-    if not found:
-        known = sorted({split_of(path) or "train" for path in data})
-        raise UserError(f"{label}: no split {split!r}; there are {', '.join(known)}")
-    return found
-
-
-def _one_format(label: str, data: list[str]) -> list[str]:
-    """The same rows are often there in several formats: keep the one with most files, and .txt only if alone."""
-    groups: dict[str, list[str]] = {name: [p for p in data if _format_of(p) == name] for name in _FORMATS}
-    ranked = sorted((n for n in groups if groups[n]), key=lambda n: (n == "txt", -len(groups[n])))
-    if len(ranked) > 1:
-        logger.warning("%s: holds %s; taking the %s files", label, " and ".join(ranked), ranked[0])
-    return sorted(groups[ranked[0]])

@@ -185,6 +185,10 @@ def _survey(block: pa.Table) -> dict[str, Any]:
     import numpy as np
     import pyarrow.compute as pc
 
+    if not len(block):
+        # A task that had no row to give, as for an empty file, leaves a block without columns.
+        none = np.zeros(0, np.int64)
+        return {"rows": 0, "kept": none, "lengths": none, "origins": none, "drops": {}}
     kept = np.flatnonzero(pc.is_null(block["reason"]).to_numpy(zero_copy_only=False))
     lengths = origins = np.zeros(len(kept), np.int64)
     if "input_ids" in block.column_names:

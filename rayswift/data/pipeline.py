@@ -98,6 +98,37 @@ def load_train_data(args: Any, datasets: ResolvedDatasets, encoder: Encoder, on_
     return TrainData(encoded, encoded_val or None, drops, val_rows, sample)
 
 
+def first_usable_row(datasets: list[ResolvedDataset], strict: bool) -> dict[str, Any]:
+    """Read each dataset up to its first usable block, in this process, before anything expensive starts.
+
+    Returns:
+        The first usable standard row.
+
+    Raises:
+        UserError: a file is broken there (names file:line), or holds no usable row at all.
+    """
+    first = None
+    for dataset in datasets:
+        drops = DropReport()
+        chunks = plan_chunks(dataset.files)
+        tables = (table for chunk in chunks for table in standard_blocks(chunk, dataset.rules))
+        usable = next((row for table in tables for row in _usable_rows(table, drops, strict)), None)
+        if usable is None:
+            reasons = "; ".join(drops.lines()) or "it is empty"
+            raise UserError(f"--dataset {dataset.spec.text}: no usable row: {reasons}")
+        first = first or json.loads(usable)
+    assert first is not None
+    return first
+
+
+def _usable_rows(table: pa.Table, drops: DropReport, strict: bool) -> list[str]:
+    for row in table.to_pylist():
+        if row["reason"] is not None:
+            drops.add(row["reason"], 1, row["file"], row["position"])
+    refuse_bad_rows(drops, strict)
+    return [text for text in table["row"].to_pylist() if text is not None]
+
+
 def data_context(block_bytes: int | None = None) -> Any:
     """A copy of Ray Data's context for training: fixed order, no bars of its own, no time-out while training pauses.
 
@@ -176,8 +207,14 @@ def _standard_table(rows: list[tuple[str | None, int, str | None]], path: str) -
 
     texts, positions, reasons = zip(*rows, strict=True)
     files = pa.DictionaryArray.from_arrays(pa.array([0] * len(rows), pa.int32()), pa.array([path]))
-    return pa.table({"row": pa.array(texts, pa.large_string()), "file": files,
-                     "position": pa.array(positions, pa.int64()), "reason": pa.array(reasons, pa.string())})  # fmt: skip
+    return pa.table(
+        {
+            "row": pa.array(texts, pa.large_string()),
+            "file": files,
+            "position": pa.array(positions, pa.int64()),
+            "reason": pa.array(reasons, pa.string()),
+        }
+    )
 
 
 def _encode(rows: BlockRows, encoder: Encoder, args: Any, drops: DropReport, on_progress: OnProgress) -> BlockRows:

@@ -17,7 +17,6 @@ from rayswift.data.pipeline import encode_rows, one_task_each, refuse_bad_rows, 
 from rayswift.data.registry import ResolvedDataset
 from rayswift.data.rows import RowRules
 from rayswift.data.sources import CHUNK_BYTES, Chunk, filesystem_of, plan_chunks
-from rayswift.errors import UserError
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -62,19 +61,11 @@ class StreamPlan:
     strict: bool
 
 
-def plan_stream(args: Any, resolved: list[ResolvedDataset]) -> tuple[StreamPlan, dict[str, Any]]:
-    """Freeze the plan of ``--dataset`` and read a first row to show and to check.
-
-    Returns:
-        The plan, and the first usable standard row.
-
-    Raises:
-        UserError: unreadable first block, or no usable row among the first ones.
-    """
+def plan_stream(args: Any, datasets: list[ResolvedDataset]) -> StreamPlan:
+    """Freeze the plan of a stream over these datasets."""
     import numpy as np
 
-    first = _first_row(resolved, args)
-    pieces = [piece for dataset in resolved for piece in _pieces(dataset)]
+    pieces = [piece for dataset in datasets for piece in _pieces(dataset)]
     tasks: list[list[tuple[int, int]]] = []
     size = PIECE_BYTES
     for epoch in range(MAX_PLANNED_EPOCHS):
@@ -89,7 +80,7 @@ def plan_stream(args: Any, resolved: list[ResolvedDataset]) -> tuple[StreamPlan,
             size += max(pieces[number].size, 1)
     frozen = tuple(tuple(task) for task in tasks)
     shuffle, buffer = args.dataset_shuffle, args.shuffle_buffer_size
-    return StreamPlan(tuple(pieces), frozen, args.data_seed, shuffle, buffer, args.strict), first
+    return StreamPlan(tuple(pieces), frozen, args.data_seed, shuffle, buffer, args.strict)
 
 
 def _pieces(dataset: ResolvedDataset) -> list[Piece]:
@@ -112,31 +103,6 @@ def _bytes(chunk: Chunk) -> int:
         return chunk.end - chunk.start
     filesystem, inner = filesystem_of(chunk.path)
     return filesystem.get_file_info(inner).size or 0
-
-
-def _first_row(resolved: list[ResolvedDataset], args: Any) -> dict[str, Any]:
-    """The first usable row; each dataset's first block is read here, so that a broken one stops the run at once."""
-    import json
-
-    first = None
-    for dataset in resolved:
-        drops, usable = DropReport(), False
-        chunk = plan_chunks(dataset.files[:1])[0]
-        for table in standard_blocks(chunk, dataset.rules):
-            for row in table.to_pylist():
-                if row["reason"] is not None:
-                    drops.add(row["reason"], 1, row["file"], row["position"])
-                elif first is None or not usable:
-                    usable, first = True, first or json.loads(row["row"])
-            refuse_bad_rows(drops, args.strict)
-            if usable:
-                break
-        if not usable:
-            raise UserError(
-                f"--dataset {dataset.spec.text}: no usable row; {'; '.join(drops.lines()) or 'it is empty'}"
-            )
-    assert first is not None
-    return first
 
 
 def stream_tokens(plan: StreamPlan, encoder: Encoder, drop_log: Any | None = None) -> Dataset:

@@ -144,6 +144,8 @@ class StreamLoader(_Loader):
     def _batches(self) -> Iterator[Batch]:
         per_step = self.plan.global_batch_size // self.rank.world_size
         skip, step, waiting = self.start_step * per_step, self.start_step, []
+        if step >= self.plan.max_steps:
+            return
         for table in self.blocks():
             # Rows of steps that are done are skipped without being touched.
             skipped = min(skip, len(table))

@@ -25,11 +25,14 @@ def deepspeed_config(value: str | dict[str, Any] | None) -> dict[str, Any] | Non
         return presets[value]
     try:
         text = value if value.lstrip().startswith("{") else Path(value).read_text(encoding="utf-8")
-        return json.loads(text)
-    except OSError:
+        config = json.loads(text)
+    except (OSError, UnicodeDecodeError):
         raise UserError(f"--deepspeed {value}: choose {', '.join(presets)}, a JSON text or a file") from None
     except json.JSONDecodeError as error:
         raise UserError(f"--deepspeed: broken JSON at line {error.lineno}: {error.msg}") from None
+    if not isinstance(config, dict):
+        raise UserError(f"--deepspeed {value}: holds a JSON {type(config).__name__}, not a DeepSpeed configuration")
+    return config
 
 
 def zero_stage(config: dict[str, Any] | None) -> int:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from rayswift import cluster as ray_cluster
+from rayswift.data.pipeline import first_usable_row
 from rayswift.data.registry import ResolvedDatasets, resolve_datasets
 from rayswift.data.sources import filesystem_of
 from rayswift.errors import UserError
@@ -50,16 +51,17 @@ def train(args: Any) -> dict[str, Any]:
     _refuse_unbuilt(args)
     model_dir = _resolve_model(args)
     datasets = resolve_datasets(args)
+    sample = first_usable_row([*datasets.train, *datasets.val], args.strict)
     cluster = ray_cluster.connect(args)
     workers = ray_cluster.plan_workers(args, cluster)
     dtype = _resolve_dtype(args, model_dir, workers)
     _announce(args, model_dir, dtype, cluster, workers)
 
     encoder = _encoder(args, model_dir)
-    data, stream, sample = _load_data(args, datasets, encoder)
+    data, stream = _load_data(args, datasets, encoder)
     plan = plan_steps(args, workers.largest, None if data is None else len(data.train))
     plan.accumulation(workers.largest)
-    _print_sample(encoder, sample)
+    _print_sample(encoder, data.sample if data else sample)
     _print_data(args, data, plan, workers)
 
     run = RunDirectory(resume.run_directory) if resume.run_directory else RunDirectory.create(base, args.add_version)
@@ -180,21 +182,17 @@ def _model_max_length(model_dir: str) -> int | None:
 # --- data -------------------------------------------------------------------------------------------------------
 
 
-def _load_data(
-    args: Any, datasets: ResolvedDatasets, encoder: Encoder
-) -> tuple[TrainData | None, StreamPlan | None, dict[str, Any]]:
-    """Token rows, or for ``--streaming true`` the plan of a stream; and the first standard row."""
+def _load_data(args: Any, datasets: ResolvedDatasets, encoder: Encoder) -> tuple[TrainData | None, StreamPlan | None]:
+    """Token rows, or for ``--streaming true`` the plan of a stream."""
     _say(f"template: {encoder.template_name}")
     if args.streaming:
         from rayswift.data.streaming import plan_stream
 
-        stream, sample = plan_stream(args, datasets.train)
-        return None, stream, sample
+        return None, plan_stream(args, datasets.train)
     from rayswift.data.pipeline import load_train_data
 
     with _StageBars() as bars:
-        data = load_train_data(args, datasets, encoder, bars.update)
-    return data, None, data.sample
+        return load_train_data(args, datasets, encoder, bars.update), None
 
 
 class _StageBars:

@@ -94,18 +94,24 @@ class CheckpointStore:
             checkpoint_upload_mode=mode,
         )
         if self.rank.rank == 0:
-            target = f"{self.run_path}/{name}"
             files = {file: entry for share in shares for file, entry in share.items()}
-            checkpoints.write_manifest(self.filesystem, target, step, files)
-            limit, best = self.config.args.save_total_limit, trainer.state.best_model_checkpoint
-            checkpoints.keep_only(self.filesystem, self.run_path, limit, best)
-            self.config.events.push.remote(
-                {"event": "checkpoint", "step": step, "best": trainer.state.best_global_step}
-            )
+            self._finish(name, files, trainer.state)
         if self.remote and self.local_rank == 0:
             shutil.rmtree(local, ignore_errors=True)
         if self.rank.world_size > 1:
             torch.distributed.barrier()
+
+    def _finish(self, name: str, files: dict[str, dict[str, Any]], state: Any) -> None:
+        """Rank 0, last: the manifest, what it replaces, and the news."""
+        args, step = self.config.args, state.global_step
+        checkpoints.write_manifest(self.filesystem, f"{self.run_path}/{name}", step, files)
+        checkpoints.keep_only(self.filesystem, self.run_path, args.save_total_limit, state.best_model_checkpoint)
+        if args.create_checkpoint_symlink and not self.remote:
+            for link, target in (("last", step), ("best", state.best_global_step or step)):
+                temporary = os.path.join(self.run_path, f".{link}")
+                os.symlink(f"checkpoint-{target}", temporary)
+                os.replace(temporary, os.path.join(self.run_path, link))
+        self.config.events.push.remote({"event": "checkpoint", "step": step, "best": state.best_global_step})
 
     def close(self) -> None:
         """Remove this node's staging folder."""
