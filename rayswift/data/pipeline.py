@@ -57,7 +57,6 @@ class TrainData:
     val: BlockRows | None
     drops: DropReport
     val_rows: list[dict[str, Any]] = field(default_factory=list)
-    sample: dict[str, Any] = field(default_factory=dict)
 
 
 def load_train_data(args: Any, datasets: ResolvedDatasets, encoder: Encoder, on_progress: OnProgress) -> TrainData:
@@ -89,13 +88,12 @@ def load_train_data(args: Any, datasets: ResolvedDatasets, encoder: Encoder, on_
     val = concat(vals)
     if args.val_dataset_shuffle:
         val = val.select(rng.permutation(len(val)))
-    sample = next(iter_standard_rows(train))
     val_rows = list(iter_standard_rows(val)) if ratio else []
     encoded = _encode(train, encoder, args, drops, on_progress)
     if not len(encoded):
         raise UserError(f"--dataset {' '.join(args.dataset)}: no row is left to train on; {'; '.join(drops.lines())}")
     encoded_val = _encode(val, encoder, args, drops, on_progress) if len(val) else None
-    return TrainData(encoded, encoded_val or None, drops, val_rows, sample)
+    return TrainData(encoded, encoded_val or None, drops, val_rows)
 
 
 def first_usable_row(datasets: list[ResolvedDataset], strict: bool) -> dict[str, Any]:
@@ -221,6 +219,7 @@ def _encode(rows: BlockRows, encoder: Encoder, args: Any, drops: DropReport, on_
     """Encode the selected rows, each once and in its block, and put them back into the selected order."""
     import numpy as np
     import ray
+    from ray.data import DataContext
 
     # A row that is selected twice (#N above the size) is encoded once.
     wanted, inverse = np.unique(rows.index, axis=0, return_inverse=True)
@@ -230,9 +229,10 @@ def _encode(rows: BlockRows, encoder: Encoder, args: Any, drops: DropReport, on_
         take.remote(rows.refs[block], pick, start)
         for block, pick, start in zip(blocks, np.split(wanted[:, 1], starts[1:]), starts, strict=True)
     ]
-    source = ray.data.from_arrow_refs(refs).map_batches(
-        encode_rows, fn_kwargs={"encoder": encoder}, batch_format="pyarrow", batch_size=ENCODE_BATCH
-    )
+    with DataContext.current(data_context()):
+        source = ray.data.from_arrow_refs(refs).map_batches(
+            encode_rows, fn_kwargs={"encoder": encoder}, batch_format="pyarrow", batch_size=ENCODE_BATCH
+        )
     seen = DropReport()
     encoded, origins = collect(source, seen, lambda done: on_progress("encode", done))
     refuse_bad_rows(seen, args.strict)

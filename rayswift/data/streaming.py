@@ -184,7 +184,10 @@ def _kept(table: pa.Table, strict: bool, drop_log: Any) -> pa.Table:
         return table
     drops = DropReport()
     for row in dropped.select(["reason", "file", "position"]).to_pylist():
-        drops.add(row["reason"].removeprefix(FATAL), 1, row["file"], row["position"])
+        reason = row["reason"]
+        if reason.startswith(FATAL):
+            reason = f"{reason.removeprefix(FATAL)}; what follows in this part of the file is lost"
+        drops.add(reason, 1, row["file"], row["position"])
     if strict:
         refuse_bad_rows(drops, strict)
     if drop_log is not None:

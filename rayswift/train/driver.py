@@ -51,7 +51,7 @@ def train(args: Any) -> dict[str, Any]:
     _refuse_unbuilt(args)
     model_dir = _resolve_model(args)
     datasets = resolve_datasets(args)
-    sample = first_usable_row([*datasets.train, *datasets.val], args.strict)
+    first_row = first_usable_row([*datasets.train, *datasets.val], args.strict)
     cluster = ray_cluster.connect(args)
     workers = ray_cluster.plan_workers(args, cluster)
     dtype = _resolve_dtype(args, model_dir, workers)
@@ -61,7 +61,7 @@ def train(args: Any) -> dict[str, Any]:
     data, stream = _load_data(args, datasets, encoder)
     plan = plan_steps(args, workers.largest, None if data is None else len(data.train))
     plan.accumulation(workers.largest)
-    _print_sample(encoder, data.sample if data else sample)
+    _print_sample(encoder, data, first_row)
     _print_data(args, data, plan, workers)
 
     run = RunDirectory(resume.run_directory) if resume.run_directory else RunDirectory.create(base, args.add_version)
@@ -218,12 +218,13 @@ class _StageBars:
             bar.close()
 
 
-def _print_sample(encoder: Encoder, sample: dict[str, Any]) -> None:
-    """The first encoded row as SWIFT prints it; a text goes through the very path that training uses."""
-    from rayswift.data.encoding import Dropped
+def _print_sample(encoder: Encoder, data: TrainData | None, row: dict[str, Any]) -> None:
+    """The first training sample as SWIFT prints it; of a stream, what its first usable row becomes."""
+    from rayswift.data.encoding import Dropped, Encoded
+    from rayswift.train.batches import TokenRows
 
-    encoded = encoder.encode_batch([sample])[0]
-    for line in [f"first row dropped: {encoded.reason}"] if isinstance(encoded, Dropped) else encoder.describe(encoded):
+    first = Encoded(*TokenRows(data.train)[0]) if data else encoder.encode_batch([row])[0]
+    for line in [f"first row dropped: {first.reason}"] if isinstance(first, Dropped) else encoder.describe(first):
         _say(line)
 
 
