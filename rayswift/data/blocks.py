@@ -135,7 +135,8 @@ def iter_standard_rows(rows: BlockRows) -> Iterator[dict[str, Any]]:
     """The standard rows themselves, one block in memory at a time."""
     import ray
 
-    current, table = -1, None
+    current = -1
+    table: Any = None
     for block, row in rows.index:
         if block != current:
             current, table = block, ray.get(rows.refs[block])

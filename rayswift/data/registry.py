@@ -220,7 +220,8 @@ def _hub_files(dataset_id: str, spec: DatasetSpec, splits: tuple[str, ...], args
     from rayswift import hub
 
     use_hf = args.use_hf if spec.use_hf is None else spec.use_hf
-    subsets = [s for s in spec.subsets if s not in ("default", "all")] or [None]
+    named = [s for s in spec.subsets if s not in ("default", "all")]
+    subsets: list[str | None] = [*named] or [None]
     files: list[str] = []
     for subset in subsets:
         for split in splits:

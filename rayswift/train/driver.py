@@ -388,7 +388,7 @@ def _outcome(run: RunDirectory, result: Any) -> dict[str, Any]:
     if "error" in returned:
         raise TrainingError(f"training could not start: {returned['error']}")
     found = checkpoints.list_checkpoints(run.filesystem, run.path)
-    paths = {checkpoint.step: f"{run.uri}/checkpoint-{checkpoint.step}" for checkpoint in found}
+    paths: dict[int | None, str] = {checkpoint.step: f"{run.uri}/checkpoint-{checkpoint.step}" for checkpoint in found}
     last = found[-1].step if found else None
     return {
         "run_directory": run.uri,

@@ -79,7 +79,7 @@ class StepTrainer(Trainer):
         if "loss" in logs:
             counts = self._all_reduce(self._counts)
             now = time.monotonic()
-            logs["token_acc"] = float(counts[0] / max(counts[1], 1))
+            logs["token_acc"] = float(counts[0]) / max(float(counts[1]), 1.0)
             logs["tokens/s"] = float(counts[2] / max(now - self._logged_at, 1e-9))
             self._counts.zero_()
             self._logged_at = now
@@ -143,7 +143,7 @@ class StepTrainer(Trainer):
         step = self.state.global_step
         if self.state.best_global_step:
             best = f"checkpoint-{self.state.best_global_step}"
-            self.state.best_model_checkpoint = os.path.join(self.args.output_dir, best)
+            self.state.best_model_checkpoint = os.path.join(str(self.args.output_dir), best)
         super()._save_checkpoint(model, trial)
         self.commit(self)
         self.last_saved_step = step
