@@ -39,10 +39,10 @@ quickstart: $(STAMP) $(MODEL)/config.json ## fine-tune SmolLM2-135M to a new nam
 	$(BIN)/python jobs/quickstart.py --model $(MODEL)
 
 test: $(STAMP) $(MODEL)/config.json ## the default test suite
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q --durations=10
 
 test-slow: $(STAMP) $(MODEL)/config.json ## full end-to-end runs: several workers, DeepSpeed, kills, a real Ray job
-	$(BIN)/python -m pytest -q -m slow
+	$(BIN)/python -m pytest -q -m slow --durations=15
 
 lint: $(STAMP) ## ruff and mypy
 	$(BIN)/ruff check rayswift tests jobs tools
