@@ -285,7 +285,10 @@ def test_prefixes_win_over_use_hf_in_any_case(server: HubServer, tmp_path: Path)
 
 
 @pytest.mark.parametrize("name", ["", "nowhere", "/no/such/folder", "./x", "~/no-such-folder", "a/b/c", "output/"])
-def test_what_looks_local_and_is_not_there_is_no_such_folder(name: str) -> None:
+def test_what_looks_local_and_is_not_there_is_no_such_folder(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)  # where the tests run, output/ may well exist
     assert f"--model {name}: no such folder" in refusal(hub.resolve_model, name)
 
 
