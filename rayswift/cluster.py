@@ -79,6 +79,8 @@ def connect(args: Any) -> Cluster:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     # Ray warns that a future version will no longer clear CUDA_VISIBLE_DEVICES for actors without GPUs.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    # A busy machine may take longer than Ray's 30 s to start its own processes.
+    os.environ.setdefault("RAY_raylet_start_wait_time_s", "120")
     # RaySwift shows progress itself; Ray Data's full log stays in its file.
     os.environ.setdefault("RAY_DATA_LOG_LEVEL", "ERROR")
     import ray

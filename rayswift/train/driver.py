@@ -296,13 +296,13 @@ def _fit(
     try:
         with progress:
             result = _run_trainer(trainer)
+        outcome = _outcome(run, result)
+        run.append_jsonl("logging.jsonl", _summary(data, progress.parameter_info, outcome))
     except KeyboardInterrupt:
         _say_how_to_resume(run, progress.last_step)
         raise
     finally:
         run.close()
-    outcome = _outcome(run, result)
-    run.append_jsonl("logging.jsonl", _summary(data, progress.parameter_info, outcome))
     return outcome
 
 
@@ -323,7 +323,7 @@ def _torch_trainer(
     datasets: dict[str, Any] = {}
     if stream is not None:
         datasets["train"] = lambda: stream_tokens(stream, encoder, config.events)
-    folder, _, name = run.uri.rpartition("/")
+    folder, _, name = run.path.rpartition("/")
     # Ray Train resumes on its own from a snapshot of the same name; the manifests are what counts here.
     _forget_snapshot(run)
     return TorchTrainer(
@@ -336,6 +336,7 @@ def _torch_trainer(
         run_config=RunConfig(
             name=name,
             storage_path=folder,
+            storage_filesystem=run.filesystem if "://" in run.uri else None,
             failure_config=FailureConfig(
                 max_failures=args.max_failures,
                 controller_failure_limit=args.max_failures,
