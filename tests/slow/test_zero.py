@@ -63,6 +63,8 @@ def test_the_pretraining_job_runs_through_ray_job_submit_on_a_started_cluster(
     job = [sys.executable, str(REPOSITORY / "jobs/pt_qwen7b.py"), "--model", smollm2_dir, *SETTINGS]
     try:
         wait_for(lambda: _listens(28265), 120, "the head's dashboard")
+        # The dashboard answers before the agent that runs jobs is there.
+        wait_for(lambda: _agent_ready(environment, submit), 120, "the head's job agent")
         subprocess.run(
             [*submit, *job, "--output_dir", str(tmp_path / "out")],
             check=True, env=environment, timeout=540, cwd=tmp_path,
@@ -72,6 +74,10 @@ def test_the_pretraining_job_runs_through_ray_job_submit_on_a_started_cluster(
         head.wait(60)
         shutil.rmtree(temporary, ignore_errors=True)
     assert losses(run_directory(tmp_path / "out")) == pytest.approx(without_deepspeed, rel=0.01)
+
+
+def _agent_ready(environment: dict[str, str], submit: list[str]) -> bool:
+    return subprocess.run([*submit, "true"], env=environment, timeout=120, capture_output=True).returncode == 0
 
 
 def _listens(port: int) -> bool:
