@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import os
-import socket
 from dataclasses import dataclass
 from typing import Any
 
@@ -162,11 +161,6 @@ def _default_workers(num_nodes: int | None, use_gpu: bool, cluster: Cluster) -> 
 def _cpus_per_worker(num_workers: int | tuple[int, int], cluster: Cluster) -> float:
     largest = num_workers if isinstance(num_workers, int) else num_workers[1]
     return min(1.0, int(max(cluster.cpus - 1, cluster.cpus / 2) * 100 / largest) / 100)
-
-
-def node_name() -> str:
-    """This machine's name, for messages from remote workers."""
-    return socket.gethostname()
 
 
 def _first_line(error: BaseException) -> str:

@@ -85,6 +85,7 @@ def _find_resume(args: Any, base: str) -> _Resume:
         found = checkpoints.latest_checkpoint(filesystem, inner)
         if found is None:
             raise UserError(f"--resume_from_checkpoint true: no whole checkpoint below --output_dir {base}")
+        _check_bytes(base, filesystem, found.path)
         checkpoints.clean_unfinished(filesystem, found.run_directory, found.step)
         prefix = base[: len(base) - len(inner)] if "://" in base else ""
         return _Resume(found.path, prefix + found.run_directory)
@@ -97,7 +98,19 @@ def _find_resume(args: Any, base: str) -> _Resume:
             f"--resume_from_checkpoint {wanted}: no whole checkpoint (its {checkpoints.MANIFEST} is missing or not "
             "true); give a checkpoint-N folder of a run, or `true` for the newest whole one"
         )
+    _check_bytes(path, filesystem, inner)
     return _Resume(inner)
+
+
+def _check_bytes(uri: str, filesystem: Any, checkpoint: str) -> None:
+    """Refuse a local checkpoint whose files are not the ones that were saved (a bucket checks its own)."""
+    manifest = checkpoints.read_manifest(filesystem, checkpoint)
+    damaged = checkpoints.verify(checkpoint, manifest) if manifest and "://" not in uri else None
+    if damaged:
+        raise UserError(
+            f"--resume_from_checkpoint: {checkpoint}/{damaged} is not what was saved (its hash differs from the "
+            "manifest); give an earlier checkpoint-N folder"
+        )
 
 
 def _refuse_unbuilt(args: Any) -> None:
