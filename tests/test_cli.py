@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
 import subprocess
 import sys
 import time
@@ -12,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from ray_head import Head, ray_head
 
 import rayswift
 from rayswift.arguments import COMMANDS as ARGUMENT_CLASSES
@@ -163,44 +162,28 @@ def test_secrets_leave_the_submitted_command_line() -> None:
 
 
 @pytest.fixture
-def dashboard(tmp_path: Path) -> Iterator[str]:
-    """The address of a Ray head of its own, started as ``ray start`` starts one and ended with all its processes."""
-    environment = {
-        **os.environ,
-        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",  # jobs call `rayswift`
-        "RAY_raylet_start_wait_time_s": "150",
-    }
-    command = "ray start --head --port 6391 --dashboard-port 8271 --ray-client-server-port 9391 --num-cpus 1 --block"
-    log = tmp_path / "ray.log"
-    with log.open("w") as output:
-        head = subprocess.Popen(command.split(), stdout=output, stderr=output, env=environment, start_new_session=True)
-    try:
-        deadline = time.monotonic() + 180
-        while "Ray runtime started" not in log.read_text():
-            assert head.poll() is None, log.read_text()
-            assert time.monotonic() < deadline, log.read_text()
-            time.sleep(0.5)
-        yield "http://127.0.0.1:8271"
-    finally:
-        os.killpg(head.pid, signal.SIGTERM)
-        head.wait(60)
+def head(tmp_path: Path) -> Iterator[Head]:
+    """A Ray head of its own, started as ``ray start`` starts one."""
+    with ray_head(num_cpus=1, log=tmp_path / "ray.log") as started:
+        yield started
 
 
 @pytest.mark.slow
-def test_submit_runs_a_job_and_gives_its_exit_status(dashboard: str, tmp_path: Path) -> None:
-    submit = [sys.executable, "-m", "rayswift", "submit", "--address", dashboard]
+def test_submit_runs_a_job_and_gives_its_exit_status(head: Head, tmp_path: Path) -> None:
+    submit = [sys.executable, "-m", "rayswift", "submit", "--address", head.address]
     # A config file in the working directory goes along; the command then says that it is not built yet: status 2.
     (tmp_path / "deploy.yaml").write_text("model: m\n")
     words = [*submit, "deploy", "deploy.yaml", "--api_key", "not-to-be-seen"]
-    done = subprocess.run(words, capture_output=True, text=True, timeout=300, cwd=tmp_path)
+    done = subprocess.run(words, capture_output=True, text=True, timeout=300, cwd=tmp_path, env=head.environment)
     assert done.returncode == 2, done.stderr
     assert "rayswift deploy: error: not built yet" in done.stdout
     assert "not-to-be-seen" not in done.stdout + done.stderr
     shown = subprocess.run(
-        [sys.executable, "-m", "rayswift", "status", "--address", dashboard],
+        [sys.executable, "-m", "rayswift", "status", "--address", head.address],
         capture_output=True,
         text=True,
         timeout=120,
+        env=head.environment,
     )
     assert shown.returncode == 0, shown.stderr
     assert "1 nodes alive, 0 dead" in shown.stdout

@@ -1,0 +1,50 @@
+"""A Ray cluster as ``ray start --head`` starts one, beside any other on the machine."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+PORTS = ["--port", "6391", "--dashboard-port", "8271", "--ray-client-server-port", "9391"]
+DASHBOARD = "http://127.0.0.1:8271"
+
+
+class Head(NamedTuple):
+    """Where a cluster's Jobs API listens, and the environment that lets a client in."""
+
+    address: str
+    environment: dict[str, str]
+
+
+@contextlib.contextmanager
+def ray_head(num_cpus: int, log: Path) -> Iterator[Head]:
+    """A head of its own that asks for a token, ended with all its processes."""
+    binaries = str(Path(sys.executable).parent)
+    environment = {
+        **os.environ,
+        "PATH": f"{binaries}{os.pathsep}{os.environ['PATH']}",  # jobs call `rayswift`
+        "RAY_raylet_start_wait_time_s": "150",
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": secrets.token_hex(32),
+    }
+    command = [f"{binaries}/ray", "start", "--head", *PORTS, "--num-cpus", str(num_cpus), "--block"]
+    with log.open("w") as output:
+        head = subprocess.Popen(command, stdout=output, stderr=output, env=environment, start_new_session=True)
+    try:
+        deadline = time.monotonic() + 180
+        while "Ray runtime started" not in log.read_text():
+            assert head.poll() is None, log.read_text()
+            assert time.monotonic() < deadline, log.read_text()
+            time.sleep(0.5)
+        yield Head(DASHBOARD, environment)
+    finally:
+        os.killpg(head.pid, signal.SIGTERM)
+        head.wait(60)
