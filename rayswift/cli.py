@@ -36,6 +36,11 @@ JOB_COMMANDS: dict[str, tuple[str, str]] = {
     "submit": ("run one of these commands as a job on a Ray cluster", "rayswift.cli_jobs:submit"),
     "status": ("show a Ray cluster's nodes, resources and jobs", "rayswift.cli_jobs:status"),
 }
+# Commands about data: a second word says what.
+DATA_COMMANDS: dict[str, tuple[str, str]] = {
+    "data": ("look at a dataset at every stage of its way to the model", "rayswift.cli_data:data"),
+}
+_WORD_COMMANDS = {**JOB_COMMANDS, **DATA_COMMANDS}
 _SWIFT_ONLY = {
     "rollout": "RaySwift starts GRPO's engines itself: rayswift rlhf --use_vllm true",
     "web-ui": "RaySwift has no page that builds commands yet; rayswift app is the chat page",
@@ -56,8 +61,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"rayswift {importlib.import_module('rayswift').__version__}")
             return 0
         command, rest = find_command(words)
-        if command in JOB_COMMANDS:
-            return int(_load(JOB_COMMANDS[command][1])(rest))
+        if command in _WORD_COMMANDS:
+            return int(_load(_WORD_COMMANDS[command][1])(rest))
         if {"-h", "--help"} & set(rest):
             from rayswift.arguments import format_help
 
@@ -122,13 +127,13 @@ def find_command(words: Sequence[str]) -> tuple[str, list[str]]:
     name, rest = words[0].replace("_", "-").lower(), list(words[1:])
     if name == "merge-lora":  # SWIFT's old name
         return "export", ["--merge_lora", "true", *rest]
-    if name in COMMANDS or name in JOB_COMMANDS:
+    if name in COMMANDS or name in _WORD_COMMANDS:
         return name, rest
     if name in _SWIFT_ONLY:
         raise UserError(f"{words[0]} is SWIFT's: {_SWIFT_ONLY[name]}")
     import difflib
 
-    known = [*COMMANDS, *JOB_COMMANDS, "merge-lora"]
+    known = [*COMMANDS, *_WORD_COMMANDS, "merge-lora"]
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     hint = f"did you mean {close[0]}?" if close else f"choose from {', '.join(known)}"
     raise UserError(f"unknown command {words[0]}; {hint}")
@@ -141,7 +146,7 @@ def _overview() -> str:
     return (
         "usage: rayswift COMMAND [CONFIG.yaml] [--flag value ...]\n\n"
         "SWIFT on Ray: fine-tune, serve, sample and evaluate open language models, on a laptop or a cluster.\n\n"
-        f"Commands:\n{table(COMMANDS)}\nOn a cluster:\n{table(JOB_COMMANDS)}\n"
+        f"Commands:\n{table(COMMANDS)}\nData:\n{table(DATA_COMMANDS)}\nOn a cluster:\n{table(JOB_COMMANDS)}\n"
         "rayswift COMMAND --help lists a command's flags by topic; rayswift --version prints the version.\n"
         "Example: rayswift sft --model Qwen/Qwen2.5-0.5B-Instruct --dataset train.jsonl\n"
     )

@@ -12,6 +12,12 @@ import pytest
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Tests find nothing in the user's token cache, and leave nothing there."""
+    os.environ["RAYSWIFT_CACHE"] = str(tmp_path_factory.mktemp("rayswift-cache"))
+
+
 @pytest.fixture(scope="session")
 def smollm2_dir() -> str:
     """A real small chat model, SmolLM2-135M-Instruct in bf16: made once by tools/smollm2.py, then found there."""

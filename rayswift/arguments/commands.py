@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
-from rayswift.arguments.fields import arg_like
+from rayswift.arguments.base import Arguments
+from rayswift.arguments.fields import arg, arg_like
 from rayswift.arguments.groups import (
     DatasetArguments,
     EngineArguments,
@@ -145,6 +146,37 @@ class ExportArguments(QuantizeArguments, RayArguments, DatasetArguments, Templat
     command: ClassVar[str] = "export"
 
 
+def read_row_count(raw: Any) -> int | None:
+    """``1000``, or ``all`` (None)."""
+    text = str(raw).strip().lower()
+    if text == "all":
+        return None
+    if not text.isdigit() or int(text) < 1:
+        raise ValueError("expected a whole number of at least 1, or all")
+    return int(text)
+
+
+@dataclass(init=False, repr=False, eq=False)
+class PreviewArguments(DatasetArguments, TemplateArguments, ModelArguments):
+    """Look at a dataset: rows before and after each stage, token lengths, and what is dropped and why."""
+
+    command: ClassVar[str] = "data preview"
+    topic: ClassVar[str] = "Preview"
+
+    load_args: bool = arg_like(ModelArguments, "load_args", False)  # as sft: a preview shows what training would see
+    preview_rows: int | None = arg(1000, "rows read of each dataset, from its start, or all", parse=read_row_count)
+    num_shown: int = arg(3, "how many of them are shown", ge=0)
+    output: str | None = arg(None, "HTML page to write as well", shown="the terminal alone", example="preview.html")
+
+    def problems(self) -> Iterator[str]:
+        if not self.dataset and not self.val_dataset:
+            yield "--dataset is required, for example --dataset train.jsonl"
+        if self.adapters:
+            yield "--adapters: a preview needs the tokenizer only; name the base model with --model"
+        if self.output and not self.output.lower().endswith((".html", ".htm")):
+            yield f"--output {self.output}: the page is HTML, for example --output preview.html"
+
+
 COMMANDS = {
     cls.command: cls
     for cls in (
@@ -152,3 +184,10 @@ COMMANDS = {
         EvalArguments, ExportArguments,
     )
 }  # fmt: skip
+# Commands of two words that are not SWIFT's.
+TOOLS = {PreviewArguments.command: PreviewArguments}
+
+
+def arguments_class(command: str) -> type[Arguments]:
+    """The arguments of a command, SWIFT's or our own."""
+    return COMMANDS.get(command) or TOOLS[command]

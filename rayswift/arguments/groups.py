@@ -106,7 +106,7 @@ class DatasetArguments(Arguments):
         "what to do with a dataset already downloaded",
         choices=("reuse_dataset_if_exists", "force_redownload"),
     )
-    load_from_cache_file: bool = arg(False, "reuse preprocessed rows from the cache", aliases=("enable_cache",))
+    load_from_cache_file: bool = arg(True, "reuse rows and tokens of unchanged data", aliases=("enable_cache",))
     remove_unused_columns: bool = arg(True, "drop columns that the model does not take")
 
     def problems(self) -> Iterator[str]:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from rayswift.arguments.base import Arguments
-from rayswift.arguments.commands import COMMANDS
+from rayswift.arguments.commands import COMMANDS, arguments_class
 from rayswift.arguments.fields import Spec, convert, is_unset, specs_of
 from rayswift.arguments.redaction import REDACTED, SECRET_FLAGS, is_secret, redact_text
 from rayswift.arguments.training import OptimizerArguments
@@ -32,7 +32,7 @@ _MAX_PROBLEMS = 15
 @functools.cache
 def flags_of(command: str) -> dict[str, Spec]:
     """Every flag of a command by canonical name, further TrainingArguments fields included."""
-    cls = COMMANDS[command]
+    cls = arguments_class(command)
     declared = specs_of(cls)
     if not issubclass(cls, OptimizerArguments):
         return declared
@@ -207,7 +207,7 @@ class _Reader:
 
     def build(self) -> Arguments:
         """Convert and check everything that was taken. Raises UserError with a line per problem."""
-        cls = COMMANDS[self.command]
+        cls = arguments_class(self.command)
         for name in set(SECRET_FLAGS) & set(self.flags) - set(self.values):
             if value := os.environ.get(f"RAYSWIFT_{name.upper()}"):
                 self.values[name] = value
@@ -342,7 +342,7 @@ def _help_line(spec: Spec, values: Mapping[str, Any]) -> str:
 
 def format_help(command: str, values: Mapping[str, Any] | None = None, prog: str | None = None) -> str:
     """The help of a command: every flag by topic, with a line and its default (or that of a script, ``values``)."""
-    cls = COMMANDS[command]
+    cls = arguments_class(command)
     flags = flags_of(command)
     topics = list(dict.fromkeys(spec.topic for spec in flags.values()))
     # The command's own topic first would surprise: model and dataset come first everywhere.
@@ -364,7 +364,7 @@ def parse_arguments(
     """Read a command line (without the command itself) into checked arguments.
 
     Args:
-        command: one of the nine commands, e.g. ``"sft"``.
+        command: one of the nine commands, e.g. ``"sft"``, or ``"data preview"``.
         argv: the words after the command: an optional configuration file, then flags.
         defaults: settings by name that a configuration file and the command line may override.
         prog: how help calls the program, ``rayswift <command>`` by default.

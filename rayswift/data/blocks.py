@@ -1,31 +1,34 @@
-"""Rows of materialised Ray Data blocks: references, row numbers and what was dropped, and the arithmetic on them.
+"""Rows of Arrow files by number, what was dropped of them, and the arithmetic on row numbers.
 
 The driver never holds rows: sampling, splitting, blending and shuffling are operations on row numbers.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from rayswift.data.sources import locate
+from rayswift.data.token_cache import open_arrow
 
 if TYPE_CHECKING:
     import numpy as np
-    import pyarrow as pa
-    from ray import ObjectRef
-    from ray.data import Dataset
 
 
 @dataclass
 class DropReport:
-    """Rows in, rows out, and for each reason its count and the first ``file:line``."""
+    """Rows in, rows out, and for each reason its count and the first ``file:line``.
+
+    ``notes`` counts rows that were kept, but not with everything that was in them.
+    """
 
     rows_in: int = 0
     counts: Counter[str] = field(default_factory=Counter)
+    notes: Counter[str] = field(default_factory=Counter)
     first: dict[str, tuple[str, int]] = field(default_factory=dict)
 
     def add(self, reason: str, count: int, path: str, position: int) -> None:
@@ -33,30 +36,51 @@ class DropReport:
         self.counts[reason] += count
         self.first.setdefault(reason, (path, position))
 
+    def note(self, text: str, count: int, path: str, position: int) -> None:
+        """Count rows that something was left out of."""
+        self.notes[text] += count
+        self.first.setdefault(text, (path, position))
+
     def merge(self, other: DropReport) -> None:
         """Add the drops of another stage over the same rows."""
         for reason, count in other.counts.items():
             self.add(reason, count, *other.first[reason])
+        for text, count in other.notes.items():
+            self.note(text, count, *other.first[text])
 
     def place(self, reason: str) -> str:
         """``file:line`` of the first row dropped for this reason."""
         return locate(*self.first[reason])
 
     def lines(self) -> list[str]:
-        """One line per reason, most frequent first."""
-        return [f"{count} rows dropped: {reason} (first at {self.place(reason)})" for reason, count in
-                self.counts.most_common()]  # fmt: skip
+        """One line per reason and note, most frequent first."""
+        dropped = [("rows dropped", reason, count) for reason, count in self.counts.most_common()]
+        noted = [("rows", text, count) for text, count in self.notes.most_common()]
+        return [f"{count} {what}: {text} (first at {self.place(text)})" for what, text, count in dropped + noted]
+
+    def as_json(self) -> dict[str, dict[str, list[int]]]:
+        """Counts and first positions, without the path: what a file's summary keeps of it."""
+        parts = {"drops": self.counts, "notes": self.notes}
+        return {name: {text: [count, self.first[text][1]] for text, count in found.items()}
+                for name, found in parts.items()}  # fmt: skip
+
+    def add_json(self, summary: dict[str, dict[str, list[int]]], path: str) -> None:
+        """Add what :meth:`as_json` kept, for the file at ``path``."""
+        for reason, (count, position) in summary["drops"].items():
+            self.add(reason, count, path, position)
+        for text, (count, position) in summary["notes"].items():
+            self.note(text, count, path, position)
 
 
 @dataclass
 class BlockRows:
-    """Rows of materialised blocks: references and, per kept row, its block and its row in that block.
+    """Rows of the token cache's files: paths and, per row, its file and its row in that file.
 
     ``index`` is int64 of shape (rows, 2); its order is the order of the dataset. ``lengths`` (int64) is the number of
     tokens of each row, 0 before encoding.
     """
 
-    refs: list[ObjectRef[Any]]
+    files: list[str]
     index: np.ndarray
     lengths: np.ndarray
 
@@ -65,7 +89,13 @@ class BlockRows:
 
     def select(self, rows: np.ndarray) -> BlockRows:
         """The rows with these numbers, in this order."""
-        return BlockRows(self.refs, self.index[rows], self.lengths[rows])
+        return BlockRows(self.files, self.index[rows], self.lengths[rows])
+
+    def fingerprint(self) -> str:
+        """A hash of which rows these are, and in which order: their contents, as file names are hashes of theirs."""
+        digest = hashlib.sha256(repr([file.rsplit("/", 1)[-1] for file in self.files]).encode())
+        digest.update(self.index.tobytes())
+        return digest.hexdigest()[:40]
 
 
 def sample_rows(rows: BlockRows, num_samples: int | None, args: Any, rng: np.random.RandomState) -> BlockRows:
@@ -94,13 +124,13 @@ def concat(parts: list[BlockRows]) -> BlockRows:
     """Several datasets one after the other."""
     import numpy as np
 
-    refs: list[ObjectRef[Any]] = []
+    files: list[str] = []
     indices = [np.zeros((0, 2), np.int64)]
     for part in parts:
-        indices.append(part.index + np.array([len(refs), 0]))
-        refs += part.refs
+        indices.append(part.index + np.array([len(files), 0]))
+        files += part.files
     lengths = [np.zeros(0, np.int64), *(part.lengths for part in parts)]
-    return BlockRows(refs, np.concatenate(indices), np.concatenate(lengths))
+    return BlockRows(files, np.concatenate(indices), np.concatenate(lengths))
 
 
 def blend(parts: list[BlockRows], args: Any, rng: np.random.RandomState) -> BlockRows:
@@ -132,72 +162,18 @@ def interleave(sizes: list[int], probabilities: list[float], strategy: str, rng:
 
 
 def iter_standard_rows(rows: BlockRows) -> Iterator[dict[str, Any]]:
-    """The standard rows themselves, one block in memory at a time."""
-    import ray
+    """The standard rows themselves, one record batch in memory at a time where neighbours lie together."""
+    import numpy as np
 
-    current = -1
-    table: Any = None
-    for block, row in rows.index:
-        if block != current:
-            current, table = block, ray.get(rows.refs[block])
-        yield json.loads(table["row"][int(row)].as_py())
+    for number, file in enumerate(rows.files):
+        wanted = rows.index[rows.index[:, 0] == number, 1]
+        reader, start = open_arrow(file), 0
+        for batch_number in range(reader.num_record_batches if len(wanted) else 0):
+            batch = reader.get_batch(batch_number)
+            here = wanted[(wanted >= start) & (wanted < start + len(batch))] - start
+            yield from (json.loads(text) for text in batch["row"].take(np.sort(here)).to_pylist())
+            start += len(batch)
 
 
 #: Starts a reason that stops the run whatever --strict says: the file itself is broken.
 FATAL = "!"
-
-
-def collect(dataset: Dataset, drops: DropReport, on_rows: Callable[[int], None]) -> tuple[BlockRows, np.ndarray]:
-    """Run a dataset to its end, keep its blocks in the object store and count what was dropped.
-
-    Args:
-        dataset: blocks with a ``reason`` column, and ``file``/``position`` to say where a dropped row came from.
-        drops: where dropped rows are added.
-        on_rows: called with the number of rows done so far.
-
-    Returns:
-        The kept rows, and for each the value of its ``origin`` column (zeros where there is none).
-    """
-    import numpy as np
-    import ray
-
-    survey = ray.remote(_survey)
-    refs, surveys, done = [], [], 0
-    for bundle in dataset.iter_internal_ref_bundles():
-        for entry in bundle.blocks:
-            refs.append(entry.ref)
-            surveys.append(survey.remote(entry.ref))
-        done += bundle.num_rows() or 0
-        on_rows(done)
-    index, lengths, origins = [np.zeros((0, 2), np.int64)], [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
-    for block, found in enumerate(ray.get(surveys)):
-        kept = found["kept"]
-        index.append(np.column_stack([np.full(len(kept), block), kept]))
-        lengths.append(found["lengths"])
-        origins.append(found["origins"])
-        drops.rows_in += found["rows"]
-        for reason, (count, file, position) in found["drops"].items():
-            drops.add(reason, count, file, position)
-    return BlockRows(refs, np.concatenate(index), np.concatenate(lengths)), np.concatenate(origins)
-
-
-def _survey(block: pa.Table) -> dict[str, Any]:
-    """What the driver needs to know of a block: its kept rows, their lengths and origins, and what was dropped."""
-    import numpy as np
-    import pyarrow.compute as pc
-
-    if not len(block):
-        # A task that had no row to give, as for an empty file, leaves a block without columns.
-        none = np.zeros(0, np.int64)
-        return {"rows": 0, "kept": none, "lengths": none, "origins": none, "drops": {}}
-    kept = np.flatnonzero(pc.is_null(block["reason"]).to_numpy(zero_copy_only=False))
-    lengths = origins = np.zeros(len(kept), np.int64)
-    if "input_ids" in block.column_names:
-        lengths = pc.list_value_length(block["input_ids"]).take(kept).to_numpy(zero_copy_only=False).astype(np.int64)
-        origins = block["origin"].take(kept).to_numpy(zero_copy_only=False)
-    drops: dict[str, tuple[int, str, int]] = {}
-    dropped = block.filter(pc.is_valid(block["reason"])).select(["reason", "file", "position"])
-    for row in dropped.to_pylist():
-        count, file, position = drops.get(row["reason"], (0, row["file"], row["position"]))
-        drops[row["reason"]] = (count + 1, file, position)
-    return {"rows": len(block), "kept": kept, "lengths": lengths, "origins": origins, "drops": drops}

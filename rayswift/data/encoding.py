@@ -9,14 +9,17 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, fields
+from typing import Any
 
+import numpy as np
+
+from rayswift.data.agent_formats import AgentFormat, get_agent_format
 from rayswift.data.conversation import DropRow, Message, read_conversation
 from rayswift.data.jinja_template import JinjaTemplate
-from rayswift.data.segments import CONTENT_TAG, SegmentTokenizer, Span
+from rayswift.data.loss_scale import read_loss_scale
+from rayswift.data.segments import CONTENT_TAG, SegmentTokenizer
 from rayswift.data.templates import (
-    LOSS_SCALES,
     Piece,
     RenderOptions,
     Template,
@@ -26,9 +29,6 @@ from rayswift.data.templates import (
     render_bare,
 )
 from rayswift.errors import UserError
-
-if TYPE_CHECKING:
-    import numpy as np
 
 logger = logging.getLogger("rayswift.data.encoding")
 
@@ -40,11 +40,13 @@ IGNORED = -100
 @dataclass(frozen=True, slots=True)
 class Encoded:
     """One training sample. `input_ids` and `labels`: int32, shape (tokens,); `labels` is −100 where not trained,
-    always at the first token. `row`: index of the row in the batch it came from."""
+    always at the first token. `row`: index of the row in the batch it came from. `loss_scale`: float32, shape
+    (tokens,), the weight of each token, 0 where not trained; None where every weight is 0 or 1."""
 
     input_ids: np.ndarray
     labels: np.ndarray
     row: int = 0
+    loss_scale: np.ndarray | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,13 +57,31 @@ class Dropped:
     row: int = 0
 
 
+@dataclass(frozen=True, slots=True)
+class EncodedBatch:
+    """The samples of a batch, one after the other in flat arrays.
+
+    `input_ids`, `labels` (int32, −100 where not trained) and `loss_scale` (float32; None where every weight is 0 or 1):
+    shape (tokens,). `offsets`: int64, shape (samples + 1,); sample i is `input_ids[offsets[i] : offsets[i + 1]]`.
+    `rows`: int64, shape (samples,), the row each sample came from, ascending. `dropped`: the other rows, ascending.
+    """
+
+    input_ids: np.ndarray
+    labels: np.ndarray
+    loss_scale: np.ndarray | None
+    offsets: np.ndarray
+    rows: np.ndarray
+    dropped: tuple[Dropped, ...]
+
+
 @dataclass(frozen=True)
 class Encoder:
     """Encodes standard rows for training and messages for generation. Fields are SWIFT's flags of the same name.
 
     `template`: a family of `templates.json`, or None/"auto": the family whose layout equals the tokenizer's own chat
     template, else that chat template itself. `template_backend`: `jinja` takes the chat template in any case.
-    `use_chat_template` False: bos, the bare texts, eos. `max_length` in tokens, None is no limit.
+    `use_chat_template` False: bos, the bare texts, eos. `max_length` in tokens, None is no limit. `agent_template`: a
+    format of `agent_formats.json` for tools and tool messages, None is the template's own.
 
     Raises:
         UserError: a setting has no such value; the message names flag and choices.
@@ -80,18 +100,39 @@ class Encoder:
     response_prefix: str | None = None
     new_special_tokens: tuple[str, ...] = ()
     trust_remote_code: bool = False
+    agent_template: str | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "model_dir", str(self.model_dir))
         object.__setattr__(self, "new_special_tokens", tuple(self.new_special_tokens))
         _one_of("--truncation_strategy", self.truncation_strategy, TRUNCATION_STRATEGIES)
         _one_of("--template_backend", self.template_backend, ("swift", "jinja"))
-        # ignore_empty_think (SWIFT) is always on for templates that may think.
-        _one_of("--loss_scale", self.loss_scale.removesuffix("+ignore_empty_think"), LOSS_SCALES)
+        read_loss_scale(self.loss_scale)
         if self.max_length is not None and self.max_length < 2:
             raise UserError(f"--max_length {self.max_length}: a sample needs at least 2 tokens")
         if self.template not in (None, "auto"):
             get_template(self.template)
+        if self.agent_template is not None:
+            get_agent_format(self.agent_template)
+
+    @classmethod
+    def from_args(cls, args: Any, model_dir: str, *, max_length: int | None = None) -> Encoder:
+        """The encoder that a command's template flags describe.
+
+        Args:
+            args: the command's arguments.
+            model_dir: the model's local folder.
+            max_length: the limit where ``--max_length`` is not given.
+        """
+        given = {field.name: getattr(args, field.name) for field in fields(cls) if hasattr(args, field.name)}
+        return cls(**{**given, "model_dir": model_dir, "max_length": args.max_length or max_length})
+
+    @classmethod
+    def for_training(cls, args: Any, model_dir: str) -> Encoder:
+        """As :meth:`from_args`; without ``--max_length`` the model's configuration says what fits (SWIFT's default)."""
+        from rayswift.modeling.loading import read_config
+
+        return cls.from_args(args, model_dir, max_length=read_config(model_dir).get("max_position_embeddings"))
 
     # --- what the tokenizer and the template say ----------------------------------------------------------------
 
@@ -128,23 +169,33 @@ class Encoder:
             In row order, with `row` set: for each row one :class:`Encoded` (several under truncation_strategy
             `split`) or one :class:`Dropped`. No row is left out.
         """
-        loaded = _load(self)
-        options = self._options
-        batch = loaded.segments.batch()
-        plans: list[list[Span] | DropRow] = []
-        for row in rows:
-            try:
-                plans.append(batch.plan(self._render(loaded, row, options)))
-            except DropRow as refused:
-                plans.append(refused)
-        runs = batch.encode_runs()
-        samples: list[Encoded | Dropped] = []
-        for index, plan in enumerate(plans):
-            if isinstance(plan, DropRow):
-                samples.append(Dropped(plan.reason, index))
-            else:
-                samples += self._limit(*_ids_and_labels(plan, runs), index)
+        batch = self.encode_columns(rows)
+        samples: list[Encoded | Dropped] = list(batch.dropped)
+        cuts = batch.offsets.tolist()
+        for row, start, end in zip(batch.rows.tolist(), cuts, cuts[1:], strict=False):
+            scale = None if batch.loss_scale is None else batch.loss_scale[start:end]
+            if scale is not None and _is_binary(scale):
+                scale = None
+            samples.append(Encoded(batch.input_ids[start:end], batch.labels[start:end], row, scale))
+        if batch.dropped:
+            samples.sort(key=lambda sample: sample.row)
         return samples
+
+    def encode_columns(self, rows: Sequence[Mapping[str, Any]]) -> EncodedBatch:
+        """Encode standard rows to flat arrays: each row is in `rows` (several times under truncation_strategy `split`)
+        or in `dropped`."""
+        loaded = _load(self)
+        batch = loaded.segments.batch()
+        kept: list[int] = []
+        dropped: list[Dropped] = []
+        for index, row in enumerate(rows):
+            try:
+                batch.plan(_render(loaded, row))
+                kept.append(index)
+            except DropRow as refused:
+                dropped.append(Dropped(refused.reason, index))
+        ids, weights, offsets = batch.assemble()
+        return self._limit(ids, weights, offsets, np.array(kept, dtype=np.int64), dropped)
 
     def encode_prompt(self, messages: Sequence[Message], tools: Any = None) -> list[int]:
         """Token ids of a conversation for generation, up to where the reply starts.
@@ -158,15 +209,16 @@ class Encoder:
         loaded = _load(self)
         try:
             conversation = read_conversation(messages, tools, loaded.agent)
-            if loaded.template is None:
-                pieces = render_bare(conversation, self._options, loaded.bos, "")
+            if loaded.prompt_template is None:
+                pieces = render_bare(conversation, loaded.options, loaded.bos, "")
             else:
-                pieces = loaded.template.render_prompt(conversation, self._options)
+                pieces = loaded.prompt_template.render_prompt(conversation, loaded.options)
         except DropRow as refused:
             raise UserError(f"these messages cannot be a prompt: {refused.reason}") from None
         batch = loaded.segments.batch()
-        plan = batch.plan(pieces)
-        return _ids_and_labels(plan, batch.encode_runs())[0]
+        batch.plan(pieces)
+        ids: list[int] = batch.assemble()[0].tolist()
+        return ids
 
     def describe(self, encoded: Encoded) -> list[str]:
         """The sample as SWIFT logs its first one: `[INPUT_IDS]`, `[INPUT]`, `[LABELS_IDS]`, `[LABELS]`."""
@@ -179,63 +231,69 @@ class Encoder:
                 start = end
         return [f"[INPUT_IDS] {ids}", f"[INPUT] {decode(ids)}", f"[LABELS_IDS] {labels}", f"[LABELS] {shown}"]
 
-    @property
-    def _options(self) -> RenderOptions:
-        loss_scale = self.loss_scale.removesuffix("+ignore_empty_think")
-        return RenderOptions(
-            self.system, loss_scale, self.add_non_thinking_prefix, self.enable_thinking, self.response_prefix
-        )
-
-    def _render(self, loaded: _Loaded, row: Mapping[str, Any], options: RenderOptions) -> list[Piece]:
-        conversation = read_conversation(row.get("messages") or (), row.get("tools"), loaded.agent)
-        if options.loss_scale != "all":
-            conversation = conversation.without_trailing_query()
-            if not any(round_.reply is not None for round_ in conversation.rounds):
-                raise DropRow("no assistant message")
-        if loaded.template is None:
-            return render_bare(conversation, options, loaded.bos, loaded.eos)
-        return loaded.template.render(conversation, options)
-
-    def _limit(self, ids: list[int], labels: list[int], row: int) -> list[Encoded | Dropped]:
+    def _limit(
+        self, ids: np.ndarray, weights: np.ndarray, offsets: np.ndarray, rows: np.ndarray, dropped: list[Dropped]
+    ) -> EncodedBatch:
         """Apply `--max_length`; samples without a trained token are not samples."""
-        import numpy as np
-
         limit = self.max_length
-        if limit is None or len(ids) <= limit:
-            spans = [slice(0, len(ids))]
-        elif self.truncation_strategy == "delete":
-            return [Dropped(f"longer than --max_length {limit}", row)]
-        elif self.truncation_strategy == "right":
-            spans = [slice(0, limit)]
-        elif self.truncation_strategy == "left":
-            spans = [slice(len(ids) - limit, len(ids))]
-        else:
-            spans = [slice(start, start + limit) for start in range(0, len(ids), limit)]
-        samples: list[Encoded | Dropped] = []
-        for span in spans:
-            label_array = np.array(labels[span], dtype=np.int32)
-            label_array[:1] = IGNORED
-            if (label_array != IGNORED).any():
-                samples.append(Encoded(np.array(ids[span], dtype=np.int32), label_array, row))
-        if samples:
-            return samples
-        cut = limit is not None and len(ids) > limit
-        return [Dropped("no trained token is left within --max_length" if cut else "no trained token", row)]
+        starts, ends = offsets[:-1], offsets[1:]
+        too_long = np.zeros(len(rows), dtype=bool) if limit is None else ends - starts > limit
+        if limit is not None and too_long.any():
+            starts, ends, rows, cut = _spans_within(self.truncation_strategy, limit, starts, ends, rows, too_long)
+            dropped += [Dropped(f"longer than --max_length {limit}", row) for row in cut.tolist()]
+        weights[starts[starts < ends]] = 0.0
+        trained = np.concatenate([[0], np.cumsum(weights > 0)])
+        useful = trained[ends] > trained[starts]
+        if not useful.all():
+            long_rows, left = set(np.flatnonzero(too_long).tolist()), set(rows[useful].tolist())
+            for row in dict.fromkeys(rows[~useful].tolist()):
+                if row not in left:
+                    cut_off = row in long_rows
+                    dropped.append(Dropped("no trained token is left within --max_length" if cut_off else
+                                           "no trained token", row))  # fmt: skip
+            starts, ends, rows = starts[useful], ends[useful], rows[useful]
+        sizes = ends - starts
+        sample_ends = np.cumsum(sizes)
+        if len(ids) != sizes.sum():
+            token = np.arange(sizes.sum()) + np.repeat(starts - (sample_ends - sizes), sizes)
+            ids, weights = ids[token], weights[token]
+        labels = np.where(weights > 0, ids, np.int32(IGNORED))
+        scale = None if _is_binary(weights) else weights
+        new_offsets = np.concatenate([[0], sample_ends]).astype(np.int64)
+        return EncodedBatch(ids, labels, scale, new_offsets, rows, tuple(sorted(dropped, key=lambda drop: drop.row)))
 
 
-def _ids_and_labels(plan: list[Span], runs: list[list[int]]) -> tuple[list[int], list[int]]:
-    """Put a row together. This is the place where weights between 0 and 1 would become a `loss_scale` column."""
-    ids: list[int] = []
-    labels: list[int] = []
-    for ref, weight in plan:
-        if ref >= 0:
-            ids.append(ref)
-            labels.append(ref if weight else IGNORED)
-        else:
-            run = runs[-1 - ref]
-            ids += run
-            labels += run if weight else [IGNORED] * len(run)
-    return ids, labels
+def _render(loaded: _Loaded, row: Mapping[str, Any]) -> list[Piece]:
+    options = loaded.options
+    conversation = read_conversation(row.get("messages") or (), row.get("tools"), loaded.agent)
+    if options.scale.base != "all":
+        conversation = conversation.without_trailing_query()
+        if not conversation.rounds:
+            raise DropRow("no assistant message")
+    if loaded.template is None:
+        return render_bare(conversation, options, loaded.bos, loaded.eos)
+    return loaded.template.render(conversation, options)
+
+
+def _spans_within(
+    strategy: str, limit: int, starts: np.ndarray, ends: np.ndarray, rows: np.ndarray, too_long: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Samples of at most `limit` tokens: their starts, ends and rows, and the rows that are deleted."""
+    none = rows[:0]
+    if strategy == "delete":
+        return starts[~too_long], ends[~too_long], rows[~too_long], rows[too_long]
+    if strategy == "right":
+        return starts, np.minimum(ends, starts + limit), rows, none
+    if strategy == "left":
+        return np.maximum(starts, ends - limit), ends, rows, none
+    chunks = np.maximum(-(-(ends - starts) // limit), 1)
+    number = np.arange(chunks.sum()) - np.repeat(np.cumsum(chunks) - chunks, chunks)
+    first = np.repeat(starts, chunks) + number * limit
+    return first, np.minimum(first + limit, np.repeat(ends, chunks)), np.repeat(rows, chunks), none
+
+
+def _is_binary(weights: np.ndarray) -> bool:
+    return bool(((weights == 0) | (weights == 1)).all())
 
 
 def _one_of(flag: str, value: str, choices: Sequence[str]) -> None:
@@ -248,21 +306,20 @@ def _one_of(flag: str, value: str, choices: Sequence[str]) -> None:
 
 @dataclass
 class _Loaded:
-    """What an encoder needs at work; `template` None is bare mode."""
+    """What an encoder needs at work; `template` None is bare mode. `prompt_template` lays out generation prompts."""
 
     tokenizer: Any
     template: Template | JinjaTemplate | None
+    prompt_template: Template | JinjaTemplate | None
     segments: SegmentTokenizer
     bos: str
     eos: str
+    agent: AgentFormat | None
+    options: RenderOptions
 
     @property
     def name(self) -> str:
         return self.template.name if self.template else "bare"
-
-    @property
-    def agent(self) -> str | None:
-        return self.template.agent if self.template else "raw"
 
     @property
     def stop_words(self) -> tuple[str, ...]:
@@ -275,8 +332,21 @@ def _load(encoder: Encoder) -> _Loaded:
     tokenizer = _load_tokenizer(encoder.model_dir, encoder.new_special_tokens, encoder.trust_remote_code)
     bos = tokenizer.bos_token if adds_bos(tokenizer) else ""
     template = _choose_template(encoder, tokenizer) if encoder.use_chat_template else None
-    segments = _load_segments(tokenizer, template.literals if template else (), encoder.new_special_tokens)
-    return _Loaded(tokenizer, template, segments, bos, tokenizer.eos_token or "")
+    prompt_template = template
+    if isinstance(template, Template) and template.own_prompt and tokenizer.chat_template:
+        prompt_template = _jinja(tokenizer)
+    options = RenderOptions(
+        encoder.system,
+        encoder.loss_scale,
+        encoder.add_non_thinking_prefix,
+        encoder.enable_thinking,
+        encoder.response_prefix,
+    )
+    format_name = encoder.agent_template or (template.agent if template else "raw")
+    agent = get_agent_format(format_name) if format_name else None
+    literals = (*(template.literals if template else ()), *(agent.literals if agent else ()))
+    segments = _load_segments(tokenizer, literals, encoder.new_special_tokens)
+    return _Loaded(tokenizer, template, prompt_template, segments, bos, tokenizer.eos_token or "", agent, options)
 
 
 # Loading a tokenizer of 150,000 tokens and copying it takes seconds: encoders that differ in other settings share both.

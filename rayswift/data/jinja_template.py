@@ -13,10 +13,10 @@ import itertools
 import os.path
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
-from rayswift.data.conversation import Conversation, DropRow
+from rayswift.data.conversation import Conversation, DropRow, Round
 from rayswift.data.templates import Piece, RenderOptions, as_messages, choose_system, own_rendering
 
 _PLACEHOLDER = re.compile("\ue000(\\d+)\ue001")
@@ -70,18 +70,28 @@ class JinjaTemplate:
         Raises:
             DropRow: the chat template refuses the conversation, or rewrites it beyond recognition.
         """
-        messages = as_messages(conversation, choose_system(conversation.system, options.system, None))
-        slots = self._fill(messages)
-        weights = []
+        messages = _messages(conversation, options)
+        slots = self._fill_or_ask(messages)
+        weights: list[float] = []
+        rules: list[bool] = []
         for index, round_ in enumerate(conversation.rounds):
             if round_.reply is not None:
                 losses = {options.reply_weight(part, index >= conversation.last_round) for part in round_.reply}
                 if len(losses) > 1:
                     raise DropRow("one assistant turn with and without loss needs a template family (--template)")
                 weights.append(losses.pop())
+                rules.append(round_.reply[0].loss_scale is None)
         if weights and slots[-1].reply < 0 and not slots[-1].text.strip():
             slots = slots[:-1]  # the newline after the last turn, which the families leave out too
-        return _pieces(slots, weights, options.prompt_weight)
+        pieces = []
+        for piece, slot in zip(_pieces(slots, weights, options.prompt_weight), slots, strict=True):
+            if slot.reply >= 0 and slot.message >= 0 and piece.weight and options.scale.rules and rules[slot.reply]:
+                query = messages[slot.message - 1]["content"] if slot.message else ""
+                cuts = options.scale.split(piece.text, query)
+                pieces += [piece._replace(text=text, weight=piece.weight * factor) for text, factor in cuts]
+            else:
+                pieces.append(piece)
+        return pieces
 
     def render_prompt(self, conversation: Conversation, options: RenderOptions) -> list[Piece]:
         """Lay out a conversation for generation; a last assistant turn is continued.
@@ -92,11 +102,12 @@ class JinjaTemplate:
         continued = conversation.rounds[-1].reply
         if continued is not None:
             last = conversation.rounds[-1]
-            asked = Conversation(conversation.system, [*conversation.rounds[:-1], type(last)(last.query)])
+            asked = replace(conversation, rounds=[*conversation.rounds[:-1], Round(last.query)])
         else:
             asked = conversation
-        messages = as_messages(asked, choose_system(conversation.system, options.system, None))
-        think = {} if options.enable_thinking is None else {"enable_thinking": options.enable_thinking}
+        messages = _messages(asked, options)
+        thinking = options.enable_thinking
+        think = {} if thinking is None else {"enable_thinking": thinking, "thinking": thinking}
         real = self._render(messages, add_generation_prompt=True, **think)
         skeleton = _placeholders(message["role"] for message in messages)
         slots = self._slots(skeleton, self._render(skeleton, add_generation_prompt=True, **think))
@@ -166,6 +177,17 @@ class JinjaTemplate:
         found = ((text.find(special, start, limit), special) for special in self.specials)
         return min((at + len(special) for at, special in found if at >= 0), default=otherwise)
 
+    def _fill_or_ask(self, messages: list[dict[str, str]]) -> list[Slot]:
+        """Fill in the messages; a chat template that refuses to start with a reply is given an empty query first."""
+        first = next((i for i, message in enumerate(messages) if message["role"] != "system"), 0)
+        try:
+            return self._fill(messages)
+        except DropRow:
+            if messages[first]["role"] != "assistant":
+                raise
+        messages.insert(first, {"role": "user", "content": ""})
+        return self._fill(messages)
+
     def _fill(self, messages: list[dict[str, str]]) -> list[Slot]:
         slots = self._skeleton(tuple(message["role"] for message in messages))
         real = self._render(messages)
@@ -190,6 +212,26 @@ class JinjaTemplate:
     def _refuse_specials(self, messages: Iterable[dict[str, str]]) -> None:
         if any(special in message["content"] for message in messages for special in self.specials):
             raise DropRow("the model's chat template rewrites a message that holds special-token text")
+
+
+def _messages(conversation: Conversation, options: RenderOptions) -> list[dict[str, str]]:
+    """The conversation as the chat template takes it, tools in the system text or the first query."""
+    agent, tools = conversation.agent, "".join(stretch.text for stretch in conversation.tools)
+    literal = any(part.literal for round_ in conversation.rounds for part in round_.reply or ())
+    if (
+        literal
+        or any(stretch.literal for stretch in conversation.tools)
+        or any(round_.results is not None for round_ in conversation.rounds)
+    ):
+        raise DropRow(f"agent template {agent.name if agent else ''} needs a template family (--template)")
+    system = choose_system(conversation.system, options.system, None)
+    if tools and agent is not None and agent.tools_place != "before_query":
+        return as_messages(conversation, f"{system}\n\n{tools}" if system else tools)
+    messages = as_messages(conversation, system)
+    if tools:
+        asked = next((message for message in messages if message["role"] == "user"), messages[0])
+        asked["content"] = tools + asked["content"]
+    return messages
 
 
 def _placeholders(roles: Iterable[str]) -> list[dict[str, str]]:

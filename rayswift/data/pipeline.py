@@ -1,21 +1,15 @@
-"""The data path on Ray Data: files → standard rows → sample and split → token blocks.
+"""The data path: files → standard rows → token rows, each stage in the token cache; then sample, split and blend.
 
-Every stage is a Ray Data operator over Arrow blocks; the driver only holds references, row counts and lengths.
-Order is a function of the files and the seed, never of timing. Rows that cannot be used stay in their block with a
-``reason`` until they are counted, so nothing vanishes without a word.
-
-Schemas:
-    standard block: ``row: large_string`` (a standard row as JSON, null if dropped), ``file: dictionary<string>``,
-    ``position: int64`` (see :func:`rayswift.data.sources.locate`), ``reason: string`` (null if kept).
-    token block: ``input_ids: list<int32>``, ``labels: list<int32>`` (−100 where not trained), ``origin: int64`` (the
-    number of the selected row it came from), ``file``, ``position``, ``reason``.
+The unit of work is a chunk of a data file. Large datasets go through Ray Data, one task per chunk, on every node;
+small ones are done at once in this process, because a task would first have to import and load a tokenizer. Order is
+a function of the files and the seed, never of timing. Rows that cannot be used are counted with reason and place.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from rayswift.data.blocks import (
@@ -23,15 +17,15 @@ from rayswift.data.blocks import (
     BlockRows,
     DropReport,
     blend,
-    collect,
     concat,
     iter_standard_rows,
     sample_rows,
     split_rows,
 )
 from rayswift.data.registry import ResolvedDataset, ResolvedDatasets
-from rayswift.data.rows import Drop, RowRules, standardise_row
-from rayswift.data.sources import BadRow, Chunk, iter_rows, plan_chunks
+from rayswift.data.rows import WARNINGS, Drop, RowRules, standardise_rows
+from rayswift.data.sources import BadRow, Chunk, chunk_bytes, iter_rows, plan_chunks
+from rayswift.data.token_cache import TokenCache, default_root, read_columns, tokens_key
 from rayswift.errors import UserError
 
 if TYPE_CHECKING:
@@ -41,63 +35,65 @@ if TYPE_CHECKING:
 
     from rayswift.data.encoding import Encoder
 
-#: Rows per Arrow block out of the reader: big enough to amortise a task, small enough to stay far below memory.
-ROWS_PER_BLOCK = 4096
 #: Rows per call of the tokenizer's batch encoder.
 ENCODE_BATCH = 1024
+#: Datasets up to this many bytes are read and encoded in this process: seconds, where a Ray task would first import
+#: a tokenizer's library for longer.
+IN_PROCESS_BYTES = 48 << 20
 
 OnProgress = Callable[[str, int], None]
 
 
 @dataclass
 class TrainData:
-    """What the data path hands to training: token blocks for training and validation, and what was dropped."""
+    """What the data path hands to training: token rows for training (None for a stream) and validation, and what was
+    dropped."""
 
-    train: BlockRows
+    train: BlockRows | None
     val: BlockRows | None
     drops: DropReport
     val_rows: list[dict[str, Any]] = field(default_factory=list)
 
 
-def load_train_data(args: Any, datasets: ResolvedDatasets, encoder: Encoder, on_progress: OnProgress) -> TrainData:
-    """Read, standardise, sample, split and encode ``--dataset`` and ``--val_dataset``.
+@dataclass(frozen=True)
+class StandardBatch:
+    """Neighbouring rows of one file: the usable ones with their positions, and what is to be said of the others."""
 
-    Args:
-        args: training arguments.
-        datasets: where their rows are.
-        encoder: turns standard rows into token ids.
-        on_progress: called with a stage name and the number of rows done in it.
+    path: str
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    positions: list[int] = field(default_factory=list)
+    report: DropReport = field(default_factory=DropReport)
 
-    Raises:
-        UserError: unreadable row (names file:line), no usable row, ``--strict true`` and a bad row.
-    """
-    import numpy as np
+    def add(self, row: dict[str, Any] | Drop, position: int) -> None:
+        """Add a row, usable or not."""
+        self.report.rows_in += 1
+        if isinstance(row, Drop):
+            self.report.add(row.reason, 1, self.path, position)
+            return
+        for text in row.pop(WARNINGS, ()):
+            self.report.note(text, 1, self.path, position)
+        self.rows.append(row)
+        self.positions.append(position)
 
-    drops = DropReport()
-    rng = np.random.RandomState(args.data_seed)
-    ratio = 0.0 if datasets.val else args.split_dataset_ratio
-    trains, vals = [], []
-    for dataset in datasets.train:
-        rows = sample_rows(_read(dataset, args, drops, on_progress), dataset.spec.num_samples, args, rng)
-        kept, held_out = split_rows(rows, ratio, rng)
-        trains.append(kept)
-        vals.append(held_out)
-    for dataset in datasets.val:
-        vals.append(sample_rows(_read(dataset, args, drops, on_progress), dataset.spec.num_samples, args, rng))
-    train = blend(trains, args, rng)
-    val = concat(vals)
-    if args.val_dataset_shuffle:
-        val = val.select(rng.permutation(len(val)))
-    val_rows = list(iter_standard_rows(val)) if ratio else []
-    encoded = _encode(train, encoder, args, drops, on_progress)
-    if not len(encoded):
-        raise UserError(f"--dataset {' '.join(args.dataset)}: no row is left to train on; {'; '.join(drops.lines())}")
-    encoded_val = _encode(val, encoder, args, drops, on_progress) if len(val) else None
-    return TrainData(encoded, encoded_val or None, drops, val_rows)
+
+def standard_batches(chunk: Chunk, rules: RowRules, size: int = ENCODE_BATCH) -> Iterator[StandardBatch]:
+    """One chunk as standard rows, about ``size`` at a time; a broken row ends the chunk (:data:`FATAL`)."""
+    batch = StandardBatch(chunk.path)
+    try:
+        for raw, position in iter_rows(chunk):
+            for standard in standardise_rows(raw, rules):
+                batch.add(standard, position)
+            if len(batch.rows) >= size:
+                yield batch
+                batch = StandardBatch(chunk.path)
+    except BadRow as error:
+        batch.add(Drop(FATAL + error.reason), error.position)
+    if batch.report.rows_in:
+        yield batch
 
 
 def first_usable_row(datasets: list[ResolvedDataset], strict: bool) -> dict[str, Any]:
-    """Read each dataset up to its first usable block, in this process, before anything expensive starts.
+    """Read each dataset up to its first usable batch, in this process, before anything expensive starts.
 
     Returns:
         The first usable standard row.
@@ -108,23 +104,235 @@ def first_usable_row(datasets: list[ResolvedDataset], strict: bool) -> dict[str,
     first = None
     for dataset in datasets:
         drops = DropReport()
-        chunks = plan_chunks(dataset.files)
-        tables = (table for chunk in chunks for table in standard_blocks(chunk, dataset.rules))
-        usable = next((row for table in tables for row in _usable_rows(table, drops, strict)), None)
+        usable = None
+        for batch in (
+            batch for chunk in plan_chunks(dataset.files) for batch in standard_batches(chunk, dataset.rules)
+        ):
+            drops.merge(batch.report)
+            refuse_bad_rows(drops, strict)
+            if batch.rows:
+                usable = batch.rows[0]
+                break
         if usable is None:
             reasons = "; ".join(drops.lines()) or "it is empty"
             raise UserError(f"--dataset {dataset.spec.text}: no usable row: {reasons}")
-        first = first or json.loads(usable)
+        first = first or usable
     assert first is not None
     return first
 
 
-def _usable_rows(table: pa.Table, drops: DropReport, strict: bool) -> list[str]:
-    for row in table.to_pylist():
-        if row["reason"] is not None:
-            drops.add(row["reason"], 1, row["file"], row["position"])
-    refuse_bad_rows(drops, strict)
-    return [text for text in table["row"].to_pylist() if text is not None]
+def refuse_bad_rows(drops: DropReport, strict: bool) -> None:
+    """Stop at a file that is broken, or with ``--strict true`` at any row that was dropped."""
+    for reason in drops.counts:
+        if reason.startswith(FATAL):
+            raise UserError(f"{drops.place(reason)}: {reason.removeprefix(FATAL)}")
+        if strict:
+            raise UserError(f"{drops.place(reason)}: {reason} (--strict true stops at the first bad row)")
+
+
+# --- one chunk --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ChunkWork:
+    """What is to be made of one chunk.
+
+    rows_key: its entry of standard rows. tokens_key: its entry of token rows, None to stop at standard rows.
+    picked: numbers of the standard rows to encode, ascending int64; None for all.
+    """
+
+    chunk: Chunk
+    rules: RowRules
+    rows_key: str
+    tokens_key: str | None = None
+    picked: np.ndarray | None = None
+
+    @property
+    def key(self) -> str:
+        """The entry this work ends in."""
+        return self.tokens_key or self.rows_key
+
+
+def build_chunk(work: ChunkWork, encoder: Encoder, cache: TokenCache, on_rows: Callable[[int], None]) -> dict[str, Any]:
+    """Make a chunk's cache entries. A broken file leaves none.
+
+    Returns:
+        The summary of the entry: ``rows`` kept, ``rows_in``, and what :meth:`DropReport.as_json` keeps.
+    """
+    drops = DropReport()
+    known = cache.summary(work.rows_key) if cache.reuse or work.picked is not None else None
+    batches = _stored_batches(work, cache) if known else _read_batches(work, cache, drops)
+    if work.tokens_key is None:
+        for batch in batches:
+            on_rows(len(batch.rows))
+    else:
+        _write_tokens(work, batches, encoder, cache, drops, on_rows)
+    return cache.summary(work.key) or {"rows": 0, "rows_in": drops.rows_in, **drops.as_json()}
+
+
+def _read_batches(work: ChunkWork, cache: TokenCache, drops: DropReport) -> Iterator[StandardBatch]:
+    """Standard rows from the file, kept in the cache on the way."""
+    import pyarrow as pa
+
+    schema = pa.schema([("row", pa.large_string()), ("position", pa.int64())])
+    kept, seen = 0, DropReport()
+    with cache.write(work.rows_key, schema) as file:
+        for batch in standard_batches(work.chunk, work.rules):
+            texts = [json.dumps(row, ensure_ascii=False, default=str) for row in batch.rows]
+            file.write_batch(pa.record_batch([pa.array(texts, pa.large_string()), pa.array(batch.positions)], schema))
+            kept += len(batch.rows)
+            seen.rows_in += batch.report.rows_in
+            seen.merge(batch.report)
+            yield batch
+    drops.rows_in += seen.rows_in
+    drops.merge(seen)
+    if not any(reason.startswith(FATAL) for reason in seen.counts):
+        cache.finish(work.rows_key, {"rows": kept, "rows_in": seen.rows_in, **seen.as_json()})
+
+
+def _stored_batches(work: ChunkWork, cache: TokenCache) -> Iterator[StandardBatch]:
+    """Standard rows from the cache."""
+    reader = cache.open(work.rows_key)
+    for number in range(reader.num_record_batches):
+        batch = reader.get_batch(number)
+        rows = [json.loads(text) for text in batch["row"].to_pylist()]
+        yield StandardBatch(work.chunk.path, rows, batch["position"].to_pylist())
+
+
+def _write_tokens(
+    work: ChunkWork,
+    batches: Iterable[StandardBatch],
+    encoder: Encoder,
+    cache: TokenCache,
+    drops: DropReport,
+    on_rows: Callable[[int], None],
+) -> None:
+    import numpy as np
+
+    assert work.tokens_key is not None
+    number = kept = rows_in = 0
+    seen = DropReport()
+    with cache.write(work.tokens_key, token_schema()) as file:
+        for batch in batches:
+            here = np.arange(number, number + len(batch.rows))
+            if work.picked is not None:
+                here = work.picked[
+                    np.searchsorted(work.picked, number) : np.searchsorted(work.picked, number + len(here))
+                ]
+            rows = [batch.rows[place] for place in here - number]
+            places = [(batch.path, batch.positions[place]) for place in here - number]
+            tokens = encode_rows(rows, places, encoder, seen, here)
+            file.write_batch(tokens)
+            kept += len(tokens)
+            rows_in += len(rows)
+            number += len(batch.rows)
+            on_rows(len(rows))
+    drops.merge(seen)
+    if not any(reason.startswith(FATAL) for reason in drops.counts):
+        cache.finish(work.tokens_key, {"rows": kept, "rows_in": rows_in, **seen.as_json()})
+
+
+def token_schema() -> pa.Schema:
+    """The schema of token rows; see :mod:`rayswift.data.token_cache`."""
+    import pyarrow as pa
+
+    tokens, weights = pa.list_(pa.int32()), pa.list_(pa.float32())
+    numbers = [("source", pa.int64()), ("length", pa.int32())]
+    return pa.schema([("input_ids", tokens), ("labels", tokens), ("loss_scale", weights), *numbers])
+
+
+def encode_rows(
+    rows: list[dict[str, Any]],
+    places: list[tuple[str, int]],
+    encoder: Encoder,
+    drops: DropReport,
+    numbers: np.ndarray,
+) -> pa.RecordBatch:
+    """Standard rows to token rows.
+
+    Args:
+        rows: standard rows.
+        places: file and position of each.
+        encoder: turns them into token ids.
+        drops: where rows that give no tokens are added.
+        numbers: int64 (rows,), what the ``source`` column shall say.
+    """
+    import numpy as np
+    import pyarrow as pa
+
+    batch = encoder.encode_columns(rows)
+    for dropped in batch.dropped:
+        drops.add(dropped.reason, 1, *places[dropped.row])
+    offsets = pa.array(batch.offsets, pa.int32())
+
+    def lists(values: np.ndarray) -> pa.Array:
+        return pa.ListArray.from_arrays(offsets, pa.array(values))
+
+    schema = token_schema()
+    scale = pa.nulls(len(batch.rows), schema.field("loss_scale").type)
+    if batch.loss_scale is not None:
+        scale = lists(batch.loss_scale)
+    columns = [lists(batch.input_ids), lists(batch.labels), scale, pa.array(numbers[batch.rows]),
+               pa.array(np.diff(batch.offsets).astype(np.int32))]  # fmt: skip
+    return pa.record_batch(columns, schema)
+
+
+# --- all chunks -------------------------------------------------------------------------------------------------
+
+
+def build_chunks(
+    works: list[ChunkWork], encoder: Encoder, cache: TokenCache, strict: bool, on_rows: Callable[[int], None]
+) -> list[dict[str, Any]]:
+    """Make the cache entries of these chunks, each once, and return their summaries.
+
+    Raises:
+        UserError: a file is broken (names file:line); with ``strict``, any row was dropped.
+    """
+    summaries = [cache.summary(work.key) if cache.reuse else None for work in works]
+    missing = [number for number, summary in enumerate(summaries) if summary is None]
+    todo = [works[number] for number in missing]
+    if sum(chunk_bytes(work.chunk) for work in todo) <= IN_PROCESS_BYTES:
+        made: Iterable[dict[str, Any]] = (build_chunk(work, encoder, cache, on_rows) for work in todo)
+    else:
+        made = _build_on_cluster(todo, encoder, cache, on_rows)
+    for number, summary in zip(missing, made, strict=True):
+        summaries[number] = summary
+        _refuse(works[number], summary, cache, strict)
+    found = [summary for summary in summaries if summary is not None]
+    for work, summary in zip(works, found, strict=True):
+        _refuse(work, summary, cache, strict)
+    return found
+
+
+def _refuse(work: ChunkWork, summary: dict[str, Any], cache: TokenCache, strict: bool) -> None:
+    """Stop at what :func:`refuse_bad_rows` refuses, first as the file was read, then as its rows were encoded."""
+    read = cache.summary(work.rows_key) if strict else None
+    for known in [read, summary] if read else [summary]:
+        refuse_bad_rows(_report([work], [known]), strict)
+
+
+def _build_on_cluster(
+    works: list[ChunkWork], encoder: Encoder, cache: TokenCache, on_rows: Callable[[int], None]
+) -> Iterator[dict[str, Any]]:
+    """One Ray Data task per chunk; summaries come back in order."""
+
+    def build(batch: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        for item in batch["id"]:
+            summary = build_chunk(works[int(item)], encoder, cache, lambda _: None)
+            yield {"summary": [json.dumps(summary)]}
+
+    for row in one_task_each(len(works)).map_batches(build, batch_size=None).iter_rows():
+        summary = json.loads(row["summary"])
+        on_rows(summary["rows_in"])
+        yield summary
+
+
+def _report(works: list[ChunkWork], summaries: list[dict[str, Any]]) -> DropReport:
+    drops = DropReport()
+    for work, summary in zip(works, summaries, strict=True):
+        drops.rows_in += summary["rows_in"]
+        drops.add_json(summary, work.chunk.path)
+    return drops
 
 
 def data_context(block_bytes: int | None = None) -> Any:
@@ -143,35 +351,6 @@ def data_context(block_bytes: int | None = None) -> Any:
     return context
 
 
-def _read(dataset: ResolvedDataset, args: Any, drops: DropReport, on_progress: OnProgress) -> BlockRows:
-    chunks, rules = plan_chunks(dataset.files), dataset.rules
-
-    def read(batch: dict[str, Any]) -> Iterator[pa.Table]:
-        for item in batch["id"]:
-            yield from standard_blocks(chunks[int(item)], rules)
-
-    source = one_task_each(len(chunks)).map_batches(read, batch_size=None)
-    seen = DropReport()
-    name = dataset.spec.text
-    rows, _ = collect(source, seen, lambda done: on_progress(f"read {name}", done))
-    refuse_bad_rows(seen, args.strict)
-    if not len(rows):
-        reasons = "; ".join(seen.lines()) or "it is empty"
-        raise UserError(f"--dataset {name}: none of its {seen.rows_in} rows can be used: {reasons}")
-    drops.rows_in += seen.rows_in
-    drops.merge(seen)
-    return rows
-
-
-def refuse_bad_rows(drops: DropReport, strict: bool) -> None:
-    """Stop at a file that is broken, or with ``--strict true`` at any row that was dropped."""
-    for reason in drops.counts:
-        if reason.startswith(FATAL):
-            raise UserError(f"{drops.place(reason)}: {reason.removeprefix(FATAL)}")
-        if strict:
-            raise UserError(f"{drops.place(reason)}: {reason} (--strict true stops at the first bad row)")
-
-
 def one_task_each(count: int, block_bytes: int | None = None) -> Dataset:
     """A dataset of ids 0 … count-1 whose every row is a task of its own."""
     import ray.data
@@ -181,98 +360,159 @@ def one_task_each(count: int, block_bytes: int | None = None) -> Dataset:
         return ray.data.range(count, override_num_blocks=count)
 
 
-def standard_blocks(chunk: Chunk, rules: RowRules) -> Iterator[pa.Table]:
-    """One chunk as standard blocks of at most :data:`ROWS_PER_BLOCK` rows; a broken row ends the chunk."""
-    rows: list[tuple[str | None, int, str | None]] = []
-    try:
-        for raw, position in iter_rows(chunk):
-            standard = standardise_row(raw, rules)
-            if isinstance(standard, Drop):
-                rows.append((None, position, standard.reason))
-            else:
-                rows.append((json.dumps(standard, ensure_ascii=False, default=str), position, None))
-            if len(rows) == ROWS_PER_BLOCK:
-                yield _standard_table(rows, chunk.path)
-                rows = []
-    except BadRow as error:
-        rows.append((None, error.position, FATAL + error.reason))
-    if rows:
-        yield _standard_table(rows, chunk.path)
+# --- a run's data -----------------------------------------------------------------------------------------------
 
 
-def _standard_table(rows: list[tuple[str | None, int, str | None]], path: str) -> pa.Table:
-    import pyarrow as pa
+def load_train_data(
+    args: Any,
+    datasets: ResolvedDatasets,
+    encoder: Encoder,
+    on_progress: OnProgress,
+    cache: TokenCache | None = None,
+) -> TrainData:
+    """Read, standardise, sample, split and encode ``--dataset`` and ``--val_dataset``; what is cached is not redone.
 
-    texts, positions, reasons = zip(*rows, strict=True)
-    files = pa.DictionaryArray.from_arrays(pa.array([0] * len(rows), pa.int32()), pa.array([path]))
-    return pa.table(
-        {
-            "row": pa.array(texts, pa.large_string()),
-            "file": files,
-            "position": pa.array(positions, pa.int64()),
-            "reason": pa.array(reasons, pa.string()),
-        }
-    )
+    Args:
+        args: training arguments.
+        datasets: where their rows are.
+        encoder: turns standard rows into token ids.
+        on_progress: called with a stage name and the number of rows done in it.
+        cache: where rows and tokens are kept; None for this machine's.
 
-
-def _encode(rows: BlockRows, encoder: Encoder, args: Any, drops: DropReport, on_progress: OnProgress) -> BlockRows:
-    """Encode the selected rows, each once and in its block, and put them back into the selected order."""
+    Raises:
+        UserError: unreadable row (names file:line), no usable row, ``--strict true`` and a bad row.
+    """
     import numpy as np
-    import ray
-    from ray.data import DataContext
 
-    # A row that is selected twice (#N above the size) is encoded once.
-    wanted, inverse = np.unique(rows.index, axis=0, return_inverse=True)
-    blocks, starts = np.unique(wanted[:, 0], return_index=True)
-    take = ray.remote(_take_rows)
-    refs = [
-        take.remote(rows.refs[block], pick, start)
-        for block, pick, start in zip(blocks, np.split(wanted[:, 1], starts[1:]), starts, strict=True)
-    ]
-    with DataContext.current(data_context()):
-        source = ray.data.from_arrow_refs(refs).map_batches(
-            encode_rows, fn_kwargs={"encoder": encoder}, batch_format="pyarrow", batch_size=ENCODE_BATCH
-        )
-    seen = DropReport()
-    encoded, origins = collect(source, seen, lambda done: on_progress("encode", done))
-    refuse_bad_rows(seen, args.strict)
-    drops.merge(seen)
-    return encoded.select(_selected_order(origins, inverse.reshape(-1)))
+    cache = cache or TokenCache(default_root(), args.load_from_cache_file)
+    run = _Load(encoder, cache, args.strict, on_progress)
+    rng = np.random.RandomState(args.data_seed)
+    ratio = 0.0 if datasets.val else args.split_dataset_ratio
+
+    def sampled(dataset: ResolvedDataset) -> BlockRows:
+        return sample_rows(run.standard_rows(dataset), dataset.spec.num_samples, args, rng)
+
+    # A stream is read while it trains; nothing is held out of it.
+    parts = [split_rows(sampled(dataset), ratio, rng) for dataset in ([] if args.streaming else datasets.train)]
+    train = blend([kept for kept, _ in parts], args, rng)
+    val = concat([held_out for _, held_out in parts] + [sampled(dataset) for dataset in datasets.val])
+    if args.val_dataset_shuffle:
+        val = val.select(rng.permutation(len(val)))
+    run.encode([train, val])
+    encoded = None if args.streaming else run.token_rows(train)
+    if encoded is not None and not len(encoded):
+        reasons = "; ".join(run.drops.lines())
+        raise UserError(f"--dataset {' '.join(args.dataset)}: no row is left to train on; {reasons}")
+    val_rows = list(iter_standard_rows(val)) if ratio and len(val) else []
+    return TrainData(encoded, run.token_rows(val) if len(val) else None, run.drops, val_rows)
 
 
-def encode_rows(table: pa.Table, encoder: Encoder) -> pa.Table:
-    """A standard block to a token block; a dropped row keeps its place with a reason and no tokens."""
-    import pyarrow as pa
+class _Load:
+    """The chunks of one run: their standard rows, then the token rows of those that were chosen."""
 
-    from rayswift.data.encoding import Dropped
+    def __init__(self, encoder: Encoder, cache: TokenCache, strict: bool, on_progress: OnProgress) -> None:
+        self.encoder, self.cache, self.strict, self.on_progress = encoder, cache, strict, on_progress
+        self.drops = DropReport()
+        # By the path of its standard rows, what was or will be made of a chunk.
+        self.works: dict[str, ChunkWork] = {}
 
-    samples = encoder.encode_batch([json.loads(text) for text in table["row"].to_pylist()])
-    kept = [None if isinstance(sample, Dropped) else sample for sample in samples]
-    tokens = pa.list_(pa.int32())
-    columns = {
-        "input_ids": pa.array([sample and sample.input_ids for sample in kept], tokens),
-        "labels": pa.array([sample and sample.labels for sample in kept], tokens),
-    }
-    reasons = [sample.reason if isinstance(sample, Dropped) else None for sample in samples]
-    carried = table.drop_columns(["row", "reason"]).take(pa.array([sample.row for sample in samples], pa.int64()))
-    return pa.table({**columns, **{name: carried[name] for name in carried.column_names},
-                     "reason": pa.array(reasons, pa.string())})  # fmt: skip
+    def standard_rows(self, dataset: ResolvedDataset) -> BlockRows:
+        """All usable rows of a dataset. Without ``#N`` every row will be wanted, and is encoded on the way."""
+        import numpy as np
+
+        name = dataset.spec.text
+        works = []
+        for chunk in plan_chunks(dataset.files):
+            key = self.cache.rows_key(chunk, dataset.rules)
+            wanted = tokens_key(key, self.encoder) if dataset.spec.num_samples is None else None
+            works.append(ChunkWork(chunk, dataset.rules, key, wanted))
+        self._build(works, f"read {name}")
+        seen = _report(works, [self._summary(work.rows_key) for work in works])
+        self.drops.rows_in += seen.rows_in
+        self.drops.merge(seen)
+        files = [self.cache.path(work.rows_key) for work in works]
+        self.works |= dict(zip(files, works, strict=True))
+        counts = [self._summary(work.rows_key)["rows"] for work in works]
+        if not sum(counts):
+            reasons = "; ".join(seen.lines()) or "it is empty"
+            raise UserError(f"--dataset {name}: none of its {seen.rows_in} rows can be used: {reasons}")
+        index = [np.column_stack([np.full(count, file), np.arange(count)]) for file, count in enumerate(counts)]
+        return BlockRows(files, np.concatenate(index).astype(np.int64), np.zeros(sum(counts), np.int64))
+
+    def encode(self, parts: list[BlockRows]) -> None:
+        """Encode the rows of these parts that are not encoded yet."""
+        import numpy as np
+
+        picks: dict[str, list[np.ndarray]] = {}
+        for part in parts:
+            for file, rows in _rows_by_file(part):
+                picks.setdefault(file, []).append(rows)
+        for file, numbers in picks.items():
+            work = self.works[file]
+            if work.tokens_key is None:
+                picked: np.ndarray | None = np.unique(np.concatenate(numbers))
+                if len(picked) == self._summary(work.rows_key)["rows"]:
+                    picked = None
+                key = tokens_key(work.rows_key, self.encoder, picked)
+                self.works[file] = replace(work, tokens_key=key, picked=picked)
+        works = [self.works[file] for file in picks]
+        self._build([work for work in works if self.cache.summary(work.key) is None], "encode")
+        self.drops.merge(_report(works, [self._summary(work.key) for work in works]))
+
+    def token_rows(self, rows: BlockRows) -> BlockRows:
+        """For each standard row in turn, the token rows that came from it (none if dropped, several if split)."""
+        import numpy as np
+
+        files = [file for file, _ in _rows_by_file(rows)]
+        bases = np.zeros(len(rows.files), np.int64)
+        base = 0
+        origins, lengths, index = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)], [np.zeros((0, 2), np.int64)]
+        for number, file in enumerate(files):
+            source, length = read_columns(self.cache.path(self.works[file].key), ["source", "length"])
+            bases[[place for place, name in enumerate(rows.files) if name == file]] = base
+            origins.append(base + source)
+            base += self._summary(self.works[file].rows_key)["rows"]
+            index.append(np.column_stack([np.full(len(source), number), np.arange(len(source))]))
+            lengths.append(length.astype(np.int64))
+        order = _selected_order(np.concatenate(origins), bases[rows.index[:, 0]] + rows.index[:, 1])
+        paths = [self.cache.path(self.works[file].key) for file in files]
+        return BlockRows(paths, np.concatenate(index).astype(np.int64), np.concatenate(lengths)).select(order)
+
+    def _build(self, works: list[ChunkWork], stage: str) -> None:
+        done = 0
+
+        def count(rows: int) -> None:
+            nonlocal done
+            done += rows
+            self.on_progress(stage, done)
+
+        build_chunks(works, self.encoder, self.cache, self.strict, count)
+
+    def _summary(self, key: str) -> dict[str, Any]:
+        summary = self.cache.summary(key)
+        if summary is None:
+            raise UserError(f"the token cache {self.cache.root} lost an entry; run again, or set RAYSWIFT_CACHE")
+        return summary
+
+
+def _rows_by_file(rows: BlockRows) -> Iterator[tuple[str, np.ndarray]]:
+    """Each file that rows come from, once, with the numbers of these rows in it."""
+    import numpy as np
+
+    order = np.argsort(rows.index[:, 0], kind="stable")
+    numbers, starts = np.unique(rows.index[order, 0], return_index=True)
+    found: dict[str, list[np.ndarray]] = {}
+    parts_by_file = np.split(rows.index[order, 1], starts[1:]) if len(rows) else []
+    for number, part in zip(numbers, parts_by_file, strict=True):
+        found.setdefault(rows.files[number], []).append(part)
+    return ((file, np.concatenate(parts)) for file, parts in found.items())
 
 
 def _selected_order(origins: np.ndarray, selected: np.ndarray) -> np.ndarray:
-    """For each selected row in turn, the token rows that came from it (none if dropped, several if split)."""
+    """The token rows of each selected row in turn. ``origins``: the row each token row came from, ascending."""
     import numpy as np
 
-    by_origin = np.argsort(origins, kind="stable")
-    first, last = (np.searchsorted(origins[by_origin], selected, side) for side in ("left", "right"))
+    first, last = (np.searchsorted(origins, selected, side) for side in ("left", "right"))
     counts = last - first
     within = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
-    return by_origin[np.repeat(first, counts) + within]
-
-
-def _take_rows(block: pa.Table, rows: np.ndarray, first_origin: int) -> pa.Table:
-    import numpy as np
-    import pyarrow as pa
-
-    origins = pa.array(np.arange(first_origin, first_origin + len(rows)))
-    return block.take(rows).append_column("origin", origins)
+    return np.repeat(first, counts) + within

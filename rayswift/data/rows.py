@@ -1,56 +1,43 @@
-"""Raw rows to standard rows: pure functions, one row in, one :class:`StandardRow` or :class:`Drop` out.
+"""Raw rows to standard rows: pure functions, one row in, :class:`StandardRow` or :class:`Drop` out.
 
-A standard row is ``{"messages": [{"role", "content", ...}], ...}``. The schemas and their precedence are SWIFT's
-(query/response, alpaca, messages, sharegpt, plain text); where SWIFT loses a row in silence the reason is returned.
+A standard row is ``{"messages": [{"role", "content", ...}], ...}`` with the columns of
+:data:`rayswift.data.columns.KEPT_COLUMNS` beside it. The schemas and their precedence are SWIFT's (messages, alpaca,
+query/response, plain text); where SWIFT loses a row or a column in silence, the reason is returned (:class:`Drop`) or
+noted in the row (:data:`WARNINGS`).
 """
 
 from __future__ import annotations
 
-import ast
-import json
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields, replace
+from decimal import Decimal
+from functools import cached_property
 from typing import Any
 
-#: SWIFT's table of source columns for each target, matched case-insensitively.
-COLUMN_ALIASES: dict[str, tuple[str, ...]] = {
-    "messages": ("messages", "conversation", "conversations"),
-    "system": ("system", "system_prompt"),
-    "query": ("query", "prompt", "input", "instruction", "question", "problem"),
-    "response": (
-        "response", "answer", "output", "targets", "target", "answer_key", "answers", "solution", "text",
-        "completion", "content",
-    ),
-    "images": ("images", "image"),
-    "videos": ("videos", "video"),
-    "audios": ("audios", "audio"),
-}  # fmt: skip
-_TARGET_OF = {alias: target for target, aliases in COLUMN_ALIASES.items() for alias in aliases}
+from rayswift.data.columns import MEDIA, Layout, new_name, plan_layout
+from rayswift.data.messages import (
+    MessageNames,
+    Reading,
+    Unusable,
+    is_message,
+    media_file,
+    parse_text,
+    plain_messages,
+    read_messages,
+    refuse_half_surrogates,
+)
 
-ROLE_ALIASES = {
-    "human": "user",
-    "gpt": "assistant",
-    "bot": "assistant",
-    "function_call": "tool_call",
-    "function-call": "tool_call",
-    "function_response": "tool_response",
-    "observation": "tool_response",
-    "observations": "tool_response",
-}
-ROLES = frozenset({"system", "user", "assistant", "tool_call", "tool_response", "tool"})
-#: Columns that travel beside ``messages`` (SWIFT 2.4, "Kept columns").
-KEPT_COLUMNS = (
-    "rejected_response", "rejected_messages", "positive_messages", "negative_messages", "label", "channel", "margin",
-    "tools", "rejected_tools", "objects", "chat_template_kwargs",
-)  # fmt: skip
-#: Columns of files that ``<image>`` and its like stand for: lists of ``{"bytes", "path"}``, whatever was written.
-MEDIA = ("images", "videos", "audios")
-_MESSAGE_KEYS = ("loss", "loss_scale", "name")
+#: Key of a standard row: a list of texts that say which of its columns were not used. Taken out by whoever counts.
+WARNINGS = "_warnings"
 _PLACEHOLDER = re.compile(r"\{\{(NAME|AUTHOR|name|author)\}\}")
 _CJK = re.compile(r"[一-鿿]")
+#: Distinct sets of columns whose reading is remembered; more than this is no table but free-form JSON.
+_MAX_LAYOUTS = 1000
 
 StandardRow = dict[str, Any]
+#: What a user registers for a dataset: a raw row (columns renamed) to a row of any schema, several rows, or None.
+Preprocess = Callable[[dict[str, Any]], dict[str, Any] | list[dict[str, Any]] | None]
 
 
 @dataclass(frozen=True)
@@ -62,207 +49,400 @@ class Drop:
 
 @dataclass(frozen=True)
 class RowRules:
-    """How the rows of one dataset become standard rows.
+    """How the rows of one dataset become standard rows. Plain data: it travels to every reading task.
 
     Args:
-        columns: renames applied before detection (``--columns`` and ``dataset_info.json``); ``"_"`` hides a column.
+        columns: renames applied before detection (``--columns`` and ``dataset_info.json``), matched
+            case-insensitively; ``"_"`` hides a column.
         model_name: values for ``{{NAME}}``: Chinese rows take the first, others the second; one value serves both.
         model_author: the same for ``{{AUTHOR}}``.
+        message_names: keys and roles of messages that are not the usual ones.
+        keep_extra: columns that are not part of the prompt stay in the row for reward functions
+            (``--remove_unused_columns false``), the answer's column among them.
         strip_input_prefix: text removed from the front of alpaca's ``input`` (alpaca-gpt4-data-zh has ``输入：``).
+        remove_text: text removed wherever it stands in a message or a rejected response.
+        query_suffix: text put behind the last query, response_prefix: in front of the last response.
+        preprocess: called with each row before detection; see :data:`Preprocess`.
     """
 
     columns: Mapping[str, str] = field(default_factory=dict)
     model_name: tuple[str, ...] = ()
     model_author: tuple[str, ...] = ()
+    message_names: MessageNames = field(default_factory=MessageNames)
+    keep_extra: bool = False
     strip_input_prefix: str = ""
+    remove_text: str = ""
+    query_suffix: str = ""
+    response_prefix: str = ""
+    preprocess: Preprocess | None = None
+
+    @cached_property
+    def _layouts(self) -> dict[tuple[str, ...], Layout]:
+        """What the columns mean, found once for each distinct set of them."""
+        return {}
+
+    @cached_property
+    def _renames(self) -> dict[str, str]:
+        return {key.lower(): name for key, name in self.columns.items()}
+
+    @cached_property
+    def _edits_text(self) -> bool:
+        return bool(self.remove_text or self.query_suffix or self.response_prefix)
+
+    @cached_property
+    def _after_preprocess(self) -> RowRules:
+        """The rules for what ``preprocess`` returns: its columns have their final names."""
+        return replace(self, columns={}, preprocess=None)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Without what was remembered: equal rules are equal bytes wherever they are sent.
+        return {item.name: getattr(self, item.name) for item in fields(self)}
+
+    def layout_of(self, columns: tuple[str, ...]) -> Layout:
+        """What these columns mean (remembered)."""
+        layout = self._layouts.get(columns)
+        if layout is None:
+            if len(self._layouts) >= _MAX_LAYOUTS:
+                self._layouts.clear()
+            layout = self._layouts[columns] = plan_layout(columns, self._renames)
+        return layout
+
+
+_NO_RULES = RowRules()
+
+
+def standardise_rows(row: Any, rules: RowRules | None = None) -> list[StandardRow | Drop]:
+    """One raw row to standard rows: one, unless the dataset's ``preprocess`` makes it several."""
+    rules = rules or _NO_RULES
+    if rules.preprocess is None or not isinstance(row, Mapping):
+        return [standardise_row(row, rules)]
+    named = {new_name(key, rules._renames): value for key, value in row.items() if new_name(key, rules._renames) != "_"}
+    try:
+        made = rules.preprocess(named)
+    except Exception as error:  # whatever a user's function raises concerns this row alone
+        return [Drop(f"the dataset's preprocess function failed: {type(error).__name__}: {str(error)[:200]}")]
+    if made is None:
+        return [Drop("the dataset's preprocess function returned None")]
+    made = made if isinstance(made, list) else [made]
+    try:
+        refuse_half_surrogates(made)
+    except Unusable as unusable:
+        return [Drop(str(unusable))]
+    return [standardise_row(item, rules._after_preprocess) for item in made] or [
+        Drop("the dataset's preprocess function gave no row")
+    ]
 
 
 def standardise_row(row: Any, rules: RowRules | None = None) -> StandardRow | Drop:
-    """One raw row to a standard row, or the reason it is dropped."""
-    rules = rules or RowRules()
+    """One raw row to a standard row, or the reason it is dropped. ``rules.preprocess`` is not called."""
+    rules = rules or _NO_RULES
+    if isinstance(row, Drop):
+        return row
     if not isinstance(row, Mapping):
         return Drop(f"the row is a JSON {type(row).__name__}, not an object with columns")
-    row = {rules.columns.get(key, key): value for key, value in row.items()}
-    row.pop("_", None)
-    lowered = {key.lower(): key for key in row}
-    if any(alias in lowered for alias in COLUMN_ALIASES["messages"]):
-        standard = _from_messages(row, lowered)
-    elif "instruction" in lowered and "input" in lowered:
-        standard = _from_alpaca(row, lowered, rules)
+    try:
+        return _standardise(row, rules)
+    except Unusable as unusable:
+        return Drop(str(unusable))
+
+
+def _standardise(row: Mapping[str, Any], rules: RowRules) -> StandardRow:
+    layout = rules.layout_of(tuple(row))
+    if layout.messages and row[layout.messages[0]] is None and all(row[key] is None for key in layout.messages):
+        # A table gives every row every column: null is a column that this row does not have.
+        layout = rules.layout_of(tuple(key for key in row if row[key] is not None))
+    standard = (_from_messages if layout.messages else _from_columns)(row, layout, rules)
+    for key, target in layout.kept:
+        if row[key] is not None:
+            standard[target] = _kept_value(target, row[key], standard, rules)
+    for target in layout.media:
+        _add_media(standard, target, _choose(row, target, layout, standard, rules))
+    if "rejected_response" in layout.sources:
+        _add_rejected(standard, _choose(row, "rejected_response", layout, standard, rules), rules)
+    if rules.keep_extra:
+        standard.update({key: row[key] for key in layout.extra if key not in standard})
+    if rules._edits_text:
+        _edit_texts(standard, rules)
+    for message in standard["messages"]:
+        if "{{" in message["content"]:
+            _fill_placeholders(standard, row[layout.tag] if layout.tag else None, rules)
+            break
+    return standard
+
+
+def _choose(row: Mapping[str, Any], target: str, layout: Layout, standard: StandardRow, rules: RowRules) -> Any:
+    """The value of a target: the one column that fills it; of several, the one that is certain (and a warning)."""
+    keys = layout.sources.get(target, ())
+    if len(keys) < 2:
+        return row[keys[0]] if keys else None
+    filled = [key for key in keys if row[key] is not None and row[key] != ""]
+    if len(filled) < 2:
+        return next((row[key] for key in (*filled, *keys) if row[key] is not None), None)
+    listed = ", ".join(sorted(filled))
+    if filled[0] in layout.certain:
+        if not rules.keep_extra:
+            warning = f"columns {listed} could all be the {target}: used {filled[0]} (--columns chooses another)"
+            standard.setdefault(WARNINGS, []).append(warning)
+        return row[filled[0]]
+    if target == "response" and rules.keep_extra:
+        return None  # as SWIFT: a prompt whose other columns go to the reward functions
+    raise Unusable(f"several columns ({listed}) could be the {target}; choose with --columns")
+
+
+def _from_messages(row: Mapping[str, Any], layout: Layout, rules: RowRules) -> StandardRow:
+    standard: StandardRow = {}
+    value = _choose(row, "messages", layout, standard, rules)
+    messages = plain_messages(value, rules.message_names)
+    if messages is not None:
+        standard["messages"] = messages
     else:
-        standard = _from_query_response(row)
-    if isinstance(standard, Drop):
-        return standard
-    for key in KEPT_COLUMNS:
-        if key in row and row[key] is not None and key not in standard:
-            standard[key] = row[key]
-    for target in MEDIA:
-        value = next((row[lowered[alias]] for alias in COLUMN_ALIASES[target] if alias in lowered), None)
-        if value is not None:
-            standard[target] = [_media_file(item) for item in (value if isinstance(value, list) else [value])]
-    return _fill_placeholders(standard, row.get("tag"), rules)
+        reading = read_messages(value, rules.message_names)
+        messages = reading.messages
+        _add_reading(standard, "", reading)
+    if "system" in layout.sources and messages[0]["role"] != "system":
+        system = _text(_choose(row, "system", layout, standard, rules), "system")
+        if system is not None:
+            messages.insert(0, {"role": "system", "content": system})
+    if layout.chosen is not None and row[layout.chosen] is not None:
+        reply = _read_reply(row[layout.chosen], "chosen", rules)
+        if messages[-1]["role"] != "assistant":
+            _add_reply(standard, reply)
+        elif messages[-1]["content"] != reply.messages[-1]["content"]:
+            raise Unusable("messages already end with another answer than chosen; hide one of them with --columns")
+    return standard
 
 
-def _from_messages(row: dict[str, Any], lowered: dict[str, str]) -> StandardRow | Drop:
-    source = next(lowered[alias] for alias in COLUMN_ALIASES["messages"] if alias in lowered)
-    messages = parse_messages(row[source])
-    if isinstance(messages, Drop):
-        return messages
-    system = row.get("system") or row.get("system_prompt")
-    if isinstance(system, str) and messages[0]["role"] != "system":
-        messages.insert(0, {"role": "system", "content": system})
-    return {"messages": messages}
-
-
-def parse_messages(value: Any) -> list[dict[str, Any]] | Drop:
-    """A messages value in any spelling (list, JSON text, sharegpt pairs, from/value keys) to role/content dicts."""
-    if isinstance(value, str):
-        value = _parse_literal(value)
-    if not isinstance(value, list) or not value:
-        return Drop("the messages column is empty or not a list")
-    messages: list[dict[str, Any]] = []
-    for item in value:
-        if not isinstance(item, Mapping):
-            return Drop("a message is not an object with role and content")
-        message = _parse_message(item)
-        if isinstance(message, Drop):
-            return message
-        messages.extend(message)
-    return messages
-
-
-def _parse_message(item: Mapping[str, Any]) -> list[dict[str, Any]] | Drop:
-    role = item.get("role", item.get("from"))
-    content = item.get("content", item.get("value"))
-    if role is None:
-        pair = _sharegpt_pair(item)
-        return pair or Drop("a message has no role")
-    role = ROLE_ALIASES.get(str(role), str(role))
-    if role not in ROLES:
-        return Drop(f"unknown message role {role!r}")
-    if content is None:
-        return Drop("a message has no content")
-    if not isinstance(content, str):
-        content = _text_of(content)
-        if content is None:
-            return Drop("a message's content is neither text nor text parts")
-    return [{"role": role, "content": content, **{k: item[k] for k in _MESSAGE_KEYS if item.get(k) is not None}}]
-
-
-def _sharegpt_pair(item: Mapping[str, Any]) -> list[dict[str, Any]]:
-    user = item.get("human", item.get("user"))
-    assistant = next((item[key] for key in ("assistant", "gpt", "bot") if isinstance(item.get(key), str)), None)
-    if not isinstance(user, str) or assistant is None:
-        return []
-    return [{"role": "user", "content": user}, {"role": "assistant", "content": assistant}]
-
-
-def _media_file(item: Any) -> Any:
-    return {"bytes": None, "path": item} if isinstance(item, str) else item
-
-
-def _text_of(content: Any) -> str | None:
-    """OpenAI's list of text parts as one text; None for anything else."""
-    if isinstance(content, list) and all(isinstance(p, Mapping) and isinstance(p.get("text"), str) for p in content):
-        return "".join(part["text"] for part in content)
-    return None
-
-
-def _from_alpaca(row: dict[str, Any], lowered: dict[str, str], rules: RowRules) -> StandardRow | Drop:
-    instruction = row[lowered["instruction"]]
-    extra = row[lowered["input"]]
-    if isinstance(extra, str) and rules.strip_input_prefix:
-        extra = extra.removeprefix(rules.strip_input_prefix)
-    parts = [part for part in (instruction, extra) if isinstance(part, str) and part]
-    if not parts:
-        return Drop("both instruction and input are empty")
-    rest = {key: value for key, value in row.items() if key not in (lowered["instruction"], lowered["input"])}
-    return _from_query_response({**rest, "query": "\n".join(parts)})
-
-
-def _from_query_response(row: dict[str, Any]) -> StandardRow | Drop:
-    mapped = _map_columns(row)
-    if isinstance(mapped, Drop):
-        return mapped
-    messages: list[dict[str, Any]] = []
-    if isinstance(mapped.get("system"), str):
-        messages.append({"role": "system", "content": mapped["system"]})
-    history = _history(row.get("history"))
-    if isinstance(history, Drop):
-        return history
-    messages += history
-    query, response = _first_text(mapped.get("query")), _first_text(mapped.get("response"))
-    if query is None and response is None:
-        return Drop(f"no column holds text (columns: {', '.join(sorted(map(str, row)))}); name it with --columns")
-    if query is not None:
+def _from_columns(row: Mapping[str, Any], layout: Layout, rules: RowRules) -> StandardRow:
+    """query/response, alpaca and plain text."""
+    standard: StandardRow = {"messages": []}
+    messages = standard["messages"]
+    if "system" in layout.sources:
+        system = _text(_choose(row, "system", layout, standard, rules), "system")
+        if system is not None:
+            messages.append({"role": "system", "content": system})
+    if "history" in layout.sources:
+        messages += _history(row[layout.sources["history"][0]])
+    if layout.alpaca:
+        query: Any = _alpaca_query(row, layout, rules)
+    else:
+        query = _choose(row, "query", layout, standard, rules)
+    before = len(messages)
+    if type(query) is str:
         messages.append({"role": "user", "content": query})
-    if response is not None:
+    elif query is not None:
+        _add_query(standard, query, rules)
+    response = _choose(row, "response", layout, standard, rules)
+    if type(response) is str:
         messages.append({"role": "assistant", "content": response})
-    return {"messages": messages}
+    elif response is not None:
+        _add_reply(standard, _read_reply(response, "response", rules))
+    if len(messages) == before:
+        listed = ", ".join(sorted(map(str, row)))
+        raise Unusable(f"no column holds text (columns: {listed[:500]}); name it with --columns")
+    return standard
 
 
-def _map_columns(row: dict[str, Any]) -> dict[str, Any] | Drop:
-    """Columns renamed to their targets; a column that already has the target's name wins over its aliases."""
-    mapped: dict[str, Any] = {}
-    sources: dict[str, list[str]] = {}
-    for key in row:
-        target = _TARGET_OF.get(key.lower())
-        if target:
-            sources.setdefault(target, []).append(key)
-    for target, keys in sources.items():
-        exact = [key for key in keys if key.lower() == target]
-        filled = [key for key in keys if row[key] is not None]
-        if len(keys) > 1 and not exact and len(filled) > 1:
-            columns = ", ".join(sorted(keys))
-            return Drop(f"several columns ({columns}) could be the {target}; choose with --columns")
-        mapped[target] = row[exact[0] if exact else (filled or keys)[0]]
-    return mapped
+def _alpaca_query(row: Mapping[str, Any], layout: Layout, rules: RowRules) -> str:
+    instruction, extra = (row[key] for key in layout.sources["query"])
+    if rules.strip_input_prefix and isinstance(extra, str):
+        extra = extra.removeprefix(rules.strip_input_prefix)
+    if type(instruction) is not str or type(extra) is not str:
+        instruction, extra = _text(instruction, "instruction"), _text(extra, "input")
+    if not instruction and not extra:
+        raise Unusable("both instruction and input are empty")
+    return f"{instruction}\n{extra}" if instruction and extra else instruction or extra or ""
 
 
-def _history(value: Any) -> list[dict[str, Any]] | Drop:
+def _add_query(standard: StandardRow, query: Any, rules: RowRules) -> None:
+    """A query that is no plain text: a list of messages (TRL's conversational prompts) or a number."""
+    if isinstance(query, (list, tuple)) and query and is_message(query[0], rules.message_names):
+        _add_reading(standard, "", read_messages(query, rules.message_names))
+    else:
+        standard["messages"].append({"role": "user", "content": _text(query, "query")})
+
+
+def _read_reply(response: Any, what: str, rules: RowRules) -> Reading:
+    """A response that is no plain text: a message, messages, several texts (SWIFT takes the first) or a number."""
+    response = _first_of_list(response, what, rules)
+    if isinstance(response, list):
+        return read_messages(response, rules.message_names)
+    return Reading([{"role": "assistant", "content": _text(response, what)}])
+
+
+def _add_reply(standard: StandardRow, reply: Reading) -> None:
+    """End the messages with a reply; a whole conversation (TRL's ``chosen``) replaces the prompt that it repeats."""
+    if reply.messages[0]["role"] in ("system", "user"):
+        standard["messages"].clear()
+    _add_reading(standard, "", reply)
+
+
+def _first_of_list(value: Any, what: str, rules: RowRules) -> Any:
+    """Of several texts the first (SWIFT); messages as a list of messages."""
+    if is_message(value, rules.message_names):
+        return [value]
+    if isinstance(value, (list, tuple)):
+        if not value or value[0] is None:
+            raise Unusable(f"the {what} is a list without a first text")
+        return list(value) if is_message(value[0], rules.message_names) else value[0]
+    return value
+
+
+def _add_reading(standard: StandardRow, side: str, reading: Reading) -> None:
+    """Put what a conversation held into the row; ``side`` is a prefix such as ``rejected_``."""
+    known = standard.setdefault(f"{side}messages", reading.messages)
+    if known is not reading.messages:
+        known += reading.messages
+    for column, files in reading.media.items():
+        standard.setdefault(f"{side}{column}", []).extend(files)
+    if reading.warnings:
+        standard.setdefault(WARNINGS, []).extend(reading.warnings)
+
+
+def _text(value: Any, what: str) -> str | None:
+    """A cell as text: numbers are spelled, bytes are UTF-8, null is None; anything else has no one spelling."""
+    if value is None or isinstance(value, str):
+        return value
+    if isinstance(value, (int, float, Decimal)) and not isinstance(value, bool):
+        return str(value)
+    if isinstance(value, bytes):
+        try:
+            return value.decode("utf-8")
+        except UnicodeDecodeError:
+            raise Unusable(f"the {what} is bytes that are not UTF-8 text") from None
+    kinds = {bool: "true or false", dict: "an object", list: "a list", tuple: "a list"}
+    raise Unusable(f"the {what} is {kinds.get(type(value), type(value).__name__)}, not text")
+
+
+def _history(value: Any) -> list[dict[str, Any]]:
     if isinstance(value, str) and value.strip():
-        value = _parse_literal(value)
-    if value in (None, "", []):
+        value = parse_text(value)
+        value = "?" if value is None else value
+    if value is None or value == "" or value == [] or (isinstance(value, str) and not value.strip()):
         return []
-    if not isinstance(value, list) or not all(isinstance(turn, (list, tuple)) and len(turn) == 2 for turn in value):
-        return Drop("history is not a list of [user, assistant] pairs")
-    roles = ("user", "assistant")
-    return [{"role": r, "content": str(t)} for turn in value for r, t in zip(roles, turn, strict=True) if t is not None]
+    if not isinstance(value, (list, tuple)) or not all(
+        isinstance(turn, (list, tuple)) and len(turn) == 2 for turn in value
+    ):
+        raise Unusable("history is not a list of [user, assistant] pairs")
+    turns = [
+        (role, _text(text, "history")) for turn in value for role, text in zip(("user", "assistant"), turn, strict=True)
+    ]
+    return [{"role": role, "content": text} for role, text in turns if text is not None]
 
 
-def _first_text(value: Any) -> str | None:
-    if isinstance(value, list):
-        value = value[0] if value else None
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
-        value = str(value)
-    return value if isinstance(value, str) else None
+def _add_media(standard: StandardRow, target: str, value: Any) -> None:
+    if value is None or value == []:
+        return
+    if target in standard:
+        raise Unusable(f"{target} are both in a column and inside the messages")
+    standard[target] = [media_file(item) for item in (value if isinstance(value, (list, tuple)) else [value])]
 
 
-def _parse_literal(text: str) -> Any:
-    """JSON text, else a Python literal, else None."""
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError:
-        pass
-    try:
-        return ast.literal_eval(text)
-    except (ValueError, SyntaxError, MemoryError, RecursionError):
-        return None
+def _add_rejected(standard: StandardRow, value: Any, rules: RowRules) -> None:
+    """A reply as ``rejected_response``, messages as ``rejected_messages``; null is no rejected response."""
+    if value is None:
+        return
+    messages = standard["messages"]
+    reading = _read_reply(value, "rejected response", rules)
+    first = reading.messages[0]
+    if len(reading.messages) == 1 and first["role"] == "assistant" and not reading.media:
+        standard["rejected_response"] = first["content"]
+        same = first["content"] == messages[-1]["content"]
+    else:
+        if first["role"] not in ("system", "user"):
+            prompt = messages[:-1] if messages[-1]["role"] == "assistant" else messages
+            reading.messages[:0] = [dict(message) for message in prompt]
+        _add_reading(standard, "rejected_", reading)
+        same = reading.messages == messages
+    if same:
+        raise Unusable("the rejected response is the same as the answer")
 
 
-def _fill_placeholders(standard: StandardRow, tag: Any, rules: RowRules) -> StandardRow | Drop:
+def _kept_value(target: str, value: Any, standard: StandardRow, rules: RowRules) -> Any:
+    """A kept column in its standard form; most are carried as they are."""
+    if target == "rejected_messages":
+        reading = read_messages(value, rules.message_names)
+        _add_reading(standard, "rejected_", reading)
+        if reading.messages == standard["messages"]:
+            raise Unusable("rejected_messages are the same as messages")
+        return reading.messages
+    if target in ("positive_messages", "negative_messages"):
+        return _conversations(target, value, standard, rules)
+    if target.endswith(MEDIA):
+        listed = value if isinstance(value, (list, tuple)) else [value]
+        return [media_file(item) for item in listed]
+    if target.endswith("objects"):
+        return _objects(value)
+    if target == "chat_template_kwargs":
+        value = parse_text(value) if isinstance(value, str) else value
+        if not isinstance(value, dict):
+            raise Unusable("chat_template_kwargs is not a JSON object")
+    return value
+
+
+def _conversations(target: str, value: Any, standard: StandardRow, rules: RowRules) -> list[Any]:
+    """``positive_messages`` and ``negative_messages``: a list of conversations (one alone may stand without a list)."""
+    value = parse_text(value) if isinstance(value, str) else value
+    if not isinstance(value, (list, tuple)):
+        raise Unusable(f"{target} is not a list of conversations")
+    if value and is_message(value[0], rules.message_names):
+        value = [value]
+    readings = [read_messages(item, rules.message_names) for item in value]
+    side = target.removesuffix("messages")
+    for column in MEDIA:
+        if any(column in reading.media for reading in readings):
+            standard[f"{side}{column}"] = [reading.media.get(column, []) for reading in readings]
+    return [reading.messages for reading in readings]
+
+
+def _objects(value: Any) -> dict[str, Any]:
+    """Grounding objects; a box is [x, y] or [x1, y1, x2, y2] with the smaller corner first."""
+    value = parse_text(value) if isinstance(value, str) else value
+    if not isinstance(value, Mapping):
+        raise Unusable("objects is not an object with ref and bbox")
+    boxes = value.get("bbox") or []
+    if not isinstance(boxes, (list, tuple)) or not all(_is_box(box) for box in boxes):
+        raise Unusable("objects.bbox holds a box that is not [x, y] or [x1, y1, x2, y2]")
+    objects = {key: value[key] for key in ("ref", "bbox", "bbox_type", "image_id") if value.get(key) is not None}
+    if "bbox" in objects:
+        objects["bbox"] = [
+            list(box) if len(box) == 2 else
+            [min(box[0], box[2]), min(box[1], box[3]), max(box[0], box[2]), max(box[1], box[3])]
+            for box in boxes
+        ]  # fmt: skip
+    return objects
+
+
+def _is_box(box: Any) -> bool:
+    numbers = isinstance(box, (list, tuple)) and all(type(number) in (int, float) for number in box)
+    return numbers and len(box) in (2, 4)
+
+
+def _edit_texts(standard: StandardRow, rules: RowRules) -> None:
+    messages = standard["messages"]
+    if rules.remove_text:
+        for message in messages:
+            message["content"] = message["content"].replace(rules.remove_text, "")
+        if "rejected_response" in standard:
+            standard["rejected_response"] = standard["rejected_response"].replace(rules.remove_text, "")
+    for role, before, after in (("user", "", rules.query_suffix), ("assistant", rules.response_prefix, "")):
+        last = next((message for message in reversed(messages) if message["role"] == role), None)
+        if last is not None:
+            last["content"] = f"{before}{last['content']}{after}"
+
+
+def _fill_placeholders(standard: StandardRow, tag: Any, rules: RowRules) -> None:
     """``{{NAME}}`` and ``{{AUTHOR}}`` of self-cognition rows (either case) from --model_name and --model_author."""
     messages = standard["messages"]
     found = {match for message in messages for match in _PLACEHOLDER.findall(message["content"])}
     if not found:
-        return standard
+        return
     values = {"name": rules.model_name, "author": rules.model_author}
     missing = sorted({f"--model_{key.lower()}" for key in found if not values[key.lower()]})
     if missing:
         # Lower-case {{name}} is also ordinary template text (Jinja, Vue): only SWIFT's own spelling is a mistake.
         if not any(key.isupper() for key in found):
-            return standard
-        return Drop(f"the text holds {{{{NAME}}}} or {{{{AUTHOR}}}} and {' and '.join(missing)} is not given")
+            return
+        raise Unusable(f"the text holds {{{{NAME}}}} or {{{{AUTHOR}}}} and {' and '.join(missing)} is not given")
     chinese = tag == "zh" if tag else any(_CJK.search(message["content"]) for message in messages)
 
     def value(match: re.Match[str]) -> str:
@@ -271,4 +451,3 @@ def _fill_placeholders(standard: StandardRow, tag: Any, rules: RowRules) -> Stan
 
     for message in messages:
         message["content"] = _PLACEHOLDER.sub(value, message["content"])
-    return standard

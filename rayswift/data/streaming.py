@@ -1,24 +1,29 @@
 """Streaming datasets: the same stages as a lazy Ray Data stream, in an order that is a function of the plan alone.
 
 ``plan`` (files grouped into pieces, epochs, seed) → tasks of one or more pieces: read → standard rows → shuffle →
-encode. It is one operator, because two would wait for each other's CPU for ever on a machine that training fills.
-With ``preserve_order`` ``streaming_split`` deals its blocks to the ranks in a fixed way, so that for one number of
-workers a count of rows is a position to resume from.
+encode → pack. It is one operator, because two would wait for each other's CPU for ever on a machine that training
+fills. A place in the stream is ``(task, unit)``, whatever the number of workers: every worker sees every block (those
+of one node share its memory) and takes its share of each step, so a resumed run goes on at exactly that place.
 """
 
 from __future__ import annotations
 
+import hashlib
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from rayswift.data.blocks import FATAL, DropReport
-from rayswift.data.pipeline import encode_rows, one_task_each, refuse_bad_rows, standard_blocks
+from rayswift.data.pipeline import StandardBatch, encode_rows, one_task_each, refuse_bad_rows, standard_batches
 from rayswift.data.registry import ResolvedDataset
 from rayswift.data.rows import RowRules
-from rayswift.data.sources import CHUNK_BYTES, Chunk, filesystem_of, plan_chunks
+from rayswift.data.sources import CHUNK_BYTES, Chunk, chunk_bytes, plan_chunks
+from rayswift.data.token_cache import encoder_hash, rules_hash
+from rayswift.data.token_rows import StreamPosition
 
 if TYPE_CHECKING:
+    import numpy as np
     import pyarrow as pa
     from ray.data import Dataset
 
@@ -29,7 +34,7 @@ if TYPE_CHECKING:
 MAX_PLANNED_TASKS = 256
 #: … and for no more epochs than this.
 MAX_PLANNED_EPOCHS = 10_000
-#: Small files are read together, so that rows of different files mix: this many bytes (compressed) make a piece.
+#: Small files are read together, so that rows of different files mix: this many bytes make a piece.
 PIECE_BYTES = CHUNK_BYTES
 #: Blocks leave a task as soon as they are this big, so that training starts before a large file is read.
 STREAM_BLOCK_BYTES = 1 << 20
@@ -37,6 +42,9 @@ STREAM_BLOCK_BYTES = 1 << 20
 STREAM_AHEAD_BYTES = 128 << 20
 #: Rows encoded at a time.
 STREAM_BATCH = 64
+#: Rows packed together; packs that are not nearly full wait for the next window.
+STREAM_PACKING_WINDOW = 1024
+NEARLY_FULL = 0.97
 
 
 @dataclass(frozen=True)
@@ -51,17 +59,30 @@ class Piece:
 
 @dataclass(frozen=True)
 class StreamPlan:
-    """Everything the order of a stream depends on; frozen when the run starts. A task is a list of (epoch, piece)."""
+    """Everything the order of a stream depends on; frozen when the run starts. A task is a list of (epoch, piece).
+
+    ``packing_length``: tokens of a pack, None without packing.
+    """
 
     pieces: tuple[Piece, ...]
     tasks: tuple[tuple[tuple[int, int], ...], ...]
     seed: int
     shuffle: bool
     shuffle_buffer_size: int
+    packing_length: int | None
     strict: bool
 
+    def fingerprint(self, encoder: Encoder) -> str:
+        """A hash of what decides which tokens come at which place; where the files lie does not count."""
+        pieces = [
+            ([(chunk.path.rsplit("/", 1)[-1], chunk.start, chunk.end) for chunk in piece.chunks], piece.num_samples,
+             piece.size, rules_hash(piece.rules)) for piece in self.pieces
+        ]  # fmt: skip
+        order = (self.tasks, self.seed, self.shuffle, self.shuffle_buffer_size, self.packing_length)
+        return hashlib.sha256(repr((pieces, order, encoder_hash(encoder))).encode()).hexdigest()[:40]
 
-def plan_stream(args: Any, datasets: list[ResolvedDataset]) -> StreamPlan:
+
+def plan_stream(args: Any, datasets: list[ResolvedDataset], packing_length: int | None) -> StreamPlan:
     """Freeze the plan of a stream over these datasets."""
     import numpy as np
 
@@ -80,7 +101,7 @@ def plan_stream(args: Any, datasets: list[ResolvedDataset]) -> StreamPlan:
             size += max(pieces[number].size, 1)
     frozen = tuple(tuple(task) for task in tasks)
     shuffle, buffer = args.dataset_shuffle, args.shuffle_buffer_size
-    return StreamPlan(tuple(pieces), frozen, args.data_seed, shuffle, buffer, args.strict)
+    return StreamPlan(tuple(pieces), frozen, args.data_seed, shuffle, buffer, packing_length, args.strict)
 
 
 def _pieces(dataset: ResolvedDataset) -> list[Piece]:
@@ -94,102 +115,256 @@ def _pieces(dataset: ResolvedDataset) -> list[Piece]:
             groups.append([])
             size = 0
         groups[-1].append(chunk)
-        size += _bytes(chunk)
-    return [Piece(tuple(group), dataset.rules, limit, sum(map(_bytes, group))) for group in groups]
+        size += chunk_bytes(chunk)
+    return [Piece(tuple(group), dataset.rules, limit, sum(map(chunk_bytes, group))) for group in groups]
 
 
-def _bytes(chunk: Chunk) -> int:
-    if chunk.end is not None:
-        return chunk.end - chunk.start
-    filesystem, inner = filesystem_of(chunk.path)
-    return filesystem.get_file_info(inner).size or 0
+# --- one task ---------------------------------------------------------------------------------------------------
 
 
-def stream_tokens(plan: StreamPlan, encoder: Encoder, drop_log: Any | None = None) -> Dataset:
-    """The stream as a lazy dataset of token rows (``input_ids``, ``labels``).
+def stream_tokens(
+    plan: StreamPlan, encoder: Encoder, drop_log: Any | None = None, start: StreamPosition | None = None
+) -> Dataset:
+    """The stream as a lazy dataset of token rows: ``input_ids``, ``labels``, ``loss_scale``, and the place of each:
+    ``task``, ``unit`` and ``unit_rows``, the number of rows of that unit.
 
     Args:
         plan: the frozen plan.
         encoder: turns standard rows into token ids.
         drop_log: an actor whose ``push`` takes ``{"event": "drops", ...}``; where dropped rows are reported.
+        start: the place to begin at; tasks before it are not run.
     """
+    begin = start or StreamPosition()
 
     def read(batch: dict[str, Any]) -> Iterator[pa.Table]:
         for item in batch["id"]:
-            for epoch, piece in plan.tasks[int(item)]:
-                yield from piece_tokens(plan, epoch, piece, encoder, drop_log)
+            task = begin.task + int(item)
+            first = begin.unit if task == begin.task else 0
+            yield from task_tokens(plan, task, first, encoder, drop_log)
 
-    return one_task_each(len(plan.tasks), STREAM_BLOCK_BYTES).map_batches(read, batch_size=None)
-
-
-def stream_options() -> Any:
-    """How a stream is executed: in order, and never further ahead of training than :data:`STREAM_AHEAD_BYTES`."""
-    from ray.data import ExecutionOptions, ExecutionResources
-
-    ahead = ExecutionResources(object_store_memory=STREAM_AHEAD_BYTES)
-    return ExecutionOptions(preserve_order=True, resource_limits=ahead)
+    return one_task_each(len(plan.tasks) - begin.task, STREAM_BLOCK_BYTES).map_batches(read, batch_size=None)
 
 
-def piece_tokens(plan: StreamPlan, epoch: int, number: int, encoder: Encoder, drop_log: Any) -> Iterator[pa.Table]:
-    """One piece of one epoch as token tables (``input_ids``, ``labels``): a pure function of the plan."""
+def task_tokens(
+    plan: StreamPlan, task: int, first_unit: int, encoder: Encoder, drop_log: Any | None
+) -> Iterator[pa.Table]:
+    """The tables of one task from a unit on: a pure function of the plan."""
+    import numpy as np
+    import pyarrow as pa
+
+    done = 0
+    for epoch, piece in plan.tasks[task]:
+        for tokens, units in _piece_units(plan, epoch, piece, encoder, drop_log):
+            numbers = done + units
+            done = int(numbers[-1]) + 1
+            skip = int(np.searchsorted(numbers, first_unit))
+            if skip == len(numbers):
+                continue
+            columns = {
+                "task": np.full(len(numbers), task, np.int32),
+                "unit": numbers,
+                "unit_rows": np.bincount(units)[units],
+            }
+            table = pa.Table.from_batches([tokens]).drop_columns(["source", "length"])
+            for name, values in columns.items():
+                table = table.append_column(name, pa.array(values))
+            yield table.slice(skip)
+
+
+def _piece_units(
+    plan: StreamPlan, epoch: int, number: int, encoder: Encoder, drop_log: Any | None
+) -> Iterator[tuple[pa.RecordBatch, np.ndarray]]:
+    """Token rows of one piece of one epoch, each batch with its rows' units (int64, from 0 in every batch)."""
     import numpy as np
 
     piece = plan.pieces[number]
     rng = np.random.RandomState((plan.seed, epoch, number)) if plan.shuffle else None
     chunks = [piece.chunks[i] for i in rng.permutation(len(piece.chunks))] if rng else list(piece.chunks)
-    tables = (_kept(table, plan.strict, drop_log) for chunk in chunks for table in standard_blocks(chunk, piece.rules))
-    rows = _limited(tables, piece.num_samples)
-    for table in _shuffled(rows, plan.shuffle_buffer_size, rng):
-        for start in range(0, len(table), STREAM_BATCH):
-            encoded = encode_rows(table.slice(start, STREAM_BATCH), encoder)
-            yield _kept(encoded, plan.strict, drop_log).select(["input_ids", "labels"])
+    batches = (batch for chunk in chunks for batch in standard_batches(chunk, piece.rules))
+    rows = _shuffled(_limited(_reported(batches, plan.strict, drop_log), piece.num_samples), plan, rng)
+    tokens = _encoded(rows, encoder, plan.strict, drop_log)
+    if plan.packing_length is not None:
+        yield from _packed(tokens, plan.packing_length)
+    else:
+        yield from ((batch, np.arange(len(batch))) for batch in tokens if len(batch))
 
 
-def _limited(tables: Iterator[pa.Table], limit: int | None) -> Iterator[pa.Table]:
-    for table in tables:
-        if limit is None:
-            yield table
-            continue
-        yield table.slice(0, limit)
-        limit -= min(len(table), limit)
-        if not limit:
-            return
+#: A standard row with its file and position.
+PlacedRow = tuple[dict[str, Any], str, int]
 
 
-def _shuffled(tables: Iterator[pa.Table], size: int, rng: Any) -> Iterator[pa.Table]:
-    """Rows in groups of ``size``, each group in random order (in file order without ``rng``)."""
-    import pyarrow as pa
-
-    waiting: list[pa.Table] = []
-    for table in tables:
-        waiting.append(table)
-        if sum(map(len, waiting)) < size:
-            continue
-        rows = pa.concat_tables(waiting)
-        groups, left = divmod(len(rows), size)
-        for group in range(groups):
-            part = rows.slice(group * size, size)
-            yield part.take(rng.permutation(size)) if rng else part
-        waiting = [rows.slice(groups * size, left)]
-    if waiting and (rows := pa.concat_tables(waiting)):
-        yield rows.take(rng.permutation(len(rows))) if rng else rows
-
-
-def _kept(table: pa.Table, strict: bool, drop_log: Any) -> pa.Table:
+def _reported(batches: Iterator[StandardBatch], strict: bool, drop_log: Any | None) -> Iterator[PlacedRow]:
     """The usable rows; the others are reported with their place, or stop the run under ``--strict true``."""
-    import pyarrow.compute as pc
+    for batch in batches:
+        drops = batch.report
+        for reason in [reason for reason in drops.counts if reason.startswith(FATAL)]:
+            told = f"{reason.removeprefix(FATAL)}; what follows in this part of the file is lost"
+            drops.add(told, drops.counts.pop(reason), *drops.first[reason])
+        _tell(drops, strict, drop_log)
+        yield from ((row, batch.path, position) for row, position in zip(batch.rows, batch.positions, strict=True))
 
-    dropped = table.filter(pc.is_valid(table["reason"]))
-    if not len(dropped):
-        return table
-    drops = DropReport()
-    for row in dropped.select(["reason", "file", "position"]).to_pylist():
-        reason = row["reason"]
-        if reason.startswith(FATAL):
-            reason = f"{reason.removeprefix(FATAL)}; what follows in this part of the file is lost"
-        drops.add(reason, 1, row["file"], row["position"])
+
+def _tell(drops: DropReport, strict: bool, drop_log: Any | None) -> None:
     if strict:
         refuse_bad_rows(drops, strict)
-    if drop_log is not None:
+    if (drops.counts or drops.notes) and drop_log is not None:
         drop_log.push.remote({"event": "drops", "lines": drops.lines()})
-    return table.filter(pc.is_null(table["reason"]))
+
+
+def _limited(rows: Iterator[PlacedRow], limit: int | None) -> Iterator[PlacedRow]:
+    for number, row in enumerate(rows):
+        if number == limit:
+            return
+        yield row
+
+
+def _shuffled(rows: Iterator[PlacedRow], plan: StreamPlan, rng: Any) -> Iterator[list[PlacedRow]]:
+    """Rows in groups of ``shuffle_buffer_size``, each group in random order (in file order without ``rng``)."""
+    waiting: list[PlacedRow] = []
+    size = plan.shuffle_buffer_size if rng else STREAM_BATCH
+    for row in rows:
+        waiting.append(row)
+        if len(waiting) == size:
+            yield [waiting[i] for i in rng.permutation(size)] if rng else waiting
+            waiting = []
+    if waiting:
+        yield [waiting[i] for i in rng.permutation(len(waiting))] if rng else waiting
+
+
+def _encoded(
+    groups: Iterator[list[PlacedRow]], encoder: Encoder, strict: bool, drop_log: Any | None
+) -> Iterator[pa.RecordBatch]:
+    import numpy as np
+
+    for group in groups:
+        for start in range(0, len(group), STREAM_BATCH):
+            part = group[start : start + STREAM_BATCH]
+            drops = DropReport()
+            places = [(path, position) for _, path, position in part]
+            yield encode_rows([row for row, _, _ in part], places, encoder, drops, np.arange(len(part)))
+            _tell(drops, strict, drop_log)
+
+
+def _packed(batches: Iterator[pa.RecordBatch], packing_length: int) -> Iterator[tuple[pa.RecordBatch, np.ndarray]]:
+    """Rows in packs; a window's packs that are not nearly full are opened again with the next window's rows."""
+    import pyarrow as pa
+
+    waiting: pa.Table | None = None
+    for batch in batches:
+        table = pa.Table.from_batches([batch])
+        waiting = table if waiting is None else pa.concat_tables([waiting, table])
+        if len(waiting) >= STREAM_PACKING_WINDOW:
+            full, waiting = _pack_window(waiting, packing_length, NEARLY_FULL)
+            if full is not None:
+                yield full
+    if waiting is not None and len(waiting):
+        full, _ = _pack_window(waiting, packing_length, 0.0)
+        assert full is not None
+        yield full
+
+
+def _pack_window(
+    rows: pa.Table, packing_length: int, least: float
+) -> tuple[tuple[pa.RecordBatch, np.ndarray] | None, pa.Table]:
+    """Packs filled to at least this share, as rows and their units; and the rows that wait."""
+    import numpy as np
+
+    from rayswift.data.packing import pack
+
+    lengths = rows["length"].to_numpy().astype(np.int64)
+    packs = pack(lengths, packing_length)
+    filled = np.add.reduceat(lengths[packs.rows], packs.offsets[:-1])
+    # With nothing full enough the fullest goes, so that a window of short rows cannot grow for ever.
+    enough = filled >= min(least * packing_length, filled.max())
+    counts = np.diff(packs.offsets)
+    taken = np.repeat(enough, counts)
+    batch = rows.take(packs.rows[taken]).combine_chunks().to_batches()
+    units = np.repeat(np.arange(int(enough.sum())), counts[enough])
+    return (batch[0], units) if batch else None, rows.take(np.sort(packs.rows[~taken]))
+
+
+# --- handing it out ---------------------------------------------------------------------------------------------
+
+#: Blocks that the slowest worker may lag behind the reader, and that the fastest may be ahead of the slowest.
+BLOCKS_AHEAD = 8
+
+
+class StreamReader:
+    """Runs a stream once and hands its blocks, by number, to every worker. An actor of a worker group's first worker.
+
+    Ray Data's ``streaming_split`` would deal out blocks, so that what a worker trains depends on how many there are.
+    """
+
+    def __init__(
+        self, plan: StreamPlan, encoder: Encoder, drop_log: Any, start: StreamPosition, num_workers: int
+    ) -> None:
+        self._asked = dict.fromkeys(range(num_workers), 0)
+        self._blocks: dict[int, Any] = {}
+        self._end = 0
+        self._over = False
+        self._error: BaseException | None = None
+        self._changed = threading.Condition()
+        threading.Thread(target=self._read, args=(plan, encoder, drop_log, start), daemon=True).start()
+
+    def _read(self, plan: StreamPlan, encoder: Encoder, drop_log: Any, start: StreamPosition) -> None:
+        from ray.data import DataContext, ExecutionResources
+
+        try:
+            dataset = stream_tokens(plan, encoder, drop_log, start)
+            ahead = ExecutionResources(object_store_memory=STREAM_AHEAD_BYTES)
+            dataset.context.execution_options.resource_limits = ahead
+            with DataContext.current(dataset.context):
+                for bundle in dataset.iter_internal_ref_bundles():
+                    for entry in bundle.blocks:
+                        self._add(entry.ref)
+        except BaseException as error:
+            self._error = error
+        with self._changed:
+            self._over = True
+            self._changed.notify_all()
+
+    def _add(self, ref: Any) -> None:
+        with self._changed:
+            self._changed.wait_for(lambda: self._end - min(self._asked.values()) < BLOCKS_AHEAD)
+            self._blocks[self._end] = ref
+            self._end += 1
+            self._changed.notify_all()
+
+    def block(self, worker: int, number: int) -> list[Any] | None:
+        """A block, as a list with its reference; None after the last.
+
+        Raises:
+            Exception: what stopped the stream.
+        """
+        with self._changed:
+            self._asked[worker] = number
+            for done in [known for known in self._blocks if known < min(self._asked.values())]:
+                del self._blocks[done]
+            self._changed.notify_all()
+            self._changed.wait_for(lambda: number < self._end or self._over)
+            if number < self._end:
+                return [self._blocks[number]]
+            if self._error is not None:
+                raise self._error
+            return None
+
+
+def start_stream_reader(
+    plan: StreamPlan, encoder: Encoder, drop_log: Any, start: StreamPosition, num_workers: int
+) -> Any:
+    """Start the reader's actor; it ends with the process that started it."""
+    import ray
+
+    options = {"num_cpus": 0, "max_concurrency": num_workers + 1}
+    return ray.remote(StreamReader).options(**options).remote(plan, encoder, drop_log, start, num_workers)
+
+
+def read_stream(reader: Any, worker: int) -> Iterator[pa.Table]:
+    """The stream's tables in order, as one worker sees them; the next one is asked for while one is used."""
+    import ray
+
+    number, coming = 0, reader.block.remote(worker, 0)
+    while (found := ray.get(coming)) is not None:
+        number += 1
+        coming = reader.block.remote(worker, number)
+        yield ray.get(found[0])

@@ -89,12 +89,33 @@ def supports_bfloat16(use_gpu: bool) -> bool:
     return not torch.cuda.is_available() or torch.cuda.is_bf16_supported(including_emulation=False)
 
 
+def _is_plain_tokenizer(model_dir: str) -> bool:
+    """Whether ``tokenizer.json`` is all there is to the tokenizer: no class of its own, no code beside it.
+
+    ``AutoTokenizer`` gives the same object then, but its import brings in PyTorch and the list of all models: ten
+    seconds of CPU time in every process that reads data.
+    """
+    folder = Path(model_dir)
+    try:
+        config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    generic = config.get("tokenizer_class") in ("PreTrainedTokenizerFast", "TokenizersBackend")
+    return generic and "auto_map" not in config and (folder / "tokenizer.json").is_file()
+
+
 def load_tokenizer(model_dir: str, *, trust_remote_code: bool = False) -> Any:
     """Load the tokenizer of ``model_dir``; its pad token falls back to eos. UserError when there is none."""
-    from transformers import AutoTokenizer
-
     try:
-        tokenizer = AutoTokenizer.from_pretrained(model_dir, trust_remote_code=trust_remote_code, local_files_only=True)
+        if _is_plain_tokenizer(model_dir):
+            from transformers import PreTrainedTokenizerFast
+
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(model_dir, local_files_only=True)
+        else:
+            from transformers import AutoTokenizer
+
+            options = {"trust_remote_code": trust_remote_code, "local_files_only": True}
+            tokenizer = AutoTokenizer.from_pretrained(model_dir, **options)
     except (OSError, ValueError, ImportError, KeyError, TypeError) as error:
         raise UserError(f"{model_dir}: its tokenizer cannot be loaded ({one_line(error)})") from error
     if tokenizer.pad_token_id is None:

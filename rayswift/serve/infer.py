@@ -18,7 +18,7 @@ from rayswift import hub
 from rayswift.arguments import read_saved_arguments
 from rayswift.data.encoding import Encoder
 from rayswift.data.registry import resolve_dataset_files
-from rayswift.data.rows import Drop, standardise_row
+from rayswift.data.rows import WARNINGS, Drop, standardise_rows
 from rayswift.data.sources import iter_raw_rows, locate
 from rayswift.errors import UserError
 from rayswift.modeling.adapters import ADAPTER_CONFIG, check_adapter
@@ -107,30 +107,13 @@ def load_engine(args: InferArguments) -> TransformersEngine:
         adapter = None
     logger.info("loading %s%s", model_dir, f" with {adapter}" if adapter else "")
     return TransformersEngine.load(
-        make_encoder(args, model_dir),
+        Encoder.from_args(args, model_dir),
         adapter,
         torch_dtype=args.torch_dtype,
         exact_dtype="torch_dtype" in args.given,
         attn_impl=args.attn_impl,
         use_gpu=args.use_gpu,
         model_kwargs=args.model_kwargs,
-    )
-
-
-def make_encoder(args: InferArguments, model_dir: str) -> Encoder:
-    """The encoder of prompts: the template settings of ``args``."""
-    return Encoder(
-        model_dir,
-        template=args.template,
-        system=args.system,
-        max_length=args.max_length,
-        use_chat_template=args.use_chat_template,
-        enable_thinking=args.enable_thinking,
-        add_non_thinking_prefix=args.add_non_thinking_prefix,
-        template_backend=args.template_backend,
-        response_prefix=args.response_prefix,
-        new_special_tokens=tuple(args.new_special_tokens),
-        trust_remote_code=args.trust_remote_code,
     )
 
 
@@ -169,13 +152,14 @@ def read_rows(args: InferArguments) -> list[Row]:
 def dataset_rows(resolved: Any, strict: bool) -> Iterator[Row]:
     """Standard rows of one dataset, bad ones as ``{"error": …}``."""
     for raw, path, position in iter_raw_rows(resolved.files):
-        row = standardise_row(raw, resolved.rules)
-        if isinstance(row, Drop):
-            where = locate(path, position)
-            if strict:
-                raise UserError(f"{where}: {row.reason} (--strict true stops at the first bad row)")
-            row = {"messages": [], BAD_ROW: f"{where}: {row.reason}"}
-        yield row | {"dataset": resolved.spec.name}
+        for row in standardise_rows(raw, resolved.rules):
+            if isinstance(row, Drop):
+                where = locate(path, position)
+                if strict:
+                    raise UserError(f"{where}: {row.reason} (--strict true stops at the first bad row)")
+                row = {"messages": [], BAD_ROW: f"{where}: {row.reason}"}
+            row.pop(WARNINGS, None)
+            yield row | {"dataset": resolved.spec.name}
 
 
 def take(rows: Iterable[Row], count: int | None, args: InferArguments) -> list[Row]:

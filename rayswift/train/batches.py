@@ -1,24 +1,25 @@
 """Micro-batches for one worker, in the plan's order, from any position.
 
-Both loaders yield what one ``forward`` takes and end after ``max_steps`` optimiser steps or when the stream ends;
-epochs are inside, so that Transformers' Trainer sees one long pass and the position is the step alone.
+A step trains a number of units (rows or packs) that does not depend on the number of workers; they are dealt into
+cells, ``gradient accumulation × world_size`` of them, and each worker takes its cells. Epochs are inside, so that
+Transformers' Trainer sees one long pass and the position is the step (and for a stream the place that step ends at).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from rayswift.data.token_rows import Row, StreamPosition, StreamUnit, TokenRows, Units, iter_units
 
 if TYPE_CHECKING:
     import numpy as np
     import pyarrow as pa
     import torch
 
-    from rayswift.data.blocks import BlockRows
     from rayswift.train.plan import StepPlan
 
-Row = tuple["np.ndarray", "np.ndarray"]
 Batch = dict[str, "torch.Tensor"]
 
 
@@ -30,53 +31,113 @@ class Rank:
     world_size: int
 
 
-class TokenRows:
-    """Rows of token blocks in the object store by number: ``(input_ids, labels)``, int32 arrays."""
-
-    def __init__(self, rows: BlockRows) -> None:
-        self._rows = rows
-        self._tables: dict[int, pa.Table] = {}
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def __getitem__(self, number: int) -> Row:
-        import ray
-
-        block, row = (int(value) for value in self._rows.index[number])
-        if block not in self._tables:
-            # Zero-copy: the table is a view of the node's shared object store.
-            self._tables[block] = ray.get(self._rows.refs[block]).select(["input_ids", "labels"])
-        return _row_of(self._tables[block], row)
+# --- rows to tensors --------------------------------------------------------------------------------------------
 
 
-def _row_of(table: pa.Table, row: int) -> Row:
-    ids, labels = (table[name][row].values.to_numpy(zero_copy_only=False) for name in ("input_ids", "labels"))
-    return ids, labels
+@dataclass(frozen=True)
+class Collator:
+    """Rows to what one ``forward`` takes.
+
+    pad_token_id: what fills up shorter rows. flat: join the rows to one sequence (packing, ``--padding_free``).
+    """
+
+    pad_token_id: int
+    flat: bool = False
+
+    def __call__(self, rows: Sequence[Row]) -> Batch:
+        """One micro-batch; without rows, one that trains nothing (other workers wait for every forward pass)."""
+        if not rows:
+            import numpy as np
+
+            nothing = np.full(2, self.pad_token_id, np.int32)
+            rows = [Row(nothing, np.full(2, -100, np.int32))]
+        return flatten(rows) if self.flat else pad(rows, self.pad_token_id)
 
 
-def collate(rows: list[Row], pad_token_id: int) -> Batch:
-    """Pad rows on the right to the longest: ``input_ids``, ``attention_mask`` and ``labels``, int64 (rows, length)."""
+def pad(rows: Sequence[Row], pad_token_id: int) -> Batch:
+    """Pad rows on the right to the longest: ``input_ids``, ``attention_mask``, ``labels``, int64 (rows, length), and
+    ``loss_scale`` float32 if any row has weights."""
     import numpy as np
     import torch
 
-    length = max(len(ids) for ids, _ in rows)
-    input_ids = np.full((len(rows), length), pad_token_id, np.int64)
-    labels = np.full((len(rows), length), -100, np.int64)
-    attention_mask = np.zeros((len(rows), length), np.int64)
-    for number, (ids, targets) in enumerate(rows):
-        input_ids[number, : len(ids)] = ids
-        labels[number, : len(ids)] = targets
-        attention_mask[number, : len(ids)] = 1
-    arrays = {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
+    shape = (len(rows), max(len(row.input_ids) for row in rows))
+    arrays = {
+        "input_ids": np.full(shape, pad_token_id, np.int64),
+        "attention_mask": np.zeros(shape, np.int64),
+        "labels": np.full(shape, -100, np.int64),
+    }
+    if any(row.loss_scale is not None for row in rows):
+        arrays["loss_scale"] = np.zeros(shape, np.float32)
+    for number, row in enumerate(rows):
+        end = len(row.input_ids)
+        arrays["input_ids"][number, :end] = row.input_ids
+        arrays["attention_mask"][number, :end] = 1
+        arrays["labels"][number, :end] = row.labels
+        if "loss_scale" in arrays:
+            arrays["loss_scale"][number, :end] = weights_of(row)
     return {name: torch.from_numpy(array) for name, array in arrays.items()}
+
+
+def flatten(rows: Sequence[Row]) -> Batch:
+    """Join rows to one sequence that no attention crosses: ``input_ids``, ``labels``, ``position_ids`` int64
+    (1, tokens), positions restarting with each row, and the bounds of the rows as variable-length attention wants
+    them: ``cu_seq_lens_q``, ``cu_seq_lens_k`` int32 (rows + 1,), ``max_length_q``, ``max_length_k``."""
+    import numpy as np
+    import torch
+
+    lengths = [len(row.input_ids) for row in rows]
+    bounds = torch.from_numpy(np.cumsum([0, *lengths]).astype(np.int32))
+    arrays = {
+        "input_ids": np.concatenate([row.input_ids for row in rows]).astype(np.int64),
+        "labels": np.concatenate([row.labels for row in rows]).astype(np.int64),
+        "position_ids": np.concatenate([np.arange(length) for length in lengths]),
+    }
+    if any(row.loss_scale is not None for row in rows):
+        arrays["loss_scale"] = np.concatenate([weights_of(row) for row in rows])
+    batch: dict[str, Any] = {name: torch.from_numpy(array)[None] for name, array in arrays.items()}
+    # The first token of a row is predicted by nothing: the last token of the row before must not learn it.
+    batch["labels"][0, bounds[:-1].long()] = -100
+    longest = max(lengths)
+    batch |= {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": longest, "max_length_k": longest}
+    return batch
+
+
+def weights_of(row: Row) -> np.ndarray:
+    """The training weight of each token, float32."""
+    import numpy as np
+
+    return row.loss_scale if row.loss_scale is not None else (row.labels != -100).astype(np.float32)
+
+
+# --- steps to micro-batches -------------------------------------------------------------------------------------
+
+
+def deal(costs: Sequence[int], cells: int, size: int) -> list[list[int]]:
+    """Which units of a step each cell (one micro-batch of one worker) takes.
+
+    Args:
+        costs: tokens of each unit.
+        cells: number of cells.
+        size: units of a full cell.
+
+    Returns:
+        Units in order, ``size`` to a cell; fewer units leave the last cells short or empty, more than fit go one by
+        one to the cell where the padded batch stays smallest.
+    """
+    dealt = [list(range(start, min(start + size, len(costs)))) for start in range(0, cells * size, size)]
+    longest = [max((costs[unit] for unit in cell), default=0) for cell in dealt]
+    for unit in range(cells * size, len(costs)):
+        cell = min(range(cells), key=lambda cell: max(longest[cell], costs[unit]) * (len(dealt[cell]) + 1))
+        dealt[cell].append(unit)
+        longest[cell] = max(longest[cell], costs[unit])
+    return dealt
 
 
 class _Loader:
     """What the two loaders share: the Trainer iterates one of them once."""
 
-    def __init__(self, plan: StepPlan, rank: Rank, pad_token_id: int, start_step: int) -> None:
-        self.plan, self.rank, self.pad_token_id, self.start_step = plan, rank, pad_token_id, start_step
+    def __init__(self, plan: StepPlan, rank: Rank, collate: Collator, start_step: int) -> None:
+        self.plan, self.rank, self.collate, self.start_step = plan, rank, collate, start_step
         self._spent = False
 
     def __iter__(self) -> Iterator[Batch]:
@@ -84,91 +145,123 @@ class _Loader:
         if self._spent:
             return iter(())
         self._spent = True
-        return self._batches()
+        return (self.collate(rows) for rows in self.micro_batches())
 
-    def _batches(self) -> Iterator[Batch]:
+    def micro_batches(self) -> Iterator[list[Row]]:
+        """The rows of each micro-batch of this worker, from the start step on."""
         raise NotImplementedError
 
-    def _collate_all(self, rows: list[Row]) -> Iterator[Batch]:
-        size = self.plan.per_device_batch_size
-        for start in range(0, len(rows), size):
-            yield collate(rows[start : start + size], self.pad_token_id)
+    def stream_position(self, step: int) -> StreamPosition | None:
+        """Where the stream goes on after this step; None for a dataset of known length."""
+        return None
+
+    def _mine(self, costs: Sequence[int]) -> Iterator[list[int]]:
+        """The units of each of this worker's cells in one step."""
+        cells = deal(costs, self.plan.accumulation(self.rank.world_size) * self.rank.world_size,
+                     self.plan.per_device_batch_size)  # fmt: skip
+        return iter(cells[self.rank.rank :: self.rank.world_size])
 
 
 class EpochLoader(_Loader):
-    """A dataset whose rows can be fetched by number: each epoch is a permutation seeded by ``seed + epoch``."""
+    """A dataset whose units can be fetched by number: each epoch is a permutation seeded by ``seed + epoch``.
+
+    An epoch trains every unit exactly once.
+    """
 
     def __init__(
-        self, rows: TokenRows, plan: StepPlan, rank: Rank, pad_token_id: int, start_step: int, seed: int, shuffle: bool
+        self, units: Units, plan: StepPlan, rank: Rank, collate: Collator, start_step: int, seed: int, shuffle: bool
     ) -> None:
-        super().__init__(plan, rank, pad_token_id, start_step)
-        self.rows, self.seed, self.shuffle = rows, seed, shuffle
+        super().__init__(plan, rank, collate, start_step)
+        self.units, self.seed, self.shuffle = units, seed, shuffle
+        self._order: tuple[int, Any] = (-1, None)
 
-    def numbers(self, step: int) -> list[int]:
-        """The rows this worker trains on in one step: micro-batch by micro-batch, its share of each."""
+    def step_units(self, step: int) -> np.ndarray:
+        """The units that all workers together train in one step."""
+        steps = self.plan.steps_per_epoch
+        assert steps is not None
+        epoch, within = divmod(step, steps)
+        order = self._epoch_order(epoch)
+        # Steps of an epoch differ by one unit at most.
+        return order[within * len(order) // steps : (within + 1) * len(order) // steps]
+
+    def unit_cells(self, step: int) -> list[list[int]]:
+        """The units of each of this worker's micro-batches in one step."""
+        units = self.step_units(step)
+        costs = self.units.lengths[units].tolist()
+        return [[int(units[place]) for place in cell] for cell in self._mine(costs)]
+
+    def _epoch_order(self, epoch: int) -> np.ndarray:
         import numpy as np
 
-        assert self.plan.steps_per_epoch is not None
-        epoch, within = divmod(step, self.plan.steps_per_epoch)
-        order = self._order(epoch)
-        size = self.plan.global_batch_size
-        # A dataset smaller than one global batch is repeated inside it, so that no worker is left without a row.
-        batch = order[np.arange(within * size, (within + 1) * size) % len(order)]
-        shares = batch.reshape(-1, self.rank.world_size, self.plan.per_device_batch_size)
-        return [int(number) for number in shares[:, self.rank.rank].reshape(-1)]
-
-    def _order(self, epoch: int) -> np.ndarray:
-        import numpy as np
-
-        if getattr(self, "_cached", (None,))[0] != epoch:
-            order = np.arange(len(self.rows))
+        if self._order[0] != epoch:
+            order = np.arange(len(self.units))
             if self.shuffle:
-                order = np.random.RandomState(self.seed + epoch).permutation(len(self.rows))
-            self._cached = (epoch, order)
-        return self._cached[1]
+                order = np.random.RandomState(self.seed + epoch).permutation(len(self.units))
+            self._order = (epoch, order)
+        return self._order[1]
 
-    def _batches(self) -> Iterator[Batch]:
+    def micro_batches(self) -> Iterator[list[Row]]:
         for step in range(self.start_step, self.plan.max_steps):
-            yield from self._collate_all([self.rows[number] for number in self.numbers(step)])
+            for cell in self.unit_cells(step):
+                yield [row for unit in cell for row in self.units[unit]]
 
 
 class StreamLoader(_Loader):
-    """A ``streaming_split`` shard: this worker's rows in order, ``global batch / world_size`` of them per step."""
+    """A stream: every step takes the next ``global batch`` units, the last one what is left.
+
+    Args:
+        tables: the stream's tables from the position to start at.
+    """
 
     def __init__(
-        self, blocks: Callable[[], Iterator[pa.Table]], plan: StepPlan, rank: Rank, pad_token_id: int, start_step: int
+        self,
+        tables: Callable[[], Iterator[pa.Table]],
+        plan: StepPlan,
+        rank: Rank,
+        collate: Collator,
+        start_step: int,
     ) -> None:
-        super().__init__(plan, rank, pad_token_id, start_step)
-        self.blocks = blocks
+        super().__init__(plan, rank, collate, start_step)
+        self.tables = tables
+        self._positions: dict[int, StreamPosition] = {}
 
-    def _batches(self) -> Iterator[Batch]:
-        per_step = self.plan.global_batch_size // self.rank.world_size
-        skip, step, waiting = self.start_step * per_step, self.start_step, []
+    def stream_position(self, step: int) -> StreamPosition | None:
+        return self._positions[step]
+
+    def step_cells(self) -> Iterator[list[list[StreamUnit]]]:
+        """For each step, the units of each of this worker's micro-batches."""
+        step, waiting = self.start_step, []
         if step >= self.plan.max_steps:
             return
-        for table in self.blocks():
-            # Rows of steps that are done are skipped without being touched.
-            skipped = min(skip, len(table))
-            skip -= skipped
-            for row in range(skipped, len(table)):
-                waiting.append(_row_of(table, row))
-                if len(waiting) == per_step:
-                    yield from self._collate_all(waiting)
-                    waiting, step = [], step + 1
-                    if step == self.plan.max_steps:
-                        return
+        for unit in iter_units(self.tables()):
+            waiting.append(unit)
+            if len(waiting) == self.plan.global_batch_size:
+                step += 1
+                yield self._cells(waiting, step)
+                waiting = []
+                if step == self.plan.max_steps:
+                    return
+        if waiting:
+            yield self._cells(waiting, step + 1)
+
+    def _cells(self, units: list[StreamUnit], step: int) -> list[list[StreamUnit]]:
+        last = units[-1].position
+        self._positions = {step: StreamPosition(last.task, last.unit + 1)}
+        return [[units[place] for place in cell] for cell in self._mine([1] * len(units))]
+
+    def micro_batches(self) -> Iterator[list[Row]]:
+        for cells in self.step_cells():
+            for cell in cells:
+                yield [row for unit in cell for row in unit.rows]
 
 
 def eval_batches(rows: TokenRows, size: int, rank: Rank, pad_token_id: int) -> Iterator[Batch]:
     """This worker's share of the validation rows; every worker gets the same number of batches.
 
-    A share that runs out repeats a row with nothing to score: under ZeRO-3 a forward pass is collective.
+    A share that runs out goes on with batches that score nothing: under ZeRO-3 a forward pass is collective.
     """
+    collate = Collator(pad_token_id)
     mine = list(range(rank.rank, len(rows), rank.world_size))
     largest = -(-len(rows) // rank.world_size)
     for start in range(0, largest, size):
-        numbers = mine[start : start + size]
-        batch = collate([rows[number] for number in numbers or [0]], pad_token_id)
-        if not numbers:
-            batch["labels"].fill_(-100)
-        yield batch
+        yield collate([rows[number] for number in mine[start : start + size]])

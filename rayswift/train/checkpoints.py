@@ -13,7 +13,7 @@ import logging
 import os
 import re
 import uuid
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("rayswift.train")
 
 MANIFEST = "manifest.json"
+_POSITION = "position.json"
 _NAME = re.compile(r"^checkpoint-(\d+)$")
 _RUN_NAME = re.compile(r"^v(\d+)-\d{8}-\d{6}$")
 
@@ -38,6 +39,35 @@ class FoundCheckpoint:
     def run_directory(self) -> str:
         """The run directory it lies in."""
         return os.path.dirname(self.path)
+
+
+@dataclass(frozen=True)
+class Position:
+    """How far a checkpoint's run has trained its data, on any number of workers; the step is in its name.
+
+    Args:
+        global_batch_size: units per step.
+        data: fingerprint of the data in its order.
+        stream: ``(task, unit)`` of the stream's plan that come next; None for a dataset of known length.
+    """
+
+    global_batch_size: int
+    data: str
+    stream: tuple[int, int] | None = None
+
+    def write(self, folder: str) -> None:
+        """Put it into a local checkpoint folder."""
+        (Path(folder) / _POSITION).write_text(json.dumps(asdict(self)))
+
+
+def read_position(filesystem: FileSystem, checkpoint: str) -> Position | None:
+    """The position in a checkpoint; None in one that another program wrote."""
+    try:
+        with filesystem.open_input_stream(f"{checkpoint}/{_POSITION}") as stream:
+            found = json.loads(stream.read())
+    except FileNotFoundError:
+        return None
+    return Position(found["global_batch_size"], found["data"], found["stream"] and tuple(found["stream"]))
 
 
 def hash_files(folder: str, share: int = 0, shares: int = 1) -> dict[str, dict[str, Any]]:

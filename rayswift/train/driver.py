@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 import sys
@@ -9,6 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from rayswift import cluster as ray_cluster
+from rayswift.data.encoding import Encoder
 from rayswift.data.pipeline import first_usable_row
 from rayswift.data.registry import ResolvedDatasets, resolve_datasets
 from rayswift.data.sources import filesystem_of
@@ -20,19 +22,32 @@ from rayswift.train.run_directory import RunDirectory, check_writable, output_ba
 
 if TYPE_CHECKING:
     from rayswift.cluster import Cluster, Workers
-    from rayswift.data.encoding import Encoder
+    from rayswift.data.blocks import BlockRows
+    from rayswift.data.packing import Packs
     from rayswift.data.pipeline import TrainData
     from rayswift.data.streaming import StreamPlan
+    from rayswift.data.token_cache import TokenCache
 
 logger = logging.getLogger("rayswift.train")
 
 
 @dataclass
 class _Resume:
-    """Where ``--resume_from_checkpoint`` leads: a checkpoint, and the run directory to go on in (None: a new one)."""
+    """Where ``--resume_from_checkpoint`` leads: a checkpoint and its position, and the run directory to go on in (None:
+    a new one)."""
 
     checkpoint: str | None = None
     run_directory: str | None = None
+    position: checkpoints.Position | None = None
+
+    def check_data(self, args: Any, fingerprint: str) -> None:
+        """Refuse to go on in the middle of other data than the checkpoint's."""
+        if self.position is None or self.position.data == fingerprint or args.training_args.get("ignore_data_skip"):
+            return
+        raise UserError(
+            "--resume_from_checkpoint: the data is not what the checkpoint was trained on (--dataset, its files, the "
+            "template or the seed changed), so its position has no meaning; --ignore_data_skip true goes on anyway"
+        )
 
 
 def train(args: Any) -> dict[str, Any]:
@@ -57,16 +72,17 @@ def train(args: Any) -> dict[str, Any]:
     dtype = _resolve_dtype(args, model_dir, workers)
     _announce(args, model_dir, dtype, cluster, workers)
 
-    encoder = _encoder(args, model_dir)
-    data, stream = _load_data(args, datasets, encoder)
-    plan = plan_steps(args, workers.largest, None if data is None else len(data.train))
-    plan.accumulation(workers.largest)
+    encoder = Encoder.for_training(args, model_dir)
+    data = _load_data(args, datasets, encoder, _token_cache(args, base, cluster))
+    resume.check_data(args, data.fingerprint)
+    saved = resume.position.global_batch_size if resume.position else None
+    plan = plan_steps(args, workers.largest, data.num_units, packed=args.packing, global_batch_size=saved)
     _print_sample(encoder, data, first_row)
     _print_data(args, data, plan, workers)
 
     run = RunDirectory(resume.run_directory) if resume.run_directory else RunDirectory.create(base, args.add_version)
     _write_inputs(args, run, data)
-    outcome = _fit(args, run, plan, workers, dtype, model_dir, data, stream, encoder, resume)
+    outcome = _fit(args, run, plan, workers, dtype, model_dir, data, encoder, resume)
     _print_end(args, outcome)
     return outcome
 
@@ -88,7 +104,8 @@ def _find_resume(args: Any, base: str) -> _Resume:
         _check_bytes(base, filesystem, found.path)
         checkpoints.clean_unfinished(filesystem, found.run_directory, found.step)
         prefix = base[: len(base) - len(inner)] if "://" in base else ""
-        return _Resume(found.path, prefix + found.run_directory)
+        position = checkpoints.read_position(filesystem, found.path)
+        return _Resume(found.path, prefix + found.run_directory, position)
     path = wanted if "://" in wanted else os.path.abspath(os.path.expanduser(wanted))
     filesystem, inner = filesystem_of(path)
     if not filesystem.get_file_info(inner).type.name == "Directory":
@@ -99,7 +116,7 @@ def _find_resume(args: Any, base: str) -> _Resume:
             "true); give a checkpoint-N folder of a run, or `true` for the newest whole one"
         )
     _check_bytes(path, filesystem, inner)
-    return _Resume(inner)
+    return _Resume(inner, position=checkpoints.read_position(filesystem, inner))
 
 
 def _check_bytes(uri: str, filesystem: Any, checkpoint: str) -> None:
@@ -117,13 +134,9 @@ def _refuse_unbuilt(args: Any) -> None:
     """Flags whose meaning is not built yet: better no run than one that silently does something else."""
     streaming = args.streaming
     unbuilt = {
-        "--packing true": args.packing,
-        "--padding_free true": args.padding_free,
         "--lazy_tokenize true": args.lazy_tokenize,
         "--load_best_model_at_end true": args.load_best_model_at_end,
-        "--external_plugins": args.external_plugins,
         "--interleave_prob with --streaming true": streaming and args.interleave_prob,
-        "--val_dataset with --streaming true": streaming and args.val_dataset,
     }
     found = [flag for flag, given in unbuilt.items() if given]
     if found:
@@ -165,47 +178,56 @@ def _announce(args: Any, model_dir: str, dtype: str, cluster: Cluster, workers: 
     _say(f"workers: {count} on {device}, DeepSpeed {args.deepspeed or 'off'}; {cluster.describe()}")
 
 
-def _encoder(args: Any, model_dir: str) -> Encoder:
-    from rayswift.data.encoding import Encoder
-
-    return Encoder(
-        model_dir,
-        template=args.template,
-        system=args.system,
-        max_length=args.max_length or _model_max_length(model_dir),
-        truncation_strategy=args.truncation_strategy,
-        use_chat_template=args.use_chat_template,
-        loss_scale=args.loss_scale,
-        enable_thinking=args.enable_thinking,
-        add_non_thinking_prefix=args.add_non_thinking_prefix,
-        template_backend=args.template_backend,
-        response_prefix=args.response_prefix,
-        new_special_tokens=tuple(args.new_special_tokens),
-        trust_remote_code=args.trust_remote_code,
-    )
-
-
-def _model_max_length(model_dir: str) -> int | None:
-    """SWIFT's default for --max_length: what the model's configuration allows."""
-    from rayswift.modeling.loading import read_config
-
-    return read_config(model_dir).get("max_position_embeddings")
-
-
 # --- data -------------------------------------------------------------------------------------------------------
 
 
-def _load_data(args: Any, datasets: ResolvedDatasets, encoder: Encoder) -> tuple[TrainData | None, StreamPlan | None]:
-    """Token rows, or for ``--streaming true`` the plan of a stream."""
-    _say(f"template: {encoder.template_name}")
-    if args.streaming:
-        from rayswift.data.streaming import plan_stream
+@dataclass
+class _RunData:
+    """What a run trains on: token rows (packed or not) or the plan of a stream, and what it is validated on."""
 
-        return None, plan_stream(args, datasets.train)
+    loaded: TrainData
+    packs: Packs | None
+    stream: StreamPlan | None
+    fingerprint: str
+
+    @property
+    def train(self) -> BlockRows | None:
+        """Token rows; None for a stream."""
+        return self.loaded.train
+
+    @property
+    def num_units(self) -> int | None:
+        """Rows or packs of an epoch; None for a stream."""
+        if self.train is None:
+            return None
+        return len(self.train) if self.packs is None else len(self.packs)
+
+
+def _token_cache(args: Any, base: str, cluster: Cluster) -> TokenCache:
+    """This machine's token cache; on a cluster one beside the runs, which every node reaches."""
+    from rayswift.data.token_cache import TokenCache, default_root
+
+    return TokenCache(default_root() if cluster.embedded else f"{base}/.token_cache", args.load_from_cache_file)
+
+
+def _load_data(args: Any, datasets: ResolvedDatasets, encoder: Encoder, cache: TokenCache) -> _RunData:
+    """Token rows, or for ``--streaming true`` the plan of a stream; and the validation rows."""
+    from rayswift.data.packing import pack
     from rayswift.data.pipeline import load_train_data
+    from rayswift.data.streaming import plan_stream
 
+    _say(f"template: {encoder.template_name}")
+    length = (args.packing_length or encoder.max_length) if args.packing else None
+    if args.packing and length is None:
+        raise UserError("--packing true: the model's configuration has no maximal length; set --max_length")
     with _StageBars() as bars:
-        return load_train_data(args, datasets, encoder, bars.update), None
+        loaded = load_train_data(args, datasets, encoder, bars.update, cache)
+    if loaded.train is None:
+        stream = plan_stream(args, datasets.train, length)
+        return _RunData(loaded, None, stream, stream.fingerprint(encoder))
+    packs = pack(loaded.train.lengths, length) if length is not None else None
+    settings = (loaded.train.fingerprint(), length, args.data_seed, args.train_dataloader_shuffle)
+    return _RunData(loaded, packs, None, hashlib.sha256(repr(settings).encode()).hexdigest()[:40])
 
 
 class _StageBars:
@@ -231,29 +253,37 @@ class _StageBars:
             bar.close()
 
 
-def _print_sample(encoder: Encoder, data: TrainData | None, row: dict[str, Any]) -> None:
+def _print_sample(encoder: Encoder, data: _RunData, row: dict[str, Any]) -> None:
     """The first training sample as SWIFT prints it; of a stream, what its first usable row becomes."""
     from rayswift.data.encoding import Dropped, Encoded
-    from rayswift.train.batches import TokenRows
+    from rayswift.data.token_rows import TokenRows
 
-    first = Encoded(*TokenRows(data.train)[0]) if data else encoder.encode_batch([row])[0]
+    if data.train is None:
+        first = encoder.encode_batch([row])[0]
+    else:
+        ids, labels, _ = TokenRows(data.train)[0]
+        first = Encoded(ids, labels)
     for line in [f"first row dropped: {first.reason}"] if isinstance(first, Dropped) else encoder.describe(first):
         _say(line)
 
 
-def _print_data(args: Any, data: TrainData | None, plan: StepPlan, workers: Workers) -> None:
-    if data is not None:
-        for line in data.drops.lines():
-            _say(line)
-        _say(f"Dataset Token Length: {length_line(data.train.lengths)}")
-        if data.val is not None:
-            _say(f"Dataset Token Length: {length_line(data.val.lengths)}")
-        held_out = len(data.val) if data.val is not None else 0
-        _say(f"train_dataset: {len(data.train)} rows, val_dataset: {held_out} rows")
+def _print_data(args: Any, data: _RunData, plan: StepPlan, workers: Workers) -> None:
+    for line in data.loaded.drops.lines():
+        _say(line)
+    val = data.loaded.val
+    for rows in (data.train, val):
+        if rows is not None:
+            _say(f"Dataset Token Length: {length_line(rows.lengths)}")
+    if data.train is not None:
+        _say(f"train_dataset: {len(data.train)} rows, val_dataset: {len(val) if val else 0} rows")
+    unit = "packs" if args.packing else "rows"
+    if data.packs is not None and data.train is not None:
+        filled = data.train.lengths.sum() / len(data.packs)
+        _say(f"packing: {len(data.packs)} packs, {filled:.0f} tokens on average")
     accumulation = plan.accumulation(workers.largest)
     _say(
-        f"{plan.max_steps} steps of {plan.global_batch_size} rows ({workers.largest} workers × "
-        f"{plan.per_device_batch_size} rows × {accumulation} accumulated)"
+        f"{plan.max_steps} steps of {plan.global_batch_size} {unit} ({workers.largest} workers × "
+        f"{plan.per_device_batch_size} {unit} × {accumulation} accumulated)"
     )
 
 
@@ -263,10 +293,10 @@ def length_line(lengths: Any) -> str:
     return f"{spread}, min={lengths.min():.6f}, max={lengths.max():.6f}, size={len(lengths)}"
 
 
-def _write_inputs(args: Any, run: RunDirectory, data: TrainData | None) -> None:
+def _write_inputs(args: Any, run: RunDirectory, data: _RunData) -> None:
     args.save(run.local / "args.json")
-    if data is not None and data.val_rows:
-        run.write_jsonl("val_dataset.jsonl", data.val_rows)
+    if data.loaded.val_rows:
+        run.write_jsonl("val_dataset.jsonl", data.loaded.val_rows)
         _say(f"The split dataset from the training set will be saved at: {run.uri}/val_dataset.jsonl")
     _say(f"The logging file will be saved in: {run.uri}/logging.jsonl")
     run.sync()
@@ -282,8 +312,7 @@ def _fit(
     workers: Workers,
     dtype: str,
     model_dir: str,
-    data: TrainData | None,
-    stream: StreamPlan | None,
+    data: _RunData,
     encoder: Encoder,
     resume: _Resume,
 ) -> dict[str, Any]:
@@ -299,12 +328,16 @@ def _fit(
         dtype=dtype,
         use_gpu=workers.use_gpu,
         run_uri=run.uri,
-        train=data.train if data else None,
-        val=data.val if data else None,
+        train=data.train,
+        packs=data.packs,
+        stream=data.stream,
+        encoder=encoder,
+        data_fingerprint=data.fingerprint,
+        val=data.loaded.val,
         resume=resume.checkpoint,
         events=events,
     )
-    trainer = _torch_trainer(args, run, workers, config, stream, encoder)
+    trainer = _torch_trainer(args, run, workers, config)
     progress = Progress(events, plan, run, "tensorboard" in args.report_to or "all" in args.report_to)
     try:
         with progress:
@@ -319,23 +352,12 @@ def _fit(
     return outcome
 
 
-def _torch_trainer(
-    args: Any,
-    run: RunDirectory,
-    workers: Workers,
-    config: Any,
-    stream: StreamPlan | None,
-    encoder: Encoder,
-) -> Any:
-    from ray.train import CheckpointConfig, DataConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig
+def _torch_trainer(args: Any, run: RunDirectory, workers: Workers, config: Any) -> Any:
+    from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
-    from rayswift.data.streaming import stream_options, stream_tokens
     from rayswift.train.worker import train_loop
 
-    datasets: dict[str, Any] = {}
-    if stream is not None:
-        datasets["train"] = lambda: stream_tokens(stream, encoder, config.events)
     folder, _, name = run.path.rpartition("/")
     # Ray Train resumes on its own from a snapshot of the same name; the manifests are what counts here.
     _forget_snapshot(run)
@@ -358,8 +380,6 @@ def _torch_trainer(
             checkpoint_config=CheckpointConfig(num_to_keep=None),
             logging_config=LoggingConfig(log_level="WARNING"),
         ),
-        datasets=datasets,
-        dataset_config=DataConfig(execution_options=stream_options(), enable_shard_locality=False),
     )
 
 
@@ -413,13 +433,10 @@ def _outcome(run: RunDirectory, result: Any) -> dict[str, Any]:
     }
 
 
-def _summary(data: TrainData | None, parameter_info: str | None, outcome: dict[str, Any]) -> dict[str, Any]:
+def _summary(data: _RunData, parameter_info: str | None, outcome: dict[str, Any]) -> dict[str, Any]:
     """SWIFT's closing row of logging.jsonl."""
-    row: dict[str, Any] = {}
-    if data is not None:
-        row["train_dataset"] = length_line(data.train.lengths)
-        if data.val is not None:
-            row["val_dataset"] = length_line(data.val.lengths)
+    parts = {"train_dataset": data.train, "val_dataset": data.loaded.val}
+    row: dict[str, Any] = {name: length_line(rows.lengths) for name, rows in parts.items() if rows is not None}
     return {**row, "model_parameter_info": parameter_info, **outcome}
 
 

@@ -11,11 +11,11 @@ from rayswift.errors import UserError
 
 @dataclass(frozen=True)
 class StepPlan:
-    """Batches and steps of a run.
+    """Batches and steps of a run. A unit is a row, or with packing a pack.
 
     Args:
-        global_batch_size: rows per optimiser step over all workers.
-        per_device_batch_size: rows per forward pass of one worker.
+        global_batch_size: units per optimiser step over all workers; steps of an epoch may hold a few more or less.
+        per_device_batch_size: units per forward pass of one worker.
         max_steps: optimiser steps of the whole run.
         steps_per_epoch: optimiser steps per epoch; None for a stream, whose length is unknown.
     """
@@ -26,43 +26,43 @@ class StepPlan:
     steps_per_epoch: int | None
 
     def accumulation(self, world_size: int) -> int:
-        """Gradient accumulation that keeps the global batch on this many workers.
-
-        Raises:
-            UserError: the global batch does not divide.
-        """
-        rows = self.per_device_batch_size * world_size
-        if self.global_batch_size % rows:
-            raise UserError(
-                f"--num_workers {world_size}: the global batch of {self.global_batch_size} rows does not divide into "
-                f"{world_size} workers × --per_device_train_batch_size {self.per_device_batch_size}"
-            )
-        return self.global_batch_size // rows
+        """Gradient accumulation that keeps the global batch on this many workers."""
+        return math.ceil(self.global_batch_size / (self.per_device_batch_size * world_size))
 
     def epoch_of(self, step: int) -> float:
         """The epoch reached after this many steps; for a stream the share of the run that is done."""
         return step / (self.steps_per_epoch or self.max_steps)
 
 
-def plan_steps(args: Any, world_size: int, num_rows: int | None) -> StepPlan:
-    """The steps of a run over ``num_rows`` rows (None for a stream).
+def plan_steps(
+    args: Any, world_size: int, units: int | None, *, packed: bool = False, global_batch_size: int | None = None
+) -> StepPlan:
+    """The steps of a run.
 
-    An epoch is ``num_rows // global batch`` steps, as in SWIFT's count (48,330 rows, batch 16, 3 epochs → 9,060
-    steps); the rows left over differ each epoch, because each epoch has its own order. A dataset smaller than one
-    global batch makes one smaller step per epoch.
+    Every epoch trains every unit exactly once. Rows: an epoch is ``rows // global batch`` steps, as in SWIFT's count
+    (48,330 rows, batch 16, 3 epochs → 9,060 steps); the rows left over make some steps one row larger. Packs: it is
+    that rounded up, and no step is larger than asked, because a pack fills a worker's memory.
+
+    Args:
+        args: training arguments.
+        world_size: workers at the start.
+        units: rows or packs of the dataset, None for a stream.
+        packed: whether units are packs.
+        global_batch_size: what a checkpoint says that is resumed from; None for a new run.
 
     Raises:
         UserError: no way to know the number of steps.
     """
-    rows = args.per_device_train_batch_size * world_size
+    per_device = args.per_device_train_batch_size
+    rows = per_device * world_size
     accumulation = args.gradient_accumulation_steps or max(1, math.ceil(16 / rows))
-    if num_rows is not None and num_rows < rows * accumulation:
-        accumulation = max(1, num_rows // rows)
-    global_batch = rows * accumulation
-    if num_rows is None:
+    if units is not None:
+        accumulation = min(accumulation, math.ceil(units / rows))
+    global_batch = global_batch_size or rows * accumulation
+    if units is None:
         if args.max_steps <= 0:
             raise UserError("--streaming true: the length is unknown, say how long to train with --max_steps")
-        return StepPlan(global_batch, args.per_device_train_batch_size, args.max_steps, None)
-    per_epoch = max(1, num_rows // global_batch)
+        return StepPlan(global_batch, per_device, args.max_steps, None)
+    per_epoch = math.ceil(units / global_batch) if packed else max(1, units // global_batch)
     max_steps = args.max_steps if args.max_steps > 0 else max(1, math.ceil(per_epoch * args.num_train_epochs))
-    return StepPlan(global_batch, args.per_device_train_batch_size, max_steps, per_epoch)
+    return StepPlan(global_batch, per_device, max_steps, per_epoch)

@@ -50,6 +50,12 @@ class CheckpointStore:
         path, step = found[0]
         return self._fetch(path), step
 
+    def position(self, checkpoint: str | None) -> checkpoints.Position | None:
+        """The position in a checkpoint that :meth:`resume_from` gave."""
+        from pyarrow import fs
+
+        return checkpoints.read_position(fs.LocalFileSystem(), checkpoint) if checkpoint else None
+
     def _fetch(self, path: str) -> str:
         from pyarrow import fs
 
@@ -76,6 +82,9 @@ class CheckpointStore:
         local = os.path.join(self.local_dir, name)
         if self.rank.rank == 0:
             self.config.args.save(os.path.join(local, "args.json"))
+            stream = trainer.loader.stream_position(step)
+            batch = self.config.plan.global_batch_size
+            checkpoints.Position(batch, self.config.data_fingerprint, stream).write(local)
         if self.rank.world_size > 1:
             torch.distributed.barrier()
         shares = [checkpoints.hash_files(local, self.local_rank, self.local_world_size)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 import time
@@ -12,7 +13,8 @@ import torch
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from rayswift.train.batches import Batch, Rank, TokenRows, eval_batches
+from rayswift.data.token_rows import TokenRows
+from rayswift.train.batches import Batch, Rank, eval_batches
 
 if TYPE_CHECKING:
     from rayswift.train.plan import StepPlan
@@ -66,12 +68,14 @@ class StepTrainer(Trainer):
     def compute_loss(
         self, model: Any, inputs: Batch, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """The model's own loss; counts right, trained and all tokens on the way (no synchronisation)."""
-        labels, tokens = inputs["labels"], inputs["attention_mask"].sum()
+        """The model's own loss, or the weighted one; counts right, trained and all tokens (no synchronisation)."""
+        labels, mask, weights = inputs["labels"], inputs.get("attention_mask"), inputs.pop("loss_scale", None)
+        tokens = torch.tensor(labels.numel()) if mask is None else mask.sum()
+        self.compute_loss_func = None if weights is None else functools.partial(weighted_loss, weights=weights)
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         right, trained = count_right(outputs.logits.detach(), labels)
         if model.training:
-            self._counts += torch.stack([right, trained, tokens]).to(self._counts)
+            self._counts += torch.stack([right, trained, tokens.to(right)]).to(self._counts)
         return (loss, outputs) if return_outputs else loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -111,6 +115,7 @@ class StepTrainer(Trainer):
         for batch in eval_batches(self.val_rows, size, self.rank, self.pad_token_id):
             batch = self._prepare_inputs(batch)
             labels = batch.pop("labels")
+            batch.pop("loss_scale", None)
             with self.accelerator.autocast():
                 logits = model(**batch).logits
             loss = torch.nn.functional.cross_entropy(
@@ -181,6 +186,23 @@ def count_right(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tenso
     mask = labels[:, 1:] != -100
     predicted = logits[:, :-1][mask].argmax(-1)
     return (predicted == labels[:, 1:][mask]).sum(), mask.sum()
+
+
+def weighted_loss(
+    outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None = None, *, weights: torch.Tensor
+) -> torch.Tensor:
+    """Cross entropy times each token's weight, over the number of trained tokens (SWIFT's ``--loss_scale``).
+
+    Args:
+        outputs: with ``logits``, float (rows, length, vocabulary).
+        labels: int64 (rows, length), −100 where not trained.
+        num_items_in_batch: trained tokens of the whole step; None: of these rows.
+        weights: float32 (rows, length).
+    """
+    logits = outputs.logits[:, :-1].float().flatten(0, 1)
+    losses = torch.nn.functional.cross_entropy(logits, labels[:, 1:].flatten(), ignore_index=-100, reduction="none")
+    items = (labels[:, 1:] != -100).sum() if num_items_in_batch is None else num_items_in_batch
+    return (losses * weights[:, 1:].flatten()).sum() / items
 
 
 def memory_gib() -> float:

@@ -8,12 +8,16 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from rayswift.data.blocks import BlockRows
+from rayswift.data.packing import Packs
+from rayswift.data.token_rows import StreamPosition, TokenRows, Units
 from rayswift.errors import UserError
-from rayswift.train.batches import EpochLoader, Rank, StreamLoader, TokenRows
+from rayswift.train.batches import Collator, EpochLoader, Rank, StreamLoader
 from rayswift.train.plan import StepPlan
 from rayswift.train.store import CheckpointStore
 
 if TYPE_CHECKING:
+    from rayswift.data.encoding import Encoder
+    from rayswift.data.streaming import StreamPlan
     from rayswift.train.trainer import StepTrainer
 
 logger = logging.getLogger("rayswift.train")
@@ -30,7 +34,11 @@ class WorkerConfig:
         dtype: ``bfloat16``, ``float16`` or ``float32``.
         use_gpu: whether workers have accelerators.
         run_uri: the run directory, a local path or a URI.
-        train: token rows; None when a stream is read through ``get_dataset_shard("train")``.
+        train: token rows; None for a stream.
+        packs: how rows are packed; None without packing, or for a stream.
+        stream: the plan of a stream; None for token rows.
+        encoder: turns a stream's rows into token ids.
+        data_fingerprint: tells one data order from another; kept in checkpoints.
         val: validation token rows, or None.
         resume: the checkpoint to start from, or None.
         events: the driver's event queue.
@@ -43,6 +51,10 @@ class WorkerConfig:
     use_gpu: bool
     run_uri: str
     train: BlockRows | None
+    packs: Packs | None
+    stream: StreamPlan | None
+    encoder: Encoder
+    data_fingerprint: str
     val: BlockRows | None
     resume: str | None
     events: Any
@@ -60,8 +72,10 @@ def train_loop(loop_config: dict[str, Any]) -> dict[str, Any]:
     _prepare_process(config, context.get_local_world_size())
     store = CheckpointStore(config, rank, context.get_local_rank(), context.get_local_world_size())
     resume, start_step = store.resume_from()
+    position = store.position(resume)
+    start = StreamPosition(*position.stream) if position and position.stream else StreamPosition()
     try:
-        trainer = _build_trainer(config, rank, store, start_step)
+        trainer = _build_trainer(config, rank, store, start_step, start)
     except Exception as error:
         # What fails before the first step fails again: restarting the group would only cost minutes.
         logger.exception("the trainer could not be built")
@@ -97,7 +111,9 @@ def _prepare_process(config: WorkerConfig, local_world_size: int) -> None:
     set_seed(config.args.seed)
 
 
-def _build_trainer(config: WorkerConfig, rank: Rank, store: CheckpointStore, start_step: int) -> StepTrainer:
+def _build_trainer(
+    config: WorkerConfig, rank: Rank, store: CheckpointStore, start_step: int, start: StreamPosition
+) -> StepTrainer:
     from rayswift.hub import resolve_model
     from rayswift.modeling.adapters import parameter_info
     from rayswift.modeling.loading import load_tokenizer
@@ -125,7 +141,7 @@ def _build_trainer(config: WorkerConfig, rank: Rank, store: CheckpointStore, sta
         args=hf_arguments,
         processing_class=tokenizer,
         eval_dataset=val_rows,
-        loader=_loader(config, rank, pad_token_id, start_step),
+        loader=_loader(config, rank, pad_token_id, start_step, start),
         step_plan=config.plan,
         val_rows=val_rows,
         rank=rank,
@@ -143,7 +159,7 @@ def _build_model(config: WorkerConfig, model_dir: str) -> Any:
     model = load_model(
         model_dir,
         torch_dtype=_load_dtype(config),
-        attn_impl=args.attn_impl,
+        attn_impl=attention(args, config.use_gpu),
         trust_remote_code=args.trust_remote_code,
         model_kwargs=args.model_kwargs,
     )
@@ -160,6 +176,19 @@ def _build_model(config: WorkerConfig, model_dir: str) -> Any:
     return model
 
 
+def attention(args: Any, use_gpu: bool) -> str | None:
+    """``--attn_impl``; where rows are joined and nothing is said, what does not work across them."""
+    if not (args.packing or args.padding_free) or args.attn_impl not in (None, "sdpa"):
+        return args.attn_impl
+    from transformers.utils import is_flash_attn_2_available
+
+    if args.attn_impl is None and use_gpu and is_flash_attn_2_available():
+        return "flash_attention_2"
+    from rayswift.modeling import varlen_attention
+
+    return varlen_attention.NAME
+
+
 def _load_dtype(config: WorkerConfig) -> str:
     """The dtype weights are kept in.
 
@@ -171,18 +200,22 @@ def _load_dtype(config: WorkerConfig) -> str:
     return config.dtype
 
 
-def _loader(config: WorkerConfig, rank: Rank, pad_token_id: int, start_step: int) -> EpochLoader | StreamLoader:
+def _loader(
+    config: WorkerConfig, rank: Rank, pad_token_id: int, start_step: int, start: StreamPosition
+) -> EpochLoader | StreamLoader:
     args = config.args
+    collate = Collator(pad_token_id, flat=args.packing or args.padding_free)
     if config.train is not None:
-        rows = TokenRows(config.train)
-        return EpochLoader(
-            rows, config.plan, rank, pad_token_id, start_step, args.data_seed, args.train_dataloader_shuffle
-        )
-    import ray.train
+        units = Units(config.train, config.packs)
+        shuffle = args.train_dataloader_shuffle
+        return EpochLoader(units, config.plan, rank, collate, start_step, args.data_seed, shuffle)
+    from ray.train.collective import broadcast_from_rank_zero
 
-    shard = ray.train.get_dataset_shard("train")
+    from rayswift.data.streaming import read_stream, start_stream_reader
 
-    def blocks() -> Any:
-        return shard.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=2)
-
-    return StreamLoader(blocks, config.plan, rank, pad_token_id, start_step)
+    assert config.stream is not None
+    reader = None
+    if rank.rank == 0:
+        reader = start_stream_reader(config.stream, config.encoder, config.events, start, rank.world_size)
+    shared = broadcast_from_rank_zero(reader)
+    return StreamLoader(lambda: read_stream(shared, rank.rank), config.plan, rank, collate, start_step)

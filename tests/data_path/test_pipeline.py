@@ -1,14 +1,16 @@
-"""The data path on a real Ray Data: files to token blocks, materialised and streamed."""
+"""The data path: files to token rows through the cache, in this process and on a real Ray Data, and streamed."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
 from rayswift.arguments import Arguments, make_arguments
@@ -17,7 +19,8 @@ from rayswift.data.blocks import BlockRows, blend, interleave, sample_rows, spli
 from rayswift.data.encoding import Encoder
 from rayswift.data.pipeline import TrainData, first_usable_row, load_train_data
 from rayswift.data.registry import resolve_datasets
-from rayswift.data.streaming import StreamPlan, piece_tokens, plan_stream, stream_tokens
+from rayswift.data.streaming import StreamPlan, plan_stream, stream_tokens, task_tokens
+from rayswift.data.token_rows import TokenRows
 from rayswift.errors import UserError
 from rayswift.train.events import start_event_queue
 
@@ -41,17 +44,21 @@ def write(path: Path, rows: list[Any]) -> str:
 
 def ids_of(rows: BlockRows | None) -> list[list[int]]:
     """What training reads, row by row."""
-    import ray
-
     assert rows is not None
-    blocks = [block["input_ids"].to_pylist() for block in ray.get(rows.refs)]
-    ids = [blocks[block][row] for block, row in rows.index]
+    read = TokenRows(rows)
+    ids = [read[number].input_ids.tolist() for number in range(len(read))]
     assert rows.lengths.tolist() == [len(row) for row in ids]
     return ids
 
 
 def texts_of(rows: BlockRows | None, encoder: Encoder) -> list[str]:
     return encoder.tokenizer.batch_decode(ids_of(rows), skip_special_tokens=True)
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each test starts with nothing cached."""
+    monkeypatch.setenv("RAYSWIFT_CACHE", str(tmp_path / "cache"))
 
 
 @pytest.fixture(scope="module")
@@ -122,7 +129,7 @@ def test_interleave_follows_the_probabilities_and_stops() -> None:
 
 
 def test_blend_without_shuffling_concatenates() -> None:
-    parts = [numbered(3), BlockRows([object()], numbered(2).index, numbered(2).lengths)]  # type: ignore[list-item]
+    parts = [numbered(3), BlockRows(["rows.arrow"], numbered(2).index, numbered(2).lengths)]
     assert len(blend(parts, arguments("x", dataset_shuffle=False), rng())) == 5
 
 
@@ -295,16 +302,21 @@ def stream_dir(tmp_path: Path) -> Path:
 
 def stream_plan(dataset: str | Path | list[str], **given: Any) -> StreamPlan:
     args = arguments(dataset, streaming=True, max_steps=10, **given)
-    return plan_stream(args, resolve_datasets(args).train)
+    return plan_stream(args, resolve_datasets(args).train, args.packing_length)
+
+
+def decoded(tables: Iterable[pa.Table], encoder: Encoder) -> list[str]:
+    ids = [row for table in tables for row in table["input_ids"].to_pylist()]
+    return encoder.tokenizer.batch_decode(ids, skip_special_tokens=True)
 
 
 def epoch_texts(plan: StreamPlan, encoder: Encoder, epoch: int) -> list[str]:
     """The rows of one epoch in the order that the plan gives them."""
-    found: list[str] = []
-    for number in [piece for task in plan.tasks for in_epoch, piece in task if in_epoch == epoch]:
-        for table in piece_tokens(plan, epoch, number, encoder, None):
-            found += encoder.tokenizer.batch_decode(table["input_ids"].to_pylist(), skip_special_tokens=True)
-    return found
+    tasks = tuple(tuple(entry for entry in task if entry[0] == epoch) for task in plan.tasks)
+    alone = dataclasses.replace(plan, tasks=tasks)
+    return decoded(
+        (table for task in range(len(tasks)) for table in task_tokens(alone, task, 0, encoder, None)), encoder
+    )
 
 
 EVERY_ROW = sorted(f"{name}{n}" for name in "abc" for n in range(20))
@@ -353,10 +365,7 @@ def test_a_stream_through_ray_data_is_the_plan_exactly(
     epochs = len({epoch for task in plan.tasks for epoch, _ in task})
     assert epochs >= 2
     for _ in range(2):
-        found: list[str] = []
-        for table in stream_tokens(plan, plain).iter_batches(batch_size=None, batch_format="pyarrow"):
-            assert table.column_names == ["input_ids", "labels"]
-            found += plain.tokenizer.batch_decode(table["input_ids"].to_pylist(), skip_special_tokens=True)
+        found = decoded(stream_tokens(plan, plain).iter_batches(batch_size=None, batch_format="pyarrow"), plain)
         assert found == [text for epoch in range(epochs) for text in epoch_texts(plan, plain, epoch)]
 
 
@@ -366,7 +375,8 @@ def test_rows_that_a_stream_drops_are_reported(ray_cluster: None, plain: Encoder
     path = write(tmp_path / "a.jsonl", BAD_ROWS)
     encoder = Encoder(plain.model_dir, use_chat_template=False, loss_scale="all", max_length=50)
     log = start_event_queue()
-    tables = list(piece_tokens(stream_plan(path), 0, 0, encoder, log))
+    one_epoch = dataclasses.replace(stream_plan(path), tasks=(((0, 0),),))
+    tables = list(task_tokens(one_epoch, 0, 0, encoder, log))
     assert sum(map(len, tables)) == 2
     reported = [line for event in ray.get(log.drain.remote()) for line in event["lines"]]
     ray.kill(log)
@@ -376,6 +386,4 @@ def test_rows_that_a_stream_drops_are_reported(ray_cluster: None, plain: Encoder
         f"2 rows dropped: no column holds text (columns: foo); name it with --columns (first at {path}:2)",
     ]
     strict = stream_plan(path, strict=True)
-    assert refusal(lambda: list(piece_tokens(strict, 0, 0, encoder, None))).startswith(
-        f"{path}:2: no column holds text"
-    )
+    assert refusal(lambda: list(task_tokens(strict, 0, 0, encoder, None))).startswith(f"{path}:2: no column holds text")

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from rayswift.data.agent_formats import get_agent_format
 from rayswift.data.conversation import DropRow, read_conversation
 from rayswift.data.templates import (
     Piece,
@@ -45,7 +46,8 @@ def bound(name: str) -> Template:
 
 def layout(name: str, messages: list[dict[str, Any]], tools: Any = None, **options: Any) -> str:
     template = bound(name)
-    return marked(template.render(read_conversation(messages, tools, template.agent), RenderOptions(**options)))
+    agent = get_agent_format(template.agent)
+    return marked(template.render(read_conversation(messages, tools, agent), RenderOptions(**options)))
 
 
 def prompt(name: str, messages: list[dict[str, Any]], **options: Any) -> str:
@@ -56,6 +58,13 @@ def prompt(name: str, messages: list[dict[str, Any]], **options: Any) -> str:
 ONE = chat((U, "Q"), (A, "R"))
 TWO = chat((S, "SYS"), (U, "q1"), (A, "r1"), (U, "q2"), (A, "r2"))
 
+INTERNLM_SYSTEM = (
+    "You are an AI assistant whose name is InternLM (书生·浦语).\n"
+    "- InternLM (书生·浦语) is a conversational language model that is developed by Shanghai AI Laboratory "
+    "(上海人工智能实验室). It is designed to be helpful, honest, and harmless.\n"
+    "- InternLM (书生·浦语) can understand and communicate fluently in the language chosen by the user such as "
+    "English and 中文."
+)
 CHATML_ONE = "<|im_start|>user\nQ<|im_end|>\n<|im_start|>assistant\n▮R<|im_end|>▮"
 CHATML_TWO = (
     "<|im_start|>system\nSYS<|im_end|>\n<|im_start|>user\nq1<|im_end|>\n<|im_start|>assistant\n▮r1<|im_end|>▮\n"
@@ -78,52 +87,101 @@ def with_system(text: str, system: str) -> str:
     return f"<|im_start|>system\n{system}<|im_end|>\n{text}"
 
 
-@pytest.mark.parametrize(
-    ("name", "one", "two"),
-    [
-        ("chatml", CHATML_ONE, CHATML_TWO),
-        ("qwen", with_system(CHATML_ONE, "You are a helpful assistant."), CHATML_TWO),
-        (
-            "qwen2_5",
-            with_system(CHATML_ONE, "You are Qwen, created by Alibaba Cloud. You are a helpful assistant."),
-            CHATML_TWO,
-        ),
-        (
-            "smollm2",
-            with_system(CHATML_ONE, "You are a helpful AI assistant named SmolLM, trained by Hugging Face"),
-            CHATML_TWO,
-        ),
-        ("qwen3", QWEN3_ONE, QWEN3_TWO),
-        ("qwen3_thinking", CHATML_ONE, CHATML_TWO),
-        ("qwen3_nothinking", CHATML_ONE, CHATML_TWO),
-        ("llama3", LLAMA3_ONE, LLAMA3_TWO),
-        (
-            "llama3_2",
-            LLAMA3_ONE.replace("text|>", f"text|>{LLAMA3_TURN.format(S)}{LLAMA3_DATE}<|eot_id|>", 1),
-            LLAMA3_TWO.replace("SYS", LLAMA3_DATE + "SYS"),
-        ),
-        (
-            "deepseek",
-            "<bos>User: Q\n\nAssistant:▮R<eos>▮",
-            "<bos>SYS\n\nUser: q1\n\nAssistant:▮r1<eos>▮User: q2\n\nAssistant:▮r2<eos>▮",
-        ),
-        ("deepseek_v2_5", "<bos><｜User｜>Q<｜Assistant｜>▮R<eos>▮", DEEPSEEK_TWO),
-        ("deepseek_r1", "<bos><｜User｜>Q<｜Assistant｜>▮R<eos>▮", DEEPSEEK_TWO),
-        (
-            "default",
-            "You are a helpful assistant.\n\n### Human:\nQ\n\n### Assistant:\n▮R<eos>▮",
-            "SYS\n\n### Human:\nq1\n\n### Assistant:\n▮r1▮\n\n### Human:\nq2\n\n### Assistant:\n▮r2<eos>▮",
-        ),
-    ],
-)
-def test_every_family_lays_out_one_and_two_rounds_as_swift_does(name: str, one: str, two: str) -> None:
+#: name, one round, and two rounds with a system text; trained stretches between ▮ marks.
+LAYOUTS: list[tuple[str, str, str | None]] = [
+    ("chatml", CHATML_ONE, CHATML_TWO),
+    ("qwen", with_system(CHATML_ONE, "You are a helpful assistant."), CHATML_TWO),
+    (
+        "qwen2_5",
+        with_system(CHATML_ONE, "You are Qwen, created by Alibaba Cloud. You are a helpful assistant."),
+        CHATML_TWO,
+    ),
+    (
+        "smollm2",
+        with_system(CHATML_ONE, "You are a helpful AI assistant named SmolLM, trained by Hugging Face"),
+        CHATML_TWO,
+    ),
+    ("qwen3", QWEN3_ONE, QWEN3_TWO),
+    ("qwen3_thinking", CHATML_ONE, CHATML_TWO),
+    ("qwen3_nothinking", CHATML_ONE, CHATML_TWO),
+    ("llama3", LLAMA3_ONE, LLAMA3_TWO),
+    (
+        "llama3_2",
+        LLAMA3_ONE.replace("text|>", f"text|>{LLAMA3_TURN.format(S)}{LLAMA3_DATE}<|eot_id|>", 1),
+        LLAMA3_TWO.replace("SYS", LLAMA3_DATE + "SYS"),
+    ),
+    (
+        "deepseek",
+        "<bos>User: Q\n\nAssistant:▮R<eos>▮",
+        "<bos>SYS\n\nUser: q1\n\nAssistant:▮r1<eos>▮User: q2\n\nAssistant:▮r2<eos>▮",
+    ),
+    ("deepseek_v2_5", "<bos><｜User｜>Q<｜Assistant｜>▮R<eos>▮", DEEPSEEK_TWO),
+    ("deepseek_r1", "<bos><｜User｜>Q<｜Assistant｜>▮R<eos>▮", DEEPSEEK_TWO),
+    (
+        "default",
+        "You are a helpful assistant.\n\n### Human:\nQ\n\n### Assistant:\n▮R<eos>▮",
+        "SYS\n\n### Human:\nq1\n\n### Assistant:\n▮r1▮\n\n### Human:\nq2\n\n### Assistant:\n▮r2<eos>▮",
+    ),
+    (
+        "internlm2",
+        with_system(CHATML_ONE, INTERNLM_SYSTEM),
+        CHATML_TWO,
+    ),
+    ("yi_coder", with_system(CHATML_ONE, "You are a helpful assistant."), CHATML_TWO),
+    ("qwen3_coder", CHATML_ONE, CHATML_TWO),
+    (
+        "llama",
+        f"<s>[INST] <<SYS>>\n{get_template('llama').default_system}\n<</SYS>>\n\nQ [/INST]▮R</s>▮",
+        "<s>[INST] <<SYS>>\nSYS\n<</SYS>>\n\nq1 [/INST]▮r1</s>▮<s>[INST] q2 [/INST]▮r2</s>▮",
+    ),
+    (
+        "mistral_2501",
+        "<s>[INST]Q[/INST]▮R</s>▮",
+        "<s>[SYSTEM_PROMPT]SYS[/SYSTEM_PROMPT][INST]q1[/INST]▮r1</s>▮[INST]q2[/INST]▮r2</s>▮",
+    ),
+    (
+        "gemma",
+        "<bos><start_of_turn>user\nQ<end_of_turn>\n<start_of_turn>model\n▮R<end_of_turn>▮",
+        "<bos><start_of_turn>system\nSYS<end_of_turn>\n<start_of_turn>user\nq1<end_of_turn>\n<start_of_turn>model\n"
+        "▮r1<end_of_turn>▮\n<start_of_turn>user\nq2<end_of_turn>\n<start_of_turn>model\n▮r2<end_of_turn>▮",
+    ),
+    (
+        "phi4",
+        "<|im_start|>user<|im_sep|>Q<|im_end|><|im_start|>assistant<|im_sep|>▮R<|im_end|>▮",
+        "<|im_start|>system<|im_sep|>SYS<|im_end|><|im_start|>user<|im_sep|>q1<|im_end|><|im_start|>assistant<|im_sep|>"
+        "▮r1<|im_end|>▮<|im_start|>user<|im_sep|>q2<|im_end|><|im_start|>assistant<|im_sep|>▮r2<|im_end|>▮",
+    ),
+    (
+        "chatglm4",
+        "<|user|>\nQ<|assistant|>\n▮R<|user|>▮",
+        "<|system|>\nSYS<|user|>\nq1<|assistant|>\n▮r1<|user|>▮\nq2<|assistant|>\n▮r2<|user|>▮",
+    ),
+    (
+        "glm4",
+        "[gMASK]<sop><|user|>\nQ<|assistant|>\n▮R<|user|>▮",
+        "[gMASK]<sop><|system|>\nSYS<|user|>\nq1<|assistant|>\n▮r1<|user|>▮\nq2<|assistant|>\n▮r2<|user|>▮",
+    ),
+    (
+        "deepseek_v3_1",
+        "<bos><｜User｜>Q<｜Assistant｜></think>▮R<eos>▮",
+        "<bos>SYS<｜User｜>q1<｜Assistant｜></think>▮r1<eos>▮<｜User｜>q2<｜Assistant｜></think>▮r2<eos>▮",
+    ),
+    ("dummy", "Q▮R<eos>▮", None),  # no place for a system text
+]
+
+
+@pytest.mark.parametrize(("name", "one", "two"), LAYOUTS)
+def test_every_family_lays_out_one_and_two_rounds_as_swift_does(name: str, one: str, two: str | None) -> None:
     assert layout(name, ONE) == one
-    assert layout(name, TWO) == two
+    if two is not None:
+        assert layout(name, TWO) == two
+    else:
+        with pytest.raises(DropRow, match=f"template {name} has no place for a system message"):
+            layout(name, TWO)
 
 
 def test_the_table_above_covers_every_family() -> None:
-    marks = test_every_family_lays_out_one_and_two_rounds_as_swift_does.pytestmark
-    assert {row[0] for row in marks[0].args[1]} == set(load_templates())
+    assert {name for name, *_ in LAYOUTS} == set(load_templates())
 
 
 @pytest.mark.parametrize(
@@ -167,8 +225,19 @@ def test_the_system_text_of_the_row_comes_before_the_flag_and_the_flag_before_th
     assert layout("qwen2_5", chat((S, ""), *((m["role"], m["content"]) for m in ONE))) == CHATML_ONE
 
 
-def test_a_conversation_that_starts_with_the_assistant_gets_an_empty_query() -> None:
-    assert layout("chatml", chat((A, "R"))) == CHATML_ONE.replace("Q", "")
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("chatml", "<|im_start|>assistant\n▮R<|im_end|>▮"),
+        ("llama3", f"<|begin_of_text|>{LLAMA3_TURN.format(A)}▮R<|eot_id|>▮"),
+        ("deepseek_r1", "<bos><｜Assistant｜>▮R<eos>▮"),
+        ("glm4", "[gMASK]<sop><|assistant|>\n▮R<|user|>▮"),
+        ("dummy", "▮R<eos>▮"),
+        ("mistral_2501", "<s>[INST][/INST]▮R</s>▮"),  # [INST] cannot be left out
+    ],
+)
+def test_a_conversation_that_starts_with_the_assistant_gets_no_query(name: str, expected: str) -> None:
+    assert layout(name, chat((A, "R"))) == expected
 
 
 @pytest.mark.parametrize(
@@ -209,11 +278,13 @@ def test_last_round_drops_earlier_thoughts_and_adds_the_empty_block_to_the_last_
         ("qwen3", {"enable_thinking": False}, NO_THINK),
         ("qwen3_thinking", {}, "<think>\n"),
         ("qwen3_nothinking", {}, ""),
+        ("deepseek_v3_1", {}, "</think>"),
+        ("deepseek_v3_1", {"enable_thinking": True}, "<think>"),
         ("qwen3", {"response_prefix": "Sure: "}, "Sure: "),
     ],
 )
 def test_the_prompt_ends_as_the_thinking_mode_asks(name: str, options: dict[str, Any], opening: str) -> None:
-    start = "<|im_start|>user\nQ<|im_end|>\n<|im_start|>assistant\n"
+    start = "<bos><｜User｜>Q<｜Assistant｜>" if "deepseek" in name else CHATML_ONE.split("▮")[0]
     assert prompt(name, chat((U, "Q")), **options) == start + opening
 
 

@@ -1,8 +1,9 @@
-"""Which rows each worker trains on in which step, from token blocks in a real object store."""
+"""Which rows each worker trains on in which step, from token files."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -10,28 +11,38 @@ import pytest
 import torch
 
 from rayswift.data.blocks import BlockRows
-from rayswift.train.batches import Batch, EpochLoader, Rank, StreamLoader, TokenRows, collate, eval_batches
+from rayswift.data.packing import pack
+from rayswift.data.pipeline import token_schema
+from rayswift.data.token_rows import Row, TokenRows, Units
+from rayswift.train.batches import Batch, Collator, EpochLoader, Rank, StreamLoader, deal, eval_batches, flatten, pad
 from rayswift.train.plan import StepPlan
 
 PAD = 999
+COLLATE = Collator(PAD)
 
 
 def table(numbers: range | list[int]) -> pa.Table:
     """Token rows that can be told apart: row n is n repeated n % 4 + 1 times, its first token not trained."""
     ids = [[n] * (n % 4 + 1) for n in numbers]
-    labels = [[-100, *row[1:]] for row in ids]
-    tokens = pa.list_(pa.int32())
-    return pa.table({"input_ids": pa.array(ids, tokens), "labels": pa.array(labels, tokens)})
+    columns = {
+        "input_ids": ids,
+        "labels": [[-100, *row[1:]] for row in ids],
+        "loss_scale": [None] * len(ids),
+        "source": list(numbers),
+        "length": [len(row) for row in ids],
+    }
+    return pa.table(columns, token_schema())
 
 
-def token_rows(count: int) -> TokenRows:
-    """Rows 0 … count-1, spread over blocks of three, whose blocks lie in the store in reverse."""
-    import ray
-
-    starts = list(range(0, count, 3))[::-1]
-    refs = [ray.put(table(range(start, min(start + 3, count)))) for start in starts]
-    index = [(starts.index(n // 3 * 3), n % 3) for n in range(count)]
-    return TokenRows(BlockRows(refs, np.array(index, np.int64).reshape(-1, 2), np.zeros(count, np.int64)))
+def block_rows(count: int, folder: Path) -> BlockRows:
+    """Rows 0 … count-1, spread over files of six rows in batches of two, the files in reverse."""
+    starts = list(range(0, count, 6))[::-1]
+    files = [str(folder / f"{start}.arrow") for start in starts]
+    for start, file in zip(starts, files, strict=True):
+        with pa.ipc.new_file(file, token_schema()) as writer:
+            writer.write_table(table(range(start, min(start + 6, count))), max_chunksize=2)
+    index = np.array([(starts.index(n // 6 * 6), n % 6) for n in range(count)], np.int64).reshape(-1, 2)
+    return BlockRows(files, index, np.array([n % 4 + 1 for n in range(count)]))
 
 
 def numbers_of(batch: Batch) -> list[int]:
@@ -39,12 +50,12 @@ def numbers_of(batch: Batch) -> list[int]:
 
 
 def loader(
-    rows: TokenRows, plan: StepPlan, world: tuple[int, int] = (0, 1), start: int = 0, seed: int = 42
+    rows: BlockRows, plan: StepPlan, world: tuple[int, int] = (0, 1), start: int = 0, seed: int = 42
 ) -> EpochLoader:
-    return EpochLoader(rows, plan, Rank(*world), PAD, start, seed, shuffle=True)
+    return EpochLoader(Units(rows, None), plan, Rank(*world), COLLATE, start, seed, shuffle=True)
 
 
-def trained_on(rows: TokenRows, plan: StepPlan, world_size: int, start: int = 0) -> list[list[list[list[int]]]]:
+def trained_on(rows: BlockRows, plan: StepPlan, world_size: int, start: int = 0) -> list[list[list[list[int]]]]:
     """Row numbers as [rank][step][micro-batch]."""
     found = []
     for rank in range(world_size):
@@ -55,109 +66,163 @@ def trained_on(rows: TokenRows, plan: StepPlan, world_size: int, start: int = 0)
 
 
 @pytest.fixture(scope="module")
-def rows(ray_cluster: None) -> TokenRows:
-    return token_rows(50)
+def rows(tmp_path_factory: pytest.TempPathFactory) -> BlockRows:
+    return block_rows(50, tmp_path_factory.mktemp("rows"))
 
 
-def test_rows_are_fetched_by_number(rows: TokenRows) -> None:
-    assert len(rows) == 50
+def test_rows_are_fetched_by_number(rows: BlockRows) -> None:
+    read = TokenRows(rows)
+    assert len(read) == 50
     for number in (0, 49, 7, 8):
-        ids, labels = rows[number]
+        ids, labels, weights = read[number]
         assert ids.tolist() == [number] * (number % 4 + 1)
         assert labels.tolist() == [-100, *ids.tolist()[1:]]
+        assert weights is None
 
 
-def test_collate_pads_on_the_right() -> None:
-    rows = [(np.array([1, 2, 3], np.int32), np.array([-100, 2, 3], np.int32)), (np.array([4], np.int32),) * 2]
-    batch = collate(rows, PAD)
+def row(ids: list[int], labels: list[int], weights: list[float] | None = None) -> Row:
+    scale = None if weights is None else np.array(weights, np.float32)
+    return Row(np.array(ids, np.int32), np.array(labels, np.int32), scale)
+
+
+TWO_ROWS = [row([1, 2, 3], [-100, 2, 3], [0.0, 2.0, 0.5]), row([4, 5], [4, 5])]
+
+
+def test_padding_is_on_the_right() -> None:
+    batch = pad(TWO_ROWS, PAD)
     assert {name: tensor.tolist() for name, tensor in batch.items()} == {
-        "input_ids": [[1, 2, 3], [4, PAD, PAD]],
-        "attention_mask": [[1, 1, 1], [1, 0, 0]],
-        "labels": [[-100, 2, 3], [4, -100, -100]],
+        "input_ids": [[1, 2, 3], [4, 5, PAD]],
+        "attention_mask": [[1, 1, 1], [1, 1, 0]],
+        "labels": [[-100, 2, 3], [4, 5, -100]],
+        "loss_scale": [[0.0, 2.0, 0.5], [1.0, 1.0, 0.0]],
     }
-    assert {tensor.dtype for tensor in batch.values()} == {torch.int64}
+    assert {batch[name].dtype for name in ("input_ids", "attention_mask", "labels")} == {torch.int64}
+    assert "loss_scale" not in pad(TWO_ROWS[1:], PAD)
+
+
+def test_joined_rows_restart_their_positions_and_never_predict_each_other() -> None:
+    batch = flatten(TWO_ROWS)
+    assert (batch.pop("max_length_q"), batch.pop("max_length_k")) == (3, 3)
+    assert {name: tensor.tolist() for name, tensor in batch.items()} == {
+        "input_ids": [[1, 2, 3, 4, 5]],
+        "labels": [[-100, 2, 3, -100, 5]],
+        "position_ids": [[0, 1, 2, 0, 1]],
+        "loss_scale": [[0.0, 2.0, 0.5, 1.0, 1.0]],
+        "cu_seq_lens_q": [0, 3, 5],
+        "cu_seq_lens_k": [0, 3, 5],
+    }
+
+
+@pytest.mark.parametrize("flat", [True, False])
+def test_a_micro_batch_without_rows_trains_nothing(flat: bool) -> None:
+    batch = Collator(PAD, flat)([])
+    assert batch["input_ids"].numel() > 0
+    assert (batch["labels"] == -100).all()
+
+
+def test_units_are_dealt_evenly_and_surplus_ones_go_where_padding_is_least() -> None:
+    assert deal([1] * 8, cells=4, size=2) == [[0, 1], [2, 3], [4, 5], [6, 7]]
+    assert deal([1] * 5, cells=4, size=2) == [[0, 1], [2, 3], [4], []]
+    assert deal([9, 3, 8, 7, 3], cells=4, size=1) == [[0], [1, 4], [2], [3]]
 
 
 PLAN = StepPlan(global_batch_size=12, per_device_batch_size=2, max_steps=9, steps_per_epoch=4)
 
 
-def test_every_worker_count_trains_on_the_same_rows_in_each_step(rows: TokenRows) -> None:
+def test_every_worker_count_trains_on_the_same_rows_in_each_step(rows: BlockRows) -> None:
     expected: list[list[int]] | None = None
     for world_size in (1, 2, 3, 6):
         found = trained_on(rows, PLAN, world_size)
         assert [len(steps) for steps in found] == [PLAN.max_steps] * world_size
-        assert all(len(micro) == 2 for steps in found for step in steps for micro in step)
+        assert all(len(micro) in (2, 3) for steps in found for step in steps for micro in step)
         union = [sorted(n for steps in found for micro in steps[step] for n in micro) for step in range(PLAN.max_steps)]
-        assert all(len(set(step)) == PLAN.global_batch_size for step in union)
+        assert all(12 <= len(set(step)) <= 13 for step in union)
         expected = expected or union
         assert union == expected
 
 
-def test_each_epoch_has_its_own_order_and_no_row_twice(rows: TokenRows) -> None:
+def test_each_epoch_trains_every_row_once_in_its_own_order(rows: BlockRows) -> None:
     steps = [[n for micro in step for n in micro] for step in trained_on(rows, PLAN, 1)[0]]
     first, second = ([n for step in steps[a : a + 4] for n in step] for a in (0, 4))
-    assert len(set(first)) == len(first) == 48
-    assert len(set(second)) == len(second) == 48
+    assert sorted(first) == sorted(second) == list(range(50))
     assert first != second
-    # The two rows that an epoch leaves over are other ones the next time.
-    assert set(range(50)) - set(first) != set(range(50)) - set(second)
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 @pytest.mark.parametrize("start", [1, 4, 6, 9])
-def test_resuming_gives_exactly_the_later_batches(rows: TokenRows, world_size: int, start: int) -> None:
+def test_resuming_gives_exactly_the_later_batches(rows: BlockRows, world_size: int, start: int) -> None:
     whole = trained_on(rows, PLAN, world_size)
     assert trained_on(rows, PLAN, world_size, start) == [steps[start:] for steps in whole]
 
 
-def test_the_seed_decides_the_order(rows: TokenRows) -> None:
+def test_the_seed_decides_the_order(rows: BlockRows) -> None:
     orders = [[numbers_of(batch) for batch in loader(rows, PLAN, seed=seed)] for seed in (1, 1, 2)]
     assert orders[0] == orders[1] != orders[2]
 
 
-def test_without_shuffling_rows_come_in_order(rows: TokenRows) -> None:
-    unshuffled = EpochLoader(rows, PLAN, Rank(0, 1), PAD, 0, seed=42, shuffle=False)
+def test_without_shuffling_rows_come_in_order(rows: BlockRows) -> None:
+    plan = StepPlan(global_batch_size=10, per_device_batch_size=2, max_steps=11, steps_per_epoch=5)
+    unshuffled = EpochLoader(Units(rows, None), plan, Rank(0, 1), COLLATE, 0, seed=42, shuffle=False)
     found = [n for batch in unshuffled for n in numbers_of(batch)]
-    assert found == [*range(48), *range(48), *range(12)]
+    assert found == [*range(50), *range(50), *range(10)]
 
 
-def test_a_loader_is_read_once(rows: TokenRows) -> None:
+def test_a_loader_is_read_once(rows: BlockRows) -> None:
     once = loader(rows, PLAN)
     assert len(list(once)) == 9 * 6
     assert list(once) == []
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
-def test_fewer_rows_than_a_global_batch(ray_cluster: None, world_size: int) -> None:
-    few = token_rows(3)
+def test_fewer_rows_than_a_global_batch(tmp_path: Path, world_size: int) -> None:
+    few = block_rows(3, tmp_path)
     plan = StepPlan(global_batch_size=4, per_device_batch_size=2, max_steps=2, steps_per_epoch=1)
     for step in range(2):
-        numbers = [n for rank in range(world_size) for n in loader(few, plan, (rank, world_size)).numbers(step)]
-        assert len(numbers) == 4
-        assert set(numbers) == {0, 1, 2}
+        cells = [loader(few, plan, (rank, world_size)).unit_cells(step) for rank in range(world_size)]
+        assert len({len(share) for share in cells}) == 1
+        assert sorted(n for share in cells for cell in share for n in cell) == [0, 1, 2]
+
+
+def test_packs_are_trained_whole(rows: BlockRows) -> None:
+    packs = pack(rows.lengths, max_length=8)
+    assert len(packs) == -(-int(rows.lengths.sum()) // 8)
+    plan = StepPlan(global_batch_size=2, per_device_batch_size=1, max_steps=8, steps_per_epoch=8)
+    batches = list(EpochLoader(Units(rows, packs), plan, Rank(0, 1), Collator(PAD, flat=True), 0, 42, shuffle=True))
+    assert max(batch["input_ids"].numel() for batch in batches) == 8
+    found = [int(batch["input_ids"][0, start]) for batch in batches for start in batch["cu_seq_lens_q"][:-1]]
+    assert sorted(found) == list(range(50))
+
+
+# --- streams ----------------------------------------------------------------------------------------------------
 
 
 def stream(sizes: list[int]) -> Iterator[pa.Table]:
+    """Tables of these sizes, rows numbered through, each row a unit; a task ends with every second table."""
     first = 0
-    for size in sizes:
-        yield table(range(first, first + size))
+    for number, size in enumerate(sizes):
+        units = np.arange(size) + (sizes[number - 1] if number % 2 else 0)
+        places = {"task": np.full(size, number // 2), "unit": units, "unit_rows": np.ones(size, np.int64)}
+        found = table(range(first, first + size))
+        for name, values in places.items():
+            found = found.append_column(name, pa.array(values))
+        yield found
         first += size
 
 
 @pytest.mark.parametrize("sizes", [[4] * 10, [40], [1] * 40, [3, 11, 0, 2, 9, 15]])
-@pytest.mark.parametrize("start", [0, 1, 2, 3])
-def test_a_stream_is_cut_into_steps_whatever_its_blocks_are(sizes: list[int], start: int) -> None:
+def test_a_stream_is_cut_into_steps_whatever_its_blocks_are(sizes: list[int]) -> None:
     plan = StepPlan(global_batch_size=8, per_device_batch_size=2, max_steps=3, steps_per_epoch=None)
-    found = StreamLoader(lambda: stream(sizes), plan, Rank(1, 2), PAD, start)
-    steps = [[0, 1], [2, 3], [4, 5], [6, 7], [8, 9], [10, 11]]
-    assert [numbers_of(batch) for batch in found] == steps[2 * start :]
+    found = StreamLoader(lambda: stream(sizes), plan, Rank(1, 2), COLLATE, 0)
+    assert [numbers_of(batch) for batch in found] == [[2, 3], [6, 7], [10, 11], [14, 15], [18, 19], [22, 23]]
 
 
-def test_a_stream_that_ends_early_gives_whole_steps_only() -> None:
-    plan = StepPlan(global_batch_size=4, per_device_batch_size=4, max_steps=5, steps_per_epoch=None)
-    ended = StreamLoader(lambda: stream([4, 4, 3]), plan, Rank(0, 1), PAD, 0)
-    assert [numbers_of(batch) for batch in ended] == [[0, 1, 2, 3], [4, 5, 6, 7]]
-    assert list(ended) == []
+def test_a_stream_that_ends_early_ends_with_a_smaller_step() -> None:
+    plan = StepPlan(global_batch_size=4, per_device_batch_size=2, max_steps=5, steps_per_epoch=None)
+    shares = [StreamLoader(lambda: stream([4, 4, 2]), plan, Rank(rank, 2), COLLATE, 0) for rank in range(2)]
+    trained = [[numbers_of(batch) for batch in share if (batch["labels"] != -100).any()] for share in shares]
+    assert trained == [[[0, 1], [4, 5], [8, 9]], [[2, 3], [6, 7]]]
+    assert shares[0].stream_position(3) == (1, 2)
+    assert list(shares[0]) == []
 
 
 def test_a_stream_is_read_no_further_than_needed() -> None:
@@ -169,7 +234,7 @@ def test_a_stream_is_read_no_further_than_needed() -> None:
             yield block
 
     plan = StepPlan(global_batch_size=4, per_device_batch_size=4, max_steps=2, steps_per_epoch=None)
-    assert len(list(StreamLoader(blocks, plan, Rank(0, 1), PAD, 0))) == 2
+    assert len(list(StreamLoader(blocks, plan, Rank(0, 1), COLLATE, 0))) == 2
     assert len(read) == 2
 
 
@@ -177,9 +242,9 @@ def test_a_stream_is_read_no_further_than_needed() -> None:
     ("count", "world_size", "size"), [(7, 3, 1), (7, 3, 2), (5, 2, 4), (1, 4, 8), (12, 3, 2), (9, 1, 4)]
 )
 def test_every_worker_gets_the_same_number_of_evaluation_batches(
-    ray_cluster: None, count: int, world_size: int, size: int
+    tmp_path: Path, count: int, world_size: int, size: int
 ) -> None:
-    rows = token_rows(count)
+    rows = TokenRows(block_rows(count, tmp_path))
     shares = [list(eval_batches(rows, size, Rank(rank, world_size), PAD)) for rank in range(world_size)]
     assert len({len(share) for share in shares}) == 1
     trained = [n for n in range(count) if n % 4]  # row n has n % 4 trained tokens

@@ -31,7 +31,7 @@ def arguments(**given: Any) -> Arguments:
         ({"gradient_accumulation_steps": 1}, 4, 100, StepPlan(4, 1, 75, 25)),
         # Fewer rows than a global batch make one smaller step per epoch.
         ({}, 1, 5, StepPlan(5, 1, 3, 1)),
-        ({}, 2, 5, StepPlan(4, 1, 3, 1)),
+        ({}, 2, 5, StepPlan(6, 1, 3, 1)),
         ({"per_device_train_batch_size": 8}, 1, 3, StepPlan(8, 8, 3, 1)),
     ],
 )
@@ -57,10 +57,21 @@ def test_the_global_batch_stays_on_other_worker_counts(world_size: int, accumula
     assert StepPlan(24, 2, 10, 10).accumulation(world_size) == accumulation
 
 
-@pytest.mark.parametrize("world_size", [5, 7, 24])
-def test_a_worker_count_that_does_not_divide(world_size: int) -> None:
-    with pytest.raises(UserError, match=rf"--num_workers {world_size}: the global batch of 24 rows does not divide"):
-        StepPlan(24, 2, 10, 10).accumulation(world_size)
+@pytest.mark.parametrize(("world_size", "accumulation"), [(5, 3), (7, 2), (24, 1)])
+def test_a_worker_count_that_does_not_divide_leaves_some_micro_batches_empty(
+    world_size: int, accumulation: int
+) -> None:
+    assert StepPlan(24, 2, 10, 10).accumulation(world_size) == accumulation
+
+
+def test_packs_make_no_step_larger_than_asked() -> None:
+    assert plan_steps(arguments(), 1, 100, packed=True) == StepPlan(16, 1, 21, 7)
+
+
+def test_a_resumed_run_keeps_its_global_batch() -> None:
+    plan = plan_steps(arguments(), 3, 48330, global_batch_size=16)
+    assert plan == StepPlan(16, 1, 9060, 3020)
+    assert plan.accumulation(3) == 6
 
 
 def test_epoch_of_a_step() -> None:

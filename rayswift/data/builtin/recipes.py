@@ -1,0 +1,93 @@
+"""Well-known datasets whose rows are in no usual schema: a function for each, from raw row to a row that is.
+
+Ids, columns and wording are those of SWIFT's list of datasets, so that both train on the same texts.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any
+
+Row = dict[str, Any]
+
+_TURN = re.compile(r"\n\n(?:Human|Assistant|Hum):")
+
+
+def dolly(row: Row) -> Row:
+    """databricks-dolly-15k: the context stands before the instruction."""
+    context = f"Here gives some useful information:\n{row['context']}\n" if row["context"] else ""
+    return {"query": context + row["instruction"], "response": row["response"]}
+
+
+def long_alpaca(row: Row) -> Row:
+    """LongAlpaca-12k: answers begin with ``Answer: ``."""
+    answer = row["output"]
+    stripped = answer.removeprefix("Answer: ").strip() if answer.startswith("Answer: ") else answer
+    return {"instruction": row["instruction"], "input": row.get("input"), "output": stripped}
+
+
+def hh_rlhf(row: Row) -> Row:
+    """hh-rlhf: two transcripts of ``Human:`` and ``Assistant:`` turns."""
+    return {"messages": _transcript(row["chosen"]), "rejected_messages": _transcript(row["rejected"])}
+
+
+def _transcript(text: str) -> list[Row]:
+    turns = [turn.strip() for turn in _TURN.split(text.strip())]
+    turns[0] = turns[0].removeprefix("Human:").strip()
+    # The original text begins with the separator itself.
+    turns = turns if turns[0] else turns[1:]
+    return [{"role": ("user", "assistant")[n % 2], "content": turn} for n, turn in enumerate(turns)]
+
+
+def orpo_mix(row: Row) -> Row | None:
+    """orpo-dpo-mix-40k without its toxic part."""
+    if row["source"] == "toxic-dpo-v0.2":
+        return None
+    return {"messages": row["chosen"], "rejected_messages": row["rejected"]}
+
+
+def xlam(row: Row) -> Row:
+    """xlam-function-calling-60k: answers are a JSON list of calls."""
+    calls = [
+        {"role": "tool_call", "content": json.dumps(call, ensure_ascii=False)} for call in json.loads(row["answers"])
+    ]
+    return {"messages": [{"role": "user", "content": row["query"]}, *calls], "tools": row["tools"]}
+
+
+#: Entries in the keys of ``dataset_info.json``.
+ENTRIES: list[Row] = [
+    {
+        "ms_dataset_id": "AI-ModelScope/databricks-dolly-15k",
+        "hf_dataset_id": "databricks/databricks-dolly-15k",
+        "preprocess": dolly,
+        "tags": ["en", "quality"],
+    },
+    {
+        "ms_dataset_id": "AI-ModelScope/LongAlpaca-12k",
+        "hf_dataset_id": "Yukang/LongAlpaca-12k",
+        "preprocess": long_alpaca,
+        "tags": ["long"],
+    },
+    {
+        "ms_dataset_id": "AI-ModelScope/hh-rlhf",
+        "subsets": ["helpful-base", "helpful-online", "helpful-rejection-sampled"],
+        "split": ["train", "test"],
+        "preprocess": hh_rlhf,
+        "tags": ["dpo"],
+        "huge_dataset": True,
+    },
+    {
+        "ms_dataset_id": "AI-ModelScope/orpo-dpo-mix-40k",
+        "hf_dataset_id": "mlabonne/orpo-dpo-mix-40k",
+        "preprocess": orpo_mix,
+        "tags": ["dpo", "orpo", "en"],
+    },
+    {
+        "ms_dataset_id": "LLM-Research/xlam-function-calling-60k",
+        "hf_dataset_id": "Salesforce/xlam-function-calling-60k",
+        "subsets": [{"name": "default", "subset": "dataset"}],
+        "preprocess": xlam,
+        "tags": ["agent"],
+    },
+]

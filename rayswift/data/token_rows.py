@@ -1,0 +1,153 @@
+"""Token rows out of Arrow memory, without copying: by number from files, or in order from a stream's tables."""
+
+from __future__ import annotations
+
+import bisect
+import itertools
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from rayswift.data.token_cache import open_arrow
+
+if TYPE_CHECKING:
+    import numpy as np
+    import pyarrow as pa
+
+    from rayswift.data.blocks import BlockRows
+    from rayswift.data.packing import Packs
+
+
+class Row(NamedTuple):
+    """One encoded row: int32 arrays of shape (tokens,), ``labels`` −100 where not trained; ``loss_scale`` float32, or
+    None where every weight is 0 or 1. The arrays are read-only views."""
+
+    input_ids: np.ndarray
+    labels: np.ndarray
+    loss_scale: np.ndarray | None = None
+
+
+class TokenBatch:
+    """A record batch of token rows as numpy views."""
+
+    def __init__(self, batch: pa.RecordBatch) -> None:
+        self._columns = [self._views(batch.column(name)) for name in ("input_ids", "labels", "loss_scale")]
+
+    @staticmethod
+    def _views(column: Any) -> tuple[np.ndarray, np.ndarray] | None:
+        if column.null_count == len(column):
+            return None
+        return column.values.to_numpy(), column.offsets.to_numpy()
+
+    def __getitem__(self, number: int) -> Row:
+        return Row(*(self._cut(column, number) for column in self._columns))  # type: ignore[arg-type]
+
+    @staticmethod
+    def _cut(column: tuple[np.ndarray, np.ndarray] | None, number: int) -> np.ndarray | None:
+        if column is None:
+            return None
+        values, offsets = column
+        start, end = offsets[number], offsets[number + 1]
+        return values[start:end] if end > start else None
+
+
+class TokenFile:
+    """The token rows of one cache entry by number."""
+
+    def __init__(self, path: str) -> None:
+        self._reader = open_arrow(path)
+        self._batches: dict[int, TokenBatch] = {}
+        self._starts = [0]
+        for number in range(self._reader.num_record_batches):
+            self._starts.append(self._starts[-1] + len(self._reader.get_batch(number)))
+
+    def __getitem__(self, number: int) -> Row:
+        place = bisect.bisect_right(self._starts, number) - 1
+        batch = self._batches.get(place)
+        if batch is None:
+            batch = self._batches[place] = TokenBatch(self._reader.get_batch(place))
+        return batch[number - self._starts[place]]
+
+
+class TokenRows:
+    """The rows of a dataset by number, each out of its memory-mapped file."""
+
+    def __init__(self, rows: BlockRows) -> None:
+        self._rows = rows
+        self._files: dict[int, TokenFile] = {}
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, number: int) -> Row:
+        place, row = (int(value) for value in self._rows.index[number])
+        if place not in self._files:
+            self._files[place] = TokenFile(self._rows.files[place])
+        return self._files[place][row]
+
+
+class Units:
+    """What a batch is made of: the rows of a dataset, or its packs."""
+
+    def __init__(self, rows: BlockRows, packs: Packs | None) -> None:
+        self.rows, self.packs = TokenRows(rows), packs
+        #: Tokens of each unit, int64.
+        self.lengths = rows.lengths
+        if packs is not None:
+            import numpy as np
+
+            self.lengths = np.add.reduceat(rows.lengths[packs.rows], packs.offsets[:-1])
+
+    def __len__(self) -> int:
+        return len(self.rows) if self.packs is None else len(self.packs)
+
+    def row_numbers(self, unit: int) -> list[int]:
+        """The rows of one unit."""
+        return [unit] if self.packs is None else self.packs[unit].tolist()
+
+    def __getitem__(self, unit: int) -> list[Row]:
+        return [self.rows[number] for number in self.row_numbers(unit)]
+
+
+# --- streams ----------------------------------------------------------------------------------------------------
+
+
+class StreamPosition(NamedTuple):
+    """The place before a unit of a stream: a task of the plan, and a unit of that task."""
+
+    task: int = 0
+    unit: int = 0
+
+
+@dataclass(frozen=True)
+class StreamUnit:
+    """One unit of a stream (a row or a pack). ``position``: its own place in the plan."""
+
+    position: StreamPosition
+    parts: tuple[tuple[TokenBatch, int, int], ...]
+
+    @property
+    def rows(self) -> list[Row]:
+        """Its rows, as views; made only where they are asked for."""
+        return [batch[number] for batch, start, end in self.parts for number in range(start, end)]
+
+
+def iter_units(tables: Iterable[pa.Table]) -> Iterator[StreamUnit]:
+    """The units of a stream's tables, each as soon as it is whole.
+
+    Columns ``task`` and ``unit`` say which unit a row belongs to, ``unit_rows`` how many rows that has.
+    """
+    import numpy as np
+
+    parts: list[tuple[TokenBatch, int, int]] = []
+    have = 0
+    for batch in (batch for table in tables for batch in table.to_batches() if len(batch)):
+        tokens = TokenBatch(batch)
+        task, unit, rows = (batch.column(name).to_numpy() for name in ("task", "unit", "unit_rows"))
+        starts = [0, *(np.flatnonzero((np.diff(task) != 0) | (np.diff(unit) != 0)) + 1).tolist(), len(batch)]
+        for start, end in itertools.pairwise(starts):
+            parts.append((tokens, start, end))
+            have += end - start
+            if have == rows[start]:
+                yield StreamUnit(StreamPosition(int(task[start]), int(unit[start])), tuple(parts))
+                parts, have = [], 0

@@ -1,0 +1,80 @@
+"""Exact attention over several rows joined to one sequence, on every device.
+
+Transformers' ``sdpa`` keeps joined rows apart with a dense (tokens × tokens) mask. Here each row attends to itself
+alone: no mask, and no work across rows. Registered with Transformers as ``rayswift_varlen``; batches without
+``cu_seq_lens_q`` (padded ones, in evaluation) go the usual ``sdpa`` way.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from rayswift.errors import UserError
+
+NAME = "rayswift_varlen"
+
+
+def varlen_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    cu_seq_lens_q: torch.Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """Causal attention within each row of a joined sequence.
+
+    Args:
+        query: (1, heads, tokens, head size); ``key`` and ``value`` with their own number of heads.
+        cu_seq_lens_q: int32 (rows + 1,), where rows start; None for an ordinary batch.
+        sliding_window: tokens that a position sees back, itself included; None for all.
+
+    Returns:
+        (1, tokens, heads, head size), and no weights.
+    """
+    for extra in ("softcap", "s_aux"):
+        if kwargs.get(extra) is not None:
+            raise UserError(f"--packing/--padding_free with a model that uses {extra}: add --attn_impl eager")
+    if cu_seq_lens_q is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
+    groups = query.shape[1] // key.shape[1]
+    if groups > 1:
+        key, value = repeat_kv(key, groups), repeat_kv(value, groups)
+    lengths = torch.diff(cu_seq_lens_q).tolist()
+    parts = []
+    for part in zip(*(tensor.split(lengths, dim=2) for tensor in (query, key, value)), strict=True):
+        mask = _window_mask(part[0], sliding_window)
+        parts.append(
+            torch.nn.functional.scaled_dot_product_attention(
+                *part, attn_mask=mask, dropout_p=dropout, scale=scaling, is_causal=mask is None
+            )
+        )
+    return torch.cat(parts, dim=2).transpose(1, 2).contiguous(), None
+
+
+def _window_mask(query: torch.Tensor, sliding_window: int | None) -> torch.Tensor | None:
+    """Which positions see which, bool (tokens, tokens), where a window cuts a row; else None."""
+    length = query.shape[2]
+    if sliding_window is None or length <= sliding_window:
+        return None
+    positions = torch.arange(length, device=query.device)
+    back = positions[:, None] - positions[None, :]
+    return (back >= 0) & (back < sliding_window)
+
+
+def _mask(*args: Any, attention_mask: torch.Tensor | None = None, **kwargs: Any) -> torch.Tensor | None:
+    """The mask of ``sdpa`` for padded batches; rows that are joined or alone need none."""
+    return None if attention_mask is None else sdpa_mask(*args, attention_mask=attention_mask, **kwargs)
+
+
+AttentionInterface.register(NAME, varlen_attention)
+AttentionMaskInterface.register(NAME, _mask)

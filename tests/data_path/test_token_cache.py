@@ -1,0 +1,192 @@
+"""What is encoded once is not encoded again, and nothing stale is ever used."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rayswift.arguments import make_arguments
+from rayswift.data import pipeline, sources
+from rayswift.data.encoding import Encoder
+from rayswift.data.pipeline import TrainData, load_train_data
+from rayswift.data.registry import resolve_datasets
+from rayswift.data.token_cache import TokenCache
+from rayswift.data.token_rows import TokenRows
+from rayswift.errors import UserError
+
+
+@pytest.fixture
+def encoder(smollm2_dir: str) -> Encoder:
+    return Encoder(smollm2_dir)
+
+
+@pytest.fixture
+def dataset(tmp_path: Path) -> Path:
+    folder = tmp_path / "dataset"
+    folder.mkdir()
+    for name in "ab":
+        rows = [{"query": f"What is {name}{n}?", "response": f"It is {n}."} for n in range(30)]
+        rows[3]["response"] = 7  # type: ignore[assignment]
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> str:
+    return str(tmp_path / "cache")
+
+
+def load(dataset: Path | str, encoder: Encoder, root: str, **given: Any) -> TrainData:
+    args = make_arguments("sft", model="m/m", dataset=[str(dataset)], **given)
+    cache = TokenCache(root, args.load_from_cache_file)
+    return load_train_data(args, resolve_datasets(args), encoder, lambda *_: None, cache)
+
+
+def contents(data: TrainData) -> list[list[int]]:
+    assert data.train is not None
+    rows = TokenRows(data.train)
+    return [rows[number].input_ids.tolist() for number in range(len(rows))]
+
+
+class Counter:
+    """Counts what is read and encoded in this process."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.read = self.encoded = 0
+        iter_rows, encode_rows = pipeline.iter_rows, pipeline.encode_rows
+
+        def counted_rows(chunk: Any) -> Any:
+            for row in iter_rows(chunk):
+                self.read += 1
+                yield row
+
+        def counted_encode(rows: Any, *rest: Any) -> Any:
+            self.encoded += len(rows)
+            return encode_rows(rows, *rest)
+
+        monkeypatch.setattr(pipeline, "iter_rows", counted_rows)
+        monkeypatch.setattr(pipeline, "encode_rows", counted_encode)
+
+    def take(self) -> tuple[int, int]:
+        found = self.read, self.encoded
+        self.read = self.encoded = 0
+        return found
+
+
+@pytest.fixture
+def counter(monkeypatch: pytest.MonkeyPatch) -> Counter:
+    return Counter(monkeypatch)
+
+
+def test_an_unchanged_dataset_is_neither_read_nor_encoded_again(
+    dataset: Path, encoder: Encoder, root: str, counter: Counter
+) -> None:
+    first = load(dataset, encoder, root)
+    usable = 60 - sum(first.drops.counts.values())
+    assert counter.take() == (60, usable)
+    again = load(dataset, encoder, root)
+    assert counter.take() == (0, 0)
+    assert contents(again) == contents(first)
+    assert again.val_rows == first.val_rows
+    assert (again.drops.rows_in, again.drops.lines()) == (first.drops.rows_in, first.drops.lines())
+    # Another seed, split and number of samples take other rows of the same entries.
+    load(dataset, encoder, root, data_seed=7, split_dataset_ratio=0.5)
+    assert counter.take() == (0, 0)
+
+
+def test_a_moved_file_is_known_and_a_changed_one_is_not(
+    dataset: Path, encoder: Encoder, root: str, counter: Counter, tmp_path: Path
+) -> None:
+    load(dataset, encoder, root)
+    counter.take()
+    moved = tmp_path / "moved"
+    shutil.move(dataset, moved)
+    os.utime(moved / "a.jsonl", (1, 1))
+    load(moved, encoder, root)
+    assert counter.take() == (0, 0)
+    # The same size and a later time.
+    text = (moved / "a.jsonl").read_text()
+    (moved / "a.jsonl").write_text(text.replace("It is 5.", "It is 6."))
+    changed = load(moved, encoder, root)
+    assert counter.take()[0] == 30
+    assert any("It is 6." in encoder.tokenizer.decode(ids) for ids in contents(changed))
+
+
+def test_other_settings_encode_the_rows_that_were_read(
+    dataset: Path, encoder: Encoder, root: str, counter: Counter
+) -> None:
+    load(dataset, encoder, root)
+    counter.take()
+    load(dataset, Encoder(encoder.model_dir, system="Be brief."), root)
+    read, encoded = counter.take()
+    assert read == 0
+    assert encoded > 50
+
+
+def test_load_from_cache_file_false_makes_everything_anew(
+    dataset: Path, encoder: Encoder, root: str, counter: Counter
+) -> None:
+    first = load(dataset, encoder, root)
+    counted = counter.take()
+    again = load(dataset, encoder, root, load_from_cache_file=False)
+    assert counter.take() == counted
+    assert contents(again) == contents(first)
+
+
+def test_number_of_samples_encodes_no_more_than_that(
+    dataset: Path, encoder: Encoder, root: str, counter: Counter
+) -> None:
+    some = load(f"{dataset}#10", encoder, root, split_dataset_ratio=0)
+    assert counter.take() == (60, 10)
+    again = load(f"{dataset}#10", encoder, root, split_dataset_ratio=0)
+    assert counter.take() == (0, 0)
+    assert contents(again) == contents(some)
+
+
+@pytest.mark.parametrize("left", [".json", ".arrow"])
+def test_a_half_written_entry_is_made_anew(
+    left: str, dataset: Path, encoder: Encoder, root: str, counter: Counter
+) -> None:
+    first = load(dataset, encoder, root)
+    counter.take()
+    for summary in Path(root).rglob("*.json"):
+        if "rows" in json.loads(summary.read_text()):
+            summary.unlink() if left == ".arrow" else summary.write_text("{")
+    assert contents(load(dataset, encoder, root)) == contents(first)
+    assert counter.take()[0] == 60
+
+
+def test_a_cache_in_storage_is_the_same(dataset: Path, encoder: Encoder, root: str, tmp_path: Path) -> None:
+    stored = load(dataset, encoder, f"file://{tmp_path}/storage")
+    assert contents(stored) == contents(load(dataset, encoder, root))
+
+
+def test_large_datasets_go_through_ray_data_to_the_same_rows(
+    ray_cluster: None,
+    dataset: Path,
+    encoder: Encoder,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    counter: Counter,
+) -> None:
+    here = load(dataset, encoder, str(tmp_path / "here"), dataset_shuffle=False)
+    counter.take()
+    monkeypatch.setattr(pipeline, "IN_PROCESS_BYTES", 0)
+    monkeypatch.setattr(sources, "CHUNK_BYTES", 700)
+    there = load(dataset, encoder, str(tmp_path / "there"), dataset_shuffle=False)
+    assert counter.take() == (0, 0)
+    assert there.train is not None
+    assert len(there.train.files) > 4
+    assert contents(there) == contents(here)
+    assert there.drops.lines() == here.drops.lines()
+
+
+def test_a_cache_that_cannot_be_written(dataset: Path, encoder: Encoder, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="RAYSWIFT_CACHE names another folder"):
+        load(dataset, encoder, str(tmp_path / "file" / "cache"))

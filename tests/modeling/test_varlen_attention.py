@@ -1,0 +1,99 @@
+"""Rows that are joined to one sequence lose nothing: each gets the loss it has alone, with every attention."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from rayswift.data.token_rows import Row
+from rayswift.modeling.loading import load_model, load_tokenizer
+from rayswift.modeling.varlen_attention import NAME
+from rayswift.train.batches import flatten, pad
+
+TEXTS = [
+    "The capital of France is Paris, and the capital of Italy is Rome.",
+    "Two plus two makes four.",
+    "In winter the days are short; the sun rises late and sets early, and people stay at home by the fire.",
+    "No.",
+]
+
+
+@pytest.fixture(scope="module")
+def rows(smollm2_dir: str) -> list[Row]:
+    tokenizer = load_tokenizer(smollm2_dir)
+    found = []
+    for text in TEXTS:
+        ids = np.array(tokenizer(text)["input_ids"], np.int32)
+        found.append(Row(ids, np.where(np.arange(len(ids)) > 0, ids, -100).astype(np.int32)))
+    return found
+
+
+def model_of(smollm2_dir: str, attention: str, dtype: str = "float32") -> Any:
+    return load_model(smollm2_dir, torch_dtype=dtype, attn_impl=attention).eval()
+
+
+def losses(model: Any, batch: dict[str, Any]) -> torch.Tensor:
+    """Loss of each trained token, in order; float32."""
+    labels = batch.pop("labels")
+    with torch.no_grad():
+        logits = model(**batch, use_cache=False).logits[:, :-1].float()
+    every = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), reduction="none")
+    return every[labels[:, 1:].flatten() != -100]
+
+
+def per_row(values: torch.Tensor, rows: list[Row]) -> torch.Tensor:
+    return torch.stack([part.mean() for part in values.split([len(row.input_ids) - 1 for row in rows])])
+
+
+@pytest.mark.parametrize(
+    ("attention", "dtype", "tolerance"),
+    [(NAME, "float32", 1e-5), (NAME, "bfloat16", 5e-3), ("sdpa", "float32", 1e-5), ("eager", "float32", 1e-5)],
+)
+def test_a_joined_row_has_the_loss_it_has_alone(
+    attention: str, dtype: str, tolerance: float, smollm2_dir: str, rows: list[Row]
+) -> None:
+    model = model_of(smollm2_dir, attention, dtype)
+    alone = torch.stack([losses(model, pad([row], 0)).mean() for row in rows])
+    joined = per_row(losses(model, flatten(rows)), rows)
+    assert joined.tolist() == pytest.approx(alone.tolist(), rel=tolerance)
+    # The rows are different enough for this to mean something.
+    assert alone.std() > 0.1
+
+
+def test_padded_batches_are_what_they_are_under_sdpa(smollm2_dir: str, rows: list[Row]) -> None:
+    found = [losses(model_of(smollm2_dir, attention), pad(rows, 0)) for attention in (NAME, "sdpa")]
+    assert torch.allclose(*found, rtol=1e-5)
+
+
+def test_gradients_are_those_of_the_rows_alone(smollm2_dir: str, rows: list[Row]) -> None:
+    gradients = []
+    for batches in ([flatten(rows)], [pad([row], 0) for row in rows]):
+        model = model_of(smollm2_dir, NAME).train()
+        for batch in batches:
+            labels = batch.pop("labels")
+            logits = model(**batch, use_cache=False).logits[:, :-1].flatten(0, 1)
+            torch.nn.functional.cross_entropy(logits, labels[:, 1:].flatten(), reduction="sum").backward()
+        gradients.append(model.model.layers[0].self_attn.q_proj.weight.grad)
+    assert torch.allclose(*gradients, rtol=1e-3, atol=1e-4)
+
+
+def test_a_sliding_window_is_kept(rows: list[Row]) -> None:
+    """Against the mask that Transformers itself builds for joined rows."""
+    from transformers import MistralConfig, MistralForCausalLM
+
+    config = MistralConfig(
+        vocab_size=50_000, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, sliding_window=5,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = MistralForCausalLM(config).eval()
+    found = []
+    for attention in ("sdpa", NAME):
+        model.set_attn_implementation(attention)
+        found.append(losses(model, flatten(rows)))
+    assert torch.allclose(*found, rtol=1e-5)
+    model.config.sliding_window = None
+    assert not torch.allclose(found[0], losses(model, flatten(rows)), rtol=1e-5)

@@ -1,0 +1,182 @@
+"""Whatever kills a run and however many workers go on, every epoch trains every row once, in the undisturbed order.
+
+A run is simulated at the level of its loaders: each attempt makes one per worker, from the position that the last
+checkpoint holds, and reads some steps from them. Rows, files, packs and stream tasks are real.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from rayswift.arguments import make_arguments
+from rayswift.data import sources, streaming
+from rayswift.data.encoding import Encoder
+from rayswift.data.packing import pack
+from rayswift.data.pipeline import load_train_data
+from rayswift.data.registry import resolve_datasets
+from rayswift.data.streaming import StreamPlan, plan_stream, task_tokens
+from rayswift.data.token_cache import TokenCache
+from rayswift.data.token_rows import Row, StreamPosition, Units
+from rayswift.train.batches import Collator, EpochLoader, Rank, StreamLoader
+from rayswift.train.plan import StepPlan
+
+ROWS = 60
+PACK = 24
+CHECK = settings(
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], derandomize=True
+)
+
+
+@dataclass(frozen=True)
+class Source:
+    """A dataset as loaders see it; ``loader(rank, plan, step, position)`` makes the loader of one worker."""
+
+    loader: Callable[[Rank, StepPlan, int, StreamPosition], Any]
+    steps_per_epoch: int | None
+    units: int
+
+
+@pytest.fixture(scope="module")
+def encoder(smollm2_dir: str) -> Encoder:
+    return Encoder(smollm2_dir, use_chat_template=False, loss_scale="all")
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Rows of 3 to 20 tokens whose first word is their number, over four files."""
+    folder = tmp_path_factory.mktemp("dataset")
+    rng = np.random.RandomState(0)
+    for file in range(4):
+        rows = [{"text": f"{file * 15 + n}" + " and" * int(rng.randint(1, 17))} for n in range(15)]
+        (folder / f"{file}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(folder)
+
+
+def number_of(row: Row, encoder: Encoder) -> int:
+    return int(encoder.tokenizer.decode(row.input_ids, skip_special_tokens=True).split()[0])
+
+
+BATCH = 6
+
+
+def epoch_source(dataset: str, encoder: Encoder, cache: str, packing: bool, seed: int) -> Source:
+    args = make_arguments("sft", model="m/m", dataset=[dataset], split_dataset_ratio=0, data_seed=seed)
+    data = load_train_data(args, resolve_datasets(args), encoder, lambda *_: None, TokenCache(cache))
+    assert data.train is not None
+    units = Units(data.train, pack(data.train.lengths, PACK) if packing else None)
+    steps = -(-len(units) // BATCH) if packing else len(units) // BATCH
+
+    def loader(rank: Rank, plan: StepPlan, step: int, _: StreamPosition) -> EpochLoader:
+        return EpochLoader(units, plan, rank, Collator(0, packing), step, seed, shuffle=True)
+
+    return Source(loader, steps, len(units))
+
+
+def stream_source(dataset: str, encoder: Encoder, packing: bool, seed: int) -> Source:
+    args = make_arguments(
+        "sft", model="m/m", dataset=[dataset], streaming=True, max_steps=10**6, data_seed=seed, shuffle_buffer_size=7
+    )
+    plan = plan_stream(args, resolve_datasets(args).train, PACK if packing else None)
+    assert len({epoch for task in plan.tasks for epoch, _ in task}) == 2
+
+    def loader(rank: Rank, steps: StepPlan, step: int, position: StreamPosition) -> StreamLoader:
+        return StreamLoader(partial(tables, plan, encoder, position), steps, rank, Collator(0, packing), step)
+
+    return Source(loader, None, 0)
+
+
+def tables(plan: StreamPlan, encoder: Encoder, start: StreamPosition) -> Iterator[pa.Table]:
+    """What :func:`stream_tokens` reads, without Ray."""
+    for task in range(start.task, len(plan.tasks)):
+        yield from task_tokens(plan, task, start.unit if task == start.task else 0, encoder, None)
+
+
+Attempt = tuple[int, int]  # (workers, steps until they are killed)
+
+
+def run(source: Source, plan: StepPlan, attempts: list[Attempt], encoder: Encoder) -> list[list[list[int]]]:
+    """Row numbers as [step][micro-batch in the order of the world]; the last attempt goes on to the end."""
+    trained: list[list[list[int]]] = []
+    position = StreamPosition()
+    for number, (workers, steps) in enumerate(attempts):
+        accumulation = plan.accumulation(workers)
+        loaders = [source.loader(Rank(rank, workers), plan, len(trained), position) for rank in range(workers)]
+        streams = [loader.micro_batches() for loader in loaders]
+        left = steps if number < len(attempts) - 1 else 10**6
+        while left and len(trained) < plan.max_steps:
+            shares = [[rows for _ in range(accumulation) for rows in _take(stream)] for stream in streams]
+            if not shares[0]:
+                break
+            assert len({len(share) for share in shares}) == 1
+            micro = [rows for together in zip(*shares, strict=True) for rows in together]
+            trained.append([[number_of(row, encoder) for row in rows] for rows in micro])
+            left -= 1
+            # What a checkpoint after this step holds; every worker agrees on it.
+            positions = {loader.stream_position(len(trained)) for loader in loaders}
+            assert len(positions) == 1
+            position = positions.pop() or StreamPosition()
+        # A killed worker group has often read on; that must not matter.
+        for stream in streams:
+            next(stream, None)
+    return trained
+
+
+def _take(stream: Iterator[list[Row]]) -> list[list[Row]]:
+    found = next(stream, None)
+    return [] if found is None else [found]
+
+
+attempts = st.lists(st.tuples(st.sampled_from([1, 2, 3]), st.integers(0, 9)), min_size=1, max_size=5)
+
+
+@pytest.mark.parametrize("packing", [False, True])
+@pytest.mark.parametrize("streaming_", [False, True])
+@CHECK
+@given(attempts=attempts, seed=st.integers(0, 3))
+def test_any_kill_and_any_worker_count(
+    packing: bool,
+    streaming_: bool,
+    attempts: list[Attempt],
+    seed: int,
+    dataset: str,
+    encoder: Encoder,
+    tmp_path_factory: pytest.TempPathFactory,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # Small pieces: a stream of several tasks of several pieces, over two epochs.
+    monkeypatch.setattr(sources, "CHUNK_BYTES", 500)
+    monkeypatch.setattr(streaming, "PIECE_BYTES", 700)
+    monkeypatch.setattr(streaming, "STREAM_PACKING_WINDOW", 20)
+    monkeypatch.setattr(streaming, "MAX_PLANNED_TASKS", 1)
+    monkeypatch.setattr(streaming, "MAX_PLANNED_EPOCHS", 2)
+    if streaming_:
+        monkeypatch.setattr(streaming, "MAX_PLANNED_TASKS", 10**6)
+        source = stream_source(dataset, encoder, packing, seed)
+        plan = StepPlan(BATCH, 1, 10**6, None)
+    else:
+        cache = str(tmp_path_factory.getbasetemp() / "cache")
+        source = epoch_source(dataset, encoder, cache, packing, seed)
+        assert source.steps_per_epoch is not None
+        plan = StepPlan(BATCH, 1, 2 * source.steps_per_epoch, source.steps_per_epoch)
+    found = run(source, plan, attempts, encoder)
+    rows = [n for step in found for micro in step for n in micro]
+    # Two epochs, each of them the whole dataset. A stream's step may hold the end of one and the start of the next.
+    assert sorted(rows[:ROWS]) == sorted(rows[ROWS:]) == list(range(ROWS))
+    # For the same number of workers, the same micro-batches in the same order as an undisturbed run; for another
+    # number, the same rows in the same step.
+    undisturbed = run(source, plan, [attempts[-1]], encoder)
+    assert [sorted(n for micro in step for n in micro) for step in found] == [
+        sorted(n for micro in step for n in micro) for step in undisturbed
+    ]
+    if len({workers for workers, _ in attempts}) == 1:
+        assert found == undisturbed
