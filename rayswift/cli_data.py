@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, cast
 
 from rayswift.errors import UserError
+
+if TYPE_CHECKING:
+    from rayswift.arguments.commands import PreviewArguments
 
 _WORDS = {"preview": "rows before and after each stage, token lengths, and what is dropped and why"}
 
@@ -28,7 +32,7 @@ def data(argv: Sequence[str]) -> int:
     args = parse_arguments("data preview", rest)
     from rayswift.data.preview import preview
 
-    preview(args)
+    preview(cast("PreviewArguments", args))
     return 0
 
 

@@ -220,7 +220,7 @@ def _call_text(call: Any) -> str:
     function = call.get("function", call) if isinstance(call, Mapping) else None
     if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
         raise Unusable("a tool call has no function name")
-    arguments = next((function[key] for key in ("arguments", "input") if function.get(key) is not None), {})
+    arguments: Any = next((function[key] for key in ("arguments", "input") if function.get(key) is not None), {})
     if isinstance(arguments, str):
         parsed = parse_text(arguments)
         arguments = arguments if parsed is None else parsed

@@ -447,16 +447,14 @@ class _Load:
         for part in parts:
             for file, rows in _rows_by_file(part):
                 picks.setdefault(file, []).append(rows)
-        for file, numbers in picks.items():
-            work = self.works[file]
-            if work.tokens_key is None:
-                picked: np.ndarray | None = np.unique(np.concatenate(numbers))
-                if len(picked) == self._summary(work.rows_key)["rows"]:
-                    picked = None
-                key = tokens_key(work.rows_key, self.encoder, picked)
-                self.works[file] = replace(work, tokens_key=key, picked=picked)
+        unencoded = [file for file in picks if self.works[file].tokens_key is None]
+        for file in unencoded:
+            work, numbers = self.works[file], np.unique(np.concatenate(picks[file]))
+            picked = None if len(numbers) == self._summary(work.rows_key)["rows"] else numbers
+            key = tokens_key(work.rows_key, self.encoder, picked)
+            self.works[file] = replace(work, tokens_key=key, picked=picked)
+        self._build([self.works[file] for file in unencoded], "encode")
         works = [self.works[file] for file in picks]
-        self._build([work for work in works if self.cache.summary(work.key) is None], "encode")
         self.drops.merge(_report(works, [self._summary(work.key) for work in works]))
 
     def token_rows(self, rows: BlockRows) -> BlockRows:

@@ -51,11 +51,11 @@ def varlen_attention(
         key, value = repeat_kv(key, groups), repeat_kv(value, groups)
     lengths = torch.diff(cu_seq_lens_q).tolist()
     parts = []
-    for part in zip(*(tensor.split(lengths, dim=2) for tensor in (query, key, value)), strict=True):
-        mask = _window_mask(part[0], sliding_window)
+    for q, k, v in zip(*(tensor.split(lengths, dim=2) for tensor in (query, key, value)), strict=True):
+        mask = _window_mask(q, sliding_window)
         parts.append(
             torch.nn.functional.scaled_dot_product_attention(
-                *part, attn_mask=mask, dropout_p=dropout, scale=scaling, is_causal=mask is None
+                q, k, v, attn_mask=mask, dropout_p=dropout, scale=scaling, is_causal=mask is None
             )
         )
     return torch.cat(parts, dim=2).transpose(1, 2).contiguous(), None
@@ -71,9 +71,9 @@ def _window_mask(query: torch.Tensor, sliding_window: int | None) -> torch.Tenso
     return (back >= 0) & (back < sliding_window)
 
 
-def _mask(*args: Any, attention_mask: torch.Tensor | None = None, **kwargs: Any) -> torch.Tensor | None:
+def _mask(*args: Any, **kwargs: Any) -> torch.Tensor | None:
     """The mask of ``sdpa`` for padded batches; rows that are joined or alone need none."""
-    return None if attention_mask is None else sdpa_mask(*args, attention_mask=attention_mask, **kwargs)
+    return None if kwargs.get("attention_mask") is None else sdpa_mask(*args, **kwargs)
 
 
 AttentionInterface.register(NAME, varlen_attention)
