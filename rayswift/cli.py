@@ -29,7 +29,7 @@ COMMANDS: dict[str, tuple[str, str | None]] = {
     "app": ("chat with a model in the browser", None),
     "sample": ("sample many answers per prompt and keep the best", None),
     "eval": ("run benchmarks on a model or an endpoint", None),
-    "export": ("merge, quantise, convert or push a model", None),
+    "export": ("merge an adapter, encode a dataset for later, ...", "rayswift.exporting:export"),
 }
 # Commands about jobs on a Ray cluster: they take words, not settings.
 JOB_COMMANDS: dict[str, tuple[str, str]] = {

@@ -150,6 +150,7 @@ def documented(pattern: str) -> list[Any]:
 @pytest.mark.parametrize("words", documented("rayswift "))
 def test_documented_commands_parse(words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "sft.yaml").write_text("model: Qwen/Qwen2.5-7B-Instruct\ndataset: [train.jsonl]\n")
+    (tmp_path / "my_datasets.py").write_text("")
     monkeypatch.chdir(tmp_path)
     command, rest = cli.find_command(words[1:])
     if command == "submit":

@@ -77,6 +77,9 @@ class DatasetArguments(Arguments):
     dataset: list[str] = arg(
         [], "dataset ids, files or folders, each [HF::|MS::]NAME[:SUBSET][#ROWS]", example="train.jsonl"
     )
+    cached_dataset: list[str] = arg(
+        [], "folders of encoded rows (rayswift export --to_cached_dataset true)", example="cached_dataset"
+    )
     val_dataset: list[str] = arg([], "validation datasets, written like --dataset", example="val.jsonl")
     split_dataset_ratio: float = arg(0.01, "share of --dataset held out where no --val_dataset is given", ge=0, lt=1)
     dataset_shuffle: bool = arg(True, "shuffle the training rows")

@@ -242,7 +242,9 @@ class TrainingRules(ModelArguments, DatasetArguments, TemplateArguments, Optimiz
     def problems(self) -> Iterator[str]:
         if not self.model and not (self.load_args and self.adapters):
             yield "--model is required, for example --model Qwen/Qwen2.5-7B-Instruct"
-        if not self.dataset:
+        if not self.dataset and not self.cached_dataset:
             yield "--dataset is required, for example --dataset train.jsonl"
+        if self.streaming and self.cached_dataset:
+            yield "--streaming true contradicts --cached_dataset: what is encoded needs no stream; drop one"
         if self.streaming and self.max_steps <= 0:
             yield "--streaming true needs --max_steps: a stream's length is not known, for example --max_steps 1000"

@@ -6,12 +6,12 @@ The driver never holds rows: sampling, splitting, blending and shuffling are ope
 from __future__ import annotations
 
 import hashlib
-import json
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from rayswift.data import json_text
 from rayswift.data.sources import locate
 from rayswift.data.token_cache import open_arrow
 
@@ -138,7 +138,7 @@ def blend(parts: list[BlockRows], args: Any, rng: np.random.RandomState) -> Bloc
     import numpy as np
 
     rows = concat(parts)
-    if args.interleave_prob:
+    if args.interleave_prob and parts:
         order = interleave([len(part) for part in parts], args.interleave_prob, args.stopping_strategy, rng)
         return rows.select(order)
     return rows.select(rng.permutation(len(rows)).astype(np.int64)) if args.dataset_shuffle else rows
@@ -171,7 +171,7 @@ def iter_standard_rows(rows: BlockRows) -> Iterator[dict[str, Any]]:
         for batch_number in range(reader.num_record_batches if len(wanted) else 0):
             batch = reader.get_batch(batch_number)
             here = wanted[(wanted >= start) & (wanted < start + len(batch))] - start
-            yield from (json.loads(text) for text in batch["row"].take(np.sort(here)).to_pylist())
+            yield from (json_text.loads(text) for text in batch["row"].take(np.sort(here)).to_pylist())
             start += len(batch)
 
 

@@ -53,6 +53,14 @@ def loads_literal(text: str) -> Any:
         return None
 
 
+def dumps(value: Any) -> bytes:
+    """A value as JSON in UTF-8; what JSON has no word for (dates, bytes) as its text."""
+    try:
+        return orjson.dumps(value, default=str)
+    except TypeError:  # integers beyond 64 bits, keys that are no texts
+        return json.dumps(value, ensure_ascii=False, default=str).encode("utf-8", "surrogatepass")
+
+
 def has_half_surrogate(value: Any) -> bool:
     r"""Whether any text in a value holds one half of a surrogate pair (``"\ud83d"``), which no encoding can store."""
     if isinstance(value, str):

@@ -1,17 +1,20 @@
 """The data path: files → standard rows → token rows, each stage in the token cache; then sample, split and blend.
 
-The unit of work is a chunk of a data file. Large datasets go through Ray Data, one task per chunk, on every node;
-small ones are done at once in this process, because a task would first have to import and load a tokenizer. Order is
-a function of the files and the seed, never of timing. Rows that cannot be used are counted with reason and place.
+The unit of work is a chunk of a data file, from file to file, so that rows never pass through the object store: a
+plain Ray task on any node. This process does chunks itself while the tasks start, and small datasets alone, because a
+task would first have to import and load a tokenizer. Order is a function of the files and the seed, never of timing.
+Rows that cannot be used are counted with reason and place. (Streams are Ray Data's: :mod:`rayswift.data.streaming`.)
 """
 
 from __future__ import annotations
 
-import json
+import contextlib
+import gc
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
+from rayswift.data import json_text
 from rayswift.data.blocks import (
     FATAL,
     BlockRows,
@@ -22,24 +25,23 @@ from rayswift.data.blocks import (
     sample_rows,
     split_rows,
 )
+from rayswift.data.cached_dataset import load_cached_datasets
 from rayswift.data.registry import ResolvedDataset, ResolvedDatasets
 from rayswift.data.rows import WARNINGS, Drop, RowRules, standardise_rows
-from rayswift.data.sources import BadRow, Chunk, chunk_bytes, iter_rows, plan_chunks
+from rayswift.data.sources import BadRow, Chunk, iter_rows, plan_chunks
 from rayswift.data.token_cache import TokenCache, default_root, read_columns, tokens_key
 from rayswift.errors import UserError
 
 if TYPE_CHECKING:
     import numpy as np
     import pyarrow as pa
-    from ray.data import Dataset
 
     from rayswift.data.encoding import Encoder
 
 #: Rows per call of the tokenizer's batch encoder.
 ENCODE_BATCH = 1024
-#: Datasets up to this many bytes are read and encoded in this process: seconds, where a Ray task would first import
-#: a tokenizer's library for longer.
-IN_PROCESS_BYTES = 48 << 20
+#: A task imports and loads a tokenizer before its first row: in this time a process that has one does so many chunks.
+TASK_START_CHUNKS = 3
 
 OnProgress = Callable[[str, int], None]
 
@@ -92,11 +94,11 @@ def standard_batches(chunk: Chunk, rules: RowRules, size: int = ENCODE_BATCH) ->
         yield batch
 
 
-def first_usable_row(datasets: list[ResolvedDataset], strict: bool) -> dict[str, Any]:
+def first_usable_row(datasets: list[ResolvedDataset], strict: bool) -> dict[str, Any] | None:
     """Read each dataset up to its first usable batch, in this process, before anything expensive starts.
 
     Returns:
-        The first usable standard row.
+        The first usable standard row; None without a dataset.
 
     Raises:
         UserError: a file is broken there (names file:line), or holds no usable row at all.
@@ -117,7 +119,6 @@ def first_usable_row(datasets: list[ResolvedDataset], strict: bool) -> dict[str,
             reasons = "; ".join(drops.lines()) or "it is empty"
             raise UserError(f"--dataset {dataset.spec.text}: no usable row: {reasons}")
         first = first or usable
-    assert first is not None
     return first
 
 
@@ -161,25 +162,49 @@ def build_chunk(work: ChunkWork, encoder: Encoder, cache: TokenCache, on_rows: C
     """
     drops = DropReport()
     known = cache.summary(work.rows_key) if cache.reuse or work.picked is not None else None
+    with _without_gc():
+        _build(work, known is not None, encoder, cache, drops, on_rows)
+    return cache.summary(work.key) or {"rows": 0, "rows_in": drops.rows_in, **drops.as_json()}
+
+
+@contextlib.contextmanager
+def _without_gc() -> Iterator[None]:
+    """Rows are many small objects without cycles: looking through them for cycles costs a tenth of the time."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+def _build(
+    work: ChunkWork,
+    known: bool,
+    encoder: Encoder,
+    cache: TokenCache,
+    drops: DropReport,
+    on_rows: Callable[[int], None],
+) -> None:
     batches = _stored_batches(work, cache) if known else _read_batches(work, cache, drops)
     if work.tokens_key is None:
         for batch in batches:
             on_rows(len(batch.rows))
     else:
         _write_tokens(work, batches, encoder, cache, drops, on_rows)
-    return cache.summary(work.key) or {"rows": 0, "rows_in": drops.rows_in, **drops.as_json()}
 
 
 def _read_batches(work: ChunkWork, cache: TokenCache, drops: DropReport) -> Iterator[StandardBatch]:
     """Standard rows from the file, kept in the cache on the way."""
     import pyarrow as pa
 
-    schema = pa.schema([("row", pa.large_string()), ("position", pa.int64())])
+    schema = pa.schema([("row", pa.large_binary()), ("position", pa.int64())])
     kept, seen = 0, DropReport()
     with cache.write(work.rows_key, schema) as file:
         for batch in standard_batches(work.chunk, work.rules):
-            texts = [json.dumps(row, ensure_ascii=False, default=str) for row in batch.rows]
-            file.write_batch(pa.record_batch([pa.array(texts, pa.large_string()), pa.array(batch.positions)], schema))
+            texts = pa.array([json_text.dumps(row) for row in batch.rows], pa.large_binary())
+            file.write_batch(pa.record_batch([texts, pa.array(batch.positions, pa.int64())], schema))
             kept += len(batch.rows)
             seen.rows_in += batch.report.rows_in
             seen.merge(batch.report)
@@ -195,7 +220,7 @@ def _stored_batches(work: ChunkWork, cache: TokenCache) -> Iterator[StandardBatc
     reader = cache.open(work.rows_key)
     for number in range(reader.num_record_batches):
         batch = reader.get_batch(number)
-        rows = [json.loads(text) for text in batch["row"].to_pylist()]
+        rows = [json_text.loads(text) for text in batch["row"].to_pylist()]
         yield StandardBatch(work.chunk.path, rows, batch["position"].to_pylist())
 
 
@@ -288,17 +313,12 @@ def build_chunks(
     Raises:
         UserError: a file is broken (names file:line); with ``strict``, any row was dropped.
     """
-    summaries = [cache.summary(work.key) if cache.reuse else None for work in works]
-    missing = [number for number, summary in enumerate(summaries) if summary is None]
-    todo = [works[number] for number in missing]
-    if sum(chunk_bytes(work.chunk) for work in todo) <= IN_PROCESS_BYTES:
-        made: Iterable[dict[str, Any]] = (build_chunk(work, encoder, cache, on_rows) for work in todo)
-    else:
-        made = _build_on_cluster(todo, encoder, cache, on_rows)
-    for number, summary in zip(missing, made, strict=True):
-        summaries[number] = summary
-        _refuse(works[number], summary, cache, strict)
-    found = [summary for summary in summaries if summary is not None]
+    summaries = {work.key: cache.summary(work.key) if cache.reuse else None for work in works}
+    todo = list({work.key: work for work in works if summaries[work.key] is None}.values())
+    for work, summary in _build_everywhere(todo, encoder, cache, on_rows):
+        summaries[work.key] = summary
+        _refuse(work, summary, cache, strict)
+    found = [summary for work in works if (summary := summaries[work.key]) is not None]
     for work, summary in zip(works, found, strict=True):
         _refuse(work, summary, cache, strict)
     return found
@@ -311,20 +331,46 @@ def _refuse(work: ChunkWork, summary: dict[str, Any], cache: TokenCache, strict:
         refuse_bad_rows(_report([work], [known]), strict)
 
 
-def _build_on_cluster(
+def _build_everywhere(
     works: list[ChunkWork], encoder: Encoder, cache: TokenCache, on_rows: Callable[[int], None]
-) -> Iterator[dict[str, Any]]:
-    """One Ray Data task per chunk; summaries come back in order."""
+) -> Iterator[tuple[ChunkWork, dict[str, Any]]]:
+    """Chunks with their summaries: a Ray task each, but for those that this process does in the meantime."""
+    own = _own_share(len(works))
+    refs: dict[Any, ChunkWork] = {}
+    if own < len(works):
+        import ray
 
-    def build(batch: dict[str, Any]) -> Iterator[dict[str, Any]]:
-        for item in batch["id"]:
-            summary = build_chunk(works[int(item)], encoder, cache, lambda _: None)
-            yield {"summary": [json.dumps(summary)]}
-
-    for row in one_task_each(len(works)).map_batches(build, batch_size=None).iter_rows():
-        summary = json.loads(row["summary"])
+        task = ray.remote(_build_in_task)
+        refs = {task.options(scheduling_strategy="SPREAD").remote(work, encoder, cache): work for work in works[own:]}
+    for work in works[:own]:
+        yield work, build_chunk(work, encoder, cache, on_rows)
+    while refs:
+        (ref,), _ = ray.wait(list(refs), num_returns=1)
+        summary = _task_result(ref)
         on_rows(summary["rows_in"])
-        yield summary
+        yield refs.pop(ref), summary
+
+
+def _own_share(count: int) -> int:
+    """How many of these chunks this process does: as many as it can until the tasks are through with the others."""
+    import ray
+
+    # One core is busy here.
+    others = max(int(ray.cluster_resources().get("CPU", 1)) - 1, 0) if ray.is_initialized() else 0
+    return min(max(round((count + others * TASK_START_CHUNKS) / (others + 1)), 0), count)
+
+
+def _build_in_task(work: ChunkWork, encoder: Encoder, cache: TokenCache) -> dict[str, Any]:
+    return build_chunk(work, encoder, cache, lambda _: None)
+
+
+def _task_result(ref: Any) -> dict[str, Any]:
+    import ray
+
+    try:
+        return ray.get(ref)
+    except ray.exceptions.RayTaskError as error:
+        raise error.cause if isinstance(error.cause, UserError) else error from None
 
 
 def _report(works: list[ChunkWork], summaries: list[dict[str, Any]]) -> DropReport:
@@ -333,31 +379,6 @@ def _report(works: list[ChunkWork], summaries: list[dict[str, Any]]) -> DropRepo
         drops.rows_in += summary["rows_in"]
         drops.add_json(summary, work.chunk.path)
     return drops
-
-
-def data_context(block_bytes: int | None = None) -> Any:
-    """A copy of Ray Data's context for training: fixed order, no bars of its own, no time-out while training pauses.
-
-    Args:
-        block_bytes: the size at which a task hands on a block; None for Ray's own.
-    """
-    from ray.data import DataContext
-
-    context = DataContext.get_current().copy()
-    context.execution_options.preserve_order = True
-    context.enable_progress_bars = False
-    context.execution_no_progress_timeout_s = -1
-    context.target_max_block_size = block_bytes or context.target_max_block_size
-    return context
-
-
-def one_task_each(count: int, block_bytes: int | None = None) -> Dataset:
-    """A dataset of ids 0 … count-1 whose every row is a task of its own."""
-    import ray.data
-    from ray.data import DataContext
-
-    with DataContext.current(data_context(block_bytes)):
-        return ray.data.range(count, override_num_blocks=count)
 
 
 # --- a run's data -----------------------------------------------------------------------------------------------
@@ -399,12 +420,17 @@ def load_train_data(
     if args.val_dataset_shuffle:
         val = val.select(rng.permutation(len(val)))
     run.encode([train, val])
-    encoded = None if args.streaming else run.token_rows(train)
-    if encoded is not None and not len(encoded):
+    encoded, encoded_val = run.token_rows(train), run.token_rows(val)
+    if args.cached_dataset:
+        cached, cached_val = load_cached_datasets(args.cached_dataset, encoder)
+        encoded, encoded_val = concat([encoded, cached]), concat([encoded_val, cached_val])
+        if args.dataset and args.dataset_shuffle:
+            encoded = encoded.select(rng.permutation(len(encoded)))
+    if not args.streaming and not len(encoded):
         reasons = "; ".join(run.drops.lines())
         raise UserError(f"--dataset {' '.join(args.dataset)}: no row is left to train on; {reasons}")
     val_rows = list(iter_standard_rows(val)) if ratio and len(val) else []
-    return TrainData(encoded, run.token_rows(val) if len(val) else None, run.drops, val_rows)
+    return TrainData(None if args.streaming else encoded, encoded_val or None, run.drops, val_rows)
 
 
 class _Load:

@@ -15,10 +15,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from rayswift.data.blocks import FATAL, DropReport
-from rayswift.data.pipeline import StandardBatch, encode_rows, one_task_each, refuse_bad_rows, standard_batches
+from rayswift.data.pipeline import StandardBatch, encode_rows, refuse_bad_rows, standard_batches
 from rayswift.data.registry import ResolvedDataset
 from rayswift.data.rows import RowRules
-from rayswift.data.sources import CHUNK_BYTES, Chunk, chunk_bytes, plan_chunks
+from rayswift.data.sources import Chunk, chunk_bytes, plan_chunks
 from rayswift.data.token_cache import encoder_hash, rules_hash
 from rayswift.data.token_rows import StreamPosition
 
@@ -35,7 +35,7 @@ MAX_PLANNED_TASKS = 256
 #: … and for no more epochs than this.
 MAX_PLANNED_EPOCHS = 10_000
 #: Small files are read together, so that rows of different files mix: this many bytes make a piece.
-PIECE_BYTES = CHUNK_BYTES
+PIECE_BYTES = 32 << 20
 #: Blocks leave a task as soon as they are this big, so that training starts before a large file is read.
 STREAM_BLOCK_BYTES = 1 << 20
 #: What a stream may hold ready in the object store; reading on would take the CPU from training on a small machine.
@@ -117,6 +117,31 @@ def _pieces(dataset: ResolvedDataset) -> list[Piece]:
         groups[-1].append(chunk)
         size += chunk_bytes(chunk)
     return [Piece(tuple(group), dataset.rules, limit, sum(map(chunk_bytes, group))) for group in groups]
+
+
+def data_context(block_bytes: int | None = None) -> Any:
+    """A copy of Ray Data's context for training: fixed order, no bars of its own, no time-out while training pauses.
+
+    Args:
+        block_bytes: the size at which a task hands on a block; None for Ray's own.
+    """
+    from ray.data import DataContext
+
+    context = DataContext.get_current().copy()
+    context.execution_options.preserve_order = True
+    context.enable_progress_bars = False
+    context.execution_no_progress_timeout_s = -1
+    context.target_max_block_size = block_bytes or context.target_max_block_size
+    return context
+
+
+def one_task_each(count: int, block_bytes: int | None = None) -> Dataset:
+    """A dataset of ids 0 … count-1 whose every row is a task of its own."""
+    import ray.data
+    from ray.data import DataContext
+
+    with DataContext.current(data_context(block_bytes)):
+        return ray.data.range(count, override_num_blocks=count)
 
 
 # --- one task ---------------------------------------------------------------------------------------------------

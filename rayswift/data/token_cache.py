@@ -4,7 +4,7 @@ An entry is an Arrow IPC file and, written last, a JSON summary: an entry withou
 is a hash of everything it depends on: the bytes of the data file, the rules and settings, and this package's code.
 
 Schemas:
-    rows: ``row: large_string`` (a standard row as JSON), ``position: int64`` (see :func:`sources.locate`).
+    rows: ``row: large_binary`` (a standard row as JSON), ``position: int64`` (see :func:`sources.locate`).
     tokens: ``input_ids: list<int32>``, ``labels: list<int32>`` (−100 where not trained), ``loss_scale: list<float>``
         (null where every weight is 0 or 1), ``source: int64`` (number of the standard row it came from),
         ``length: int32`` (tokens).

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +13,7 @@ from rayswift.data.encoding import Encoder
 from rayswift.data.pipeline import first_usable_row
 from rayswift.data.registry import ResolvedDatasets, resolve_datasets
 from rayswift.data.sources import filesystem_of
+from rayswift.data.stage_bars import StageBars
 from rayswift.errors import UserError
 from rayswift.train import checkpoints
 from rayswift.train.deepspeed import check_precision, deepspeed_config
@@ -220,7 +220,7 @@ def _load_data(args: Any, datasets: ResolvedDatasets, encoder: Encoder, cache: T
     length = (args.packing_length or encoder.max_length) if args.packing else None
     if args.packing and length is None:
         raise UserError("--packing true: the model's configuration has no maximal length; set --max_length")
-    with _StageBars() as bars:
+    with StageBars() as bars:
         loaded = load_train_data(args, datasets, encoder, bars.update, cache)
     if loaded.train is None:
         stream = plan_stream(args, datasets.train, length)
@@ -230,39 +230,18 @@ def _load_data(args: Any, datasets: ResolvedDatasets, encoder: Encoder, cache: T
     return _RunData(loaded, packs, None, hashlib.sha256(repr(settings).encode()).hexdigest()[:40])
 
 
-class _StageBars:
-    """A counter per data stage in the terminal: rows done, rows/s."""
-
-    def __init__(self) -> None:
-        self._bars: dict[str, Any] = {}
-
-    def __enter__(self) -> _StageBars:
-        return self
-
-    def update(self, stage: str, done: int) -> None:
-        """Show that this many rows of a stage are done."""
-        from tqdm import tqdm
-
-        if stage not in self._bars:
-            self._bars[stage] = tqdm(desc=stage, unit=" rows", file=sys.stderr, dynamic_ncols=True)
-        bar = self._bars[stage]
-        bar.update(done - bar.n)
-
-    def __exit__(self, *_: object) -> None:
-        for bar in self._bars.values():
-            bar.close()
-
-
-def _print_sample(encoder: Encoder, data: _RunData, row: dict[str, Any]) -> None:
+def _print_sample(encoder: Encoder, data: _RunData, row: dict[str, Any] | None) -> None:
     """The first training sample as SWIFT prints it; of a stream, what its first usable row becomes."""
     from rayswift.data.encoding import Dropped, Encoded
     from rayswift.data.token_rows import TokenRows
 
-    if data.train is None:
-        first = encoder.encode_batch([row])[0]
-    else:
+    first: Encoded | Dropped
+    if data.train is not None:
         ids, labels, _ = TokenRows(data.train)[0]
         first = Encoded(ids, labels)
+    else:
+        assert row is not None
+        first = encoder.encode_batch([row])[0]
     for line in [f"first row dropped: {first.reason}"] if isinstance(first, Dropped) else encoder.describe(first):
         _say(line)
 

@@ -166,7 +166,7 @@ def test_a_cache_in_storage_is_the_same(dataset: Path, encoder: Encoder, root: s
     assert contents(stored) == contents(load(dataset, encoder, root))
 
 
-def test_large_datasets_go_through_ray_data_to_the_same_rows(
+def test_large_datasets_go_through_ray_tasks_to_the_same_rows(
     ray_cluster: None,
     dataset: Path,
     encoder: Encoder,
@@ -176,7 +176,7 @@ def test_large_datasets_go_through_ray_data_to_the_same_rows(
 ) -> None:
     here = load(dataset, encoder, str(tmp_path / "here"), dataset_shuffle=False)
     counter.take()
-    monkeypatch.setattr(pipeline, "IN_PROCESS_BYTES", 0)
+    monkeypatch.setattr(pipeline, "TASK_START_CHUNKS", -1000)
     monkeypatch.setattr(sources, "CHUNK_BYTES", 700)
     there = load(dataset, encoder, str(tmp_path / "there"), dataset_shuffle=False)
     assert counter.take() == (0, 0)

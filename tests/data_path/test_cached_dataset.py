@@ -1,0 +1,99 @@
+"""``rayswift export --to_cached_dataset true`` and ``--cached_dataset``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rayswift.arguments import make_arguments
+from rayswift.cli import main
+from rayswift.data import pipeline
+from rayswift.data.blocks import BlockRows
+from rayswift.data.encoding import Encoder
+from rayswift.data.pipeline import TrainData, load_train_data
+from rayswift.data.registry import resolve_datasets
+from rayswift.data.token_cache import TokenCache
+from rayswift.data.token_rows import TokenRows
+from rayswift.errors import UserError
+
+GSM8K = Path(__file__).resolve().parents[1] / "data" / "gsm8k_40.jsonl"
+
+
+def load(encoder: Encoder, cache: Path, **given: Any) -> TrainData:
+    args = make_arguments("sft", model=encoder.model_dir, **given)
+    return load_train_data(args, resolve_datasets(args), encoder, lambda *_: None, TokenCache(str(cache)))
+
+
+def contents(rows: BlockRows | None) -> list[tuple[list[int], list[int], Any]]:
+    read = TokenRows(rows)  # type: ignore[arg-type]
+    return [
+        (row.input_ids.tolist(), row.labels.tolist(), None if row.loss_scale is None else row.loss_scale.tolist())
+        for row in (read[number] for number in range(len(read)))
+    ]
+
+
+@pytest.fixture
+def cached(smollm2_dir: str, tmp_path: Path, ray_cluster: None) -> Path:
+    """GSM8K's rows, encoded by the command itself."""
+    folder = tmp_path / "cached"
+    words = ["--dataset", str(GSM8K), "--model", smollm2_dir, "--max_length", "512", "--split_dataset_ratio", "0.1"]
+    assert main(["export", "--to_cached_dataset", "true", *words, "--output_dir", str(folder)]) == 0
+    return folder
+
+
+def test_training_on_a_cached_dataset_is_training_on_the_dataset(
+    cached: Path, smollm2_dir: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoder = Encoder(smollm2_dir, max_length=512)
+    direct = load(encoder, tmp_path / "a", dataset=[str(GSM8K)], split_dataset_ratio=0.1)
+    monkeypatch.setattr(pipeline, "encode_rows", None)
+    monkeypatch.setattr(pipeline, "iter_rows", None)
+    again = load(encoder, tmp_path / "b", cached_dataset=[str(cached)])
+    assert contents(again.train) == contents(direct.train)
+    assert contents(again.val) == contents(direct.val)
+    assert len(contents(again.val)) == 4
+
+
+def test_a_cached_dataset_beside_another(cached: Path, smollm2_dir: str, tmp_path: Path) -> None:
+    other = tmp_path / "other.jsonl"
+    other.write_text(json.dumps({"query": "Who?", "response": "Me.", "system": "x"}) + "\n")
+    encoder = Encoder(smollm2_dir, max_length=512)
+    both = load(encoder, tmp_path / "a", dataset=[str(other)], cached_dataset=[str(cached)])
+    texts = [encoder.tokenizer.decode(ids) for ids, _, _ in contents(both.train)]
+    assert len(texts) == 37
+    assert sum("Who?" in text for text in texts) == 1
+
+
+def test_weights_survive(smollm2_dir: str, tmp_path: Path, ray_cluster: None) -> None:
+    rows = tmp_path / "rows.jsonl"
+    reply = {"role": "assistant", "content": "yes", "loss_scale": 0.5}
+    rows.write_text(json.dumps({"messages": [{"role": "user", "content": "?"}, reply]}) + "\n")
+    words = ["--dataset", str(rows), "--model", smollm2_dir, "--split_dataset_ratio", "0", "--max_length", "99"]
+    assert main(["export", "--to_cached_dataset", "true", *words, "--output_dir", str(tmp_path / "out")]) == 0
+    data = load(Encoder(smollm2_dir, max_length=99), tmp_path / "cache", cached_dataset=[str(tmp_path / "out")])
+    ((_, _, weights),) = contents(data.train)
+    assert 0.5 in weights
+
+
+def test_other_settings_and_other_folders_are_refused(cached: Path, smollm2_dir: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"it was encoded with --max_length 512 \(now 256\)"):
+        load(Encoder(smollm2_dir, max_length=256), tmp_path / "a", cached_dataset=[str(cached)])
+    with pytest.raises(UserError, match="no cached dataset there"):
+        load(Encoder(smollm2_dir), tmp_path / "a", cached_dataset=[str(tmp_path)])
+
+
+def test_an_existing_folder_is_not_overwritten(
+    cached: Path, smollm2_dir: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--dataset", str(GSM8K), "--model", smollm2_dir, "--output_dir", str(cached)]
+    assert main(["export", "--to_cached_dataset", "true", *words]) == 2
+    assert "exists already" in capsys.readouterr().err
+
+
+def test_what_export_does_not_do_yet(smollm2_dir: str, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--model", smollm2_dir, "--dataset", str(GSM8K), "--quant_method", "gptq", "--quant_bits", "4"]
+    assert main(["export", *words]) == 2
+    assert "--quant_method: not built yet" in capsys.readouterr().err
