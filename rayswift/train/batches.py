@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from rayswift.train.plan import StepPlan
 
 Batch = dict[str, "torch.Tensor"]
+#: Steps whose rows are sorted by length together (Transformers takes 50 batches too).
+BUCKET_WINDOW = 50
 
 
 @dataclass(frozen=True)
@@ -165,14 +167,24 @@ class _Loader:
 class EpochLoader(_Loader):
     """A dataset whose units can be fetched by number: each epoch is a permutation seeded by ``seed + epoch``.
 
-    An epoch trains every unit exactly once.
+    An epoch trains every unit exactly once. With ``bucket`` (``--train_sampling_strategy group_by_length``) units of
+    like length come in one step, so that little is padded: lengths are sorted within windows of many steps, and the
+    steps are shuffled again.
     """
 
     def __init__(
-        self, units: Units, plan: StepPlan, rank: Rank, collate: Collator, start_step: int, seed: int, shuffle: bool
+        self,
+        units: Units,
+        plan: StepPlan,
+        rank: Rank,
+        collate: Collator,
+        start_step: int,
+        seed: int,
+        shuffle: bool,
+        bucket: bool = False,
     ) -> None:
         super().__init__(plan, rank, collate, start_step)
-        self.units, self.seed, self.shuffle = units, seed, shuffle
+        self.units, self.seed, self.shuffle, self.bucket = units, seed, shuffle, bucket
         self._order: tuple[int, Any] = (-1, None)
 
     def step_units(self, step: int) -> np.ndarray:
@@ -194,11 +206,22 @@ class EpochLoader(_Loader):
         import numpy as np
 
         if self._order[0] != epoch:
-            order = np.arange(len(self.units))
+            order, random = np.arange(len(self.units)), np.random.RandomState(self.seed + epoch)
             if self.shuffle:
-                order = np.random.RandomState(self.seed + epoch).permutation(len(self.units))
+                order = random.permutation(len(self.units))
+            if self.bucket:
+                order = self._by_length(order, random)
             self._order = (epoch, order)
         return self._order[1]
+
+    def _by_length(self, order: np.ndarray, random: np.random.RandomState) -> np.ndarray:
+        import numpy as np
+
+        window, size = BUCKET_WINDOW * self.plan.global_batch_size, self.plan.global_batch_size
+        parts = [order[start : start + window] for start in range(0, len(order), window)]
+        ordered = np.concatenate([part[np.argsort(self.units.lengths[part], kind="stable")] for part in parts])
+        steps = [ordered[start : start + size] for start in range(0, len(ordered), size)]
+        return np.concatenate([steps[step] for step in random.permutation(len(steps))])
 
     def micro_batches(self) -> Iterator[list[Row]]:
         for step in range(self.start_step, self.plan.max_steps):

@@ -226,7 +226,13 @@ def _load_data(args: Any, datasets: ResolvedDatasets, encoder: Encoder, cache: T
         stream = plan_stream(args, datasets.train, length)
         return _RunData(loaded, None, stream, stream.fingerprint(encoder))
     packs = pack(loaded.train.lengths, length) if length is not None else None
-    settings = (loaded.train.fingerprint(), length, args.data_seed, args.train_dataloader_shuffle)
+    settings = (
+        loaded.train.fingerprint(),
+        length,
+        args.data_seed,
+        args.train_dataloader_shuffle,
+        args.training_args.get("train_sampling_strategy"),
+    )
     return _RunData(loaded, packs, None, hashlib.sha256(repr(settings).encode()).hexdigest()[:40])
 
 

@@ -200,6 +200,11 @@ def _load_dtype(config: WorkerConfig) -> str:
     return config.dtype
 
 
+def buckets(args: Any) -> bool:
+    """Whether rows of like length are trained together (Transformers' ``--train_sampling_strategy``)."""
+    return args.training_args.get("train_sampling_strategy") == "group_by_length"
+
+
 def _loader(
     config: WorkerConfig, rank: Rank, pad_token_id: int, start_step: int, start: StreamPosition
 ) -> EpochLoader | StreamLoader:
@@ -207,8 +212,8 @@ def _loader(
     collate = Collator(pad_token_id, flat=args.packing or args.padding_free)
     if config.train is not None:
         units = Units(config.train, config.packs)
-        shuffle = args.train_dataloader_shuffle
-        return EpochLoader(units, config.plan, rank, collate, start_step, args.data_seed, shuffle)
+        shuffle, bucket = args.train_dataloader_shuffle, buckets(args)
+        return EpochLoader(units, config.plan, rank, collate, start_step, args.data_seed, shuffle, bucket)
     from ray.train.collective import broadcast_from_rank_zero
 
     from rayswift.data.streaming import read_stream, start_stream_reader

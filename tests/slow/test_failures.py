@@ -66,3 +66,31 @@ def test_a_killed_driver_resumes_in_its_run_directory_with_the_same_losses(
     assert losses(killed) == pytest.approx(undisturbed, rel=TOLERANCE)
     assert (killed / "checkpoint-6" / "manifest.json").exists()
     assert read_rows(killed)[-1]["last_model_checkpoint"] == f"{killed}/checkpoint-{STEPS}"
+
+
+#: A packed stream, four packs a step, without dropout: its random numbers would differ with the number of workers.
+STREAM = [
+    "pt", "--dataset", str(Path(__file__).resolve().parents[1] / "data/pretrain_en.jsonl.gz"), "--streaming", "true",
+    "--packing", "true", "--max_length", "64", "--truncation_strategy", "split", "--lora_dropout", "0",
+    "--max_steps", "5", "--save_steps", "2", "--gradient_accumulation_steps", "4", "--logging_steps", "1",
+    "--gradient_checkpointing", "false", "--report_to", "none", "--learning_rate", "1e-3",
+]  # fmt: skip
+
+
+def test_a_killed_stream_goes_on_at_its_place_with_another_number_of_workers(smollm2_dir: str, tmp_path: Path) -> None:
+    alone = [*STREAM, "--model", smollm2_dir, "--num_workers", "1"]
+    run(*alone, "--output_dir", str(tmp_path / "undisturbed"), log=tmp_path / "undisturbed.log")
+    output = tmp_path / "out"
+    driver = start(*alone, "--output_dir", str(output), log=tmp_path / "killed.log")
+    wait_for(lambda: any(output.glob("v*/checkpoint-2/manifest.json")), 400, "checkpoint-2")
+    os.killpg(driver.pid, signal.SIGKILL)
+    driver.wait(30)
+
+    two = [*STREAM, "--model", smollm2_dir, "--num_workers", "2", "--output_dir", str(output)]
+    printed = run(*two, "--resume_from_checkpoint", "true", log=tmp_path / "resumed.log")
+
+    assert "5 steps of 4 packs (2 workers × 1 packs × 2 accumulated)" in printed
+    found, expected = (losses(run_directory(folder)) for folder in (output, tmp_path / "undisturbed"))
+    assert list(expected) == [1, 2, 3, 4, 5]
+    assert found == pytest.approx(expected, rel=TOLERANCE)
+    assert len({round(loss, 3) for loss in expected.values()}) == 5

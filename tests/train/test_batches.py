@@ -193,6 +193,18 @@ def test_packs_are_trained_whole(rows: BlockRows) -> None:
     assert sorted(found) == list(range(50))
 
 
+def test_rows_of_like_length_come_in_one_step(rows: BlockRows) -> None:
+    def lengths(bucket: bool) -> list[set[int]]:
+        units = Units(rows, None)
+        found = EpochLoader(units, plan, Rank(0, 1), COLLATE, 0, 42, shuffle=True, bucket=bucket)
+        steps = [found.step_units(step).tolist() for step in range(10)]
+        assert sorted(n for step in steps for n in step) == list(range(50))
+        return [{int(rows.lengths[n]) for n in step} for step in steps]
+
+    plan = StepPlan(global_batch_size=5, per_device_batch_size=5, max_steps=10, steps_per_epoch=10)
+    assert sum(map(len, lengths(bucket=True))) <= 14 < 25 < sum(map(len, lengths(bucket=False)))
+
+
 # --- streams ----------------------------------------------------------------------------------------------------
 
 
