@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -38,8 +39,9 @@ MAX_PLANNED_EPOCHS = 10_000
 PIECE_BYTES = 32 << 20
 #: Blocks leave a task as soon as they are this big, so that training starts before a large file is read.
 STREAM_BLOCK_BYTES = 1 << 20
-#: What a stream may hold ready in the object store; reading on would take the CPU from training on a small machine.
-STREAM_AHEAD_BYTES = 128 << 20
+#: Token rows that wait for training, in bytes: of the task that is being trained, and of all later ones together.
+READY_BYTES = 32 << 20
+AHEAD_BYTES = 256 << 20
 #: Rows encoded at a time.
 STREAM_BATCH = 64
 #: Rows packed together; packs that are not nearly full wait for the next window.
@@ -148,7 +150,11 @@ def one_task_each(count: int, block_bytes: int | None = None) -> Dataset:
 
 
 def stream_tokens(
-    plan: StreamPlan, encoder: Encoder, drop_log: Any | None = None, start: StreamPosition | None = None
+    plan: StreamPlan,
+    encoder: Encoder,
+    drop_log: Any | None = None,
+    start: StreamPosition | None = None,
+    reader: Any | None = None,
 ) -> Dataset:
     """The stream as a lazy dataset of token rows: ``input_ids``, ``labels``, ``loss_scale``, and the place of each:
     ``task``, ``unit`` and ``unit_rows``, the number of rows of that unit.
@@ -158,6 +164,7 @@ def stream_tokens(
         encoder: turns standard rows into token ids.
         drop_log: an actor whose ``push`` takes ``{"event": "drops", ...}``; where dropped rows are reported.
         start: the place to begin at; tasks before it are not run.
+        reader: the :class:`StreamReader` that says when enough is ready; None: read on.
     """
     begin = start or StreamPosition()
 
@@ -165,9 +172,29 @@ def stream_tokens(
         for item in batch["id"]:
             task = begin.task + int(item)
             first = begin.unit if task == begin.task else 0
-            yield from task_tokens(plan, task, first, encoder, drop_log)
+            yield from _in_step(task_tokens(plan, task, first, encoder, drop_log), task, reader)
 
     return one_task_each(len(plan.tasks) - begin.task, STREAM_BLOCK_BYTES).map_batches(read, batch_size=None)
+
+
+def _in_step(tables: Iterator[pa.Table], task: int, reader: Any | None) -> Iterator[pa.Table]:
+    """The tables of a task, held back while enough is ready.
+
+    Ray Data can hold back a task's output too, but its scheduling loop then asks without a pause whether it may go on:
+    most of a core, on a machine whose cores are training.
+    """
+    import ray
+
+    made = asked = 0
+    for table in tables:
+        if reader is not None and made - asked >= STREAM_BLOCK_BYTES:
+            asked = made
+            while not ray.get(reader.has_room.remote(task, made)):
+                time.sleep(0.1)
+        made += table.nbytes
+        yield table
+    if reader is not None:
+        reader.task_ended.remote(task)
 
 
 def task_tokens(
@@ -310,9 +337,6 @@ def _pack_window(
 
 # --- handing it out ---------------------------------------------------------------------------------------------
 
-#: Blocks that the slowest worker may lag behind the reader, and that the fastest may be ahead of the slowest.
-BLOCKS_AHEAD = 8
-
 
 class StreamReader:
     """Runs a stream once and hands its blocks, by number, to every worker. An actor of a worker group's first worker.
@@ -323,37 +347,60 @@ class StreamReader:
     def __init__(
         self, plan: StreamPlan, encoder: Encoder, drop_log: Any, start: StreamPosition, num_workers: int
     ) -> None:
+        import ray
+
         self._asked = dict.fromkeys(range(num_workers), 0)
-        self._blocks: dict[int, Any] = {}
+        self._blocks: dict[int, tuple[Any, int]] = {}  # by number: reference and bytes
         self._end = 0
         self._over = False
         self._error: BaseException | None = None
         self._changed = threading.Condition()
-        threading.Thread(target=self._read, args=(plan, encoder, drop_log, start), daemon=True).start()
+        self._made: dict[int, int] = {}  # bytes that unfinished tasks have made
+        self._first_task = start.task
+        self._ended: set[int] = set()
+        stream = (plan, encoder, drop_log, start, ray.get_runtime_context().current_actor)
+        threading.Thread(target=self._read, args=stream, daemon=True).start()
 
-    def _read(self, plan: StreamPlan, encoder: Encoder, drop_log: Any, start: StreamPosition) -> None:
-        from ray.data import DataContext, ExecutionResources
+    def _read(self, *stream: Any) -> None:
+        from ray.data import DataContext
 
         try:
-            dataset = stream_tokens(plan, encoder, drop_log, start)
-            ahead = ExecutionResources(object_store_memory=STREAM_AHEAD_BYTES)
-            dataset.context.execution_options.resource_limits = ahead
+            dataset = stream_tokens(*stream)
             with DataContext.current(dataset.context):
                 for bundle in dataset.iter_internal_ref_bundles():
                     for entry in bundle.blocks:
-                        self._add(entry.ref)
+                        self._add(entry.ref, entry.metadata.size_bytes or 0)
         except BaseException as error:
             self._error = error
         with self._changed:
             self._over = True
             self._changed.notify_all()
 
-    def _add(self, ref: Any) -> None:
+    def _add(self, ref: Any, size: int) -> None:
         with self._changed:
-            self._changed.wait_for(lambda: self._end - min(self._asked.values()) < BLOCKS_AHEAD)
-            self._blocks[self._end] = ref
+            self._blocks[self._end] = (ref, size)
             self._end += 1
             self._changed.notify_all()
+
+    def has_room(self, task: int, made: int) -> bool:
+        """Whether a task that has made so many bytes may make more.
+
+        The first task that has not ended never waits for another: only for the workers to train what is ready.
+        """
+        with self._changed:
+            self._made[task] = made
+            if task == self._first_task:
+                return sum(size for _, size in self._blocks.values()) < READY_BYTES
+            return sum(bytes_ for other, bytes_ in self._made.items() if other != self._first_task) < AHEAD_BYTES
+
+    def task_ended(self, task: int) -> None:
+        """A task has handed on its last table."""
+        with self._changed:
+            self._made.pop(task, None)
+            self._ended.add(task)
+            while self._first_task in self._ended:
+                self._ended.remove(self._first_task)
+                self._first_task += 1
 
     def block(self, worker: int, number: int) -> list[Any] | None:
         """A block, as a list with its reference; None after the last.
@@ -365,10 +412,9 @@ class StreamReader:
             self._asked[worker] = number
             for done in [known for known in self._blocks if known < min(self._asked.values())]:
                 del self._blocks[done]
-            self._changed.notify_all()
             self._changed.wait_for(lambda: number < self._end or self._over)
             if number < self._end:
-                return [self._blocks[number]]
+                return [self._blocks[number][0]]
             if self._error is not None:
                 raise self._error
             return None
@@ -380,7 +426,7 @@ def start_stream_reader(
     """Start the reader's actor; it ends with the process that started it."""
     import ray
 
-    options = {"num_cpus": 0, "max_concurrency": num_workers + 1}
+    options = {"num_cpus": 0, "max_concurrency": num_workers + 2}
     return ray.remote(StreamReader).options(**options).remote(plan, encoder, drop_log, start, num_workers)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import tempfile
@@ -55,6 +56,14 @@ class CheckpointStore:
         from pyarrow import fs
 
         return checkpoints.read_position(fs.LocalFileSystem(), checkpoint) if checkpoint else None
+
+    def history(self, checkpoint: str | None) -> list[dict[str, Any]]:
+        """The logged rows up to a checkpoint that :meth:`resume_from` gave."""
+        if checkpoint is None or not os.path.exists(os.path.join(checkpoint, "trainer_state.json")):
+            return []
+        with open(os.path.join(checkpoint, "trainer_state.json"), encoding="utf-8") as file:
+            rows = json.load(file)["log_history"]
+        return [row for row in rows if "global_step" in row]
 
     def _fetch(self, path: str) -> str:
         from pyarrow import fs

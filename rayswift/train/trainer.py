@@ -88,10 +88,10 @@ class StepTrainer(Trainer):
             self._counts.zero_()
             self._logged_at = now
         logs["epoch"] = self.step_plan.epoch_of(self.state.global_step)
-        row = {**logs, "global_step": self.state.global_step}
+        row = {**logs, "global_step": self.state.global_step, "memory(GiB)": memory_gib()}
         self.state.log_history.append(row)
         if self.is_world_process_zero():
-            self.push({"event": "log", "row": {**row, "memory(GiB)": memory_gib()}})
+            self.push({"event": "log", "row": row})
 
     def _all_reduce(self, values: torch.Tensor) -> torch.Tensor:
         total = values.clone()

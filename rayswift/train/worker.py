@@ -60,6 +60,14 @@ class WorkerConfig:
     events: Any
 
 
+def import_libraries() -> None:
+    """Import what :func:`train_loop` will need: a quarter of a minute in a new process."""
+    import importlib
+
+    for name in ("ray.train.torch", "transformers.trainer", "peft", "rayswift.train.trainer"):
+        importlib.import_module(name)
+
+
 def train_loop(loop_config: dict[str, Any]) -> dict[str, Any]:
     """The ``train_loop_per_worker`` of Ray Train; every rank returns the run's outcome."""
     import ray.train
@@ -81,7 +89,7 @@ def train_loop(loop_config: dict[str, Any]) -> dict[str, Any]:
         logger.exception("the trainer could not be built")
         return {"user_error" if isinstance(error, UserError) else "error": one_line(error)}
     if rank.rank == 0:
-        config.events.push.remote({"event": "resume", "step": start_step})
+        config.events.push.remote({"event": "resume", "step": start_step, "history": store.history(resume)})
     trainer.train(resume_from_checkpoint=resume)
     trainer.save_final()
     store.close()

@@ -19,8 +19,15 @@ from rayswift.data.blocks import BlockRows, blend, interleave, sample_rows, spli
 from rayswift.data.encoding import Encoder
 from rayswift.data.pipeline import TrainData, first_usable_row, load_train_data
 from rayswift.data.registry import resolve_datasets
-from rayswift.data.streaming import StreamPlan, plan_stream, stream_tokens, task_tokens
-from rayswift.data.token_rows import TokenRows
+from rayswift.data.streaming import (
+    StreamPlan,
+    plan_stream,
+    read_stream,
+    start_stream_reader,
+    stream_tokens,
+    task_tokens,
+)
+from rayswift.data.token_rows import StreamPosition, TokenRows
 from rayswift.errors import UserError
 from rayswift.train.events import start_event_queue
 
@@ -367,6 +374,40 @@ def test_a_stream_through_ray_data_is_the_plan_exactly(
     for _ in range(2):
         found = decoded(stream_tokens(plan, plain).iter_batches(batch_size=None, batch_format="pyarrow"), plain)
         assert found == [text for epoch in range(epochs) for text in epoch_texts(plan, plain, epoch)]
+
+
+def test_every_worker_sees_the_whole_stream_at_its_own_pace(
+    ray_cluster: None, plain: Encoder, stream_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import ray
+
+    monkeypatch.setattr(streaming, "PIECE_BYTES", 300)
+    monkeypatch.setattr(streaming, "MAX_PLANNED_TASKS", 5)
+    plan = stream_plan(stream_dir)
+    epochs = len({epoch for task in plan.tasks for epoch, _ in task})
+    expected = [text for epoch in range(epochs) for text in epoch_texts(plan, plain, epoch)]
+    reader = start_stream_reader(plan, plain, None, StreamPosition(), num_workers=2)
+    slow, fast = read_stream(reader, 0), read_stream(reader, 1)
+    first = next(slow)
+    assert decoded(fast, plain) == expected
+    assert decoded([first, *slow], plain) == expected
+    # From a place in the middle on, nothing before it is read.
+    start = StreamPosition(1, 3)
+    again = start_stream_reader(plan, plain, None, start, num_workers=1)
+    before = decoded([*task_tokens(plan, 0, 0, plain, None)], plain)
+    assert decoded(read_stream(again, 0), plain) == expected[len(before) + 3 :]
+    for actor in (reader, again):
+        ray.kill(actor)
+
+
+def test_what_stops_a_stream_reaches_the_worker(ray_cluster: None, plain: Encoder, tmp_path: Path) -> None:
+    import ray
+
+    path = write(tmp_path / "a.jsonl", BAD_ROWS)
+    reader = start_stream_reader(stream_plan(path, strict=True), plain, None, StreamPosition(), num_workers=1)
+    with pytest.raises(ray.exceptions.RayError, match="no column holds text"):
+        list(read_stream(reader, 0))
+    ray.kill(reader)
 
 
 def test_rows_that_a_stream_drops_are_reported(ray_cluster: None, plain: Encoder, tmp_path: Path) -> None:

@@ -147,6 +147,19 @@ def test_a_new_driver_goes_on_with_the_log_of_a_killed_one(run: RunDirectory) ->
     assert found == [("5/40", 3.0), ("10/40", 2.0), ("15/40", 1.25)]
 
 
+def test_rows_that_a_killed_driver_did_not_write_come_from_the_checkpoint(run: RunDirectory) -> None:
+    watch(run, [{"event": "resume", "step": 0}, log(5, 3.0)])
+    history = [
+        training_row(5, 3.0),
+        training_row(10, 2.0),
+        eval_row(10, 1.5),
+        {"train_runtime": 1.0, "global_step": 10},
+    ]
+    watch(run, [{"event": "resume", "step": 10, "history": history}, log(15, 1.25)])
+    found = [(row["global_step/max_steps"], row.get("loss"), row.get("eval_loss")) for row in read_log(run)]
+    assert found == [("5/40", 3.0, None), ("10/40", 2.0, None), ("10/40", None, 1.5), ("15/40", 1.25, None)]
+
+
 def test_only_the_newest_of_waiting_steps_is_kept_and_nothing_else_is_lost(ray_cluster: None) -> None:
     import ray
 
