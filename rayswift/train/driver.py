@@ -30,9 +30,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("rayswift.train")
 
-#: Ray gives a waiting process only to actors of the same environment.
-WORKER_ENVIRONMENT: dict[str, Any] = {"env_vars": {}}
-
 
 @dataclass
 class _Resume:
@@ -72,8 +69,6 @@ def train(args: Any) -> dict[str, Any]:
     first_row = first_usable_row([*datasets.train, *datasets.val], args.strict)
     cluster = ray_cluster.connect(args)
     workers = ray_cluster.plan_workers(args, cluster)
-    if cluster.embedded and not workers.use_gpu:
-        _warm_up(workers)
     dtype = _resolve_dtype(args, model_dir, workers)
     _announce(args, model_dir, dtype, cluster, workers)
 
@@ -167,20 +162,6 @@ def _resolve_dtype(args: Any, model_dir: str, workers: Workers) -> str:
     if dtype == "bfloat16" and not workers.use_gpu and not supports_bfloat16(use_gpu=False):
         _say("this CPU has no bfloat16 instructions: --torch_dtype float32 would be many times faster")
     return dtype
-
-
-def _warm_up(workers: Workers) -> None:
-    """Let processes import the training libraries while this one prepares the data; Ray then makes them workers.
-
-    Not for GPU workers: Ray says which GPU a process has when it makes it a worker, and PyTorch looks when imported.
-    """
-    import ray
-
-    from rayswift.train.worker import import_libraries
-
-    task = ray.remote(import_libraries).options(num_cpus=0, runtime_env=WORKER_ENVIRONMENT)
-    for _ in range(workers.largest):
-        task.remote()
 
 
 def _announce(args: Any, model_dir: str, dtype: str, cluster: Cluster, workers: Workers) -> None:
@@ -383,7 +364,6 @@ def _torch_trainer(args: Any, run: RunDirectory, workers: Workers, config: Any) 
             ),
             checkpoint_config=CheckpointConfig(num_to_keep=None),
             logging_config=LoggingConfig(log_level="WARNING"),
-            worker_runtime_env=WORKER_ENVIRONMENT,
         ),
     )
 

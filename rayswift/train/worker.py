@@ -60,14 +60,6 @@ class WorkerConfig:
     events: Any
 
 
-def import_libraries() -> None:
-    """Import what :func:`train_loop` will need: a quarter of a minute in a new process."""
-    import importlib
-
-    for name in ("ray.train.torch", "transformers.trainer", "peft", "rayswift.train.trainer"):
-        importlib.import_module(name)
-
-
 def train_loop(loop_config: dict[str, Any]) -> dict[str, Any]:
     """The ``train_loop_per_worker`` of Ray Train; every rank returns the run's outcome."""
     import ray.train
