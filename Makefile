@@ -45,8 +45,8 @@ test-slow: $(STAMP) $(MODEL)/config.json ## full end-to-end runs: several worker
 	$(BIN)/python -m pytest -q -m slow --durations=15
 
 lint: $(STAMP) ## ruff and mypy
-	$(BIN)/ruff check rayswift tests jobs tools
-	$(BIN)/ruff format --check rayswift tests jobs tools
+	$(BIN)/ruff check rayswift tests jobs tools benchmarks
+	$(BIN)/ruff format --check rayswift tests jobs tools benchmarks
 	$(BIN)/mypy rayswift
 
 bench: $(STAMP) $(MODEL)/config.json ## side-by-side measurements, one line of JSON each
