@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, TextIO
 
 from rayswift.errors import UserError
-from rayswift.serve.transformers_engine import GenerationSettings, TransformersEngine
+from rayswift.serve.generation import Engine, GenerationSettings
 
 logger = logging.getLogger("rayswift.serve.chat")
 
@@ -28,7 +28,7 @@ HISTORY_LENGTH = 1000
 class Chat:
     """State of one conversation. ``write`` shows text, ``read_line`` gets a line for a prompt (EOFError at the end)."""
 
-    engine: TransformersEngine
+    engine: Engine
     settings: GenerationSettings
     read_line: Callable[[str], str]
     write: Callable[[str], Any]
@@ -135,7 +135,7 @@ class Chat:
         yield answer.text
 
 
-def chat(engine: TransformersEngine, settings: GenerationSettings, *, stream: bool = True) -> None:
+def chat(engine: Engine, settings: GenerationSettings, *, stream: bool = True) -> None:
     """Hold a conversation on standard input and output until the user leaves."""
     interactive = sys.stdin.isatty()
 

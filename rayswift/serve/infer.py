@@ -24,7 +24,8 @@ from rayswift.errors import UserError
 from rayswift.modeling.adapters import ADAPTER_CONFIG, check_adapter
 from rayswift.modeling.merging import merge_adapter
 from rayswift.serve.chat import RULE, chat
-from rayswift.serve.transformers_engine import Answer, GenerationSettings, TransformersEngine
+from rayswift.serve.generation import Answer, GenerationSettings
+from rayswift.serve.transformers_engine import TransformersEngine
 
 if TYPE_CHECKING:
     from rayswift.arguments import InferArguments

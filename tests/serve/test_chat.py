@@ -10,7 +10,8 @@ import pytest
 
 from rayswift.errors import UserError
 from rayswift.serve.chat import Chat, chat
-from rayswift.serve.transformers_engine import GenerationSettings, TransformersEngine
+from rayswift.serve.generation import GenerationSettings
+from rayswift.serve.transformers_engine import TransformersEngine
 
 GREEDY = GenerationSettings(max_new_tokens=10, temperature=0)
 

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from rayswift.errors import UserError
-from rayswift.serve.transformers_engine import GenerationSettings, TransformersEngine
+from rayswift.serve.generation import GenerationSettings
+from rayswift.serve.transformers_engine import TransformersEngine
 
 GREEDY = GenerationSettings(max_new_tokens=12, temperature=0)
 FRANCE = [{"role": "user", "content": "What is the capital of France?"}]
