@@ -20,6 +20,7 @@ from rayswift.arguments.groups import (
 from rayswift.arguments.rlhf import RlhfRules
 from rayswift.arguments.serving import (
     BenchmarkArguments,
+    EndpointArguments,
     QuantizeArguments,
     ResultArguments,
     SamplingArguments,
@@ -64,13 +65,14 @@ class ModelRequired(ModelArguments):
     """A model must be named, by itself or by its adapter."""
 
     def problems(self) -> Iterator[str]:
-        elsewhere = getattr(self, "eval_url", None) or getattr(self, "base_url", None)
+        elsewhere = getattr(self, "eval_url", None) or getattr(self, "base_url", None) or getattr(self, "models", None)
         if not self.model and not self.adapters and not elsewhere:
             yield f"--model or --adapters is required, {_MODEL_EXAMPLE}"
 
 
 @dataclass(init=False, repr=False, eq=False)
 class InferArguments(
+    EndpointArguments,
     ResultArguments,
     EngineArguments,
     GenerationArguments,

