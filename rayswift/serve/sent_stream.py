@@ -79,6 +79,7 @@ def can_carry_on(body: dict[str, Any]) -> bool:
     """
     return (
         body.get("n") in (None, 1)
+        and _is_one_prompt(body.get("prompt"))
         and not body.get("echo")
         and not body.get("logprobs")
         and not body.get("use_beam_search")
@@ -90,6 +91,11 @@ def can_carry_on(body: dict[str, Any]) -> bool:
             for name in ("response_format", "structured_outputs", "guided_json", "guided_regex", "guided_choice")
         )
     )
+
+
+def _is_one_prompt(prompt: Any) -> bool:
+    """Whether ``prompt`` of a completion is one text or one list of ids (or, for a chat, missing)."""
+    return not isinstance(prompt, list) or all(isinstance(one, int) for one in prompt)
 
 
 def longest_stop(body: dict[str, Any]) -> int:

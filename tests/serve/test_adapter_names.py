@@ -1,0 +1,122 @@
+"""Adapters by name: what a client may ask for, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from rayswift.serve.adapters import AdapterBook, AdapterRefused, AdapterStore, check_name
+from rayswift.serve.plan import ModelPlan
+
+HIDDEN = 8
+TARGET = "model.layers.0.self_attn.q_proj"
+
+
+def write_adapter(folder: Path, *, rank: int = 4, hidden: int = HIDDEN, **config: object) -> Path:
+    """A LoRA of one layer."""
+    folder.mkdir(parents=True)
+    (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": rank, **config}))
+    tensors = {
+        f"base_model.model.{TARGET}.lora_A.weight": np.zeros((rank, hidden), np.float32),
+        f"base_model.model.{TARGET}.lora_B.weight": np.zeros((hidden, rank), np.float32),
+    }
+    save_file(tensors, folder / "adapter_model.safetensors")
+    return folder
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    write_adapter(tmp_path / "root" / "one")
+    write_adapter(tmp_path / "root" / "run" / "checkpoint-10")
+    return tmp_path / "root"
+
+
+@pytest.fixture
+def store(root: Path, tmp_path: Path) -> AdapterStore:
+    base = tmp_path / "base"
+    base.mkdir()
+    save_file({f"{TARGET}.weight": np.zeros((HIDDEN, HIDDEN), np.float32)}, base / "model.safetensors")
+    store = AdapterStore(ModelPlan("base", str(base), "vllm", adapter_root=str(root), max_lora_rank=16))
+    store.read_base(str(base))
+    return store
+
+
+def test_every_adapter_below_the_root_can_be_asked_for(root: Path) -> None:
+    book = AdapterBook({"start": "/somewhere"}, str(root))
+    assert book.names() == ["one", "run/checkpoint-10", "start"]
+    assert [book.key_of(name) for name in book.names()] == book.names()
+    assert book.key_of("two") is None
+
+
+@pytest.mark.parametrize("name", ["../root/one", "/etc", "a/../b", "a//b", "", ".hidden", "a b", "a\0", "x" * 201])
+def test_names_that_are_paths_elsewhere_are_refused(root: Path, name: str) -> None:
+    assert AdapterBook({}, str(root)).key_of(name) is None
+    with pytest.raises(AdapterRefused) as refused:
+        check_name(name)
+    assert refused.value.status == 400
+
+
+def test_a_client_can_give_an_adapter_below_the_root_a_name(root: Path) -> None:
+    book = AdapterBook({"start": "/somewhere"}, str(root))
+    assert book.add("mine", "run/checkpoint-10") == "mine=run/checkpoint-10"
+    assert book.key_of("mine") == "mine=run/checkpoint-10"
+    assert book.add("also", str(root / "one")) == "also=one"
+    for path, status in (("/etc", 403), ("s3://bucket/x", 403), ("../x", 400), ("nothing", 404), ("", 400)):
+        with pytest.raises(AdapterRefused) as refused:
+            book.add("new", path)
+        assert refused.value.status == status, path
+    with pytest.raises(AdapterRefused):
+        book.add("start", "one")
+    book.remove("mine")
+    assert book.key_of("mine") is None
+
+
+def test_without_a_root_nothing_is_loaded_later() -> None:
+    with pytest.raises(AdapterRefused) as refused:
+        AdapterBook({}, None).add("new", "one")
+    assert refused.value.status == 403
+
+
+def test_a_good_adapter_is_found_and_accepted(root: Path, store: AdapterStore) -> None:
+    for key, folder in (("one", root / "one"), ("mine=run/checkpoint-10", root / "run" / "checkpoint-10")):
+        assert store.fetch(key) == str(folder)
+        store.check(key, str(folder))
+
+
+def test_links_out_of_the_root_are_refused(root: Path, store: AdapterStore, tmp_path: Path) -> None:
+    outside = write_adapter(tmp_path / "outside")
+    (root / "link").symlink_to(outside)
+    (root / "half").mkdir()
+    (root / "half" / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    (root / "half" / "adapter_model.safetensors").symlink_to(outside / "adapter_model.safetensors")
+    for name in ("link", "half"):
+        with pytest.raises(AdapterRefused) as refused:
+            store.fetch(name)
+        assert refused.value.status == 403
+
+
+def test_what_the_engine_cannot_use_is_refused_with_the_reason(root: Path, store: AdapterStore) -> None:
+    write_adapter(root / "huge", rank=32)
+    write_adapter(root / "other", hidden=HIDDEN * 2)
+    write_adapter(root / "dora", use_dora=True)
+    write_adapter(root / "ia3", peft_type="IA3")
+    pickle = write_adapter(root / "pickle")
+    (pickle / "adapter_model.safetensors").rename(pickle / "adapter_model.bin")
+    cut = write_adapter(root / "cut") / "adapter_model.safetensors"
+    cut.write_bytes(cut.read_bytes()[:-8])
+    for name, says in (
+        ("huge", "rank 32 is above the server's 16"),
+        ("other", "another base model"),
+        ("dora", "merge it"),
+        ("ia3", "only LoRA"),
+        ("pickle", "pickle"),
+        ("cut", "broken or incomplete"),
+    ):
+        with pytest.raises(AdapterRefused) as refused:
+            store.check(name, store.fetch(name))
+        assert refused.value.status == 422
+        assert says in str(refused.value), name
