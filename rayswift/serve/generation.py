@@ -63,6 +63,10 @@ class Answer:
     error: str | None = None
 
 
+class EngineUnusable(UserError):
+    """The engine itself fails (no server there, wrong key): every other conversation would fail too."""
+
+
 class Engine(Protocol):
     """Something that answers conversations: a model in this process, or an endpoint."""
 

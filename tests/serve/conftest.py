@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import socket
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
 import pytest
 
 from rayswift.data.encoding import Encoder
@@ -34,3 +40,41 @@ def checkpoint(smollm2_dir: str, tmp_path_factory: pytest.TempPathFactory) -> st
         folder / "args.json"
     )
     return str(folder)
+
+
+SERVED_KEY = "sk-of-the-endpoint-tests"
+
+
+@pytest.fixture(scope="session")
+def served(engine: TransformersEngine) -> Iterator[ServedEngine]:
+    """The engine behind OpenAI's interface on a port of 127.0.0.1, with a key, as ``rayswift deploy`` serves it."""
+    import uvicorn
+    from starlette.middleware.base import BaseHTTPMiddleware
+    from starlette.responses import JSONResponse
+
+    from rayswift.serve.transformers_app import TransformersServing
+
+    serving = TransformersServing(engine, "small")
+
+    async def with_key(request: Any, call_next: Any) -> Any:
+        if request.headers.get("authorization") != f"Bearer {SERVED_KEY}":
+            return JSONResponse({"error": {"message": "wrong key", "type": "authentication_error"}}, status_code=401)
+        return await call_next(request)
+
+    app = BaseHTTPMiddleware(serving.app, dispatch=with_key)
+    listener = socket.create_server(("127.0.0.1", 0))
+    server = uvicorn.Server(uvicorn.Config(app, log_level="error"))
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
+    thread.start()
+    yield ServedEngine(f"http://127.0.0.1:{listener.getsockname()[1]}/v1", SERVED_KEY, serving)
+    server.should_exit = True
+    thread.join(20)
+
+
+@dataclass(frozen=True)
+class ServedEngine:
+    """Where the endpoint is, its key, and what runs behind it."""
+
+    base_url: str
+    api_key: str
+    serving: Any

@@ -138,7 +138,7 @@ def test_the_command_answers_a_pipe_and_exits_with_0(smollm2_dir: str) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"infer_backend": "vllm"}, "use --infer_backend transformers"),
+        ({"infer_backend": "sglang"}, "--infer_backend sglang"),
         ({"adapters": ["/nowhere/checkpoint-1"]}, "/nowhere/checkpoint-1"),
         ({"model": "/nowhere/model"}, "/nowhere/model"),
         ({"val_dataset": ["/nowhere/rows.jsonl"]}, "--val_dataset /nowhere/rows.jsonl"),

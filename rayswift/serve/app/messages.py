@@ -1,0 +1,75 @@
+"""Gradio's conversation as OpenAI's messages, and which files a model takes."""
+
+from __future__ import annotations
+
+import base64
+import mimetypes
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rayswift.errors import UserError
+
+# What a model's config.json has when it takes such input (Transformers' names).
+_MEDIA_KEYS = {"image": "vision_config", "video": "video_token_id", "audio": "audio_config"}
+
+
+def media_of(config: Mapping[str, Any]) -> tuple[str, ...]:
+    """The kinds of files (``image``, ``video``, ``audio``) that the model of this ``config.json`` takes."""
+    return tuple(kind for kind, key in _MEDIA_KEYS.items() if config.get(key) is not None)
+
+
+def openai_messages(
+    history: Sequence[Mapping[str, Any]], question: str | Mapping[str, Any], system: str | None = None
+) -> list[dict[str, Any]]:
+    """What to send: the system prompt if there is one, the conversation so far, and the new question.
+
+    ``question`` is text, or with upload ``{"text", "files": [path, ...]}``. Messages of Gradio itself (a stopped
+    answer without text) are left out.
+    """
+    messages: list[dict[str, Any]] = [{"role": "system", "content": system}] if system and system.strip() else []
+    for message in history:
+        content = merged(part for item in _as_list(message["content"]) for part in parts_of(item))
+        if content:
+            messages.append({"role": message["role"], "content": content})
+    if isinstance(question, str):
+        return [*messages, {"role": "user", "content": question}]
+    files = [file_part(file if isinstance(file, str) else file["path"]) for file in question.get("files") or []]
+    return [*messages, {"role": "user", "content": merged([*files, text_part(question.get("text") or "")])}]
+
+
+def parts_of(item: Any) -> list[dict[str, Any]]:
+    """OpenAI's content parts of one piece of a Gradio message: text, or a file."""
+    if isinstance(item, str):
+        return [text_part(item)]
+    if item.get("type") == "text":
+        return [text_part(item["text"])]
+    file = item.get("file", item)
+    return [file_part(file["path"])] if file.get("path") else []
+
+
+def merged(parts: Iterable[dict[str, Any]]) -> str | list[dict[str, Any]]:
+    """The parts as message content: plain text where there is nothing else, which every model takes."""
+    found = [part for part in parts if part.get("text") != ""]
+    if all(part["type"] == "text" for part in found):
+        return "".join(part["text"] for part in found)
+    return found
+
+
+def text_part(text: str) -> dict[str, Any]:
+    """A text as a content part."""
+    return {"type": "text", "text": text}
+
+
+def file_part(path: str) -> dict[str, Any]:
+    """A file as a content part, its bytes inside: ``{"type": "image_url", "image_url": {"url": "data:…"}}``."""
+    mime = mimetypes.guess_type(path)[0] or ""
+    kind = mime.partition("/")[0]
+    if kind not in _MEDIA_KEYS:
+        raise UserError(f"{Path(path).name}: not an image, video or sound that a model could take")
+    data = base64.b64encode(Path(path).read_bytes()).decode()
+    return {"type": f"{kind}_url", f"{kind}_url": {"url": f"data:{mime};base64,{data}"}}
+
+
+def _as_list(content: Any) -> list[Any]:
+    return content if isinstance(content, list) else [content]

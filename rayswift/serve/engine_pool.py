@@ -1,0 +1,167 @@
+"""Answers from a pool of engines on the cluster, through Ray Data: it starts, scales and replaces them.
+
+In: numbered rows. Out: their answers, in the order they finish. The Transformers engine is an actor here, vLLM comes
+from `ray.data.llm` (`rayswift.serve.vllm_pool`).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from rayswift import cluster
+from rayswift.errors import UserError
+from rayswift.serve.generation import Answer, GenerationSettings
+from rayswift.serve.plan import ModelPlan, plan_model
+from rayswift.serve.result_rows import prompt_of
+from rayswift.serve.running import serving_settings
+
+if TYPE_CHECKING:
+    from rayswift.arguments import InferArguments
+
+Row = dict[str, Any]
+#: Rows per block: what one task takes to an engine, and what a dead engine has to do again.
+BLOCK_ROWS = 32
+#: The columns of an answer on its way back; ``error`` is the name that `ray.data.llm` gives it.
+ERROR = "__inference_error__"
+
+
+@dataclass(frozen=True)
+class EnginePool:
+    """A pool of engines for one command: a source of answers as `rayswift.serve.batch` takes it.
+
+    ``plan``: what ``rayswift deploy`` would start for the same flags. ``size``: fewest and most engines.
+    """
+
+    args: InferArguments
+    plan: ModelPlan
+    size: tuple[int, int]
+
+    @classmethod
+    def start(cls, args: InferArguments) -> EnginePool:
+        """Plan the pool (``args`` are completed from the checkpoint) and connect to Ray; engines start with the rows.
+
+        Raises:
+            UserError: model or engine are not there, or the cluster can never hold the pool.
+        """
+        plan = plan_model(serving_settings(args))
+        return cls(args, plan, pool_size(args, plan, cluster.connect(args)))
+
+    def __call__(self, rows: Sequence[tuple[int, Row]]) -> Iterator[tuple[int, Answer]]:
+        """Answer numbered rows. UserError when no engine can be started."""
+        if not rows:
+            return
+        import ray
+
+        context = ray.data.DataContext.get_current()
+        context.enable_progress_bars = False
+        context.execution_options.preserve_order = False  # the result file orders; none waits for a long answer
+        block_rows = BLOCK_ROWS if self.plan.engine == "vllm" else self.batch_size
+        items = [
+            {"index": index, "messages": json.dumps(prompt_of(row)), "tools": json.dumps(row.get("tools"))}
+            for index, row in rows
+        ]
+        dataset = ray.data.from_items(items, override_num_blocks=math.ceil(len(items) / block_rows))
+        try:
+            for found in self.answered(dataset).iter_rows():
+                yield int(found["index"]), read_answer(found)
+        except ray.exceptions.RayError as error:
+            raise UserError(f"--infer_backend {self.plan.engine}: the engine failed ({reason(error)})") from None
+
+    def answered(self, dataset: Any) -> Any:
+        """The dataset of answers to a dataset of ``index``, ``messages`` and ``tools`` (the last two as JSON)."""
+        import ray
+
+        if self.plan.engine == "vllm":
+            from rayswift.serve.vllm_pool import answered_by_vllm
+
+            return answered_by_vllm(dataset, self.args, self.plan, self.size)
+        bundle = self.plan.bundles[0]
+        return dataset.map_batches(
+            TransformersWorker,
+            fn_constructor_args=(self.args, self.size[1]),
+            batch_size=self.batch_size,
+            batch_format="pyarrow",
+            compute=ray.data.ActorPoolStrategy(min_size=self.size[0], max_size=self.size[1]),
+            num_cpus=bundle["CPU"],
+            num_gpus=bundle.get("GPU", 0),
+        )
+
+    @property
+    def batch_size(self) -> int:
+        """Rows per batch of the Transformers engine."""
+        return BLOCK_ROWS if self.args.max_batch_size == -1 else self.args.max_batch_size
+
+
+def pool_size(args: InferArguments, plan: ModelPlan, connected: cluster.Cluster) -> tuple[int, int]:
+    """Fewest and most engines: ``--num_workers N`` or ``MIN,MAX``; unset, as many as there are GPUs for, else one.
+
+    Raises:
+        UserError: the cluster can never hold the fewest.
+    """
+    needs = {name: sum(bundle.get(name, 0) for bundle in plan.bundles) for name in ("CPU", "GPU")}
+    asked = args.num_workers or (max(1, int(connected.gpus // needs["GPU"])) if needs["GPU"] else 1)
+    fewest, most = (asked, asked) if isinstance(asked, int) else asked
+    for name, available in (("GPU", connected.gpus), ("CPU", connected.cpus)):
+        if needs[name] * fewest > available:
+            raise UserError(
+                f"--num_workers {fewest}: {fewest} engines need {needs[name] * fewest:g} {name}s and "
+                f"{connected.describe()}; lower it or --resources_per_worker"
+            )
+    return fewest, most
+
+
+class TransformersWorker:
+    """One Transformers engine in an actor of the pool."""
+
+    def __init__(self, args: InferArguments, pool_size: int) -> None:
+        import torch
+
+        from rayswift.serve.engines import load_engine, seed_everything
+
+        self.engine = load_engine(args)
+        self.settings = GenerationSettings.from_arguments(args)
+        # Engines that each use every core get in each other's way.
+        torch.set_num_threads(max(1, cluster.cpu_count() // pool_size))
+        seed_everything(args.seed)
+
+    def __call__(self, table: Any) -> Any:
+        import pyarrow as pa
+
+        rows = table.to_pylist()
+        conversations, tools = ([json.loads(row[key]) for row in rows] for key in ("messages", "tools"))
+        answers = self.engine.generate(conversations, self.settings, tools)
+        return pa.Table.from_pylist(
+            [answer_row(row["index"], answer) for row, answer in zip(rows, answers, strict=True)]
+        )
+
+
+def answer_row(index: int, answer: Answer) -> Row:
+    """An answer on its way from an engine to the driver."""
+    return {
+        "index": index,
+        "text": answer.text,
+        "num_prompt_tokens": answer.num_prompt_tokens,
+        "num_generated_tokens": answer.num_generated_tokens,
+        "logprobs": json.dumps(answer.logprobs),
+        ERROR: answer.error or "",
+    }
+
+
+def read_answer(row: Row) -> Answer:
+    """The answer of such a row. From `ray.data.llm` a row with an error has nothing else that can be relied on."""
+    if row[ERROR]:
+        return Answer(error=str(row[ERROR]))
+    return Answer(
+        row["text"], int(row["num_prompt_tokens"]), int(row["num_generated_tokens"]), json.loads(row["logprobs"])
+    )
+
+
+def reason(error: BaseException) -> str:
+    """The line of an error from a worker that says what went wrong there."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    telling = [line for line in lines if "Error" in line]
+    return (telling or lines or [type(error).__name__])[-1]

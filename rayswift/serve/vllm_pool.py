@@ -1,0 +1,189 @@
+"""A pool of vLLM engines: `ray.data.llm`'s processor, with the prompts of training.
+
+Its chat-template, tokenising and detokenising stages stay out: each would hold a CPU, and the ids are ours.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from rayswift.data.encoding import Encoder
+from rayswift.errors import UserError
+from rayswift.serve.engine_pool import BLOCK_ROWS, ERROR, answer_row
+from rayswift.serve.generation import Answer, GenerationSettings
+from rayswift.serve.plan import ModelPlan
+
+if TYPE_CHECKING:
+    from rayswift.arguments import InferArguments
+
+Row = dict[str, Any]
+#: CPUs that Ray Data's tasks before and after the engine reserve: they must fit beside it on a small machine.
+HELPER_CPUS = 0.1
+#: Settings of vLLM's server that its engine does not know.
+_SERVER_ONLY = ("enable_auto_tool_choice", "tool_call_parser", "reasoning_parser", "enable_log_requests")
+
+
+def answered_by_vllm(dataset: Any, args: InferArguments, plan: ModelPlan, size: tuple[int, int]) -> Any:
+    """The dataset of answers (see :func:`rayswift.serve.engine_pool.answer_row`) to one of numbered conversations."""
+    from ray.data.llm import build_processor, vLLMEngineProcessorConfig
+
+    from rayswift.serve.transformers_engine import context_length
+
+    model_dir = resolve_on_every_node(plan)
+    settings = GenerationSettings.from_arguments(args)
+    encoder = Encoder.from_args(args, model_dir)
+    context = min(plan.max_model_len or math.inf, context_length(encoder))
+    requests = RequestMaker(encoder, settings, args.seed, int(context), next(iter(plan.adapters.values()), model_dir))
+    kwargs = plan.llm_config(model_dir)["engine_kwargs"]
+    if settings.logprobs:
+        kwargs["logprobs_mode"] = "processed_logprobs"  # of the distribution that is sampled from
+    config = vLLMEngineProcessorConfig(
+        model_source=model_dir,
+        engine_kwargs={name: value for name, value in kwargs.items() if name not in _SERVER_ONLY},
+        concurrency=size,
+        batch_size=BLOCK_ROWS,
+        # Enough blocks under way to fill the engine.
+        max_concurrent_batches=math.ceil(args.vllm_max_num_seqs / BLOCK_ROWS),
+        should_continue_on_error=True,
+        chat_template_stage=False,
+        tokenize_stage=False,
+        detokenize_stage=False,
+        placement_group_config={"bundles": plan.bundles},
+        runtime_env={"env_vars": plan.env_vars},
+        log_engine_metrics=False,
+    )
+    helpers = {"num_cpus": HELPER_CPUS}
+    processor = build_processor(
+        config,
+        preprocess=requests,
+        postprocess=functools.partial(vllm_answer, encoder),
+        preprocess_map_kwargs=helpers,
+        postprocess_map_kwargs=helpers,
+    )
+    return processor(dataset)
+
+
+def resolve_on_every_node(plan: ModelPlan) -> str:
+    """The model's folder, downloaded where it is not there yet: vLLM does not know our hubs.
+
+    Raises:
+        UserError: the nodes keep it in different places.
+    """
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    here = plan.resolve_model()
+    resolve = ray.remote(num_cpus=0)(ModelPlan.resolve_model)
+    nodes = [node["NodeID"] for node in ray.nodes() if node["Alive"]] if not plan.local else []
+    waiting = [
+        resolve.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote(plan)
+        for node in nodes
+    ]
+    if elsewhere := {folder for folder in ray.get(waiting) if folder != here}:
+        raise UserError(f"--model {plan.model}: other nodes keep it in {elsewhere.pop()}, not in {here}; "
+                        "put it on storage that all share and give its path")  # fmt: skip
+    return here
+
+
+@dataclass(frozen=True)
+class RequestMaker:
+    """Turns a row into what the engine stage takes. ``model``: the model's folder, or the adapter's."""
+
+    encoder: Encoder
+    settings: GenerationSettings
+    seed: int
+    context: int
+    model: str
+
+    def __call__(self, row: Row) -> Row:
+        """A row that cannot be a prompt passes the engine by as an error.
+
+        Every row has the same keys: Arrow would fill gaps with None, and a None where the error stands is one too.
+        """
+        ids, error = self.prompt_ids(json.loads(row["messages"]), json.loads(row["tools"]))
+        return {
+            "tokenized_prompt": ids,
+            "sampling_params": sampling_params(self.settings, self.encoder, self.seed, self.context - len(ids)),
+            "model": self.model,
+            ERROR: error,
+        }
+
+    def prompt_ids(self, messages: list[Row], tools: Any) -> tuple[list[int], str]:
+        """Token ids of a prompt, or why there are none."""
+        try:
+            ids = self.encoder.encode_prompt(messages, tools)
+        except UserError as error:
+            return [], str(error)
+        if not ids:
+            return [], "the prompt is empty"
+        if len(ids) >= self.context:
+            return [], f"the prompt has {len(ids)} tokens, the context holds {self.context}"
+        return ids, ""
+
+
+def sampling_params(settings: GenerationSettings, encoder: Encoder, seed: int, room: int) -> dict[str, Any]:
+    """vLLM's ``SamplingParams``: what is not set is the model's, as with the Transformers engine."""
+    own = generation_config(encoder.model_dir)
+    asked = any(value is not None for value in (settings.temperature, settings.top_k, settings.top_p))
+    greedy = settings.temperature == 0 or not (asked or own.get("do_sample"))
+
+    def chosen(name: str, off: float) -> float:
+        value = getattr(settings, name)
+        return float(value if value is not None else own.get(name) or off)
+
+    return {
+        "max_tokens": max(1, min(settings.max_new_tokens or room, room)),
+        "temperature": 0.0 if greedy else chosen("temperature", 1.0),
+        "top_k": 0 if greedy else max(int(chosen("top_k", 0)), 0),
+        "top_p": 1.0 if greedy else chosen("top_p", 1.0),
+        "repetition_penalty": chosen("repetition_penalty", 1.0),
+        "seed": seed,
+        "stop": [*encoder.stop_strings, *settings.stop_words],
+        "stop_token_ids": encoder.eos_token_ids,
+        "skip_special_tokens": False,
+        "logprobs": (settings.top_logprobs or 0) if settings.logprobs else None,
+    }
+
+
+@functools.lru_cache(maxsize=4)
+def generation_config(model_dir: str) -> dict[str, Any]:
+    """The model's ``generation_config.json``; empty if it has none."""
+    try:
+        with open(f"{model_dir}/generation_config.json", encoding="utf-8") as file:
+            found = json.load(file)
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def vllm_answer(encoder: Encoder, row: Row) -> Row:
+    """What the engine stage gave, on its way back. Rows with an error do not come here."""
+    answer = Answer(
+        (encoder.response_prefix or "") + row["generated_text"],
+        row["num_input_tokens"],
+        row["num_generated_tokens"],
+        openai_logprobs(encoder.tokenizer, row["generated_tokens"], row["logprobs"]),
+    )
+    return answer_row(row["index"], answer)
+
+
+def openai_logprobs(tokenizer: Any, ids: Sequence[int], steps: Sequence[Mapping[int, Row]] | None) -> Row | None:
+    """vLLM's log probabilities (per step: token id → logprob, rank) as OpenAI's object."""
+    if steps is None:
+        return None
+
+    def entry(token: int, logprob: float) -> Row:
+        text = tokenizer.decode([token])
+        return {"token": text, "logprob": max(logprob, -9999.0), "bytes": list(text.encode())}
+
+    content = []
+    for token, step in zip(ids, steps, strict=False):
+        ranked = sorted(step.items(), key=lambda pair: pair[1]["rank"])
+        likely = [entry(int(other), found["logprob"]) for other, found in ranked]
+        content.append(entry(token, step[token]["logprob"]) | {"top_logprobs": likely})
+    return {"content": content}
