@@ -212,7 +212,9 @@ class QuantizeArguments(Arguments):
     quant_bits: int | None = arg(None, "bits per weight", ge=1, le=8, example="4", shown="4; 8 for fp8 and int8")
     quant_n_samples: int = arg(256, "rows of --dataset to calibrate with", ge=1)
     quant_batch_size: int = arg(1, "calibration rows computed together", ge=1)
-    group_size: int = arg(128, "weights that share a scale (-1: a whole row)", ge=-1)
+    group_size: int = arg(
+        128, "weights that share a scale (-1: a whole row)", ge=-1, shown="128, or the largest that divides the rows"
+    )
     to_cached_dataset: bool = arg(False, "encode --dataset once, for later training")
     template_mode: str = arg("train", "what the encoded dataset is for", choices=("train", "rlhf", "kto"))
     to_gguf: str | None = arg(

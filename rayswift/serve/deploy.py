@@ -54,6 +54,7 @@ def deployment(args: DeployArguments, plans: list[ModelPlan]) -> Iterator[None]:
     import ray
     from ray import serve
 
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)  # this command says what happens itself
     try:
         apply(serve_config(plans, args, listen=True))
         wait_until_ready(args, plans)
@@ -63,7 +64,6 @@ def deployment(args: DeployArguments, plans: list[ModelPlan]) -> Iterator[None]:
         for name in (args.app_name, *(app_name(args.app_name, plan) for plan in plans)):
             serve.delete(name, _blocking=True)
         if connected.embedded:
-            serve.shutdown()
             ray.shutdown()
 
 

@@ -108,7 +108,8 @@ class Gateway:
         self._server = None
         if listen is not None:
             options = {key: listen[key] for key in ("ssl_keyfile", "ssl_certfile") if listen.get(key)}
-            self._server = await run_http(self.app, bind(listen["host"], listen["port"]), **options)
+            app = await self.__serve_build_asgi_app__()
+            self._server = await run_http(app, bind(listen["host"], listen["port"]), **options)
 
     def _routes(self) -> dict[str, dict[str, Callable[[Scope, Receive, Send], Awaitable[None]]]]:
         """Path → method → handler."""
@@ -128,15 +129,16 @@ class Gateway:
 
     # --- the app ------------------------------------------------------------------------------------------------
 
-    @property
-    def app(self) -> App:
-        """The ASGI app."""
-        return self._answer
-
     async def __serve_build_asgi_app__(self) -> App:
-        return self.app
+        # A function: uvicorn takes a bound method for an app of ASGI's second version.
+        async def app(scope: Scope, receive: Receive, send: Send) -> None:
+            await self._answer(scope, receive, send)
+
+        return app
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":
+            await _live(receive, send)
         if scope["type"] != "http":
             return
         self.counters.requests += 1
@@ -337,6 +339,15 @@ class Gateway:
 async def _broadcast(handle: Any, method: str, *args: Any) -> list[Any]:
     """What every running replica answers to a call."""
     return list(await handle.broadcast(method, *args).results_async())
+
+
+async def _live(receive: Receive, send: Send) -> None:
+    """ASGI's lifespan: Serve starts and ends apps with it."""
+    while True:
+        kind = (await receive())["type"]
+        await send({"type": f"{kind}.complete"})
+        if kind == "lifespan.shutdown":
+            return
 
 
 async def _client_left(receive: Receive) -> None:
