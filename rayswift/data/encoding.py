@@ -153,12 +153,31 @@ class Encoder:
 
     @property
     def eos_token_ids(self) -> list[int]:
-        """Token ids at which generation stops: the tokenizer's eos and the stop words that are one special token."""
+        """Token ids at which generation stops: the tokenizer's eos, and what ends a trained reply or is a stop word, if
+        that is one special token."""
         loaded = _load(self)
-        words = [loaded.segments.split_literal(word) for word in loaded.stop_words]
+        words = [loaded.segments.split_literal(word) for word in loaded.ends]
         ids = [parts[0] for parts in words if len(parts) == 1 and isinstance(parts[0], int)]
         eos = [] if loaded.tokenizer.eos_token_id is None else [loaded.tokenizer.eos_token_id]
         return list(dict.fromkeys([*eos, *(i for i in ids if isinstance(i, int))]))
+
+    @property
+    def stop_strings(self) -> list[str]:
+        """The ends that are not one special token and so have to be looked for in the text."""
+        loaded = _load(self)
+        parts = {word: loaded.segments.split_literal(word) for word in loaded.ends}
+        return [word for word, split in parts.items() if len(split) != 1 or isinstance(split[0], str)]
+
+    @property
+    def takes_tools(self) -> bool:
+        """Whether tools and tool messages have a format."""
+        return _load(self).agent is not None
+
+    @property
+    def call_end(self) -> str:
+        """What ends a tool call whose result follows in the same turn (``Observation:``); empty for other formats."""
+        agent = _load(self).agent
+        return agent.calls_end if agent is not None and agent.result_place == "reply" else ""
 
     # --- encoding -----------------------------------------------------------------------------------------------
 
@@ -325,8 +344,15 @@ class _Loaded:
     def stop_words(self) -> tuple[str, ...]:
         return self.template.stop_words if self.template else ()
 
+    @property
+    def ends(self) -> tuple[str, ...]:
+        """The stop words, and what ends a trained reply."""
+        suffix = self.template.suffix if isinstance(self.template, Template) else ""
+        return tuple(dict.fromkeys([*self.stop_words, *filter(None, [suffix])]))
 
-@functools.lru_cache(maxsize=16)
+
+# A server asks with an encoder per adapter and thinking mode.
+@functools.lru_cache(maxsize=128)
 def _load(encoder: Encoder) -> _Loaded:
     """Tokenizer and template of these settings; equal encoders in one process share them."""
     tokenizer = _load_tokenizer(encoder.model_dir, encoder.new_special_tokens, encoder.trust_remote_code)
@@ -350,7 +376,7 @@ def _load(encoder: Encoder) -> _Loaded:
 
 
 # Loading a tokenizer of 150,000 tokens and copying it takes seconds: encoders that differ in other settings share both.
-@functools.lru_cache(maxsize=4)
+@functools.lru_cache(maxsize=16)
 def _load_tokenizer(model_dir: str, new_special_tokens: tuple[str, ...], trust_remote_code: bool) -> Any:
     from rayswift.modeling.loading import load_tokenizer
 
@@ -360,7 +386,7 @@ def _load_tokenizer(model_dir: str, new_special_tokens: tuple[str, ...], trust_r
     return tokenizer
 
 
-@functools.lru_cache(maxsize=4)
+@functools.lru_cache(maxsize=16)
 def _load_segments(tokenizer: Any, literals: tuple[str, ...], in_content: tuple[str, ...]) -> SegmentTokenizer:
     return SegmentTokenizer(tokenizer, literals, in_content)
 

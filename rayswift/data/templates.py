@@ -159,9 +159,11 @@ class Template:
         """Lay out a conversation for generation: earlier rounds as in training, then up to where the reply starts.
 
         A conversation that ends with an assistant turn is continued: its text stands open at the end. Thinking of
-        earlier rounds is left out, as the models' own chat templates do; in a tool loop it stays.
+        earlier rounds is left out, as the models' own chat templates do; in a tool loop it stays, and so does the mark
+        of no thinking that the earlier prompts of the loop ended with.
         """
-        options = replace(options, loss_scale="last_round", add_non_thinking_prefix=bool(self.history_prefix))
+        marked = options.add_non_thinking_prefix and not options.enable_thinking
+        options = replace(options, loss_scale="last_round", add_non_thinking_prefix=marked or bool(self.history_prefix))
         pieces = self._start(conversation, options)
         last_round = conversation.last_round
         for index, round_ in enumerate(conversation.rounds[:-1]):

@@ -1,0 +1,310 @@
+"""Served prompts are the prompts of training: every family, tools, thinking, text that looks like special tokens."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from rayswift.data.agent_formats import load_agent_formats
+from rayswift.data.encoding import IGNORED, Encoded, Encoder
+from rayswift.data.rows import standardise_row
+from rayswift.data.templates import get_template, load_templates
+from rayswift.serve.trained_template import chat_prompt_ids, stop_strings, stop_token_ids
+
+U, A, S = "user", "assistant", "system"
+ANSWER = "The answer."
+WEATHER = {
+    "type": "function",
+    "function": {
+        "name": "weather",
+        "description": "Weather of a city",
+        "parameters": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]},
+    },
+}
+CALL = {"id": "call_1", "type": "function", "function": {"name": "weather", "arguments": '{"city": "北京"}'}}
+CONVERSATIONS: dict[str, list[dict[str, Any]]] = {
+    "one turn": [{"role": U, "content": "Hello  there\n"}],
+    "system": [{"role": S, "content": "Be brief."}, {"role": U, "content": "你好"}],
+    "empty system": [{"role": S, "content": ""}, {"role": U, "content": "Hello"}],
+    "turns": [{"role": U, "content": "q1"}, {"role": A, "content": "r1"}, {"role": U, "content": "q2"}],
+    "parts": [{"role": U, "content": [{"type": "text", "text": "Hello "}, {"type": "text", "text": "there"}]}],
+    "special": [{"role": U, "content": "a <|im_end|> b </s> <|eot_id|> [INST] <|im_start|>system"}],
+}
+TOOL_LOOP: list[dict[str, Any]] = [
+    {"role": U, "content": "How is it in Beijing?"},
+    {"role": A, "content": None, "tool_calls": [CALL]},
+    {"role": "tool", "tool_call_id": "call_1", "content": "sunny"},
+]
+
+
+@pytest.fixture(scope="module")
+def every_family(smollm2_dir: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """SmolLM2's tokenizer with the special tokens of every family and agent format, and bos and eos of its own."""
+    from transformers import AutoTokenizer
+
+    templates, agents = load_templates().values(), load_agent_formats().values()
+    written = [text for owner in (*templates, *agents) for text in owner.literals]
+    marks = {mark for text in written for mark in re.findall(r"(?<!<)<[^<>\s]+>(?!>)|\[/?[A-Za-z_]+\]", text)}
+    tokenizer = AutoTokenizer.from_pretrained(smollm2_dir)
+    special = sorted(mark for mark in marks if "|" in mark or "｜" in mark or mark[0] == "[" or mark.endswith("_turn>"))
+    assert {"<|im_end|>", "<|eot_id|>", "<start_of_turn>", "[INST]", "<｜User｜>"} <= set(special)
+    tokenizer.add_special_tokens({"bos_token": "<bos>", "eos_token": "<eos>", "additional_special_tokens": special})
+    tokenizer.add_tokens(["<think>", "</think>", "<tool_call>", "</tool_call>", "<s>", "</s>", "<sop>"])
+    tokenizer.chat_template = None  # the family `dummy` would ask with it, unlike in training
+    directory = str(tmp_path_factory.mktemp("every_family"))
+    tokenizer.save_pretrained(directory)
+    return directory
+
+
+def trained(encoder: Encoder, messages: list[dict[str, Any]], tools: Any = None) -> tuple[list[int], int, str]:
+    """What training makes of the conversation with an answer: ids, first id of the answer that is learned, and the
+    answer. Earlier thoughts and think marks are left out of prompts, as they are with the loss scale `last_round`."""
+    thinks = get_template(encoder.template or "").thinking
+    answer = f"<think>\nbecause\n</think>\n\n{ANSWER}" if thinks == "always" else ANSWER
+    row = standardise_row(
+        {"messages": [*messages, {"role": A, "content": answer}], **({"tools": tools} if tools else {})}
+    )
+    assert isinstance(row, dict), row
+    encoder = replace(encoder, loss_scale="last_round") if thinks else encoder
+    (sample,) = encoder.encode_batch([row])
+    assert isinstance(sample, Encoded), sample
+    labels = sample.labels.tolist()
+    start = len(labels) - next(back for back, label in enumerate(labels[::-1], 1) if label != IGNORED)
+    while start and labels[start - 1] != IGNORED:
+        start -= 1
+    return sample.input_ids.tolist(), start, answer
+
+
+@pytest.mark.parametrize("conversation", CONVERSATIONS)
+@pytest.mark.parametrize("family", load_templates())
+def test_a_served_prompt_is_the_trained_text_before_the_answer(
+    family: str, conversation: str, every_family: str
+) -> None:
+    encoder, messages = Encoder(every_family, template=family), CONVERSATIONS[conversation]
+    if conversation == "system" and get_template(family).system_prefix is None:
+        with pytest.raises(ValueError, match="no place for a system message"):
+            chat_prompt_ids(encoder, {"messages": messages})
+        return
+    served = chat_prompt_ids(encoder, {"messages": messages})
+    ids, start, answer = trained(encoder, messages)
+    assert served and ids[: len(served)] == served
+    if get_template(family).thinking == "always":  # the prompt opens the thought, which training learns too
+        answer = answer.removeprefix(get_template(family).thinking_prefix)
+    else:
+        assert len(served) == start
+    assert encoder.tokenizer.decode(ids[len(served) :]).startswith(answer)
+
+
+@pytest.mark.parametrize(("given", "tools"), [(1, True), (3, True), (3, False)])
+@pytest.mark.parametrize("family", load_templates())
+def test_a_served_prompt_with_tools_is_the_trained_text(
+    family: str, given: int, tools: bool, every_family: str
+) -> None:
+    encoder, messages = Encoder(every_family, template=family), TOOL_LOOP[:given]
+    request = {"messages": messages, "tools": [WEATHER], "tool_choice": "auto" if tools else "none"}
+    no_system = get_template(family).system_prefix is None and tools and family == "dummy"
+    if no_system:
+        with pytest.raises(ValueError, match="no place for a system message"):
+            chat_prompt_ids(encoder, request)
+        return
+    served = chat_prompt_ids(encoder, request)
+    ids, _, _ = trained(encoder, messages, [WEATHER] if tools else None)
+    assert served and ids[: len(served)] == served
+    rest = encoder.tokenizer.decode(ids[len(served) :])
+    assert rest.removeprefix("<think>\n").startswith((ANSWER, "because"))
+
+
+@pytest.mark.parametrize("family", load_templates())
+def test_generation_stops_where_the_trained_answer_ends(family: str, every_family: str) -> None:
+    encoder = Encoder(every_family, template=family)
+    ids, _, _ = trained(encoder, CONVERSATIONS["one turn"])
+    ends, words = stop_token_ids(encoder), stop_strings(encoder)
+    assert ids[-1] in ends or any(encoder.tokenizer.decode(ids).endswith(word) for word in words)
+    tokenizer_words = encoder.tokenizer.get_vocab()
+    assert not set(words) & set(tokenizer_words)
+
+
+def test_a_call_of_the_react_format_ends_where_the_result_would_stand(every_family: str) -> None:
+    encoder = Encoder(every_family, template="llama", agent_template="react_en")
+    assert stop_strings(encoder) == []
+    assert stop_strings(encoder, tools=True) == ["Observation:"]
+    assert stop_strings(Encoder(every_family, template="chatml"), tools=True) == []
+
+
+def test_special_token_text_of_a_user_stays_text(every_family: str) -> None:
+    encoder = Encoder(every_family, template="chatml")
+    end = encoder.tokenizer.convert_tokens_to_ids("<|im_end|>")
+    ids = chat_prompt_ids(encoder, {"messages": CONVERSATIONS["special"]})
+    assert ids is not None and ids.count(end) == 1
+    assert "a <|im_end|> b" in encoder.tokenizer.decode(ids)
+
+
+def text(encoder: Encoder, messages: Any, **request: Any) -> str:
+    ids = chat_prompt_ids(encoder, {"messages": messages, **request})
+    assert ids is not None
+    return str(encoder.tokenizer.decode(ids))
+
+
+def test_the_system_text_of_the_run_is_the_default_and_a_given_one_wins(every_family: str) -> None:
+    encoder = Encoder(every_family, template="qwen2_5", system="Run.")
+    asked = [{"role": U, "content": "q"}]
+    opening = "<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\n"
+    assert text(encoder, asked) == f"<|im_start|>system\nRun.<|im_end|>\n{opening}"
+    given = [{"role": "developer", "content": "One."}, {"role": S, "content": "Two."}, *asked]
+    assert text(encoder, given) == f"<|im_start|>system\nOne.\nTwo.<|im_end|>\n{opening}"
+    assert text(encoder, [{"role": S, "content": ""}, *asked]) == opening
+
+
+def test_a_request_chooses_whether_the_model_thinks(every_family: str) -> None:
+    encoder = Encoder(every_family, template="qwen3")
+    asked = [{"role": U, "content": "q"}]
+    closed = "<|im_start|>assistant\n<think>\n\n</think>\n\n"
+    assert text(encoder, asked).endswith(closed)
+    assert text(encoder, asked, chat_template_kwargs={"enable_thinking": True}).endswith("assistant\n")
+    assert text(encoder, asked, reasoning_effort="high").endswith("assistant\n")
+    assert text(encoder, asked, reasoning_effort="none").endswith(closed)
+    assert text(encoder, asked, reasoning_effort="high", chat_template_kwargs={"enable_thinking": False}).endswith(
+        closed
+    )
+    with pytest.raises(ValueError, match="enable_thinking"):
+        chat_prompt_ids(encoder, {"messages": asked, "chat_template_kwargs": {"enable_thinking": "yes"}})
+
+
+def test_a_last_assistant_message_is_continued(every_family: str) -> None:
+    encoder = Encoder(every_family, template="chatml")
+    messages = [{"role": U, "content": "q"}, {"role": A, "content": "The ans"}]
+    settings = {"continue_final_message": True, "add_generation_prompt": False}
+    assert text(encoder, messages, **settings).endswith("<|im_start|>assistant\nThe ans")
+    assert text(encoder, messages).endswith("<|im_start|>assistant\nThe ans")
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [
+        {"messages": [{"role": U, "content": [{"type": "image_url", "image_url": {"url": "data:,"}}]}]},
+        {"messages": [{"role": U, "content": [{"type": "input_audio", "input_audio": {}}]}]},
+        {"chat_template": "{{ messages }}"},
+        {"documents": [{"text": "d"}]},
+        {"add_generation_prompt": False},
+        {"chat_template_kwargs": {"date_string": "today"}},
+        {"chat_template_kwargs": {"chat_template": "{{ messages }}"}},
+    ],
+)
+def test_what_has_no_trained_layout_is_left_to_the_engine(request_: dict[str, Any], every_family: str) -> None:
+    encoder = Encoder(every_family, template="chatml")
+    asked = {"messages": [{"role": U, "content": "q"}], **request_}
+    assert chat_prompt_ids(encoder, asked) is None
+
+
+def test_tools_of_a_model_with_an_unknown_format_are_left_to_the_engine(smollm2_dir: str) -> None:
+    encoder = Encoder(smollm2_dir, template_backend="jinja")
+    assert chat_prompt_ids(encoder, {"messages": TOOL_LOOP[:1], "tools": [WEATHER]}) is None
+    assert chat_prompt_ids(encoder, {"messages": TOOL_LOOP}) is None
+    assert chat_prompt_ids(encoder, {"messages": TOOL_LOOP[:1]}) == encoder.encode_prompt(TOOL_LOOP[:1])
+
+
+@pytest.mark.parametrize(
+    ("messages", "reason"),
+    [
+        ([], "at least one"),
+        (None, "expected a list"),
+        ("hello", "expected a list"),
+        ([{"role": U}], "no content"),
+        ([{"role": "wizard", "content": "q"}], "unknown message role 'wizard'"),
+        ([{"role": U, "content": "q"}, {"role": S, "content": "late"}], "not the first message"),
+        ([{"role": A, "content": None, "tool_calls": [{"type": "custom", "custom": {}}]}], "no function name"),
+        ([42], "not an object"),
+    ],
+)
+def test_what_is_no_conversation_is_refused_with_the_reason(messages: Any, reason: str, every_family: str) -> None:
+    with pytest.raises(ValueError, match=reason):
+        chat_prompt_ids(Encoder(every_family, template="chatml"), {"messages": messages})
+
+
+# --- vLLM's own code around it ----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def online_renderer(smollm2_dir: str) -> Any:
+    """vLLM's renderer as its server builds it, without an engine, with the encoders of a base and an adapter."""
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.renderers.online_renderer import OnlineRenderer
+    from vllm.renderers.registry import renderer_from_config
+
+    from rayswift.serve.trained_template import use_trained_templates
+
+    config = EngineArgs(model=smollm2_dir, max_model_len=256, enforce_eager=True).create_engine_config()
+    online = OnlineRenderer(
+        config.model_config, renderer_from_config(config), request_logger=None, chat_template=None,
+        chat_template_content_format="auto", enable_auto_tools=True, tool_parser="hermes",
+    )  # fmt: skip
+    encoders = {
+        "base": Encoder(smollm2_dir),
+        "adapter": Encoder(smollm2_dir, template="default", system="Run.", agent_template="react_en"),
+    }
+    use_trained_templates(online, lambda name: encoders.get(name or "base"))
+    return online
+
+
+@pytest.mark.slow
+def test_vllm_takes_the_trained_prompt_and_stops(online_renderer: Any, smollm2_dir: str) -> None:
+    import asyncio
+
+    from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+    from vllm.entrypoints.serve.tokenize.protocol import TokenizeChatRequest
+
+    adapter = Encoder(smollm2_dir, template="default", system="Run.", agent_template="react_en")
+
+    def rendered(**fields: Any) -> tuple[list[int], Any, Any]:
+        request = ChatCompletionRequest.model_validate(json.loads(json.dumps(fields)))
+        conversation, (prompt,) = asyncio.run(online_renderer.render_chat(request))
+        return prompt["prompt_token_ids"], request, conversation
+
+    special = [{"role": U, "content": [{"type": "text", "text": "a <|im_end|> b"}]}]
+    ids, request, conversation = rendered(model="base", messages=special)
+    assert ids == Encoder(smollm2_dir).encode_prompt([{"role": U, "content": "a <|im_end|> b"}])
+    assert ids.count(2) == 2  # the system turn and the user's; vLLM's own rendering has three
+    assert (request.stop_token_ids, request.stop) == ([], [])  # vLLM stops there by itself
+    assert conversation[-1]["content"] == "a <|im_end|> b"
+    ids, request, _ = rendered(model="adapter", messages=TOOL_LOOP, tools=[WEATHER], stop="X")
+    row = standardise_row({"messages": TOOL_LOOP, "tools": [WEATHER]})
+    assert isinstance(row, dict)
+    assert ids == adapter.encode_prompt(row["messages"], [WEATHER])
+    assert request.stop == ["X", "### Human:", "Observation:"]
+    tokens = TokenizeChatRequest.model_validate({"model": "adapter", "messages": TOOL_LOOP, "tools": [WEATHER]})
+    _, (counted,) = asyncio.run(
+        online_renderer.preprocess_chat(
+            tokens, tokens.messages, default_template=None, default_template_content_format="auto",
+            default_template_kwargs=None, tool_dicts=[tool.model_dump() for tool in tokens.tools or ()],
+        )
+    )  # fmt: skip
+    assert counted["prompt_token_ids"] == ids
+
+
+@pytest.mark.slow
+def test_vllm_still_checks_lengths_and_renders_for_others(online_renderer: Any, smollm2_dir: str) -> None:
+    import asyncio
+
+    from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+    from vllm.exceptions import VLLMValidationError
+
+    def rendered(**fields: Any) -> Any:
+        request = ChatCompletionRequest.model_validate({"messages": [{"role": U, "content": "q"}], **fields})
+        return asyncio.run(online_renderer.render_chat(request))[1][0]["prompt_token_ids"]
+
+    long = [{"role": U, "content": "word " * 400}]
+    with pytest.raises(VLLMValidationError, match="256"):
+        rendered(model="base", messages=long)
+    whole = Encoder(smollm2_dir).encode_prompt(long)
+    assert rendered(model="base", messages=long, truncate_prompt_tokens=20, truncation_side="left") == whole[-20:]
+    with pytest.raises(ValueError, match="not the first message"):
+        rendered(model="base", messages=[*long, {"role": S, "content": "late"}])
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(smollm2_dir)
+    own = tokenizer.apply_chat_template([{"role": U, "content": "q"}], add_generation_prompt=True)["input_ids"]
+    assert rendered(model="nobody") == own
