@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import itertools
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -92,9 +93,7 @@ def test_the_page_speaks_the_language_and_lists_the_served_models(
     assert page.analytics_enabled is False
 
 
-def test_an_answer_grows_and_an_error_is_shown(endpoint: EndpointEngine) -> None:
-    import gradio as gr
-
+def test_an_answer_grows_and_an_error_is_a_note(endpoint: EndpointEngine) -> None:
     from rayswift.serve.app.page import answerer
 
     answer = answerer(endpoint, GenerationSettings(), stream=True)
@@ -104,8 +103,13 @@ def test_an_answer_grows_and_an_error_is_shown(endpoint: EndpointEngine) -> None
     assert grown[-1] == "The capital of France is Paris."
     whole = answerer(endpoint, GenerationSettings(), stream=False)
     assert list(whole("What is the capital of France?", [], "small", "", 10, False, 0.0, 1.0)) == grown[-1:]
-    with pytest.raises(gr.Error, match=r"--model none: .* it has small"):
-        list(answer("hi", [], "none", "", 10, True, 0.0, 1.0))
+    (note,) = answer("hi", [], "none", "", 10, True, 0.0, 1.0)
+    assert re.search("--model none: .* it has small", note.content)
+    asked = [
+        {"role": "user", "content": "hi"},
+        {"role": "assistant", "content": note.content, "metadata": note.metadata},
+    ]
+    assert openai_messages(asked, "again") == [{"role": "user", "content": "again"}]
 
 
 def test_a_taken_port_is_refused_at_once_with_the_next_free_one() -> None:

@@ -12,6 +12,7 @@ from rayswift.errors import UserError
 
 # What a model's config.json has when it takes such input (Transformers' names).
 _MEDIA_KEYS = {"image": "vision_config", "video": "video_token_id", "audio": "audio_config"}
+NOTE = "⚠️"  # title of a message that is the page's and not the model's
 
 
 def media_of(config: Mapping[str, Any]) -> tuple[str, ...]:
@@ -24,11 +25,15 @@ def openai_messages(
 ) -> list[dict[str, Any]]:
     """What to send: the system prompt if there is one, the conversation so far, and the new question.
 
-    ``question`` is text, or with upload ``{"text", "files": [path, ...]}``. Messages of Gradio itself (a stopped
-    answer without text) are left out.
+    ``question`` is text, or with upload ``{"text", "files": [path, ...]}``. Notes of the page about an error are left
+    out, together with the question that got no answer, and so are answers that were stopped before their first word.
     """
     messages: list[dict[str, Any]] = [{"role": "system", "content": system}] if system and system.strip() else []
     for message in history:
+        if (message.get("metadata") or {}).get("title") == NOTE:
+            if messages and messages[-1]["role"] == "user":
+                messages.pop()
+            continue
         content = merged(part for item in _as_list(message["content"]) for part in parts_of(item))
         if content:
             messages.append({"role": message["role"], "content": content})

@@ -11,7 +11,7 @@ from typing import Any
 import gradio as gr
 
 from rayswift.errors import UserError
-from rayswift.serve.app.messages import openai_messages
+from rayswift.serve.app.messages import NOTE, openai_messages
 from rayswift.serve.endpoint import EndpointEngine
 from rayswift.serve.generation import GenerationSettings
 
@@ -128,8 +128,8 @@ def served(engine: EndpointEngine) -> list[str]:
     return list(dict.fromkeys([*engine.models(), engine.model]))
 
 
-def answerer(engine: EndpointEngine, settings: GenerationSettings, stream: bool) -> Callable[..., Iterator[str]]:
-    """The function that Gradio calls for each question; it yields the answer as it grows.
+def answerer(engine: EndpointEngine, settings: GenerationSettings, stream: bool) -> Callable[..., Iterator[Any]]:
+    """The function that Gradio calls for each question; it yields the answer as it grows, or a note of an error.
 
     When the user stops, Gradio closes the iterator, the connection closes, and the server drops the request.
     """
@@ -143,7 +143,7 @@ def answerer(engine: EndpointEngine, settings: GenerationSettings, stream: bool)
         own_sampling: bool,
         temperature: float,
         top_p: float,
-    ) -> Iterator[str]:
+    ) -> Iterator[Any]:
         asked = dataclasses.replace(engine, model=model)
         chosen = dataclasses.replace(
             settings,
@@ -161,6 +161,8 @@ def answerer(engine: EndpointEngine, settings: GenerationSettings, stream: bool)
                 text += piece
                 yield text
         except UserError as error:
-            raise gr.Error(str(error), print_exception=False) from None
+            # Not gr.Error: Gradio's chat then keeps the box closed. A note in the conversation can be read at leisure.
+            note = gr.ChatMessage(str(error), metadata={"title": NOTE})
+            yield [text, note] if text else note
 
     return answer
