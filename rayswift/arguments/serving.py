@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from rayswift.arguments.base import Arguments
-from rayswift.arguments.fields import arg, arg_like
+from rayswift.arguments.fields import arg, arg_like, specs_of
 
 
 @dataclass(init=False, repr=False, eq=False)
@@ -103,6 +103,9 @@ class EndpointArguments(Arguments):
     def problems(self) -> Iterator[str]:
         yield from endpoint_problems(self)
 
+    def remarks(self) -> Iterator[str]:
+        yield from endpoint_remarks(self)
+
 
 def endpoint_problems(args: Any) -> Iterator[str]:
     """What is wrong with ``--base_url`` and the flags beside it."""
@@ -112,6 +115,15 @@ def endpoint_problems(args: Any) -> Iterator[str]:
         yield f"--base_url {args.base_url}: expected an address such as http://127.0.0.1:8000/v1"
     if args.adapters:
         yield "--adapters: an endpoint loads its own adapters; name one of those it serves with --model"
+
+
+def endpoint_remarks(args: Any) -> Iterator[str]:
+    """Flags about a model of one's own beside ``--base_url``: the server has decided."""
+    theirs = ("Template", "Engine", "vLLM", "Server", "Ray")
+    topics = {name: spec.topic for name, spec in specs_of(type(args)).items()}
+    flags = sorted(f"--{name}" for name in args.given if topics[name] in theirs and name not in ("system", "api_key"))
+    if args.base_url and flags:
+        yield f"{', '.join(flags)}: no effect with --base_url, the server decides"
 
 
 @dataclass(init=False, repr=False, eq=False)
@@ -130,6 +142,9 @@ class WebPageArguments(Arguments):
 
     def problems(self) -> Iterator[str]:
         yield from endpoint_problems(self)
+
+    def remarks(self) -> Iterator[str]:
+        yield from endpoint_remarks(self)
 
 
 @dataclass(init=False, repr=False, eq=False)

@@ -31,18 +31,26 @@ class EndpointEngine:
     """A served model. Make one with :meth:`connect`.
 
     ``seed``: sent with each request, so that a sampled answer can be repeated; None leaves it to the server.
+    ``system``: system prompt of conversations that have none; None leaves it to the server.
     ``parallel``: conversations under way at a time.
     """
 
     client: openai.OpenAI
     model: str
     seed: int | None = None
+    system: str | None = None
     parallel: int = 32
     last_stream: Answer = field(default_factory=Answer)
 
     @classmethod
     def connect(
-        cls, base_url: str, *, model: str | None = None, api_key: str | None = None, seed: int | None = None
+        cls,
+        base_url: str,
+        *,
+        model: str | None = None,
+        api_key: str | None = None,
+        seed: int | None = None,
+        system: str | None = None,
     ) -> EndpointEngine:
         """Check that ``base_url`` serves ``model`` (None: the first it lists) and the key is right.
 
@@ -60,7 +68,7 @@ class EndpointEngine:
         names = model_names(client)
         if not names and model is None:
             raise EngineUnusable(f"--base_url {base_url}: it serves no model yet; name one with --model")
-        engine = cls(client.with_options(max_retries=RETRIES), model or names[0], seed)
+        engine = cls(client.with_options(max_retries=RETRIES), model or names[0], seed, system)
         if model is not None and model not in names:
             engine._probe()
         return engine
@@ -144,9 +152,10 @@ class EndpointEngine:
         if settings.num_beams > 1:
             raise UserError("--num_beams: an endpoint has no beam search; use --infer_backend transformers")
         beyond_openai = {"top_k": settings.top_k, "repetition_penalty": settings.repetition_penalty}
+        has_own = not messages or messages[0]["role"] == "system" or self.system is None
         body = {
             "model": self.model,
-            "messages": list(messages),
+            "messages": [*([] if has_own else [{"role": "system", "content": self.system}]), *messages],
             "tools": tools,
             "max_tokens": settings.max_new_tokens,
             "temperature": settings.temperature,

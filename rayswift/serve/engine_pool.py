@@ -47,7 +47,10 @@ class EnginePool:
         Raises:
             UserError: model or engine are not there, or the cluster can never hold the pool.
         """
-        plan = plan_model(serving_settings(args))
+        settings = serving_settings(args)
+        if args.num_workers:  # engines on one machine share its memory and cores as replicas do
+            settings.min_replicas, settings.max_replicas = fewest_and_most(args.num_workers)
+        plan = plan_model(settings)
         return cls(args, plan, pool_size(args, plan, cluster.connect(args)))
 
     def __call__(self, rows: Sequence[tuple[int, Row]]) -> Iterator[tuple[int, Answer]]:
@@ -103,8 +106,8 @@ def pool_size(args: InferArguments, plan: ModelPlan, connected: cluster.Cluster)
         UserError: the cluster can never hold the fewest.
     """
     needs = {name: sum(bundle.get(name, 0) for bundle in plan.bundles) for name in ("CPU", "GPU")}
-    asked = args.num_workers or (max(1, int(connected.gpus // needs["GPU"])) if needs["GPU"] else 1)
-    fewest, most = (asked, asked) if isinstance(asked, int) else asked
+    by_gpus = max(1, int(connected.gpus // needs["GPU"])) if needs["GPU"] else 1
+    fewest, most = fewest_and_most(args.num_workers or by_gpus)
     for name, available in (("GPU", connected.gpus), ("CPU", connected.cpus)):
         if needs[name] * fewest > available:
             raise UserError(
@@ -112,6 +115,11 @@ def pool_size(args: InferArguments, plan: ModelPlan, connected: cluster.Cluster)
                 f"{connected.describe()}; lower it or --resources_per_worker"
             )
     return fewest, most
+
+
+def fewest_and_most(asked: int | tuple[int, int]) -> tuple[int, int]:
+    """``N`` or ``MIN,MAX`` as two numbers."""
+    return (asked, asked) if isinstance(asked, int) else asked
 
 
 class TransformersWorker:

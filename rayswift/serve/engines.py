@@ -32,7 +32,9 @@ def open_endpoint(args: Any, *, seed: int | None = None) -> Iterator[EndpointEng
 
     if args.base_url:
         key = args.api_key[0] if isinstance(args.api_key, list) and args.api_key else args.api_key
-        yield EndpointEngine.connect(args.base_url, model=args.model, api_key=key or None, seed=seed)
+        yield EndpointEngine.connect(
+            args.base_url, model=args.model, api_key=key or None, seed=seed, system=args.system
+        )
         return
     from rayswift.serve.running import running_deployment
 
