@@ -135,3 +135,20 @@ def test_the_command_answers_a_pipe_through_an_endpoint(served: Any) -> None:
         [*command, "--api_key", "sk-wrong"], check=False, input="hi\n", capture_output=True, text=True, timeout=120
     )
     assert (wrong.returncode, wrong.stderr.count("\n"), "sk-wrong" in wrong.stderr) == (2, 1, False), wrong.stderr
+
+
+def test_a_system_prompt_is_sent_where_the_conversation_has_none(endpoint: EndpointEngine) -> None:
+    engine = EndpointEngine(endpoint.client, endpoint.model, system="Be brief.")
+    own = [{"role": "system", "content": "Be kind."}, *FRANCE]
+    assert engine.request(FRANCE, GREEDY, None)["messages"] == [{"role": "system", "content": "Be brief."}, *FRANCE]
+    assert engine.request(own, GREEDY, None)["messages"] == own
+    assert endpoint.request(FRANCE, GREEDY, None)["messages"] == FRANCE
+
+
+def test_flags_that_the_server_decides_are_named(caplog: pytest.LogCaptureFixture) -> None:
+    make_arguments("infer", base_url="http://h/v1", template="qwen", infer_backend="vllm", system="s", api_key="k")
+    assert "--infer_backend, --template: no effect with --base_url" in caplog.text
+    with pytest.raises(UserError, match="--base_url h:1: expected an address"):
+        make_arguments("infer", base_url="h:1")
+    with pytest.raises(UserError, match="--adapters"):
+        make_arguments("app", base_url="http://h/v1", adapters=["a"])
