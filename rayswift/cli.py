@@ -40,7 +40,11 @@ JOB_COMMANDS: dict[str, tuple[str, str]] = {
 DATA_COMMANDS: dict[str, tuple[str, str]] = {
     "data": ("look at a dataset at every stage of its way to the model", "rayswift.cli_data:data"),
 }
-_WORD_COMMANDS = {**JOB_COMMANDS, **DATA_COMMANDS}
+# Commands about a running deployment.
+SERVER_COMMANDS: dict[str, tuple[str, str]] = {
+    "adapters": ("list, load and unload the adapters of a running deploy", "rayswift.cli_adapters:adapters"),
+}
+_WORD_COMMANDS = {**JOB_COMMANDS, **DATA_COMMANDS, **SERVER_COMMANDS}
 _SWIFT_ONLY = {
     "rollout": "RaySwift starts GRPO's engines itself: rayswift rlhf --use_vllm true",
     "web-ui": "RaySwift has no page that builds commands yet; rayswift app is the chat page",
@@ -146,7 +150,8 @@ def _overview() -> str:
     return (
         "usage: rayswift COMMAND [CONFIG.yaml] [--flag value ...]\n\n"
         "SWIFT on Ray: fine-tune, serve, sample and evaluate open language models, on a laptop or a cluster.\n\n"
-        f"Commands:\n{table(COMMANDS)}\nData:\n{table(DATA_COMMANDS)}\nOn a cluster:\n{table(JOB_COMMANDS)}\n"
+        f"Commands:\n{table(COMMANDS)}\nData:\n{table(DATA_COMMANDS)}\n"
+        f"Serving:\n{table(SERVER_COMMANDS)}\nOn a cluster:\n{table(JOB_COMMANDS)}\n"
         "rayswift COMMAND --help lists a command's flags by topic; rayswift --version prints the version.\n"
         "Example: rayswift sft --model Qwen/Qwen2.5-0.5B-Instruct --dataset train.jsonl\n"
     )
