@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 Row = dict[str, Any]
 #: Rows per block: what one task takes to an engine, and what a dead engine has to do again.
 BLOCK_ROWS = 32
+#: CPUs that each of Ray Data's tasks before and after vLLM reserves: they must fit beside it on a small machine, or it
+#: would wait for ever.
+HELPER_CPUS = 0.1
 #: The columns of an answer on its way back; ``error`` is the name that `ray.data.llm` gives it.
 ERROR = "__inference_error__"
 
@@ -108,11 +111,13 @@ def pool_size(args: InferArguments, plan: ModelPlan, connected: cluster.Cluster)
     needs = {name: sum(bundle.get(name, 0) for bundle in plan.bundles) for name in ("CPU", "GPU")}
     by_gpus = max(1, int(connected.gpus // needs["GPU"])) if needs["GPU"] else 1
     fewest, most = fewest_and_most(args.num_workers or by_gpus)
+    helpers = {"CPU": 2 * HELPER_CPUS if plan.engine == "vllm" else 0.0, "GPU": 0.0}
     for name, available in (("GPU", connected.gpus), ("CPU", connected.cpus)):
-        if needs[name] * fewest > available:
+        needed = needs[name] * fewest + helpers[name]
+        if needed > available:
             raise UserError(
-                f"--num_workers {fewest}: {fewest} engines need {needs[name] * fewest:g} {name}s and "
-                f"{connected.describe()}; lower it or --resources_per_worker"
+                f"--num_workers {fewest}: {fewest} engine(s) and what feeds them need {needed:g} {name}s and "
+                f"{connected.describe()}; lower it, or --resources_per_worker, for example '{{\"CPU\": 0.5}}'"
             )
     return fewest, most
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from rayswift.data.encoding import Encoder
 from rayswift.errors import UserError
-from rayswift.serve.engine_pool import BLOCK_ROWS, ERROR, answer_row
+from rayswift.serve.engine_pool import BLOCK_ROWS, ERROR, HELPER_CPUS, answer_row
 from rayswift.serve.generation import Answer, GenerationSettings
 from rayswift.serve.plan import ModelPlan
 
@@ -22,8 +22,6 @@ if TYPE_CHECKING:
     from rayswift.arguments import InferArguments
 
 Row = dict[str, Any]
-#: CPUs that Ray Data's tasks before and after the engine reserve: they must fit beside it on a small machine.
-HELPER_CPUS = 0.1
 #: Settings of vLLM's server that its engine does not know.
 _SERVER_ONLY = ("enable_auto_tool_choice", "tool_call_parser", "reasoning_parser", "enable_log_requests")
 

@@ -79,10 +79,11 @@ def test_the_size_of_a_pool_follows_num_workers_or_the_gpus(
     assert pool_size(args, plan, Cluster(embedded=True, cpus=16, gpus=gpus, nodes=1)) == size
 
 
-def test_a_pool_that_never_fits_is_refused_instead_of_waiting_for_ever() -> None:
-    args = make_arguments("infer", model="m", val_dataset=["d"], num_workers=3)
-    with pytest.raises(UserError, match=r"--num_workers 3: 3 engines need 3 CPUs and this machine has 2 CPUs"):
-        pool_size(args, ModelPlan("m", "m", "vllm"), Cluster(embedded=True, cpus=2, gpus=0, nodes=1))
+@pytest.mark.parametrize(("engine", "count", "needed"), [("transformers", 3, "3"), ("vllm", 2, "2.2")])
+def test_a_pool_that_never_fits_is_refused_instead_of_waiting_for_ever(engine: str, count: int, needed: str) -> None:
+    args = make_arguments("infer", model="m", val_dataset=["d"], num_workers=count)
+    with pytest.raises(UserError, match=rf"--num_workers {count}: .* need {needed} CPUs and this machine has 2 CPUs"):
+        pool_size(args, ModelPlan("m", "m", engine), Cluster(embedded=True, cpus=2, gpus=0, nodes=1))
 
 
 def test_vllm_gets_the_token_ids_of_training_and_rows_that_are_no_prompt_pass_it_by(smollm2_dir: str) -> None:
