@@ -236,7 +236,7 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
         error = error.__cause__ or error.__context__
 
 
-def _status(error: BaseException) -> int | None:
+def http_status(error: BaseException) -> int | None:
     """The HTTP status behind an error of either client, or behind pyarrow's text of an S3 error."""
     for part in _chain(error):
         status = getattr(part, "status_code", None) or getattr(getattr(part, "response", None), "status_code", None)
@@ -248,7 +248,7 @@ def _status(error: BaseException) -> int | None:
 
 
 def is_transient(error: BaseException) -> bool:
-    if (status := _status(error)) is not None:
+    if (status := http_status(error)) is not None:
         return status in (408, 425, 429) or status >= 500
     parts = list(_chain(error))
     if any(isinstance(part, OSError) and part.errno in (errno.ENOSPC, errno.EROFS, errno.EACCES) for part in parts):
@@ -279,7 +279,7 @@ def no_space_error(source: Source, reason: str) -> UserError:
 
 def explained_error(source: Source, error: BaseException) -> UserError:
     """The one line for a failure of a client; names the flag and the mend."""
-    status, reason = _status(error), first_line(source, error)
+    status, reason = http_status(error), first_line(source, error)
     codes = {part.errno for part in _chain(error) if isinstance(part, OSError)}
     at = f" at revision {source.revision}" if source.revision else ""
     if errno.ENOSPC in codes:

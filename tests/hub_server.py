@@ -1,5 +1,6 @@
 """A hub on 127.0.0.1: what ModelScope, Hugging Face and S3 answer to their own clients when files are downloaded.
 
+(Uploads: hub_uploads.py.)
 Enough of the three HTTP interfaces that the unchanged clients list, download, resume and fail as they do outside:
 listings, file bodies with ``Range``, tokens, gated and missing repositories, a connection cut in mid-file.
 """
@@ -18,6 +19,8 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qs, unquote, urlsplit
 from xml.sax.saxutils import escape
+
+from hub_uploads import UploadRoutes, Uploads
 
 
 @dataclass
@@ -47,6 +50,7 @@ class HubServer:
     def __init__(self) -> None:
         self.repos: dict[tuple[str, str], Repo] = {}
         self.buckets: dict[str, dict[str, bytes]] = {}
+        self.uploads = Uploads()
         #: Bodies sent, by path in the repository; and the Range headers that came with them.
         self.bodies: Counter[str] = Counter()
         self.ranges: list[str] = []
@@ -77,7 +81,7 @@ class HubServer:
                 connection.shutdown(socket.SHUT_RDWR)
 
 
-class _Handler(BaseHTTPRequestHandler):
+class _Handler(UploadRoutes, BaseHTTPRequestHandler):
     """Routes one request; ``server_hub`` is set by :class:`HubServer`."""
 
     protocol_version = "HTTP/1.1"
@@ -97,6 +101,12 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         self._route()
 
+    def do_POST(self) -> None:
+        self._route_upload()
+
+    def do_PUT(self) -> None:
+        self._route_upload()
+
     def _route(self) -> None:
         url = urlsplit(self.path)
         parts = unquote(url.path).strip("/").split("/")
@@ -106,6 +116,10 @@ class _Handler(BaseHTTPRequestHandler):
             self._send(503, b"down")
         elif parts[0] in self.server_hub.buckets:
             self._s3(parts[0], "/".join(parts[1:]), query)
+        elif parts[:2] == ["openapi", "v1"]:
+            self._openapi(parts[2:])
+        elif parts == ["api", "whoami-v2"]:
+            self._whoami()
         elif parts[:2] == ["api", "v1"]:
             self._modelscope(parts[2:], query)
         elif parts[0] == "api":
@@ -118,6 +132,10 @@ class _Handler(BaseHTTPRequestHandler):
     # ModelScope -------------------------------------------------------------------------------------------------
 
     def _modelscope(self, parts: list[str], query: dict[str, str]) -> None:
+        if len(parts) == 3 and parts[0] == "models":
+            found = self.server_hub.repos.get(("model", "/".join(parts[1:])))
+            if found is None or (found.token and found.token != self._token()):
+                return self._json(404, {"Code": 404, "Message": "not found", "Success": False})
         if len(parts) < 4 or parts[0] not in ("models", "datasets"):
             return self._json(200, {"Data": {}})
         repo = self.server_hub.repos.get((parts[0][:-1], "/".join(parts[1:3])))
@@ -213,15 +231,15 @@ class _Handler(BaseHTTPRequestHandler):
         cookie = self.headers.get("Cookie", "")
         return bearer or (cookie.split("m_session_id=")[1].split(";")[0] if "m_session_id=" in cookie else None)
 
-    def _json(self, status: int, value: object) -> None:
-        self._send(status, json.dumps(value).encode(), {"Content-Type": "application/json"})
+    def _json(self, status: int, value: object, headers: dict[str, str] | None = None) -> None:
+        self._send(status, json.dumps(value).encode(), {"Content-Type": "application/json", **(headers or {})})
 
     def _send(self, status: int, body: bytes, headers: dict[str, str] | None = None) -> None:
         self.send_response(status)
         for name, value in {"Content-Length": str(len(body)), **(headers or {})}.items():
             self.send_header(name, value)
         self.end_headers()
-        if self.command == "GET":
+        if self.command != "HEAD":
             self.wfile.write(body)
 
     def _file(self, repo: Repo, path: str, headers: dict[str, str]) -> None:

@@ -1,6 +1,10 @@
 """``rayswift export``: what is made of a model or a dataset for later use.
 
 In: :class:`~rayswift.arguments.ExportArguments`. Out: a folder, whose path is returned and printed.
+
+``source.py`` finds model, adapter and settings; ``quantize.py`` (with ``calibration.py``, ``quantizers.py``),
+``gguf_file.py``, ``ollama.py`` and ``peft_format.py`` each make one kind of result; ``folder.py`` keeps results whole;
+``publish.py`` and ``model_card.py`` push. Merging is :mod:`rayswift.modeling.merging`.
 """
 
 from __future__ import annotations
@@ -8,75 +12,136 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from rayswift.errors import UserError
-
-_NOT_BUILT = ("quant_method", "to_ollama", "to_peft_format", "push_to_hub")
-
 
 def export(args: Any) -> str:
-    """Do what the flags ask for; the folder with the result.
+    """Do what the flags ask for, one after the other: merge, then one conversion, then push; the last result's folder.
+
+    Everything that can be refused is looked at first: folders, libraries, the hub's token.
 
     Raises:
-        UserError: bad input, or an action that is not built.
+        UserError: bad input, or a result that cannot be written.
     """
-    missing = [f"--{name}" for name in _NOT_BUILT if getattr(args, name)]
-    if missing:
-        raise UserError(f"{', '.join(missing)}: not built yet; --merge_lora and --to_cached_dataset are")
-    if args.merge_lora and args.to_cached_dataset:
-        raise UserError("--merge_lora and --to_cached_dataset: one at a time")
-    done = _merge(args) if args.merge_lora else _cached_dataset(args)
-    print(f"exported to {done}", flush=True)
+    if args.to_cached_dataset:
+        from rayswift.exporting.cached import export_cached_dataset
+
+        return _said(export_cached_dataset(args))
+    from rayswift.exporting.source import find_source
+    from rayswift.hub_push import Destination
+
+    destination = Destination.from_args(args) if args.push_to_hub else None
+    source = find_source(args)
+    args = source.args
+    _check_actions(args, source.name)
+    if destination is not None:
+        destination.check_token()
+    done = source.adapter
+    if args.merge_lora:
+        done = _said(_merge(source))
+    if args.quant_method or args.to_gguf or args.to_ollama or (destination is not None and done is None):
+        model_dir = done or source.model_dir()
+        done = _said(_convert(args, model_dir, source.name)) if _converts(args) else model_dir
+    elif args.to_peft_format:
+        from rayswift.exporting.peft_format import to_peft_format
+
+        assert source.adapter is not None
+        done = _said(to_peft_format(source.adapter, _target(args, source.name)))
+    assert done is not None
+    if destination is not None:
+        from rayswift.exporting.publish import publish
+
+        print(f"pushed to {publish(done, destination, args.commit_message, source.checkpoint)}", flush=True)
     return done
 
 
-def _merge(args: Any) -> str:
+def _said(folder: str) -> str:
+    print(f"exported to {folder}", flush=True)
+    return folder
+
+
+def _converts(args: Any) -> bool:
+    return bool(args.quant_method or args.to_gguf or args.to_ollama)
+
+
+def _target(args: Any, name: str) -> str:
+    """Where the result of the last step goes: ``--output_dir``, else beside the model, named after what was done."""
+    if args.output_dir:
+        return os.path.abspath(os.path.expanduser(args.output_dir))
+    name += "-merged" if args.merge_lora else ""
+    if args.quant_method:
+        from rayswift.exporting.quantize import suffix
+
+        return name + suffix(args)
+    if args.to_gguf:
+        return f"{name}-gguf"
+    return f"{name}-ollama" if args.to_ollama else f"{name}-peft" if args.to_peft_format else name
+
+
+def _check_actions(args: Any, name: str) -> None:
+    """Refuse what cannot end well before anything is downloaded, merged or computed."""
+    if args.quant_method:
+        from rayswift.exporting.quantizers import check_libraries
+
+        check_libraries(args.quant_method)
+    if args.quant_method and args.dataset:
+        from rayswift.data.registry import resolve_datasets
+
+        resolve_datasets(args)
+    if _converts(args) or args.to_peft_format or (args.merge_lora and args.output_dir):
+        from rayswift.exporting.folder import check_target
+
+        check_target(_target(args, name), args.exist_ok)
+
+
+def _merge(source: Any) -> str:
     """``--merge_lora true``: base model and adapter as one plain model."""
-    from rayswift.hub import resolve_model
+    from rayswift.exporting.folder import building, check_target
+    from rayswift.exporting.zero_shards import gathered
     from rayswift.modeling.merging import merge_adapter
 
-    if len(args.adapters) != 1:
-        raise UserError("--merge_lora true: give one adapter; merge several one after the other")
-    adapter = resolve_model(args.adapters[0], use_hf=args.use_hf, token=args.hub_token)
-    model_dir = resolve_model(args.model, revision=args.model_revision, use_hf=args.use_hf, token=args.hub_token)
-    return merge_adapter(
-        adapter,
-        model_dir,
-        args.output_dir,
-        args.torch_dtype,
-        new_special_tokens=args.new_special_tokens,
-        trust_remote_code=args.trust_remote_code,
-    )
+    args = source.args
+    options = {
+        "torch_dtype": args.torch_dtype if "torch_dtype" in args.given else None,
+        "new_special_tokens": args.new_special_tokens,
+        "trust_remote_code": args.trust_remote_code,
+    }
+    given = None if _converts(args) else args.output_dir
+    target = os.path.abspath(os.path.expanduser(given or f"{source.adapter}-merged"))
+    with gathered(source.adapter) as adapter:
+        if given is None and adapter == source.adapter:
+            return merge_adapter(adapter, source.model_dir(), **options)  # one that is there and whole is reused
+        check_target(target, args.exist_ok)
+        with building(target) as folder:
+            merge_adapter(adapter, source.model_dir(), folder, **options)
+    return target
 
 
-def _cached_dataset(args: Any) -> str:
-    """``--to_cached_dataset true``: the token rows of ``--dataset``, ready to train on."""
-    import shutil
+def _convert(args: Any, model_dir: str, name: str) -> str:
+    """The one conversion that the flags ask for."""
+    from rayswift.exporting.folder import building, check_target
+    from rayswift.modeling.loading import read_config
 
-    from rayswift import cluster
-    from rayswift.data.cached_dataset import save_cached_dataset
-    from rayswift.data.encoding import Encoder
-    from rayswift.data.pipeline import first_usable_row, load_train_data
-    from rayswift.data.registry import resolve_datasets
-    from rayswift.data.stage_bars import StageBars
-    from rayswift.data.token_cache import TokenCache, default_root
-    from rayswift.hub import resolve_model
+    target = _target(args, name)
+    if args.quant_method:
+        from rayswift.exporting.quantize import quantize
 
-    folder = os.path.abspath(os.path.expanduser(args.output_dir or "cached_dataset"))
-    if os.path.exists(folder) and not args.exist_ok:
-        raise UserError(f"--output_dir {folder}: exists already; name another, or --exist_ok true to write over it")
-    model_dir = resolve_model(args.model, revision=args.model_revision, use_hf=args.use_hf, token=args.hub_token)
-    datasets = resolve_datasets(args)
-    first_usable_row([*datasets.train, *datasets.val], args.strict)
-    encoder = Encoder.for_training(args, model_dir)
-    cluster.connect(args)
-    with StageBars() as bars:
-        cache = TokenCache(default_root(), args.load_from_cache_file)
-        data = load_train_data(args, datasets, encoder, bars.update, cache)
-    for line in data.drops.lines():
-        print(line)
-    assert data.train is not None
-    shutil.rmtree(folder, ignore_errors=True)
-    save_cached_dataset(folder, data, encoder)
-    held_out = len(data.val) if data.val else 0
-    print(f"{len(data.train)} rows to train on, {held_out} to validate, encoded for {args.model}")
-    return folder
+        return quantize(args, model_dir, target)
+    if args.to_gguf:
+        from rayswift.exporting.gguf_file import check_convertible, file_name, write_gguf
+        from rayswift.modeling.loading import parameter_counts
+
+        check_convertible(model_dir)
+        check_target(target, args.exist_ok, parameter_counts(model_dir).bytes)
+    with building(target) as folder:
+        weights = model_dir
+        if args.to_gguf:
+            weights = f"./{file_name(name, args.to_gguf)}"
+            write_gguf(model_dir, os.path.join(folder, weights), args.to_gguf, os.path.basename(name))
+        if args.to_ollama:
+            from rayswift.data.encoding import Encoder
+            from rayswift.exporting.ollama import modelfile
+
+            encoder = Encoder.from_args(args, model_dir)
+            context = args.max_length or read_config(model_dir).get("max_position_embeddings")
+            with open(os.path.join(folder, "Modelfile"), "w", encoding="utf-8") as file:
+                file.write(modelfile(encoder, weights, context))
+    return target

@@ -1,0 +1,83 @@
+"""What is exported: the model and adapter that the flags name, as local folders, and the checkpoint's settings."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rayswift import hub
+from rayswift.arguments import read_saved_arguments
+from rayswift.errors import UserError
+from rayswift.modeling.adapters import ADAPTER_CONFIG
+
+#: Where SWIFT's own tuner backend puts an adapter, below the checkpoint.
+SWIFT_ADAPTER = "default"
+
+
+@dataclass(frozen=True)
+class Source:
+    """One model or adapter to export.
+
+    Args:
+        args: the command's arguments, completed from the checkpoint's ``args.json``.
+        adapter: local folder of the adapter, or None.
+        checkpoint: where the checkpoint's ``args.json`` and losses are looked for: adapter or model folder.
+        name: folder that results are put beside, by name: a local folder, or the last part of a hub id.
+    """
+
+    args: Any
+    adapter: str | None
+    checkpoint: str
+    name: str
+
+    def model_dir(self) -> str:
+        """The local folder of ``--model`` (the adapter's base); a hub id is downloaded."""
+        args = self.args
+        model = args.model or _base_model(self.adapter or self.checkpoint)
+        return hub.resolve_model(model, revision=args.model_revision, use_hf=args.use_hf, token=args.hub_token)
+
+
+def find_source(args: Any) -> Source:
+    """Resolve ``--adapters`` or ``--model`` and complete ``args`` from the ``args.json`` there.
+
+    Raises:
+        UserError: no such folder or id, an adapter that does not say which model it belongs to.
+    """
+    given = args.adapters[0] if args.adapters else args.model
+    adapter = None
+    if args.adapters:
+        adapter = _adapter_folder(args)
+        args.adapters = [adapter]
+    where = adapter or os.path.expanduser(given)
+    if os.path.isdir(where):
+        saved = read_saved_arguments(where) or {}
+        # What a QLoRA run loaded its base model with is no wish to quantise the result.
+        args = args.with_saved({name: value for name, value in saved.items() if not name.startswith("quant_")})
+    local = os.path.exists(os.path.expanduser(given))
+    name = os.path.abspath(os.path.expanduser(given)) if local else os.path.abspath(os.path.basename(given.rstrip("/")))
+    return Source(args, adapter, where, name)
+
+
+def _adapter_folder(args: Any) -> str:
+    given: str = args.adapters[0]
+    local = os.path.expanduser(given)
+    if args.to_peft_format and os.path.isfile(os.path.join(local, SWIFT_ADAPTER, ADAPTER_CONFIG)):
+        return os.path.abspath(local)
+    return hub.resolve_adapter(given, use_hf=args.use_hf, token=args.hub_token)
+
+
+def _base_model(adapter: str) -> str:
+    """The base model that PEFT noted in an adapter without ``args.json``."""
+    for folder in (adapter, os.path.join(adapter, SWIFT_ADAPTER)):
+        path = Path(folder) / ADAPTER_CONFIG
+        if path.is_file():
+            try:
+                model = json.loads(path.read_text(encoding="utf-8")).get("base_model_name_or_path")
+            except (OSError, ValueError, AttributeError) as error:
+                raise UserError(f"{path}: cannot be read ({error})") from None
+            if model:
+                return str(model)
+    raise UserError(f"--adapters {adapter}: does not say which model it belongs to; add --model")
