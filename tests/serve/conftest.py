@@ -49,19 +49,17 @@ SERVED_KEY = "sk-of-the-endpoint-tests"
 def served(engine: TransformersEngine) -> Iterator[ServedEngine]:
     """The engine behind OpenAI's interface on a port of 127.0.0.1, with a key, as ``rayswift deploy`` serves it."""
     import uvicorn
-    from starlette.middleware.base import BaseHTTPMiddleware
     from starlette.responses import JSONResponse
 
     from rayswift.serve.transformers_app import TransformersServing
 
     serving = TransformersServing(engine, "small")
 
-    async def with_key(request: Any, call_next: Any) -> Any:
-        if request.headers.get("authorization") != f"Bearer {SERVED_KEY}":
-            return JSONResponse({"error": {"message": "wrong key", "type": "authentication_error"}}, status_code=401)
-        return await call_next(request)
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        allowed = scope["type"] != "http" or (b"authorization", f"Bearer {SERVED_KEY}".encode()) in scope["headers"]
+        refusal = JSONResponse({"error": {"message": "wrong key", "type": "authentication_error"}}, 401)
+        await (serving.app if allowed else refusal)(scope, receive, send)
 
-    app = BaseHTTPMiddleware(serving.app, dispatch=with_key)
     listener = socket.create_server(("127.0.0.1", 0))
     server = uvicorn.Server(uvicorn.Config(app, log_level="error"))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)

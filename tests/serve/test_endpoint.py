@@ -71,7 +71,8 @@ def test_sampling_settings_and_logprobs_reach_the_server(endpoint: EndpointEngin
 
 
 def test_closing_a_stream_stops_the_model(endpoint: EndpointEngine, served: Any) -> None:
-    pieces = endpoint.stream(FRANCE, GenerationSettings(max_new_tokens=2000, temperature=1.5, stop_words=("\x00",)))
+    story = [{"role": "user", "content": "Write a very long story about the sea."}]
+    pieces = endpoint.stream(story, GenerationSettings(max_new_tokens=2000, temperature=0))
     next(pieces)
     assert served.serving.runner.running
     pieces.close()  # type: ignore[attr-defined]

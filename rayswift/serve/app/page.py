@@ -147,7 +147,7 @@ def answerer(engine: EndpointEngine, settings: GenerationSettings, stream: bool)
         asked = dataclasses.replace(engine, model=model)
         chosen = dataclasses.replace(
             settings,
-            max_new_tokens=max_new_tokens or None,
+            max_new_tokens=int(max_new_tokens) or None,
             temperature=None if own_sampling else temperature,
             top_p=None if own_sampling else top_p,
         )
