@@ -95,11 +95,18 @@ def connect(args: Any) -> Cluster:
     limits = _autoscaler_limits()
     return Cluster(
         embedded=address is None,
-        cpus=max(resources.get("CPU", 0), limits.get("CPU", 0)),
+        cpus=most_cpus(),
         gpus=max(resources.get("GPU", 0), limits.get("GPU", 0)),
         nodes=sum(node["Alive"] for node in ray.nodes()),
         gpus_per_node=_gpus_per_node(),
     )
+
+
+def most_cpus() -> float:
+    """CPUs of the connected cluster, counting those that its autoscaler may still start."""
+    import ray
+
+    return max(ray.cluster_resources().get("CPU", 0), _autoscaler_limits().get("CPU", 0))
 
 
 def _autoscaler_limits() -> dict[str, float]:

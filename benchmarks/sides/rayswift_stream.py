@@ -1,6 +1,6 @@
 """Side: read a dataset as a training run with ``--streaming true`` does, at full speed, for some seconds.
 
-The stream is planned and handed out as the train flow does it for one worker without packing: ``plan_stream``, the
+The stream is planned and handed out as the train flow does it for one worker without packing: ``plan_streams``, the
 reader's actor, ``read_stream``. Reading begins with the plan; Ray is started before.
 """
 
@@ -27,8 +27,7 @@ def main() -> None:
     from rayswift.cluster import connect
     from rayswift.data.encoding import Encoder
     from rayswift.data.registry import resolve_datasets
-    from rayswift.data.streaming import plan_stream, read_stream, start_stream_reader
-    from rayswift.data.token_rows import StreamPosition
+    from rayswift.data.streaming import plan_streams, read_stream, start_stream_readers
 
     args = make_arguments(
         "sft", model=options.model, dataset=[options.dataset], template="chatml", max_length=2048, streaming=True,
@@ -37,8 +36,8 @@ def main() -> None:
     encoder = Encoder(args.model, template=args.template, max_length=args.max_length)
     connect(args)
     began = time.time()
-    plan = plan_stream(args, resolve_datasets(args).train, packing_length=None)
-    reader = start_stream_reader(plan, encoder, None, StreamPosition(), num_workers=1)
+    mix = plan_streams(args, resolve_datasets(args).train, packing_length=None)
+    (reader,) = start_stream_readers(mix, encoder, None, mix.start(), num_workers=1)
     first, rows, tokens = None, 0, 0
     for table in read_stream(reader, worker=0):
         first = first or time.time()

@@ -97,6 +97,7 @@ class DatasetArguments(Arguments):
         example="0.7 0.3",
     )
     stopping_strategy: str = arg("first_exhausted", "when mixing ends", choices=("first_exhausted", "all_exhausted"))
+    interleave_by: str = arg("rows", "what --interleave_prob is a share of", choices=("rows", "tokens"))
     columns: dict[str, Any] = arg(
         {}, "columns to rename before the row format is recognised, as JSON", example='\'{"text1": "query"}\''
     )
@@ -119,6 +120,12 @@ class DatasetArguments(Arguments):
                    "give one probability per dataset")  # fmt: skip
         elif weights is not None and abs(sum(weights) - 1) > 1e-3:
             yield f"--interleave_prob adds up to {sum(weights):g}: the probabilities must add up to 1"
+        if self.interleave_by == "tokens":
+            if getattr(self, "lazy_tokenize", False):
+                yield "--interleave_by tokens contradicts --lazy_tokenize true: it needs every row's length; drop one"
+            if self.streaming and not getattr(self, "packing", False):
+                yield ("--interleave_by tokens contradicts --streaming true: a stream's lengths are not known; add "
+                       "--packing true, whose packs are of one length")  # fmt: skip
         for info in self.custom_dataset_info:
             if not info.lstrip().startswith(("[", "{")) and not os.path.isfile(info):
                 yield f"--custom_dataset_info {info}: no such file"

@@ -163,6 +163,14 @@ class BatchingArguments(Arguments):
             yield "--packing true contradicts --lazy_tokenize true: packing needs every row's length; drop one"
         if self.lazy_tokenize and getattr(self, "streaming", False):
             yield "--lazy_tokenize true contradicts --streaming true: a stream is always encoded late; drop one"
+        if self.lazy_tokenize and getattr(self, "cached_dataset", None):
+            yield "--lazy_tokenize true contradicts --cached_dataset: its rows are encoded already; drop one"
+        sampling = self.training_args.get("train_sampling_strategy")
+        if self.lazy_tokenize and sampling == "group_by_length":
+            yield (
+                "--lazy_tokenize true contradicts --train_sampling_strategy group_by_length: "
+                "it needs every row's length; drop one"
+            )
 
     def remarks(self) -> Iterator[str]:
         if "packing_length" in self.given and not self.packing:
@@ -201,7 +209,7 @@ class CheckpointArguments(Arguments):
     save_only_model: bool = arg(False, "save no optimiser state; such a run cannot be resumed")
     metric_for_best_model: str = arg("loss", "evaluation metric that picks the best checkpoint")
     greater_is_better: bool | None = arg(None, "whether a higher metric is better", shown="false for losses")
-    load_best_model_at_end: bool = arg(False, "end with the best checkpoint's weights")
+    load_best_model_at_end: bool = arg(False, "the best checkpoint is the result, not the last one")
     resume_from_checkpoint: str | None = arg(
         None, "checkpoint folder to go on from; true for the newest", parse=read_resume, example="true"
     )
@@ -220,10 +228,19 @@ class CheckpointArguments(Arguments):
             yield f"--load_best_model_at_end true contradicts {cause}: without evaluation there is no best checkpoint"
         elif self.load_best_model_at_end and self.save_strategy == "no":
             yield "--load_best_model_at_end true contradicts --save_strategy no: there is no checkpoint to load"
+        elif self.load_best_model_at_end and self._best_may_not_be_saved():
+            yield (f"--load_best_model_at_end true contradicts --save_steps {self.save_steps} with --eval_steps "
+                   f"{self.eval_steps}: the best step would not be saved; make --save_steps a multiple")  # fmt: skip
 
     def remarks(self) -> Iterator[str]:
         if self.eval_strategy not in (None, "no") and self._no_validation():
             yield f"--eval_strategy {self.eval_strategy}: no effect without --val_dataset or --split_dataset_ratio"
+
+    def _best_may_not_be_saved(self) -> bool:
+        by_steps = self.save_strategy == "steps" and self.eval_strategy in (None, "steps")
+        evaluated = self.eval_steps or self.save_steps
+        # Below 1 they are shares of the run, which is not known here.
+        return by_steps and min(evaluated, self.save_steps) >= 1 and self.save_steps % evaluated != 0
 
     def _no_validation(self) -> bool:
         return not getattr(self, "val_dataset", None) and getattr(self, "split_dataset_ratio", 0) == 0

@@ -98,6 +98,16 @@ class BlockRows:
         return digest.hexdigest()[:40]
 
 
+@dataclass
+class LazyRows(BlockRows):
+    """Standard rows that are encoded when they are trained (``--lazy_tokenize true``); ``lengths`` says nothing.
+
+    ``origins``: the data file that each of ``files`` was read from.
+    """
+
+    origins: list[str]
+
+
 def sample_rows(rows: BlockRows, num_samples: int | None, args: Any, rng: np.random.RandomState) -> BlockRows:
     """``#N`` as SWIFT does it: N rows without replacement; above the size, whole repeats and a random rest."""
     import numpy as np
@@ -139,24 +149,28 @@ def blend(parts: list[BlockRows], args: Any, rng: np.random.RandomState) -> Bloc
 
     rows = concat(parts)
     if args.interleave_prob and parts:
-        order = interleave([len(part) for part in parts], args.interleave_prob, args.stopping_strategy, rng)
+        weights = list(args.interleave_prob)
+        if args.interleave_by == "tokens":
+            weights = [weight / part.lengths.mean() for weight, part in zip(weights, parts, strict=True)]
+        order = interleave([len(part) for part in parts], weights, args.stopping_strategy, rng)
         return rows.select(order)
     return rows.select(rng.permutation(len(rows)).astype(np.int64)) if args.dataset_shuffle else rows
 
 
-def interleave(sizes: list[int], probabilities: list[float], strategy: str, rng: np.random.RandomState) -> np.ndarray:
-    """Row numbers of several datasets drawn with these probabilities until the first (or every) one is exhausted."""
+def interleave(sizes: list[int], weights: list[float], strategy: str, rng: np.random.RandomState) -> np.ndarray:
+    """Row numbers of several datasets drawn in these proportions until the first (or every) one is exhausted."""
     import numpy as np
 
     starts = np.cumsum([0, *sizes[:-1]])
-    weights = np.asarray(probabilities, np.float64) / sum(probabilities)
+    drawn = np.asarray(weights) > 0
+    probabilities = np.asarray(weights, np.float64) / sum(weights)
     taken = np.zeros(len(sizes), np.int64)
     order: list[int] = []
     while True:
-        for source in rng.choice(len(sizes), size=1024, p=weights):
+        for source in rng.choice(len(sizes), size=1024, p=probabilities):
             order.append(int(starts[source] + taken[source] % sizes[source]))
             taken[source] += 1
-            done = taken >= np.asarray(sizes)
+            done = (taken >= np.asarray(sizes))[drawn]
             if done.any() if strategy == "first_exhausted" else done.all():
                 return np.asarray(order, np.int64)
 
@@ -175,5 +189,12 @@ def iter_standard_rows(rows: BlockRows) -> Iterator[dict[str, Any]]:
             start += len(batch)
 
 
-#: Starts a reason that stops the run whatever --strict says: the file itself is broken.
+#: Starts a reason that stops the run whatever --strict says: the file itself is broken …
 FATAL = "!"
+#: … in one line, behind which a stream reads on.
+FATAL_LINE = FATAL + "line "
+
+
+def plain_reason(reason: str) -> str:
+    """A reason in the words of whoever gave it."""
+    return reason.removeprefix(FATAL_LINE).removeprefix(FATAL)

@@ -14,20 +14,25 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
+from rayswift.cluster import most_cpus
 from rayswift.data import json_text
 from rayswift.data.blocks import (
     FATAL,
+    FATAL_LINE,
     BlockRows,
     DropReport,
+    LazyRows,
     blend,
     concat,
     iter_standard_rows,
+    plain_reason,
     sample_rows,
     split_rows,
 )
 from rayswift.data.cached_dataset import load_cached_datasets
+from rayswift.data.packed_encoder import PackedEncoder, pack_encoder
 from rayswift.data.registry import ResolvedDataset, ResolvedDatasets
-from rayswift.data.rows import WARNINGS, Drop, RowRules, standardise_rows
+from rayswift.data.rows import WARNINGS, BrokenLine, Drop, RowRules, standardise_rows
 from rayswift.data.sources import BadRow, Chunk, iter_rows, plan_chunks
 from rayswift.data.token_cache import TokenCache, default_root, read_columns, tokens_key
 from rayswift.errors import UserError
@@ -48,8 +53,8 @@ OnProgress = Callable[[str, int], None]
 
 @dataclass
 class TrainData:
-    """What the data path hands to training: token rows for training (None for a stream) and validation, and what was
-    dropped."""
+    """What the data path hands to training: token rows for training (None for a stream, standard rows under
+    ``--lazy_tokenize``) and validation, and what was dropped."""
 
     train: BlockRows | None
     val: BlockRows | None
@@ -70,7 +75,8 @@ class StandardBatch:
         """Add a row, usable or not."""
         self.report.rows_in += 1
         if isinstance(row, Drop):
-            self.report.add(row.reason, 1, self.path, position)
+            reason = FATAL_LINE + row.reason if isinstance(row, BrokenLine) else row.reason
+            self.report.add(reason, 1, self.path, position)
             return
         for text in row.pop(WARNINGS, ()):
             self.report.note(text, 1, self.path, position)
@@ -79,7 +85,7 @@ class StandardBatch:
 
 
 def standard_batches(chunk: Chunk, rules: RowRules, size: int = ENCODE_BATCH) -> Iterator[StandardBatch]:
-    """One chunk as standard rows, about ``size`` at a time; a broken row ends the chunk (:data:`FATAL`)."""
+    """One chunk as standard rows, about ``size`` at a time; what is broken is counted (:data:`FATAL`)."""
     batch = StandardBatch(chunk.path)
     try:
         for raw, position in iter_rows(chunk):
@@ -126,7 +132,7 @@ def refuse_bad_rows(drops: DropReport, strict: bool) -> None:
     """Stop at a file that is broken, or with ``--strict true`` at any row that was dropped."""
     for reason in drops.counts:
         if reason.startswith(FATAL):
-            raise UserError(f"{drops.place(reason)}: {reason.removeprefix(FATAL)}")
+            raise UserError(f"{drops.place(reason)}: {plain_reason(reason)}")
         if strict:
             raise UserError(f"{drops.place(reason)}: {reason} (--strict true stops at the first bad row)")
 
@@ -209,10 +215,16 @@ def _read_batches(work: ChunkWork, cache: TokenCache, drops: DropReport) -> Iter
             seen.rows_in += batch.report.rows_in
             seen.merge(batch.report)
             yield batch
+            if _broken(batch.report):
+                break  # the run stops: what follows is not needed
     drops.rows_in += seen.rows_in
     drops.merge(seen)
-    if not any(reason.startswith(FATAL) for reason in seen.counts):
+    if not _broken(seen):
         cache.finish(work.rows_key, {"rows": kept, "rows_in": seen.rows_in, **seen.as_json()})
+
+
+def _broken(drops: DropReport) -> bool:
+    return any(reason.startswith(FATAL) for reason in drops.counts)
 
 
 def _stored_batches(work: ChunkWork, cache: TokenCache) -> Iterator[StandardBatch]:
@@ -253,7 +265,7 @@ def _write_tokens(
             number += len(batch.rows)
             on_rows(len(rows))
     drops.merge(seen)
-    if not any(reason.startswith(FATAL) for reason in drops.counts):
+    if not _broken(drops):
         cache.finish(work.tokens_key, {"rows": kept, "rows_in": rows_in, **seen.as_json()})
 
 
@@ -318,7 +330,7 @@ def build_chunks(
     for work, summary in _build_everywhere(todo, encoder, cache, on_rows):
         summaries[work.key] = summary
         _refuse(work, summary, cache, strict)
-    found = [summary for work in works if (summary := summaries[work.key]) is not None]
+    found = [known for work in works if (known := summaries[work.key]) is not None]
     for work, summary in zip(works, found, strict=True):
         _refuse(work, summary, cache, strict)
     return found
@@ -336,15 +348,12 @@ def _build_everywhere(
 ) -> Iterator[tuple[ChunkWork, dict[str, Any]]]:
     """Chunks with their summaries: a Ray task each, but for those that this process does in the meantime."""
     own = _own_share(len(works))
-    refs: dict[Any, ChunkWork] = {}
-    if own < len(works):
-        import ray
-
-        task = ray.remote(_build_in_task)
-        refs = {task.options(scheduling_strategy="SPREAD").remote(work, encoder, cache): work for work in works[own:]}
+    refs = _submit(works[own:], encoder, cache)
     for work in works[:own]:
         yield work, build_chunk(work, encoder, cache, on_rows)
     while refs:
+        import ray
+
         (ref,), _ = ray.wait(list(refs), num_returns=1)
         summary = _task_result(ref)
         on_rows(summary["rows_in"])
@@ -353,15 +362,38 @@ def _build_everywhere(
 
 def _own_share(count: int) -> int:
     """How many of these chunks this process does: as many as it can until the tasks are through with the others."""
-    import ray
-
-    # One core is busy here.
-    others = max(int(ray.cluster_resources().get("CPU", 1)) - 1, 0) if ray.is_initialized() else 0
+    others = _other_cores()
     return min(max(round((count + others * TASK_START_CHUNKS) / (others + 1)), 0), count)
 
 
-def _build_in_task(work: ChunkWork, encoder: Encoder, cache: TokenCache) -> dict[str, Any]:
-    return build_chunk(work, encoder, cache, lambda _: None)
+def _other_cores() -> int:
+    """Cores for tasks, also those that the cluster may still start: all but the one that is busy here."""
+    import ray
+
+    return max(int(most_cpus()) - 1, 0) if ray.is_initialized() else 0
+
+
+def _submit(works: list[ChunkWork], encoder: Encoder, cache: TokenCache) -> dict[Any, ChunkWork]:
+    """Start a task for each chunk.
+
+    On a single machine they run in as many lanes as it has other cores: one more would be no faster, and would hold
+    another process's memory.
+    """
+    if not works:
+        return {}
+    import ray
+
+    task, packed = ray.remote(_build_in_task).options(scheduling_strategy="SPREAD"), ray.put(pack_encoder(encoder))
+    lanes = _other_cores() if sum(node["Alive"] for node in ray.nodes()) == 1 else len(works)
+    refs: list[Any] = []
+    for number, work in enumerate(works):
+        refs.append(task.remote(work, packed, cache, refs[number - lanes] if number >= lanes else None))
+    return dict(zip(refs, works, strict=True))
+
+
+def _build_in_task(work: ChunkWork, packed: PackedEncoder, cache: TokenCache, _after: Any) -> dict[str, Any]:
+    """``_after``: the task before it in its lane; Ray starts this one when that has ended."""
+    return build_chunk(work, packed.unpack(), cache, lambda _: None)
 
 
 def _task_result(ref: Any) -> dict[str, Any]:
@@ -406,7 +438,8 @@ def load_train_data(
     import numpy as np
 
     cache = cache or TokenCache(default_root(), args.load_from_cache_file)
-    run = _Load(encoder, cache, args.strict, on_progress)
+    lazy = bool(getattr(args, "lazy_tokenize", False))  # a command that only encodes has no such flag
+    run = _Load(encoder, cache, args.strict, lazy, on_progress)
     rng = np.random.RandomState(args.data_seed)
     ratio = 0.0 if datasets.val else args.split_dataset_ratio
 
@@ -415,12 +448,13 @@ def load_train_data(
 
     # A stream is read while it trains; nothing is held out of it.
     parts = [split_rows(sampled(dataset), ratio, rng) for dataset in ([] if args.streaming else datasets.train)]
-    train = blend([kept for kept, _ in parts], args, rng)
+    trained = [kept for kept, _ in parts]
     val = concat([held_out for _, held_out in parts] + [sampled(dataset) for dataset in datasets.val])
     if args.val_dataset_shuffle:
         val = val.select(rng.permutation(len(val)))
-    run.encode([train, val])
-    encoded, encoded_val = run.token_rows(train), run.token_rows(val)
+    run.encode([val] if lazy else [*trained, val])
+    encoded_val = run.token_rows(val)
+    encoded = run.lazy_rows(blend(trained, args, rng)) if lazy else run.blended(trained, args, rng)
     if args.cached_dataset:
         cached, cached_val = load_cached_datasets(args.cached_dataset, encoder)
         encoded, encoded_val = concat([encoded, cached]), concat([encoded_val, cached_val])
@@ -436,21 +470,22 @@ def load_train_data(
 class _Load:
     """The chunks of one run: their standard rows, then the token rows of those that were chosen."""
 
-    def __init__(self, encoder: Encoder, cache: TokenCache, strict: bool, on_progress: OnProgress) -> None:
-        self.encoder, self.cache, self.strict, self.on_progress = encoder, cache, strict, on_progress
+    def __init__(self, encoder: Encoder, cache: TokenCache, strict: bool, lazy: bool, on_progress: OnProgress) -> None:
+        self.encoder, self.cache, self.strict, self.lazy, self.on_progress = encoder, cache, strict, lazy, on_progress
         self.drops = DropReport()
         # By the path of its standard rows, what was or will be made of a chunk.
         self.works: dict[str, ChunkWork] = {}
 
     def standard_rows(self, dataset: ResolvedDataset) -> BlockRows:
-        """All usable rows of a dataset. Without ``#N`` every row will be wanted, and is encoded on the way."""
+        """All usable rows of a dataset. Where every row will be wanted as tokens, it is encoded on the way."""
         import numpy as np
 
         name = dataset.spec.text
         works = []
         for chunk in plan_chunks(dataset.files):
             key = self.cache.rows_key(chunk, dataset.rules)
-            wanted = tokens_key(key, self.encoder) if dataset.spec.num_samples is None else None
+            every = dataset.spec.num_samples is None and not self.lazy
+            wanted = tokens_key(key, self.encoder) if every else None
             works.append(ChunkWork(chunk, dataset.rules, key, wanted))
         self._build(works, f"read {name}")
         seen = _report(works, [self._summary(work.rows_key) for work in works])
@@ -501,6 +536,22 @@ class _Load:
         order = _selected_order(np.concatenate(origins), bases[rows.index[:, 0]] + rows.index[:, 1])
         paths = [self.cache.path(self.works[file].key) for file in files]
         return BlockRows(paths, np.concatenate(index).astype(np.int64), np.concatenate(lengths)).select(order)
+
+    def blended(self, parts: list[BlockRows], args: Any, rng: np.random.RandomState) -> BlockRows:
+        """The token rows of several datasets together."""
+        tokens = [self.token_rows(part) for part in parts]
+        empty = next((number for number, rows in enumerate(tokens) if not len(rows)), None)
+        if args.interleave_prob and empty is not None:
+            reasons = "; ".join(self.drops.lines())
+            raise UserError(f"--dataset {args.dataset[empty]}: no row is left to mix in; {reasons}")
+        return blend(tokens, args, rng)
+
+    def lazy_rows(self, rows: BlockRows) -> LazyRows:
+        """Standard rows with what is needed to encode each when it is trained."""
+        import numpy as np
+
+        origins = [self.works[file].chunk.path for file in rows.files]
+        return LazyRows(rows.files, rows.index, np.ones(len(rows), np.int64), origins)
 
     def _build(self, works: list[ChunkWork], stage: str) -> None:
         done = 0

@@ -21,7 +21,7 @@ from rayswift.data.blocks import FATAL, DropReport
 from rayswift.data.encoding import IGNORED, Dropped, Encoded, Encoder
 from rayswift.data.pipeline import ENCODE_BATCH, refuse_bad_rows
 from rayswift.data.registry import ResolvedDataset, resolve_datasets
-from rayswift.data.rows import WARNINGS, Drop, StandardRow, standardise_rows
+from rayswift.data.rows import WARNINGS, BrokenLine, Drop, StandardRow, standardise_rows
 from rayswift.data.sources import BadRow, filesystem_of, iter_rows, locate, plan_chunks
 from rayswift.errors import UserError
 from rayswift.hub import resolve_model
@@ -183,6 +183,8 @@ def _raw_rows(files: list[str], limit: int | None, result: DatasetPreview) -> It
                 if result.drops.rows_in == limit:
                     result.whole = False
                     return
+                if isinstance(raw, BrokenLine):
+                    raise BadRow(position, raw.reason)
                 yield chunk.path, position, raw
         except BadRow as error:
             result.whole = False

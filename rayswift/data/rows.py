@@ -48,6 +48,11 @@ class Drop:
 
 
 @dataclass(frozen=True)
+class BrokenLine(Drop):
+    """A line that cannot be read, in a file that can be read on behind it: a stream goes on, other reading stops."""
+
+
+@dataclass(frozen=True)
 class RowRules:
     """How the rows of one dataset become standard rows. Plain data: it travels to every reading task.
 

@@ -2,7 +2,8 @@
 
 Formats: jsonl, json (an array, one object, or lines), csv, txt, parquet, each plain, ``.gz`` or ``.zst``, on any
 ``pyarrow.fs`` file system. A row's position is kept so that an error can name ``file:line``. A row that can be read
-but not used comes as a :class:`~rayswift.data.rows.Drop`; where reading cannot go on there is a :class:`BadRow`.
+but not used comes as a :class:`~rayswift.data.rows.Drop`, a broken line of jsonl or txt as a
+:class:`~rayswift.data.rows.BrokenLine`; where reading cannot go on there is a :class:`BadRow`.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from rayswift.data.json_text import BadJson, has_half_surrogate, loads
 from rayswift.data.messages import HALF_SURROGATE
-from rayswift.data.rows import Drop
+from rayswift.data.rows import BrokenLine, Drop
 from rayswift.errors import UserError
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
 class BadRow(Exception):
-    """A row that cannot be read at all (broken JSON, wrong encoding, truncated file); carries its position."""
+    """Where reading a file ends too early (broken table, truncated file); carries the position."""
 
     def __init__(self, position: int, reason: str) -> None:
         super().__init__(reason)
@@ -107,7 +108,7 @@ def iter_rows(chunk: Chunk) -> Iterator[tuple[Any, int]]:
     """Read one chunk: ``(row, position)``; position is what :func:`locate` turns into a line.
 
     Raises:
-        BadRow: at the first row that cannot be read.
+        BadRow: where reading cannot go on.
     """
     names = split_format(chunk.path)
     assert names is not None, chunk.path
@@ -145,6 +146,8 @@ def iter_raw_rows(paths: list[str]) -> Iterator[tuple[Any, str, int]]:
     for path in paths:
         try:
             for row, position in iter_rows(Chunk(path)):
+                if isinstance(row, BrokenLine):
+                    raise BadRow(position, row.reason)
                 yield row, path, position
         except BadRow as error:
             raise UserError(f"{locate(path, error.position)}: {error.reason}") from None
@@ -219,14 +222,14 @@ def _iter_jsonl(lines: Iterator[tuple[bytes, int]]) -> Iterator[tuple[Any, int]]
         try:
             row = loads(raw)
         except UnicodeDecodeError as error:
-            raise _not_utf8(error.start, position) from None
+            yield BrokenLine(_not_utf8(error.start, position).reason), position
         except BadJson as error:
-            if not raw.strip():
-                continue  # a blank line holds no row
-            column = "" if error.column is None else f" at column {error.column}"
-            reason = "null bytes in the line" if b"\0" in raw else f"broken JSON: {error}{column}"
-            raise BadRow(position, f"{reason}; mend or remove the line") from None
-        yield (Drop(HALF_SURROGATE) if _has_half_surrogate(row, raw) else row), position
+            if raw.strip():  # a blank line holds no row
+                column = "" if error.column is None else f" at column {error.column}"
+                reason = "null bytes in the line" if b"\0" in raw else f"broken JSON: {error}{column}"
+                yield BrokenLine(f"{reason}; mend or remove the line"), position
+        else:
+            yield (Drop(HALF_SURROGATE) if _has_half_surrogate(row, raw) else row), position
 
 
 def _has_half_surrogate(row: Any, raw: bytes) -> bool:
@@ -236,8 +239,12 @@ def _has_half_surrogate(row: Any, raw: bytes) -> bool:
 
 def _iter_txt(lines: Iterator[tuple[bytes, int]]) -> Iterator[tuple[Any, int]]:
     for raw, position in lines:
-        text = _decode(raw, position).rstrip("\r\n")
-        yield ({"text": text} if text.strip() else Drop("a blank line")), position
+        try:
+            text = _decode(raw, position).rstrip("\r\n")
+        except BadRow as error:
+            yield BrokenLine(error.reason), position
+        else:
+            yield ({"text": text} if text.strip() else Drop("a blank line")), position
 
 
 def _iter_json(lines: Iterator[tuple[bytes, int]]) -> Iterator[tuple[Any, int]]:

@@ -4,24 +4,29 @@
 encode → pack. It is one operator, because two would wait for each other's CPU for ever on a machine that training
 fills. A place in the stream is ``(task, unit)``, whatever the number of workers: every worker sees every block (those
 of one node share its memory) and takes its share of each step, so a resumed run goes on at exactly that place.
+
+``--interleave_prob`` makes a stream of each dataset, read side by side; which one gives the next unit is a function of
+seed and number of the unit alone (:meth:`StreamMix.order`).
 """
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from rayswift.data.blocks import FATAL, DropReport
+from rayswift.data.blocks import FATAL, FATAL_LINE, DropReport, plain_reason
+from rayswift.data.packed_encoder import PackedEncoder, pack_encoder
 from rayswift.data.pipeline import StandardBatch, encode_rows, refuse_bad_rows, standard_batches
 from rayswift.data.registry import ResolvedDataset
 from rayswift.data.rows import RowRules
 from rayswift.data.sources import Chunk, chunk_bytes, plan_chunks
 from rayswift.data.token_cache import encoder_hash, rules_hash
-from rayswift.data.token_rows import StreamPosition
+from rayswift.data.token_rows import StreamPlaces, StreamPosition
 
 if TYPE_CHECKING:
     import numpy as np
@@ -47,6 +52,8 @@ STREAM_BATCH = 64
 #: Rows packed together; packs that are not nearly full wait for the next window.
 STREAM_PACKING_WINDOW = 1024
 NEARLY_FULL = 0.97
+#: Choices of a stream that are drawn at once; a resumed run draws the ones it is in again.
+DRAWS = 1024
 
 
 @dataclass(frozen=True)
@@ -84,8 +91,51 @@ class StreamPlan:
         return hashlib.sha256(repr((pieces, order, encoder_hash(encoder))).encode()).hexdigest()[:40]
 
 
+@dataclass(frozen=True)
+class StreamMix:
+    """The streams of a run: one of all datasets in turn, or with ``--interleave_prob`` one of each.
+
+    ``probabilities``: how often each gives the next unit.
+    """
+
+    plans: tuple[StreamPlan, ...]
+    probabilities: tuple[float, ...] = (1.0,)
+
+    def fingerprint(self, encoder: Encoder) -> str:
+        """A hash of what decides which tokens come at which place."""
+        parts = [plan.fingerprint(encoder) for plan in self.plans]
+        return hashlib.sha256(repr((parts, self.probabilities)).encode()).hexdigest()[:40]
+
+    def start(self) -> StreamPlaces:
+        """The beginning of every stream."""
+        return (StreamPosition(),) * len(self.plans)
+
+    def order(self, first: int) -> Iterator[int]:
+        """The stream that gives unit number ``first`` of the run, the one that gives the next, and so on."""
+        import numpy as np
+
+        if len(self.plans) == 1:
+            yield from itertools.repeat(0)
+        draws, skip = divmod(first, DRAWS)
+        for number in itertools.count(draws):
+            random = np.random.RandomState((self.plans[0].seed, number))
+            yield from random.choice(len(self.plans), DRAWS, p=self.probabilities)[skip:].tolist()
+            skip = 0
+
+
+def plan_streams(args: Any, datasets: list[ResolvedDataset], packing_length: int | None) -> StreamMix:
+    """Freeze the plans of the streams over these datasets."""
+    weights = args.interleave_prob
+    if not weights:
+        return StreamMix((plan_stream(args, datasets, packing_length),))
+    chosen = [(dataset, weight) for dataset, weight in zip(datasets, weights, strict=True) if weight]
+    plans = tuple(plan_stream(args, [dataset], packing_length) for dataset, _ in chosen)
+    total = sum(weights)
+    return StreamMix(plans, tuple(weight / total for _, weight in chosen))
+
+
 def plan_stream(args: Any, datasets: list[ResolvedDataset], packing_length: int | None) -> StreamPlan:
-    """Freeze the plan of a stream over these datasets."""
+    """Freeze the plan of one stream over these datasets."""
     import numpy as np
 
     pieces = [piece for dataset in datasets for piece in _pieces(dataset)]
@@ -139,11 +189,13 @@ def data_context(block_bytes: int | None = None) -> Any:
 
 def one_task_each(count: int, block_bytes: int | None = None) -> Dataset:
     """A dataset of ids 0 … count-1 whose every row is a task of its own."""
+    import pyarrow as pa
     import ray.data
     from ray.data import DataContext
 
     with DataContext.current(data_context(block_bytes)):
-        return ray.data.range(count, override_num_blocks=count)
+        # Not `range`: reading it would be an operator of its own beside one that asks for less than a CPU.
+        return ray.data.from_arrow([pa.table({"id": [number]}) for number in range(count)])
 
 
 # --- one task ---------------------------------------------------------------------------------------------------
@@ -155,6 +207,7 @@ def stream_tokens(
     drop_log: Any | None = None,
     start: StreamPosition | None = None,
     reader: Any | None = None,
+    num_cpus: float = 1,
 ) -> Dataset:
     """The stream as a lazy dataset of token rows: ``input_ids``, ``labels``, ``loss_scale``, and the place of each:
     ``task``, ``unit`` and ``unit_rows``, the number of rows of that unit.
@@ -165,16 +218,22 @@ def stream_tokens(
         drop_log: an actor whose ``push`` takes ``{"event": "drops", ...}``; where dropped rows are reported.
         start: the place to begin at; tasks before it are not run.
         reader: the :class:`StreamReader` that says when enough is ready; None: read on.
+        num_cpus: what each task asks of Ray.
     """
+    import ray
+
     begin = start or StreamPosition()
+    packed = ray.put(pack_encoder(encoder))
 
     def read(batch: dict[str, Any]) -> Iterator[pa.Table]:
+        encoder = ray.get(packed).unpack()
         for item in batch["id"]:
             task = begin.task + int(item)
             first = begin.unit if task == begin.task else 0
             yield from _in_step(task_tokens(plan, task, first, encoder, drop_log), task, reader)
 
-    return one_task_each(len(plan.tasks) - begin.task, STREAM_BLOCK_BYTES).map_batches(read, batch_size=None)
+    tasks = one_task_each(len(plan.tasks) - begin.task, STREAM_BLOCK_BYTES)
+    return tasks.map_batches(read, batch_size=None, num_cpus=num_cpus)
 
 
 def _in_step(tables: Iterator[pa.Table], task: int, reader: Any | None) -> Iterator[pa.Table]:
@@ -250,7 +309,9 @@ def _reported(batches: Iterator[StandardBatch], strict: bool, drop_log: Any | No
     for batch in batches:
         drops = batch.report
         for reason in [reason for reason in drops.counts if reason.startswith(FATAL)]:
-            told = f"{reason.removeprefix(FATAL)}; what follows in this part of the file is lost"
+            told = plain_reason(reason)
+            if not reason.startswith(FATAL_LINE):
+                told += "; what follows in this part of the file is lost"
             drops.add(told, drops.counts.pop(reason), *drops.first[reason])
         _tell(drops, strict, drop_log)
         yield from ((row, batch.path, position) for row, position in zip(batch.rows, batch.positions, strict=True))
@@ -345,7 +406,13 @@ class StreamReader:
     """
 
     def __init__(
-        self, plan: StreamPlan, encoder: Encoder, drop_log: Any, start: StreamPosition, num_workers: int
+        self,
+        plan: StreamPlan,
+        packed: PackedEncoder,
+        drop_log: Any,
+        start: StreamPosition,
+        num_workers: int,
+        num_cpus: float = 1,
     ) -> None:
         import ray
 
@@ -358,7 +425,7 @@ class StreamReader:
         self._made: dict[int, int] = {}  # bytes that unfinished tasks have made
         self._first_task = start.task
         self._ended: set[int] = set()
-        stream = (plan, encoder, drop_log, start, ray.get_runtime_context().current_actor)
+        stream = (plan, packed.unpack(), drop_log, start, ray.get_runtime_context().current_actor, num_cpus)
         threading.Thread(target=self._read, args=stream, daemon=True).start()
 
     def _read(self, *stream: Any) -> None:
@@ -420,14 +487,25 @@ class StreamReader:
             return None
 
 
-def start_stream_reader(
-    plan: StreamPlan, encoder: Encoder, drop_log: Any, start: StreamPosition, num_workers: int
-) -> Any:
-    """Start the reader's actor; it ends with the process that started it."""
+def start_stream_readers(
+    mix: StreamMix, encoder: Encoder, drop_log: Any, start: StreamPlaces, num_workers: int
+) -> list[Any]:
+    """Start an actor for each stream; they end with the process that started them.
+
+    A task that has made enough waits, and keeps its CPU. So a task of each stream fits into what training always leaves
+    free: a CPU, or half of the only one.
+    """
     import ray
 
     options = {"num_cpus": 0, "max_concurrency": num_workers + 2}
-    return ray.remote(StreamReader).options(**options).remote(plan, encoder, drop_log, start, num_workers)
+    actor = ray.remote(StreamReader).options(**options)
+    num_cpus = min(1.0, ray.cluster_resources().get("CPU", 1) / 2) / len(mix.plans)
+    num_cpus = max(int(num_cpus * 10_000), 1) / 10_000  # Ray's finest share
+    packed = ray.put(pack_encoder(encoder))
+    return [
+        actor.remote(plan, packed, drop_log, place, num_workers, num_cpus)
+        for plan, place in zip(mix.plans, start, strict=True)
+    ]
 
 
 def read_stream(reader: Any, worker: int) -> Iterator[pa.Table]:

@@ -37,6 +37,8 @@ if TYPE_CHECKING:
 
 #: What a tokenizer is made of, in a model's folder.
 _TOKENIZER_FILES = ("*token*", "vocab*", "merges*", "*.model", "*.tiktoken", "chat_template*", "*.py")
+#: What says which class of tokenizer that is, where nothing else does; it changes no token.
+_CONFIGURATION = "config.json"
 
 
 def default_root() -> str:
@@ -153,10 +155,15 @@ def tokens_key(rows_key: str, encoder: Encoder, picked: Any = None) -> str:
 def encoder_hash(encoder: Encoder) -> str:
     """A hash of the settings of an encoder and of the tokenizer's files; where the model lies does not count."""
     settings = {**dataclasses.asdict(encoder), "model_dir": ""}
-    folder = Path(encoder.model_dir)
-    files = sorted({file for pattern in _TOKENIZER_FILES for file in folder.glob(pattern) if file.is_file()})
+    files = [file for file in tokenizer_files(encoder.model_dir) if file.name != _CONFIGURATION]
     digests = [(file.name, hashlib.sha256(file.read_bytes()).hexdigest()) for file in files]
     return _hash(sorted(settings.items()), digests)
+
+
+def tokenizer_files(model_dir: str) -> list[Path]:
+    """The files of a model's folder that its tokenizer is loaded from."""
+    patterns, folder = (*_TOKENIZER_FILES, _CONFIGURATION), Path(model_dir)
+    return sorted({file for pattern in patterns for file in folder.glob(pattern) if file.is_file()})
 
 
 @functools.cache

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import bisect
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from rayswift.data import json_text
+from rayswift.data.encoding import Dropped, Encoded
+from rayswift.data.sources import locate
 from rayswift.data.token_cache import open_arrow
 
 if TYPE_CHECKING:
     import numpy as np
     import pyarrow as pa
 
-    from rayswift.data.blocks import BlockRows
+    from rayswift.data.blocks import BlockRows, LazyRows
+    from rayswift.data.encoding import Encoder
     from rayswift.data.packing import Packs
 
 
@@ -51,22 +55,38 @@ class TokenBatch:
         return values[start:end] if end > start else None
 
 
-class TokenFile:
-    """The token rows of one cache entry by number."""
+class ArrowRows:
+    """The rows of one cache entry by number."""
 
     def __init__(self, path: str) -> None:
         self._reader = open_arrow(path)
-        self._batches: dict[int, TokenBatch] = {}
         self._starts = [0]
         for number in range(self._reader.num_record_batches):
             self._starts.append(self._starts[-1] + len(self._reader.get_batch(number)))
 
+    def place(self, number: int) -> tuple[int, int]:
+        """The record batch of a row, and the row in it."""
+        batch = bisect.bisect_right(self._starts, number) - 1
+        return batch, number - self._starts[batch]
+
+    def batch(self, number: int) -> pa.RecordBatch:
+        """A record batch."""
+        return self._reader.get_batch(number)
+
+
+class TokenFile:
+    """The token rows of one cache entry by number."""
+
+    def __init__(self, path: str) -> None:
+        self._rows = ArrowRows(path)
+        self._batches: dict[int, TokenBatch] = {}
+
     def __getitem__(self, number: int) -> Row:
-        place = bisect.bisect_right(self._starts, number) - 1
+        place, row = self._rows.place(number)
         batch = self._batches.get(place)
         if batch is None:
-            batch = self._batches[place] = TokenBatch(self._reader.get_batch(place))
-        return batch[number - self._starts[place]]
+            batch = self._batches[place] = TokenBatch(self._rows.batch(place))
+        return batch[row]
 
 
 class TokenRows:
@@ -109,6 +129,36 @@ class Units:
         return [self.rows[number] for number in self.row_numbers(unit)]
 
 
+class LazyUnits:
+    """The rows of a dataset that are encoded when they are asked for; a row that gives no tokens trains nothing.
+
+    Args:
+        rows: standard rows.
+        encoder: turns them into token ids.
+        report: is told of each row that gives no tokens, with its place.
+    """
+
+    def __init__(self, rows: LazyRows, encoder: Encoder, report: Callable[[str], None]) -> None:
+        self._rows, self._encoder, self._report = rows, encoder, report
+        self._files: dict[int, ArrowRows] = {}
+        self.lengths = rows.lengths
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, unit: int) -> list[Row]:
+        place, number = (int(value) for value in self._rows.index[unit])
+        if place not in self._files:
+            self._files[place] = ArrowRows(self._rows.files[place])
+        at, row = self._files[place].place(number)
+        batch = self._files[place].batch(at)
+        samples = self._encoder.encode_batch([json_text.loads(batch["row"][row].as_py())])
+        for dropped in (sample for sample in samples if isinstance(sample, Dropped)):
+            where = locate(self._rows.origins[place], batch["position"][row].as_py())
+            self._report(f"{where}: {dropped.reason}: the row trains nothing")
+        return [Row(one.input_ids, one.labels, one.loss_scale) for one in samples if isinstance(one, Encoded)]
+
+
 # --- streams ----------------------------------------------------------------------------------------------------
 
 
@@ -119,12 +169,21 @@ class StreamPosition(NamedTuple):
     unit: int = 0
 
 
+#: Where each stream of a mixture goes on; a run that mixes nothing has one stream.
+StreamPlaces = tuple[StreamPosition, ...]
+
+
 @dataclass(frozen=True)
 class StreamUnit:
     """One unit of a stream (a row or a pack). ``position``: its own place in the plan."""
 
     position: StreamPosition
     parts: tuple[tuple[TokenBatch, int, int], ...]
+
+    @property
+    def next_position(self) -> StreamPosition:
+        """Where its stream goes on."""
+        return StreamPosition(self.position.task, self.position.unit + 1)
 
     @property
     def rows(self) -> list[Row]:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from rayswift.data.token_rows import Row, StreamPosition, StreamUnit, TokenRows, Units, iter_units
+from rayswift.data.token_rows import LazyUnits, Row, StreamPlaces, StreamUnit, TokenRows, Units, iter_units
 
 if TYPE_CHECKING:
     import numpy as np
@@ -153,8 +153,8 @@ class _Loader:
         """The rows of each micro-batch of this worker, from the start step on."""
         raise NotImplementedError
 
-    def stream_position(self, step: int) -> StreamPosition | None:
-        """Where the stream goes on after this step; None for a dataset of known length."""
+    def stream_places(self, step: int) -> StreamPlaces | None:
+        """Where the streams go on after this step; None for a dataset of known length."""
         return None
 
     def _mine(self, costs: Sequence[int]) -> Iterator[list[int]]:
@@ -174,7 +174,7 @@ class EpochLoader(_Loader):
 
     def __init__(
         self,
-        units: Units,
+        units: Units | LazyUnits,
         plan: StepPlan,
         rank: Rank,
         collate: Collator,
@@ -230,33 +230,38 @@ class EpochLoader(_Loader):
 
 
 class StreamLoader(_Loader):
-    """A stream: every step takes the next ``global batch`` units, the last one what is left.
+    """Streams: every step takes the next ``global batch`` units, the last one of a single stream what is left.
 
     Args:
-        tables: the stream's tables from the position to start at.
+        tables: the tables of each stream from its place on.
+        start: the place of each stream.
+        order: which stream gives the next unit.
     """
 
     def __init__(
         self,
-        tables: Callable[[], Iterator[pa.Table]],
+        tables: Callable[[], Sequence[Iterator[pa.Table]]],
+        start: StreamPlaces,
+        order: Iterator[int],
         plan: StepPlan,
         rank: Rank,
         collate: Collator,
         start_step: int,
     ) -> None:
         super().__init__(plan, rank, collate, start_step)
-        self.tables = tables
-        self._positions: dict[int, StreamPosition] = {}
+        self.tables, self.order = tables, order
+        self._reached = list(start)
+        self._places: dict[int, StreamPlaces] = {}
 
-    def stream_position(self, step: int) -> StreamPosition | None:
-        return self._positions[step]
+    def stream_places(self, step: int) -> StreamPlaces | None:
+        return self._places[step]
 
     def step_cells(self) -> Iterator[list[list[StreamUnit]]]:
         """For each step, the units of each of this worker's micro-batches."""
         step, waiting = self.start_step, []
         if step >= self.plan.max_steps:
             return
-        for unit in iter_units(self.tables()):
+        for unit in self._units():
             waiting.append(unit)
             if len(waiting) == self.plan.global_batch_size:
                 step += 1
@@ -264,12 +269,22 @@ class StreamLoader(_Loader):
                 waiting = []
                 if step == self.plan.max_steps:
                     return
-        if waiting:
+        # A mixture ends with its last whole step: its place in the order is the number of steps times their size.
+        if waiting and len(self._reached) == 1:
             yield self._cells(waiting, step + 1)
 
+    def _units(self) -> Iterator[StreamUnit]:
+        """Units until one of the streams ends, which is planned for many epochs."""
+        streams = [iter_units(tables) for tables in self.tables()]
+        for stream in self.order:
+            unit = next(streams[stream], None)
+            if unit is None:
+                return
+            self._reached[stream] = unit.next_position
+            yield unit
+
     def _cells(self, units: list[StreamUnit], step: int) -> list[list[StreamUnit]]:
-        last = units[-1].position
-        self._positions = {step: StreamPosition(last.task, last.unit + 1)}
+        self._places = {step: tuple(self._reached)}
         return [[units[place] for place in cell] for cell in self._mine([1] * len(units))]
 
     def micro_batches(self) -> Iterator[list[Row]]:

@@ -48,12 +48,12 @@ class Position:
     Args:
         global_batch_size: units per step.
         data: fingerprint of the data in its order.
-        stream: ``(task, unit)`` of the stream's plan that come next; None for a dataset of known length.
+        stream: for each stream the ``(task, unit)`` of its plan that comes next; None for a dataset of known length.
     """
 
     global_batch_size: int
     data: str
-    stream: tuple[int, int] | None = None
+    stream: tuple[tuple[int, int], ...] | None = None
 
     def write(self, folder: str) -> None:
         """Put it into a local checkpoint folder."""
@@ -67,7 +67,8 @@ def read_position(filesystem: FileSystem, checkpoint: str) -> Position | None:
             found = json.loads(stream.read())
     except FileNotFoundError:
         return None
-    return Position(found["global_batch_size"], found["data"], found["stream"] and tuple(found["stream"]))
+    places = found["stream"] and tuple((task, unit) for task, unit in found["stream"])
+    return Position(found["global_batch_size"], found["data"], places)
 
 
 def hash_files(folder: str, share: int = 0, shares: int = 1) -> dict[str, dict[str, Any]]:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from rayswift import cluster as ray_cluster
+from rayswift.data.blocks import LazyRows
 from rayswift.data.encoding import Encoder
 from rayswift.data.pipeline import first_usable_row
 from rayswift.data.registry import ResolvedDatasets, resolve_datasets
@@ -17,6 +18,7 @@ from rayswift.data.stage_bars import StageBars
 from rayswift.errors import UserError
 from rayswift.train import checkpoints
 from rayswift.train.deepspeed import check_precision, deepspeed_config
+from rayswift.train.memory import memory_need, shortage
 from rayswift.train.plan import StepPlan, plan_steps
 from rayswift.train.run_directory import RunDirectory, check_writable, output_base
 
@@ -25,7 +27,7 @@ if TYPE_CHECKING:
     from rayswift.data.blocks import BlockRows
     from rayswift.data.packing import Packs
     from rayswift.data.pipeline import TrainData
-    from rayswift.data.streaming import StreamPlan
+    from rayswift.data.streaming import StreamMix
     from rayswift.data.token_cache import TokenCache
 
 logger = logging.getLogger("rayswift.train")
@@ -63,7 +65,6 @@ def train(args: Any) -> dict[str, Any]:
     check_writable(base)
     resume = _find_resume(args, base)
     ray_cluster.check_before_start(args)
-    _refuse_unbuilt(args)
     model_dir = _resolve_model(args)
     datasets = resolve_datasets(args)
     first_row = first_usable_row([*datasets.train, *datasets.val], args.strict)
@@ -130,19 +131,6 @@ def _check_bytes(uri: str, filesystem: Any, checkpoint: str) -> None:
         )
 
 
-def _refuse_unbuilt(args: Any) -> None:
-    """Flags whose meaning is not built yet: better no run than one that silently does something else."""
-    streaming = args.streaming
-    unbuilt = {
-        "--lazy_tokenize true": args.lazy_tokenize,
-        "--load_best_model_at_end true": args.load_best_model_at_end,
-        "--interleave_prob with --streaming true": streaming and args.interleave_prob,
-    }
-    found = [flag for flag, given in unbuilt.items() if given]
-    if found:
-        raise UserError(f"{', '.join(found)}: not built yet; leave it out")
-
-
 def _resolve_model(args: Any) -> str:
     from rayswift.hub import resolve_model
     from rayswift.modeling.loading import weight_files
@@ -176,6 +164,11 @@ def _announce(args: Any, model_dir: str, dtype: str, cluster: Cluster, workers: 
     device = "GPU" if workers.use_gpu else "CPU"
     _say(f"model: {args.model} ({counts.parameters / 1e6:.1f}M parameters, {dtype}), {args.train_type} training")
     _say(f"workers: {count} on {device}, DeepSpeed {args.deepspeed or 'off'}; {cluster.describe()}")
+    need = memory_need(args, model_dir, dtype, workers.largest, workers.use_gpu)
+    _say(need.line())
+    warning = shortage(need, workers.largest, workers.use_gpu) if cluster.embedded else None
+    if warning:
+        _say(f"warning: {warning}")
 
 
 # --- data -------------------------------------------------------------------------------------------------------
@@ -187,13 +180,19 @@ class _RunData:
 
     loaded: TrainData
     packs: Packs | None
-    stream: StreamPlan | None
+    stream: StreamMix | None
     fingerprint: str
 
     @property
     def train(self) -> BlockRows | None:
         """Token rows; None for a stream."""
         return self.loaded.train
+
+    @property
+    def token_parts(self) -> dict[str, BlockRows]:
+        """Training and validation rows whose lengths are known, by SWIFT's names for them."""
+        found = {"train_dataset": self.train, "val_dataset": self.loaded.val}
+        return {name: rows for name, rows in found.items() if rows is not None and not isinstance(rows, LazyRows)}
 
     @property
     def num_units(self) -> int | None:
@@ -214,7 +213,8 @@ def _load_data(args: Any, datasets: ResolvedDatasets, encoder: Encoder, cache: T
     """Token rows, or for ``--streaming true`` the plan of a stream; and the validation rows."""
     from rayswift.data.packing import pack
     from rayswift.data.pipeline import load_train_data
-    from rayswift.data.streaming import plan_stream
+    from rayswift.data.streaming import plan_streams
+    from rayswift.data.token_cache import encoder_hash
 
     _say(f"template: {encoder.template_name}")
     length = (args.packing_length or encoder.max_length) if args.packing else None
@@ -223,11 +223,13 @@ def _load_data(args: Any, datasets: ResolvedDatasets, encoder: Encoder, cache: T
     with StageBars() as bars:
         loaded = load_train_data(args, datasets, encoder, bars.update, cache)
     if loaded.train is None:
-        stream = plan_stream(args, datasets.train, length)
+        stream = plan_streams(args, datasets.train, length)
         return _RunData(loaded, None, stream, stream.fingerprint(encoder))
     packs = pack(loaded.train.lengths, length) if length is not None else None
     settings = (
         loaded.train.fingerprint(),
+        # Lazy rows are standard rows: what they become is not in their names.
+        encoder_hash(encoder) if isinstance(loaded.train, LazyRows) else None,
         length,
         args.data_seed,
         args.train_dataloader_shuffle,
@@ -237,12 +239,12 @@ def _load_data(args: Any, datasets: ResolvedDatasets, encoder: Encoder, cache: T
 
 
 def _print_sample(encoder: Encoder, data: _RunData, row: dict[str, Any] | None) -> None:
-    """The first training sample as SWIFT prints it; of a stream, what its first usable row becomes."""
+    """The first training sample as SWIFT prints it; of rows not encoded yet, what the first usable one becomes."""
     from rayswift.data.encoding import Dropped, Encoded
     from rayswift.data.token_rows import TokenRows
 
     first: Encoded | Dropped
-    if data.train is not None:
+    if data.train is not None and not isinstance(data.train, LazyRows):
         ids, labels, _ = TokenRows(data.train)[0]
         first = Encoded(ids, labels)
     else:
@@ -256,9 +258,8 @@ def _print_data(args: Any, data: _RunData, plan: StepPlan, workers: Workers) -> 
     for line in data.loaded.drops.lines():
         _say(line)
     val = data.loaded.val
-    for rows in (data.train, val):
-        if rows is not None:
-            _say(f"Dataset Token Length: {length_line(rows.lengths)}")
+    for rows in data.token_parts.values():
+        _say(f"Dataset Token Length: {length_line(rows.lengths)}")
     if data.train is not None:
         _say(f"train_dataset: {len(data.train)} rows, val_dataset: {len(val) if val else 0} rows")
     unit = "packs" if args.packing else "rows"
@@ -420,8 +421,7 @@ def _outcome(run: RunDirectory, result: Any) -> dict[str, Any]:
 
 def _summary(data: _RunData, parameter_info: str | None, outcome: dict[str, Any]) -> dict[str, Any]:
     """SWIFT's closing row of logging.jsonl."""
-    parts = {"train_dataset": data.train, "val_dataset": data.loaded.val}
-    row: dict[str, Any] = {name: length_line(rows.lengths) for name, rows in parts.items() if rows is not None}
+    row: dict[str, Any] = {name: length_line(rows.lengths) for name, rows in data.token_parts.items()}
     return {**row, "model_parameter_info": parameter_info, **outcome}
 
 
@@ -429,13 +429,14 @@ def _print_end(args: Any, outcome: dict[str, Any]) -> None:
     last, best = outcome["last_model_checkpoint"], outcome["best_model_checkpoint"]
     _say(f"last_model_checkpoint: {last}")
     _say(f"best_model_checkpoint: {best}")
-    if last is None:
+    result = best if args.load_best_model_at_end else last
+    if result is None:
         return
     flag = "--model" if args.train_type == "full" else "--adapters"
     _say("next:")
-    _say(f"  rayswift infer {flag} {last} --stream true")
+    _say(f"  rayswift infer {flag} {result} --stream true")
     if flag == "--adapters":
-        _say(f"  rayswift infer {flag} {last} --stream true --merge_lora true")
+        _say(f"  rayswift infer {flag} {result} --stream true --merge_lora true")
 
 
 def _say_how_to_resume(run: RunDirectory, last_step: int | None) -> None:

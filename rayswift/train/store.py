@@ -91,7 +91,7 @@ class CheckpointStore:
         local = os.path.join(self.local_dir, name)
         if self.rank.rank == 0:
             self.config.args.save(os.path.join(local, "args.json"))
-            stream = trainer.loader.stream_position(step)
+            stream = trainer.loader.stream_places(step)
             batch = self.config.plan.global_batch_size
             checkpoints.Position(batch, self.config.data_fingerprint, stream).write(local)
         if self.rank.world_size > 1:

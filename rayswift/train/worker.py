@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import logging
 import os
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from rayswift.data.blocks import BlockRows
+from rayswift.data.blocks import BlockRows, LazyRows
 from rayswift.data.packing import Packs
-from rayswift.data.token_rows import StreamPosition, TokenRows, Units
+from rayswift.data.token_rows import LazyUnits, StreamPlaces, StreamPosition, TokenRows, Units
 from rayswift.errors import UserError
 from rayswift.train.batches import Collator, EpochLoader, Rank, StreamLoader
 from rayswift.train.plan import StepPlan
 from rayswift.train.store import CheckpointStore
 
 if TYPE_CHECKING:
+    import pyarrow as pa
+
     from rayswift.data.encoding import Encoder
-    from rayswift.data.streaming import StreamPlan
+    from rayswift.data.streaming import StreamMix
+    from rayswift.train.checkpoints import Position
     from rayswift.train.trainer import StepTrainer
 
 logger = logging.getLogger("rayswift.train")
@@ -34,9 +38,9 @@ class WorkerConfig:
         dtype: ``bfloat16``, ``float16`` or ``float32``.
         use_gpu: whether workers have accelerators.
         run_uri: the run directory, a local path or a URI.
-        train: token rows; None for a stream.
+        train: token rows, or standard ones to encode on the way; None for a stream.
         packs: how rows are packed; None without packing, or for a stream.
-        stream: the plan of a stream; None for token rows.
+        stream: the plans of streams; None for token rows.
         encoder: turns a stream's rows into token ids.
         data_fingerprint: tells one data order from another; kept in checkpoints.
         val: validation token rows, or None.
@@ -52,7 +56,7 @@ class WorkerConfig:
     run_uri: str
     train: BlockRows | None
     packs: Packs | None
-    stream: StreamPlan | None
+    stream: StreamMix | None
     encoder: Encoder
     data_fingerprint: str
     val: BlockRows | None
@@ -73,7 +77,7 @@ def train_loop(loop_config: dict[str, Any]) -> dict[str, Any]:
     store = CheckpointStore(config, rank, context.get_local_rank(), context.get_local_world_size())
     resume, start_step = store.resume_from()
     position = store.position(resume)
-    start = StreamPosition(*position.stream) if position and position.stream else StreamPosition()
+    start = _stream_places(config, position)
     try:
         trainer = _build_trainer(config, rank, store, start_step, start)
     except Exception as error:
@@ -94,6 +98,15 @@ def train_loop(loop_config: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def _stream_places(config: WorkerConfig, position: Position | None) -> StreamPlaces:
+    """Where the streams begin: at the checkpoint's places, else (also after ``--ignore_data_skip``) at their start."""
+    if config.stream is None:
+        return ()
+    if position is None or position.stream is None or position.data != config.data_fingerprint:
+        return config.stream.start()
+    return tuple(StreamPosition(*place) for place in position.stream)
+
+
 def _prepare_process(config: WorkerConfig, local_world_size: int) -> None:
     """Threads, DeepSpeed and seeds, before any model is loaded."""
     import torch
@@ -112,7 +125,7 @@ def _prepare_process(config: WorkerConfig, local_world_size: int) -> None:
 
 
 def _build_trainer(
-    config: WorkerConfig, rank: Rank, store: CheckpointStore, start_step: int, start: StreamPosition
+    config: WorkerConfig, rank: Rank, store: CheckpointStore, start_step: int, start: StreamPlaces
 ) -> StepTrainer:
     from rayswift.hub import resolve_model
     from rayswift.modeling.adapters import parameter_info
@@ -126,6 +139,8 @@ def _build_trainer(
         args, config.plan, rank.world_size, store.local_dir, config.dtype, config.use_gpu, config.val is not None
     )
     model_dir = resolve_model(config.model, revision=args.model_revision, use_hf=args.use_hf, token=args.hub_token)
+    # What the driver found may be on its machine only.
+    config = replace(config, encoder=replace(config.encoder, model_dir=model_dir))
     tokenizer = load_tokenizer(model_dir, trust_remote_code=args.trust_remote_code)
     model = _build_model(config, model_dir)
     pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
@@ -205,22 +220,37 @@ def buckets(args: Any) -> bool:
     return args.training_args.get("train_sampling_strategy") == "group_by_length"
 
 
+def _units(config: WorkerConfig, rows: BlockRows) -> Units | LazyUnits:
+    if not isinstance(rows, LazyRows):
+        return Units(rows, config.packs)
+
+    def report(line: str) -> None:
+        config.events.push.remote({"event": "drops", "lines": [line]})
+
+    return LazyUnits(rows, config.encoder, report)
+
+
 def _loader(
-    config: WorkerConfig, rank: Rank, pad_token_id: int, start_step: int, start: StreamPosition
+    config: WorkerConfig, rank: Rank, pad_token_id: int, start_step: int, start: StreamPlaces
 ) -> EpochLoader | StreamLoader:
     args = config.args
     collate = Collator(pad_token_id, flat=args.packing or args.padding_free)
     if config.train is not None:
-        units = Units(config.train, config.packs)
+        units = _units(config, config.train)
         shuffle, bucket = args.train_dataloader_shuffle, buckets(args)
         return EpochLoader(units, config.plan, rank, collate, start_step, args.data_seed, shuffle, bucket)
     from ray.train.collective import broadcast_from_rank_zero
 
-    from rayswift.data.streaming import read_stream, start_stream_reader
+    from rayswift.data.streaming import read_stream, start_stream_readers
 
     assert config.stream is not None
-    reader = None
+    readers = None
     if rank.rank == 0:
-        reader = start_stream_reader(config.stream, config.encoder, config.events, start, rank.world_size)
-    shared = broadcast_from_rank_zero(reader)
-    return StreamLoader(lambda: read_stream(shared, rank.rank), config.plan, rank, collate, start_step)
+        readers = start_stream_readers(config.stream, config.encoder, config.events, start, rank.world_size)
+    shared = broadcast_from_rank_zero(readers)
+    order = config.stream.order(start_step * config.plan.global_batch_size)
+
+    def tables() -> list[Iterator[pa.Table]]:
+        return [read_stream(reader, rank.rank) for reader in shared]
+
+    return StreamLoader(tables, start, order, config.plan, rank, collate, start_step)

@@ -110,6 +110,23 @@ SFT = "sft --model m --dataset d"
             "contradicts --split_dataset_ratio 0 without --val_dataset",
         ),
         (f"{SFT} --load_best_model_at_end true --save_strategy no", "contradicts --save_strategy no"),
+        (
+            f"{SFT} --load_best_model_at_end true --eval_steps 50 --save_steps 75",
+            "--load_best_model_at_end true contradicts --save_steps 75 with --eval_steps 50",
+        ),
+        (f"{SFT} --lazy_tokenize true --cached_dataset c", "--lazy_tokenize true contradicts --cached_dataset"),
+        (
+            f"{SFT} --lazy_tokenize true --train_sampling_strategy group_by_length",
+            "--lazy_tokenize true contradicts --train_sampling_strategy group_by_length",
+        ),
+        (
+            f"{SFT} --interleave_by tokens --lazy_tokenize true",
+            "--interleave_by tokens contradicts --lazy_tokenize true",
+        ),
+        (
+            f"{SFT} --interleave_by tokens --streaming true --max_steps 5",
+            "--interleave_by tokens contradicts --streaming true",
+        ),
         (f"{SFT} --interleave_prob 0.5 0.5", "--interleave_prob has 2 values but --dataset names 1"),
         ("sft --model m --dataset a b --interleave_prob 0.5 0.1", "--interleave_prob adds up to 0.6"),
         (f"{SFT} --fp16 true --torch_dtype bfloat16", "--fp16 true contradicts --torch_dtype bfloat16"),

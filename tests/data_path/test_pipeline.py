@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import gzip
+import itertools
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -15,19 +17,21 @@ import pytest
 
 from rayswift.arguments import Arguments, make_arguments
 from rayswift.data import sources, streaming
-from rayswift.data.blocks import BlockRows, blend, interleave, sample_rows, split_rows
+from rayswift.data.blocks import BlockRows, LazyRows, blend, interleave, sample_rows, split_rows
 from rayswift.data.encoding import Encoder
 from rayswift.data.pipeline import TrainData, first_usable_row, load_train_data
 from rayswift.data.registry import resolve_datasets
 from rayswift.data.streaming import (
+    StreamMix,
     StreamPlan,
     plan_stream,
+    plan_streams,
     read_stream,
-    start_stream_reader,
+    start_stream_readers,
     stream_tokens,
     task_tokens,
 )
-from rayswift.data.token_rows import StreamPosition, TokenRows
+from rayswift.data.token_rows import LazyUnits, StreamPosition, TokenRows
 from rayswift.errors import UserError
 from rayswift.train.events import start_event_queue
 
@@ -133,6 +137,10 @@ def test_interleave_follows_the_probabilities_and_stops() -> None:
     every = interleave([100, 10], [0.5, 0.5], "all_exhausted", rng())
     assert set(every) == set(range(110))
     assert Counter(every.tolist())[100] > 1
+
+
+def test_a_dataset_with_probability_zero_is_not_waited_for() -> None:
+    assert set(interleave([10, 10], [1.0, 0.0], "all_exhausted", rng())) == set(range(10))
 
 
 def test_blend_without_shuffling_concatenates() -> None:
@@ -280,6 +288,50 @@ def test_interleave_end_to_end(ray_cluster: None, plain: Encoder, tmp_path: Path
     assert 25 < len(taken[1]) < 80
 
 
+def test_interleaving_by_tokens_gives_each_dataset_its_share_of_the_tokens(
+    ray_cluster: None, plain: Encoder, tmp_path: Path
+) -> None:
+    short = write(tmp_path / "short.jsonl", [{"text": f"s{n}"} for n in range(2000)])
+    long = write(tmp_path / "long.jsonl", [{"text": f"l{n}" + " and" * 40} for n in range(200)])
+    shares = {}
+    for by in ("rows", "tokens"):
+        args = arguments([short, long], interleave_prob=[0.5, 0.5], interleave_by=by, split_dataset_ratio=0)
+        lengths = load(args, plain).train.lengths
+        shares[by] = lengths[lengths > 20].sum() / lengths.sum()
+    assert shares["tokens"] == pytest.approx(0.5, abs=0.05)
+    assert shares["rows"] > 0.8
+
+
+def test_a_dataset_of_which_nothing_is_left_cannot_be_mixed(ray_cluster: None, plain: Encoder, tmp_path: Path) -> None:
+    good = write(tmp_path / "good.jsonl", [{"text": "a"}])
+    long = write(tmp_path / "long.jsonl", [{"text": "a long text of many words"}])
+    limited = Encoder(plain.model_dir, use_chat_template=False, loss_scale="all", max_length=4)
+    args = arguments([good, long], interleave_prob=[0.5, 0.5], split_dataset_ratio=0)
+    assert refusal(lambda: load(args, limited)) == (
+        f"--dataset {long}: no row is left to mix in; 1 rows dropped: longer than --max_length 4 (first at {long}:1)"
+    )
+
+
+def test_lazy_rows_are_those_that_would_be_encoded_before(ray_cluster: None, plain: Encoder, tmp_path: Path) -> None:
+    rows = [{"text": f"{n} " + "and " * (n % 7)} for n in range(50)]
+    path = write(tmp_path / "a.jsonl", rows)
+    limited = Encoder(plain.model_dir, use_chat_template=False, loss_scale="all", max_length=8)
+    eager = load(arguments(path, split_dataset_ratio=0.1), limited)
+    lazy = load(arguments(path, split_dataset_ratio=0.1, lazy_tokenize=True), limited)
+    assert isinstance(lazy.train, LazyRows)
+    assert texts_of(lazy.val, limited) == texts_of(eager.val, limited)
+    said: list[str] = []
+    units = LazyUnits(lazy.train, limited, said.append)
+    samples = [row for unit in range(len(units)) for row in units[unit]]
+    expected = TokenRows(eager.train)
+    assert sorted(row.input_ids.tolist() for row in samples) == sorted(
+        expected[number].input_ids.tolist() for number in range(len(expected))
+    )
+    # What an earlier encoding counts as dropped is said, with its place, when the row comes up.
+    assert len(said) == len(units) - len(samples) > 0
+    assert all(f"{path}:" in line and "longer than --max_length 8: the row trains nothing" in line for line in said)
+
+
 def test_the_first_usable_row(tmp_path: Path) -> None:
     def first(*names: str, strict: bool = False) -> dict[str, Any]:
         return first_usable_row(resolve_datasets(arguments(list(names))).train, strict)
@@ -386,25 +438,76 @@ def test_every_worker_sees_the_whole_stream_at_its_own_pace(
     plan = stream_plan(stream_dir)
     epochs = len({epoch for task in plan.tasks for epoch, _ in task})
     expected = [text for epoch in range(epochs) for text in epoch_texts(plan, plain, epoch)]
-    reader = start_stream_reader(plan, plain, None, StreamPosition(), num_workers=2)
+    (reader,) = start_stream_readers(StreamMix((plan,)), plain, None, (StreamPosition(),), num_workers=2)
     slow, fast = read_stream(reader, 0), read_stream(reader, 1)
     first = next(slow)
     assert decoded(fast, plain) == expected
     assert decoded([first, *slow], plain) == expected
     # From a place in the middle on, nothing before it is read.
-    start = StreamPosition(1, 3)
-    again = start_stream_reader(plan, plain, None, start, num_workers=1)
+    (again,) = start_stream_readers(StreamMix((plan,)), plain, None, (StreamPosition(1, 3),), num_workers=1)
     before = decoded([*task_tokens(plan, 0, 0, plain, None)], plain)
     assert decoded(read_stream(again, 0), plain) == expected[len(before) + 3 :]
     for actor in (reader, again):
         ray.kill(actor)
 
 
+def test_which_stream_gives_the_next_unit_is_a_function_of_its_number(tmp_path: Path) -> None:
+    names = [write(tmp_path / f"{name}.jsonl", [{"text": name}]) for name in "abc"]
+    args = arguments(names, streaming=True, max_steps=10, interleave_prob=[0.7, 0.0, 0.3])
+    mix = plan_streams(args, resolve_datasets(args).train, None)
+    assert [plan.pieces[0].chunks[0].path for plan in mix.plans] == [names[0], names[2]]
+    order = list(itertools.islice(mix.order(0), 5000))
+    assert order.count(0) / 5000 == pytest.approx(0.7, abs=0.03)
+    for first in (1, 1023, 1024, 3000):
+        assert list(itertools.islice(mix.order(first), 100)) == order[first : first + 100]
+    # Without --interleave_prob the datasets are one stream.
+    together = arguments(names, streaming=True, max_steps=10)
+    single = plan_streams(together, resolve_datasets(together).train, None)
+    assert (len(single.plans), list(itertools.islice(single.order(7), 3))) == (1, [0, 0, 0])
+
+
+def test_streams_are_read_side_by_side(
+    ray_cluster: None, plain: Encoder, stream_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import ray
+
+    monkeypatch.setattr(streaming, "PIECE_BYTES", 300)
+    monkeypatch.setattr(streaming, "MAX_PLANNED_TASKS", 5)
+    names = [f"{stream_dir}/{name}.jsonl" for name in "ab"]
+    args = arguments(names, streaming=True, max_steps=10, interleave_prob=[0.5, 0.5])
+    mix = plan_streams(args, resolve_datasets(args).train, None)
+    start = (StreamPosition(), StreamPosition(0, 5))
+    readers = start_stream_readers(mix, plain, None, start, num_workers=1)
+    for plan, reader, skipped in zip(mix.plans, readers, (0, 5), strict=True):
+        tables = (table for task in range(len(plan.tasks)) for table in task_tokens(plan, task, 0, plain, None))
+        assert decoded(read_stream(reader, 0), plain) == decoded(tables, plain)[skipped:]
+        ray.kill(reader)
+
+
+def test_a_stream_reads_on_behind_a_broken_line(ray_cluster: None, plain: Encoder, tmp_path: Path) -> None:
+    import ray
+
+    path = tmp_path / "a.jsonl.gz"
+    lines = [json.dumps({"text": f"row {n}"}) for n in range(40)]
+    lines[16] = '{"text": "row'
+    path.write_bytes(gzip.compress("\n".join(lines).encode()))
+    plan = dataclasses.replace(stream_plan(path), tasks=(((0, 0),),))
+    log = start_event_queue()
+    texts = decoded(task_tokens(plan, 0, 0, plain, log), plain)
+    reported = [line for event in ray.get(log.drain.remote()) for line in event["lines"]]
+    ray.kill(log)
+    assert sorted(texts) == sorted(f"row {n}" for n in range(40) if n != 16)
+    assert len(reported) == 1
+    assert reported[0].startswith("1 rows dropped: broken JSON: ")
+    assert reported[0].endswith(f"(first at {path}:17)")
+
+
 def test_what_stops_a_stream_reaches_the_worker(ray_cluster: None, plain: Encoder, tmp_path: Path) -> None:
     import ray
 
     path = write(tmp_path / "a.jsonl", BAD_ROWS)
-    reader = start_stream_reader(stream_plan(path, strict=True), plain, None, StreamPosition(), num_workers=1)
+    mix = StreamMix((stream_plan(path, strict=True),))
+    (reader,) = start_stream_readers(mix, plain, None, mix.start(), num_workers=1)
     with pytest.raises(ray.exceptions.RayError, match="no column holds text"):
         list(read_stream(reader, 0))
     ray.kill(reader)

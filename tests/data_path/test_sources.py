@@ -14,7 +14,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from rayswift.data import sources
-from rayswift.data.sources import BadRow, Chunk, iter_raw_rows, iter_rows, locate, plan_chunks, split_format
+from rayswift.data.rows import BrokenLine
+from rayswift.data.sources import Chunk, iter_raw_rows, iter_rows, locate, plan_chunks, split_format
 from rayswift.errors import UserError
 
 ROWS = [{"query": f'问题 {i}, "quoted"', "response": f"line one\nline two {i} 🙂"} for i in range(30)]
@@ -103,16 +104,11 @@ def test_broken_line_is_named(tmp_path: Path, compression: str) -> None:
     assert "mend or remove the line" in message
 
 
-def test_rows_before_a_broken_line_arrive(tmp_path: Path) -> None:
+def test_rows_before_and_behind_a_broken_line_arrive(tmp_path: Path) -> None:
     path = write(tmp_path / "train.jsonl", jsonl(ROWS[:16]) + b"{\n" + jsonl(ROWS[16:]))
-    seen = []
-    with pytest.raises(BadRow):
-        seen.extend(row for row, _ in iter_rows(Chunk(path)))
-    seen = []
-    rows = iter_rows(Chunk(path))
-    for _ in range(16):
-        seen.append(next(rows)[0])
-    assert seen == ROWS[:16]
+    seen = [row for row, _ in iter_rows(Chunk(path))]
+    assert isinstance(seen[16], BrokenLine)
+    assert seen[:16] + seen[17:] == ROWS
 
 
 @pytest.mark.parametrize("compression", COMPRESSIONS)
@@ -243,10 +239,7 @@ def test_a_broken_line_is_named_in_whichever_chunk_it_lies(
     path = write(tmp_path / "train.jsonl", b"\n".join(lines))
     broken = []
     for chunk in plan_chunks([path]):
-        try:
-            list(iter_rows(chunk))
-        except BadRow as error:
-            broken.append(locate(path, error.position))
+        broken += [locate(path, position) for row, position in iter_rows(chunk) if isinstance(row, BrokenLine)]
     assert broken == [f"{path}:17"]
 
 

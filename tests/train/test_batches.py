@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import itertools
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ import torch
 from rayswift.data.blocks import BlockRows
 from rayswift.data.packing import pack
 from rayswift.data.pipeline import token_schema
-from rayswift.data.token_rows import Row, TokenRows, Units
+from rayswift.data.token_rows import Row, StreamPosition, TokenRows, Units
 from rayswift.train.batches import Batch, Collator, EpochLoader, Rank, StreamLoader, deal, eval_batches, flatten, pad
 from rayswift.train.plan import StepPlan
 
@@ -221,19 +222,24 @@ def stream(sizes: list[int]) -> Iterator[pa.Table]:
         first += size
 
 
+def one_stream(tables: Callable[[], Iterator[pa.Table]], plan: StepPlan, rank: Rank) -> StreamLoader:
+    start = (StreamPosition(),)
+    return StreamLoader(lambda: [tables()], start, itertools.repeat(0), plan, rank, COLLATE, 0)
+
+
 @pytest.mark.parametrize("sizes", [[4] * 10, [40], [1] * 40, [3, 11, 0, 2, 9, 15]])
 def test_a_stream_is_cut_into_steps_whatever_its_blocks_are(sizes: list[int]) -> None:
     plan = StepPlan(global_batch_size=8, per_device_batch_size=2, max_steps=3, steps_per_epoch=None)
-    found = StreamLoader(lambda: stream(sizes), plan, Rank(1, 2), COLLATE, 0)
+    found = one_stream(lambda: stream(sizes), plan, Rank(1, 2))
     assert [numbers_of(batch) for batch in found] == [[2, 3], [6, 7], [10, 11], [14, 15], [18, 19], [22, 23]]
 
 
 def test_a_stream_that_ends_early_ends_with_a_smaller_step() -> None:
     plan = StepPlan(global_batch_size=4, per_device_batch_size=2, max_steps=5, steps_per_epoch=None)
-    shares = [StreamLoader(lambda: stream([4, 4, 2]), plan, Rank(rank, 2), COLLATE, 0) for rank in range(2)]
+    shares = [one_stream(lambda: stream([4, 4, 2]), plan, Rank(rank, 2)) for rank in range(2)]
     trained = [[numbers_of(batch) for batch in share if (batch["labels"] != -100).any()] for share in shares]
     assert trained == [[[0, 1], [4, 5], [8, 9]], [[2, 3], [6, 7]]]
-    assert shares[0].stream_position(3) == (1, 2)
+    assert shares[0].stream_places(3) == ((1, 2),)
     assert list(shares[0]) == []
 
 
@@ -246,8 +252,25 @@ def test_a_stream_is_read_no_further_than_needed() -> None:
             yield block
 
     plan = StepPlan(global_batch_size=4, per_device_batch_size=4, max_steps=2, steps_per_epoch=None)
-    assert len(list(StreamLoader(blocks, plan, Rank(0, 1), COLLATE, 0))) == 2
+    assert len(list(one_stream(blocks, plan, Rank(0, 1)))) == 2
     assert len(read) == 2
+
+
+def test_streams_are_mixed_in_the_given_order_and_each_keeps_its_place() -> None:
+    def tables() -> list[Iterator[pa.Table]]:
+        return [stream([4, 4]), (table.slice(1) for table in stream([3, 3]))]
+
+    plan = StepPlan(global_batch_size=3, per_device_batch_size=3, max_steps=9, steps_per_epoch=None)
+    order = itertools.cycle([0, 1, 0])
+    start = (StreamPosition(), StreamPosition(0, 1))
+    found = StreamLoader(tables, start, order, plan, Rank(0, 1), COLLATE, 0)
+    steps, places = [], []
+    for batch in found:
+        steps.append(numbers_of(batch))
+        places.append(found.stream_places(len(steps)))
+    # The second stream's rows are 1, 2 of its first table and 4, 5 of its second; it ends the mixture.
+    assert steps == [[0, 1, 1], [2, 2, 3], [4, 4, 5], [6, 5, 7]]
+    assert places == [((0, 2), (0, 2)), ((0, 4), (0, 3)), ((0, 6), (0, 5)), ((0, 8), (0, 6))]
 
 
 @pytest.mark.parametrize(

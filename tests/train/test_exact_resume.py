@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from rayswift.arguments import make_arguments
@@ -24,9 +24,9 @@ from rayswift.data.encoding import Encoder
 from rayswift.data.packing import pack
 from rayswift.data.pipeline import load_train_data
 from rayswift.data.registry import resolve_datasets
-from rayswift.data.streaming import StreamPlan, plan_stream, task_tokens
+from rayswift.data.streaming import StreamMix, StreamPlan, plan_streams, task_tokens
 from rayswift.data.token_cache import TokenCache
-from rayswift.data.token_rows import Row, StreamPosition, Units
+from rayswift.data.token_rows import Row, StreamPlaces, StreamPosition, Units
 from rayswift.train.batches import Collator, EpochLoader, Rank, StreamLoader
 from rayswift.train.plan import StepPlan
 
@@ -39,11 +39,11 @@ CHECK = settings(
 
 @dataclass(frozen=True)
 class Source:
-    """A dataset as loaders see it; ``loader(rank, plan, step, position)`` makes the loader of one worker."""
+    """A dataset as loaders see it; ``loader(rank, plan, step, places)`` makes the loader of one worker."""
 
-    loader: Callable[[Rank, StepPlan, int, StreamPosition], Any]
+    loader: Callable[[Rank, StepPlan, int, StreamPlaces], Any]
     steps_per_epoch: int | None
-    units: int
+    start: StreamPlaces = ()
 
 
 @pytest.fixture(scope="module")
@@ -76,27 +76,35 @@ def epoch_source(dataset: str, encoder: Encoder, cache: str, packing: bool, seed
     units = Units(data.train, pack(data.train.lengths, PACK) if packing else None)
     steps = -(-len(units) // BATCH) if packing else len(units) // BATCH
 
-    def loader(rank: Rank, plan: StepPlan, step: int, _: StreamPosition) -> EpochLoader:
+    def loader(rank: Rank, plan: StepPlan, step: int, _: StreamPlaces) -> EpochLoader:
         return EpochLoader(units, plan, rank, Collator(0, packing), step, seed, shuffle=True)
 
-    return Source(loader, steps, len(units))
+    return Source(loader, steps)
 
 
-def stream_source(dataset: str, encoder: Encoder, packing: bool, seed: int) -> Source:
+def stream_source(datasets: list[str], encoder: Encoder, packing: bool, seed: int, mix: list[float] | None) -> Source:
     args = make_arguments(
-        "sft", model="m/m", dataset=[dataset], streaming=True, max_steps=10**6, data_seed=seed, shuffle_buffer_size=7
-    )
-    plan = plan_stream(args, resolve_datasets(args).train, PACK if packing else None)
-    assert len({epoch for task in plan.tasks for epoch, _ in task}) == 2
+        "sft", model="m/m", dataset=datasets, streaming=True, max_steps=10**6, data_seed=seed, shuffle_buffer_size=7,
+        interleave_prob=mix,
+    )  # fmt: skip
+    streams = plan_streams(args, resolve_datasets(args).train, PACK if packing else None)
+    for plan in streams.plans:
+        assert len({epoch for task in plan.tasks for epoch, _ in task}) == 2
 
-    def loader(rank: Rank, steps: StepPlan, step: int, position: StreamPosition) -> StreamLoader:
-        return StreamLoader(partial(tables, plan, encoder, position), steps, rank, Collator(0, packing), step)
+    def loader(rank: Rank, steps: StepPlan, step: int, places: StreamPlaces) -> StreamLoader:
+        order = streams.order(step * steps.global_batch_size)
+        opened = partial(tables, streams, encoder, places)
+        return StreamLoader(opened, places, order, steps, rank, Collator(0, packing), step)
 
-    return Source(loader, None, 0)
+    return Source(loader, None, streams.start())
 
 
-def tables(plan: StreamPlan, encoder: Encoder, start: StreamPosition) -> Iterator[pa.Table]:
-    """What :func:`stream_tokens` reads, without Ray."""
+def tables(streams: StreamMix, encoder: Encoder, start: StreamPlaces) -> list[Iterator[pa.Table]]:
+    """What the readers hand out, without Ray."""
+    return [_tables(plan, encoder, place) for plan, place in zip(streams.plans, start, strict=True)]
+
+
+def _tables(plan: StreamPlan, encoder: Encoder, start: StreamPosition) -> Iterator[pa.Table]:
     for task in range(start.task, len(plan.tasks)):
         yield from task_tokens(plan, task, start.unit if task == start.task else 0, encoder, None)
 
@@ -107,10 +115,10 @@ Attempt = tuple[int, int]  # (workers, steps until they are killed)
 def run(source: Source, plan: StepPlan, attempts: list[Attempt], encoder: Encoder) -> list[list[list[int]]]:
     """Row numbers as [step][micro-batch in the order of the world]; the last attempt goes on to the end."""
     trained: list[list[list[int]]] = []
-    position = StreamPosition()
+    places = source.start
     for number, (workers, steps) in enumerate(attempts):
         accumulation = plan.accumulation(workers)
-        loaders = [source.loader(Rank(rank, workers), plan, len(trained), position) for rank in range(workers)]
+        loaders = [source.loader(Rank(rank, workers), plan, len(trained), places) for rank in range(workers)]
         streams = [loader.micro_batches() for loader in loaders]
         left = steps if number < len(attempts) - 1 else 10**6
         while left and len(trained) < plan.max_steps:
@@ -122,9 +130,9 @@ def run(source: Source, plan: StepPlan, attempts: list[Attempt], encoder: Encode
             trained.append([[number_of(row, encoder) for row in rows] for rows in micro])
             left -= 1
             # What a checkpoint after this step holds; every worker agrees on it.
-            positions = {loader.stream_position(len(trained)) for loader in loaders}
-            assert len(positions) == 1
-            position = positions.pop() or StreamPosition()
+            reached = {loader.stream_places(len(trained)) for loader in loaders}
+            assert len(reached) == 1
+            places = reached.pop() or ()
         # A killed worker group has often read on; that must not matter.
         for stream in streams:
             next(stream, None)
@@ -142,6 +150,7 @@ attempts = st.lists(st.tuples(st.sampled_from([1, 2, 3]), st.integers(0, 9)), mi
 @pytest.mark.parametrize("packing", [False, True])
 @pytest.mark.parametrize("streaming_", [False, True])
 @CHECK
+@example(attempts=[(1, 2), (2, 3), (3, 1), (1, 4)], seed=0)
 @given(attempts=attempts, seed=st.integers(0, 3))
 def test_any_kill_and_any_worker_count(
     packing: bool,
@@ -153,15 +162,9 @@ def test_any_kill_and_any_worker_count(
     tmp_path_factory: pytest.TempPathFactory,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    # Small pieces: a stream of several tasks of several pieces, over two epochs.
-    monkeypatch.setattr(sources, "CHUNK_BYTES", 500)
-    monkeypatch.setattr(streaming, "PIECE_BYTES", 700)
-    monkeypatch.setattr(streaming, "STREAM_PACKING_WINDOW", 20)
-    monkeypatch.setattr(streaming, "MAX_PLANNED_TASKS", 1)
-    monkeypatch.setattr(streaming, "MAX_PLANNED_EPOCHS", 2)
+    small_pieces(monkeypatch)
     if streaming_:
-        monkeypatch.setattr(streaming, "MAX_PLANNED_TASKS", 10**6)
-        source = stream_source(dataset, encoder, packing, seed)
+        source = stream_source([dataset], encoder, packing, seed, None)
         plan = StepPlan(BATCH, 1, 10**6, None)
     else:
         cache = str(tmp_path_factory.getbasetemp() / "cache")
@@ -174,9 +177,55 @@ def test_any_kill_and_any_worker_count(
     assert sorted(rows[:ROWS]) == sorted(rows[ROWS:]) == list(range(ROWS))
     # For the same number of workers, the same micro-batches in the same order as an undisturbed run; for another
     # number, the same rows in the same step.
+    check_undisturbed(found, source, plan, attempts, encoder)
+
+
+def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stream of several tasks of several pieces, over two epochs."""
+    monkeypatch.setattr(sources, "CHUNK_BYTES", 500)
+    monkeypatch.setattr(streaming, "PIECE_BYTES", 700)
+    monkeypatch.setattr(streaming, "STREAM_PACKING_WINDOW", 20)
+    monkeypatch.setattr(streaming, "MAX_PLANNED_TASKS", 10**6)
+    monkeypatch.setattr(streaming, "MAX_PLANNED_EPOCHS", 2)
+
+
+def check_undisturbed(
+    found: list[list[list[int]]], source: Source, plan: StepPlan, attempts: list[Attempt], encoder: Encoder
+) -> None:
+    """Each step's rows are those of a run that nothing disturbs, with the same number of workers in the same order."""
     undisturbed = run(source, plan, [attempts[-1]], encoder)
     assert [sorted(n for micro in step for n in micro) for step in found] == [
         sorted(n for micro in step for n in micro) for step in undisturbed
     ]
     if len({workers for workers, _ in attempts}) == 1:
         assert found == undisturbed
+
+
+@pytest.mark.parametrize("packing", [False, True])
+@CHECK
+@example(attempts=[(1, 2), (2, 1), (3, 1), (1, 2)], seed=0)
+@given(attempts=attempts, seed=st.integers(0, 3))
+def test_mixed_streams_resume_each_at_its_place(
+    packing: bool,
+    attempts: list[Attempt],
+    seed: int,
+    dataset: str,
+    encoder: Encoder,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    small_pieces(monkeypatch)
+    # Rows 0 to 14, 15 to 29 and 30 to 44, a file each.
+    files = [f"{dataset}/{file}.jsonl" for file in range(3)]
+    source = stream_source(files, encoder, packing, seed, [0.6, 0.3, 0.1])
+    plan = StepPlan(BATCH, 1, 10**6, None)
+    found = run(source, plan, attempts, encoder)
+    trained = [[n for step in found for micro in step for n in micro if n // 15 == file] for file in range(3)]
+    for file, rows in enumerate(trained):
+        # Every pass over a dataset trains each of its rows once; the last one may be cut short.
+        passes = [rows[start : start + 15] for start in range(0, len(rows), 15)]
+        assert all(sorted(whole) == list(range(file * 15, file * 15 + 15)) for whole in passes[:-1])
+        assert len(set(passes[-1])) == len(passes[-1])
+    # The likeliest stream ends the mixture after its two planned passes, with the last whole step.
+    assert 30 - BATCH * (PACK if packing else 1) < len(trained[0]) <= 30
+    assert len(trained[0]) > len(trained[1]) > len(trained[2])
+    check_undisturbed(found, source, plan, attempts, encoder)

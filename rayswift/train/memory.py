@@ -1,0 +1,99 @@
+"""How much memory a run will need at least, before it starts: weights, gradients and optimiser of each worker.
+
+Activations are left out: they depend on the rows. The bytes per parameter are those of PyTorch's AdamW and of
+DeepSpeed's own estimators (``estimate_zero2_model_states_mem_needs``, ``estimate_zero3_…``).
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+from rayswift.modeling.loading import read_safetensors_header, weight_files
+from rayswift.train.deepspeed import deepspeed_config, zero_stage
+
+GIB = 2**30
+#: float32: a master copy of the weights, a gradient, and Adam's two moments.
+_OPTIMISER_BYTES = 16
+
+
+@dataclass(frozen=True)
+class MemoryNeed:
+    """Bytes that one worker needs at least: on its device (without a GPU: all of it), and beside a GPU on its host."""
+
+    device: int
+    host: int = 0
+
+    def line(self) -> str:
+        """For the person at the terminal."""
+        beside = f" and {self.host / GIB:.1f} GiB of the machine's own" if self.host else ""
+        return f"memory: at least {self.device / GIB:.1f} GiB per worker{beside}, activations not counted"
+
+
+def memory_need(args: Any, model_dir: str, dtype: str, num_workers: int, use_gpu: bool) -> MemoryNeed:
+    """What one of ``num_workers`` workers needs."""
+    config = deepspeed_config(args.deepspeed)
+    stage, item = zero_stage(config), 4 if dtype == "float32" else 2
+    shapes = _shapes(model_dir)
+    total = sum(prod(shape) for shape in shapes.values())
+    trained = total if args.train_type == "full" else _adapter_parameters(args.lora_rank, shapes)
+    if config is None:
+        # Full training keeps float32 weights; adapters are float32 beside the frozen weights.
+        weights = 0 if trained == total else item * total
+        return MemoryNeed(weights + _OPTIMISER_BYTES * trained)
+    gradients = item * trained
+    states = _OPTIMISER_BYTES * trained // (num_workers if stage >= 1 else 1)
+    weights = item * total // (num_workers if stage >= 3 else 1)
+    # ZeRO-3 has no gradients beside those of the optimiser's shard.
+    gradients = 0 if stage >= 3 else gradients // (num_workers if stage >= 2 else 1)
+    zero = config.get("zero_optimization", {})
+    host = (states if _offloads(zero, "offload_optimizer") else 0) + (
+        weights if _offloads(zero, "offload_param") else 0
+    )
+    device = weights + gradients + states - host
+    return MemoryNeed(device, host) if use_gpu else MemoryNeed(device + host)
+
+
+def shortage(need: MemoryNeed, num_workers: int, use_gpu: bool) -> str | None:
+    """A warning when this machine has too little memory for its workers; None when it is enough, or not known."""
+    each = need.host if use_gpu else need.device
+    free = _free_bytes()
+    if free is None or each * num_workers <= free:
+        return None
+    return (
+        f"this machine has {free / GIB:.1f} GiB free and {num_workers} workers need at least "
+        f"{each * num_workers / GIB:.1f} GiB: try --train_type lora, --deepspeed zero3 or fewer --num_workers"
+    )
+
+
+def _free_bytes() -> int | None:
+    """Memory this process may still take: the machine's, or the cgroup's where that is less."""
+    try:
+        with open("/proc/meminfo", encoding="ascii") as file:
+            fields = dict(line.split(":", 1) for line in file)
+        free = int(fields["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError, ValueError):
+        return None
+    group = "/sys/fs/cgroup"
+    try:
+        with open(os.path.join(group, "memory.max")) as most, open(os.path.join(group, "memory.current")) as now:
+            return min(free, int(most.read()) - int(now.read()))
+    except (OSError, ValueError):  # no limit: "max"
+        return free
+
+
+def _shapes(model_dir: str) -> dict[str, list[int]]:
+    headers = (read_safetensors_header(path) for path in weight_files(model_dir))
+    return {name: tensor["shape"] for header in headers for name, tensor in header.items()}
+
+
+def _adapter_parameters(rank: int, shapes: dict[str, list[int]]) -> int:
+    """Parameters of LoRA on every linear layer of the blocks, the most that ``--target_modules`` usually names."""
+    blocks = [shape for name, shape in shapes.items() if len(shape) == 2 and ".layers." in name]
+    return sum(rank * sum(shape) for shape in blocks)
+
+
+def _offloads(zero: dict[str, Any], part: str) -> bool:
+    return (zero.get(part) or {}).get("device", "none") != "none"
