@@ -15,6 +15,9 @@ from rayswift.errors import UserError
 
 logger = logging.getLogger("rayswift.cluster")
 
+#: How often an embedded Ray is started.
+START_TRIES = 3
+
 
 @dataclass(frozen=True)
 class Cluster:
@@ -86,11 +89,7 @@ def connect(args: Any) -> Cluster:
 
     address = address_of(args)
     if not ray.is_initialized():
-        options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
-        try:
-            ray.init(address=address or "local", **(options if address else {**options, "include_dashboard": False}))
-        except (ConnectionError, ValueError) as error:
-            raise UserError(f"--address {address}: no Ray cluster answers there ({_first_line(error)})") from None
+        _start_ray(address)
     resources = ray.cluster_resources()
     limits = _autoscaler_limits()
     return Cluster(
@@ -107,6 +106,29 @@ def most_cpus() -> float:
     import ray
 
     return max(ray.cluster_resources().get("CPU", 0), _autoscaler_limits().get("CPU", 0))
+
+
+def _start_ray(address: str | None) -> None:
+    """Connect this process to the cluster at ``address``, or to one that it starts itself."""
+    import ray
+
+    options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    if address is None:
+        options["include_dashboard"] = False
+    for left in reversed(range(START_TRIES)):
+        try:
+            ray.init(address=address or "local", **options)
+            return
+        except (ConnectionError, ValueError) as error:
+            raise UserError(f"--address {address}: no Ray cluster answers there ({_first_line(error)})") from None
+        except Exception as error:
+            # On a busy machine Ray's own helper processes miss a deadline of 15 s that no setting moves.
+            if "timed out during startup" not in str(error):
+                raise
+            ray.shutdown()
+            if not left:
+                raise UserError("Ray could not start: this machine is too busy; stop something, or try again") from None
+            logger.warning("Ray did not start in time; trying again")
 
 
 def _autoscaler_limits() -> dict[str, float]:
