@@ -210,7 +210,7 @@ def explain(error: openai.OpenAIError, client: openai.OpenAI, model: str | None)
     text = one_line_message(error)
     if isinstance(error, openai.RateLimitError) or getattr(error, "status_code", None) in (502, 503, 504):
         return EngineUnusable(f"{where}: the server has no capacity now ({text}); try again later")
-    return (EngineUnusable if model is None else UserError)(f"{where}: {text}")
+    return EngineUnusable(f"{where}: {text}") if model is None else UserError(text)
 
 
 def one_line_message(error: openai.OpenAIError) -> str:

@@ -169,7 +169,7 @@ def test_a_person_asks_stops_switches_language_and_adapter(page: Any) -> None:
 
 def test_an_error_of_the_server_is_shown_and_the_next_question_works(page: Any) -> None:
     ask(page, "word " * 3000)  # longer than the context
-    page.get_by_text(re.compile("--base_url .*2048")).wait_for()
+    page.get_by_text(re.compile("context length is 2048")).wait_for()
     ask(page, "What is the capital of France?")
     wait_for(lambda: any("Paris" in text for text in answers(page)), 60, "an answer after the error")
 
