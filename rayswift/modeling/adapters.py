@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import re
 from bisect import bisect
+from collections.abc import Iterator
 from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -207,11 +209,48 @@ def load_adapter(model: Any, adapter_dir: str, *, is_trainable: bool = False) ->
     Raises:
         UserError: no adapter there, pickle weights, a broken file, or an adapter of another base model.
     """
-    from peft import PeftModel, get_peft_model_state_dict
+    from peft import PeftModel
 
-    saved_keys = set(check_adapter(adapter_dir))
-    try:
+    saved_keys = check_adapter(adapter_dir)
+    with _adapter_errors(adapter_dir):
         peft_model = PeftModel.from_pretrained(model, adapter_dir, is_trainable=is_trainable)
+    _refuse_absent_weights(peft_model, "default", adapter_dir, saved_keys)
+    return peft_model
+
+
+def add_adapter(model: Any, adapter_dir: str, name: str) -> Any:
+    """Load an adapter for inference beside those that ``model`` may have, as ``name``; returns the ``PeftModel``.
+
+    The adapter is not made the active one. After an error the model is as it was.
+
+    Raises:
+        UserError: as :func:`load_adapter`.
+    """
+    from peft import PeftConfig, PeftModel, get_peft_model
+
+    saved_keys = check_adapter(adapter_dir)
+    is_first = not isinstance(model, PeftModel)
+    with _adapter_errors(adapter_dir):
+        config = PeftConfig.from_pretrained(adapter_dir)
+        config.inference_mode = True
+        peft_model = get_peft_model(model, config, adapter_name=name) if is_first else model
+        try:
+            peft_model.load_adapter(adapter_dir, adapter_name=name)
+            _refuse_absent_weights(peft_model, name, adapter_dir, saved_keys)
+        except Exception:
+            if is_first:
+                peft_model.unload()
+            elif name in peft_model.peft_config:
+                peft_model.delete_adapter(name)
+            raise
+    return peft_model.eval()
+
+
+@contextlib.contextmanager
+def _adapter_errors(adapter_dir: str) -> Iterator[None]:
+    """What PEFT says about an adapter that does not fit, as the user's error."""
+    try:
+        yield
     except (ValueError, KeyError, TypeError, ImportError) as error:
         raise UserError(f"--adapters {adapter_dir}: cannot be loaded ({one_line(error)})") from error
     except RuntimeError as error:
@@ -220,10 +259,15 @@ def load_adapter(model: Any, adapter_dir: str, *, is_trainable: bool = False) ->
         raise UserError(
             f"--adapters {adapter_dir}: was trained on another base model: {one_line(error, 200)}"
         ) from error
-    absent = sorted(set(get_peft_model_state_dict(peft_model)) - saved_keys)
-    if absent:  # PEFT would only warn, and go on with the untrained start values
+
+
+def _refuse_absent_weights(peft_model: Any, name: str, adapter_dir: str, saved_keys: list[str]) -> None:
+    """PEFT would only warn, and go on with the untrained start values."""
+    from peft import get_peft_model_state_dict
+
+    absent = sorted(set(get_peft_model_state_dict(peft_model, adapter_name=name)) - set(saved_keys))
+    if absent:
         raise UserError(f"--adapters {adapter_dir}: lacks {len(absent)} weights of this model, such as {absent[0]}")
-    return peft_model
 
 
 def check_adapter(adapter_dir: str) -> list[str]:

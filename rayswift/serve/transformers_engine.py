@@ -132,7 +132,7 @@ class TransformersEngine:
     def _answer(self, prompts: list[list[int]], settings: GenerationSettings) -> list[Answer]:
         import torch
 
-        pad, width = self._pad_token_id, max(map(len, prompts))
+        pad, width = self.pad_token_id, max(map(len, prompts))
         ids = torch.tensor([[pad] * (width - len(prompt)) + prompt for prompt in prompts])
         mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
         recorder = LogprobRecorder(settings.top_logprobs or 0, width) if settings.logprobs else None
@@ -245,7 +245,7 @@ class TransformersEngine:
         config.max_new_tokens, config.max_length = min(settings.max_new_tokens or room, room), None
         config.repetition_penalty = _first(settings.repetition_penalty, base.repetition_penalty)
         config.num_beams = settings.num_beams
-        config.eos_token_id, config.pad_token_id = self.stop_token_ids or None, self._pad_token_id
+        config.eos_token_id, config.pad_token_id = self.stop_token_ids or None, self.pad_token_id
         return config
 
     @property
@@ -256,7 +256,7 @@ class TransformersEngine:
         return list(dict.fromkeys([*self.encoder.eos_token_ids, *listed]))
 
     @property
-    def _pad_token_id(self) -> int:
+    def pad_token_id(self) -> int:
         return _first(*self.stop_token_ids, self.encoder.tokenizer.pad_token_id, 0)
 
     def _text_stop_words(self, settings: GenerationSettings) -> list[str]:

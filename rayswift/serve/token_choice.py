@@ -1,0 +1,130 @@
+"""How the next token of an answer is chosen: penalties, temperature, cuts, a seed of its own, log probabilities."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+#: Below this temperature sampling would only divide by almost nothing (vLLM's bound).
+GREEDY_BELOW = 1e-5
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """OpenAI's sampling parameters and the usual further ones. ``top_k`` 0 is no limit; ``logprobs``: how many
+    alternatives to note with each token, None for no log probabilities; ``index``: which of ``n`` choices this is."""
+
+    max_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    seed: int | None = None
+    logprobs: int | None = None
+    skip_special_tokens: bool = True
+    index: int = 0
+
+    @property
+    def greedy(self) -> bool:
+        """Whether the likeliest token is taken."""
+        return self.temperature < GREEDY_BELOW
+
+    @property
+    def adjusts(self) -> bool:
+        """Whether scores change before temperature and cuts."""
+        return bool(
+            self.logit_bias or self.presence_penalty or self.frequency_penalty or self.repetition_penalty != 1.0
+        )
+
+
+class Choice(NamedTuple):
+    """A token. ``logprobs``: (token, log probability) of itself and then of the likeliest ones, where asked for."""
+
+    token: int
+    logprobs: list[tuple[int, float]] = []  # noqa: RUF012
+
+
+#: Row of the scores, its sampling, its prompt and what it has generated.
+Asked = tuple[int, Sampling, list[int], list[int]]
+
+
+def choose_tokens(asked: Sequence[Asked], scores: Any) -> list[Choice]:
+    """The next token of each row of ``scores`` (float32, shape (rows, vocabulary)) that is asked for.
+
+    Log probabilities are those of the model, before penalties and temperature.
+    """
+    best = scores.argmax(dim=-1).tolist()  # one wait for the device, for all rows that only want this
+    choices = []
+    for index, sampling, prompt, generated in asked:
+        row = scores[index]
+        token = best[index]
+        if sampling.adjusts or not sampling.greedy:
+            token = _choose(sampling, prompt, generated, row)
+        choices.append(Choice(token, _logprobs(row, token, sampling.logprobs)))
+    return choices
+
+
+def _choose(sampling: Sampling, prompt: list[int], generated: list[int], scores: Any) -> int:
+    import torch
+
+    scores = _adjusted(sampling, prompt, generated, scores)
+    if sampling.greedy:
+        return int(scores.argmax())
+    scores = _cut(sampling, scores)
+    generator = None
+    if sampling.seed is not None:
+        generator = torch.Generator(device=scores.device).manual_seed(_seed_at(sampling, len(generated)))
+    return int(torch.multinomial(scores.softmax(dim=-1), 1, generator=generator))
+
+
+def _seed_at(sampling: Sampling, position: int) -> int:
+    """A seed for every token: an answer that goes on in another process draws what it would have drawn here."""
+    seed = hash((sampling.seed, sampling.index, position))  # of integers: the same in every process
+    return seed & (2**63 - 1)
+
+
+def _adjusted(sampling: Sampling, prompt: list[int], generated: list[int], scores: Any) -> Any:
+    import torch
+    from transformers import RepetitionPenaltyLogitsProcessor
+
+    if sampling.repetition_penalty != 1.0:
+        ids = torch.tensor([prompt + generated], device=scores.device)
+        scores = RepetitionPenaltyLogitsProcessor(sampling.repetition_penalty)(ids, scores[None])[0]
+    if generated and (sampling.presence_penalty or sampling.frequency_penalty):
+        counts = torch.bincount(torch.tensor(generated, device=scores.device), minlength=len(scores))
+        scores = scores - sampling.frequency_penalty * counts - sampling.presence_penalty * (counts > 0)
+    if sampling.logit_bias:
+        scores = scores.clone()
+        places = torch.tensor(list(sampling.logit_bias), device=scores.device)
+        scores[places] += torch.tensor(list(sampling.logit_bias.values()), device=scores.device)
+    return scores
+
+
+def _cut(sampling: Sampling, scores: Any) -> Any:
+    """Scores at this temperature, without the tokens that must not be drawn."""
+    from transformers import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+    scores = (scores / sampling.temperature)[None]
+    if sampling.top_k > 0:
+        scores = TopKLogitsWarper(sampling.top_k)(None, scores)
+    if sampling.top_p < 1.0:
+        scores = TopPLogitsWarper(sampling.top_p)(None, scores)
+    if sampling.min_p > 0.0:
+        scores = MinPLogitsWarper(sampling.min_p)(None, scores)
+    return scores[0]
+
+
+def _logprobs(scores: Any, token: int, top: int | None) -> list[tuple[int, float]]:
+    if top is None:
+        return []
+    logprobs = scores.log_softmax(dim=-1)
+    likeliest = logprobs.topk(min(top, len(scores)))
+    return [
+        (token, float(logprobs[token])),
+        *zip(likeliest.indices.tolist(), likeliest.values.tolist(), strict=True),
+    ]
