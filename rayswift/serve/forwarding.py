@@ -8,6 +8,7 @@ died) counts as dead; an error that a second replica repeats is the request's an
 from __future__ import annotations
 
 import asyncio
+import functools
 import json
 import logging
 import re
@@ -72,7 +73,13 @@ class Forwarder:
     """Sends requests to the replicas behind one deployment handle."""
 
     def __init__(self, handle: Any, session: aiohttp.ClientSession, queue_timeout: float, counters: Any) -> None:
-        self._handle, self._session, self._queue_timeout, self.counters = handle, session, queue_timeout, counters
+        self.handle, self._session, self._queue_timeout, self.counters = handle, session, queue_timeout, counters
+        # A handle with options costs a look-up in Serve: one per adapter is kept.
+        self._ticket_calls = functools.lru_cache(maxsize=1024)(self._ticket_call)
+
+    def _ticket_call(self, adapter: str) -> Any:
+        options = {"multiplexed_model_id": adapter} if adapter else {}
+        return self.handle.options(method_name="ticket", stream=True, **options)
 
     async def send(self, request: Request) -> AsyncGenerator[Response]:
         """Yields the one response; leaving the generator early drops the request at the replica.
@@ -172,8 +179,7 @@ class Forwarder:
     @asynccontextmanager
     async def _connection(self, request: Request, resume: list[int] | None = None) -> AsyncIterator[Any]:
         """A connection to the replica that Serve chooses, which counts the request until this ends."""
-        options = {"stream": True, **({"multiplexed_model_id": request.adapter} if request.adapter else {})}
-        tickets = self._handle.options(method_name="ticket", **options).remote()
+        tickets = self._ticket_calls(request.adapter).remote()
         is_used = False
         try:
             ticket = await self._first(tickets)

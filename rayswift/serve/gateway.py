@@ -102,7 +102,6 @@ class Gateway:
             )
             for model in models
         }  # fmt: skip
-        self._handles = {m["name"]: serve.get_deployment_handle(m["deployment"], m["app"]) for m in models}
         self.routes = self._routes()
         self._schema: bytes | None = None
         self._server = None
@@ -291,7 +290,7 @@ class Gateway:
         if key is None:
             raise ApiError(404, f"adapter {str(name)[:200]}: not known", code="adapter_not_found", param="lora_name")
         model.book.remove(str(name))
-        await _broadcast(self._handles[model.name], "forget_adapter", key)
+        await _broadcast(model.forwarder.handle, "forget_adapter", key)
         await send.json({"id": name, "object": "adapter", "unloaded": True})  # type: ignore[attr-defined]
 
     def _owner(self, name: Any) -> ServedModel:

@@ -55,7 +55,7 @@ class LLMServer:
             return VllmServing(self.plan.llm_config(model_dir), self.encoders)
         from rayswift.serve.transformers_app import TransformersServing
 
-        return TransformersServing.from_plan(self.plan, model_dir)
+        return TransformersServing.from_plan(self.plan, model_dir, self.encoders)
 
     async def ticket(self) -> AsyncIterator[dict[str, Any]]:
         """Where one request goes and its ticket; then nothing until that request has ended.
