@@ -64,7 +64,10 @@ def build_gateway(args: dict[str, Any]) -> Application:
 
     from rayswift.serve.gateway import Gateway
 
-    options = {"name": GATEWAY, "max_ongoing_requests": 100_000, "ray_actor_options": {"num_cpus": 0}}
+    actor: dict[str, Any] = {"num_cpus": 0}
+    if args.get("listen"):  # on the head node, where its port is looked for
+        actor["resources"] = {"node:__internal_head__": 0.001}
+    options = {"name": GATEWAY, "max_ongoing_requests": 100_000, "ray_actor_options": actor}
     return serve.deployment(serve.ingress()(Gateway), **options).bind(**args)
 
 

@@ -55,16 +55,35 @@ def deployment(args: DeployArguments, plans: list[ModelPlan]) -> Iterator[None]:
     from ray import serve
 
     logging.getLogger("ray.serve").setLevel(logging.WARNING)  # this command says what happens itself
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, _interrupt)
+    names = [args.app_name, *(app_name(args.app_name, plan) for plan in plans)]
+    apply(serve_config(plans, args, listen=True))
+    deployed = _deploy_times(names)
     try:
-        apply(serve_config(plans, args, listen=True))
         wait_until_ready(args, plans)
         yield
     finally:
-        logger.info("stopping: running requests finish first (--drain_timeout %d)", args.drain_timeout)
-        for name in (args.app_name, *(app_name(args.app_name, plan) for plan in plans)):
+        # What another command has deployed again meanwhile (a rolling update) is not ours to stop.
+        ours = [name for name, when in _deploy_times(names).items() if when == deployed.get(name)]
+        if ours:
+            logger.info("stopping: running requests finish first (--drain_timeout %d)", args.drain_timeout)
+        for name in ours:
             serve.delete(name, _blocking=True)
         if connected.embedded:
             ray.shutdown()
+
+
+def _interrupt(*_: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def _deploy_times(names: list[str]) -> dict[str, float]:
+    """When each of the applications was last deployed."""
+    from ray import serve
+
+    apps = serve.status().applications
+    return {name: apps[name].last_deployed_time_s for name in names if name in apps}
 
 
 def apply(config: dict[str, Any]) -> None:

@@ -62,6 +62,43 @@ class ServedModel:
     created: int
 
 
+class _Sending:
+    """ASGI ``send`` with helpers for whole answers; counts statuses."""
+
+    def __init__(self, send: Send, counters: Counters) -> None:
+        self._send, self._counters, self._started = send, counters, False
+
+    async def __call__(self, message: Any) -> None:
+        if message["type"] == "http.response.start":
+            self._started = True
+            status = message["status"]
+            self._counters.by_status[status] = self._counters.by_status.get(status, 0) + 1
+        await self._send(message)
+
+    async def bytes(
+        self, body: bytes, content_type: str, status: int = 200, headers: dict[str, str] | None = None
+    ) -> None:
+        pairs = [(b"content-type", content_type.encode()), (b"content-length", str(len(body)).encode())]
+        pairs += [(key.encode(), value.encode()) for key, value in (headers or {}).items()]
+        await self({"type": "http.response.start", "status": status, "headers": pairs})
+        await self({"type": "http.response.body", "body": body})
+
+    async def text(self, body: str, content_type: str) -> None:
+        await self.bytes(body.encode(), content_type)
+
+    async def json(self, value: Any) -> None:
+        await self.bytes(json.dumps(value, ensure_ascii=True).encode(), "application/json")
+
+    async def error(self, error: ApiError) -> None:
+        """Answer with an error, unless an answer has begun."""
+        self._counters.errors += 1
+        if not self._started:
+            await self.bytes(error.body(), "application/json", error.status, error.headers)
+
+
+Handler = Callable[[Scope, Receive, _Sending], Awaitable[None]]
+
+
 class Gateway:
     """The deployment class.
 
@@ -110,9 +147,9 @@ class Gateway:
             app = await self.__serve_build_asgi_app__()
             self._server = await run_http(app, bind(listen["host"], listen["port"]), **options)
 
-    def _routes(self) -> dict[str, dict[str, Callable[[Scope, Receive, Send], Awaitable[None]]]]:
+    def _routes(self) -> dict[str, dict[str, Handler]]:
         """Path → method → handler."""
-        routes: dict[str, dict[str, Any]] = {path: {"POST": self._forward} for path in FORWARDED}
+        routes: dict[str, dict[str, Handler]] = {path: {"POST": self._forward} for path in FORWARDED}
         routes |= {
             "/v1/models": {"GET": self._list_models},
             "/v1/adapters": {"GET": self._list_adapters},
@@ -158,10 +195,10 @@ class Gateway:
         finally:
             self.counters.running -= 1
 
-    def _handler(self, scope: Scope) -> Callable[[Scope, Receive, Send], Awaitable[None]]:
+    def _handler(self, scope: Scope) -> Handler:
         path, method = scope["path"].rstrip("/") or "/", scope["method"]
         if path.startswith("/v1/models/"):
-            methods: dict[str, Any] = {"GET": self._one_model}
+            methods: dict[str, Handler] = {"GET": self._one_model}
         elif path in self.routes:
             methods = self.routes[path]
         else:
@@ -185,7 +222,7 @@ class Gateway:
 
     # --- forwarded ----------------------------------------------------------------------------------------------
 
-    async def _forward(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _forward(self, scope: Scope, receive: Receive, send: _Sending) -> None:
         raw, body = await read_object(scope, receive)
         model, adapter = self._find(body.get("model"))
         path = scope["path"].rstrip("/")
@@ -251,39 +288,41 @@ class Gateway:
             cards += [{**card, "id": name, "root": model.name, "parent": model.name} for name in adapters]
         return cards
 
-    async def _list_models(self, scope: Scope, receive: Receive, send: Send) -> None:
-        await send.json({"object": "list", "data": await asyncio.to_thread(self.cards)})  # type: ignore[attr-defined]
+    async def _list_models(self, scope: Scope, receive: Receive, send: _Sending) -> None:
+        await send.json({"object": "list", "data": await asyncio.to_thread(self.cards)})
 
-    async def _one_model(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _one_model(self, scope: Scope, receive: Receive, send: _Sending) -> None:
         name = scope["path"].removeprefix("/v1/models/").rstrip("/")
         for card in await asyncio.to_thread(self.cards):
             if card["id"] == name:
-                await send.json(card)  # type: ignore[attr-defined]
+                await send.json(card)
                 return
         raise ApiError(404, f"The model `{name[:200]}` does not exist", code="model_not_found", param="model")
 
-    async def _list_adapters(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _list_adapters(self, scope: Scope, receive: Receive, send: _Sending) -> None:
         data = [
             {"id": name, "object": "adapter", "model": model.name}
             for model in self.models.values()
             for name in await asyncio.to_thread(model.book.names)
         ]
-        await send.json({"object": "list", "data": data})  # type: ignore[attr-defined]
+        await send.json({"object": "list", "data": data})
 
-    async def _load_adapter(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _load_adapter(self, scope: Scope, receive: Receive, send: _Sending) -> None:
         """vLLM's ``{"lora_name", "lora_path"}``; the path is below ``--adapter_root``."""
         _, body = await read_object(scope, receive)
         name, path = body.get("lora_name"), body.get("lora_path")
+        if not isinstance(name, str):
+            raise ApiError(400, "lora_name: expected the name of an adapter", param="lora_name")
         model = self._owner(body.get("model"))
-        key = await asyncio.to_thread(model.book.add, name, path if path is not None else name)  # type: ignore[arg-type]
+        key = await asyncio.to_thread(model.book.add, name, name if path is None else path)
         try:
             await model.forwarder.touch(key)
         except ApiError:
-            model.book.remove(name)  # type: ignore[arg-type]
+            model.book.remove(name)
             raise
-        await send.json({"id": name, "object": "adapter", "model": model.name})  # type: ignore[attr-defined]
+        await send.json({"id": name, "object": "adapter", "model": model.name})
 
-    async def _unload_adapter(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _unload_adapter(self, scope: Scope, receive: Receive, send: _Sending) -> None:
         _, body = await read_object(scope, receive)
         name, model = body.get("lora_name"), self._owner(body.get("model"))
         key = model.book.key_of(name) if isinstance(name, str) else None
@@ -291,7 +330,7 @@ class Gateway:
             raise ApiError(404, f"adapter {str(name)[:200]}: not known", code="adapter_not_found", param="lora_name")
         model.book.remove(str(name))
         await _broadcast(model.forwarder.handle, "forget_adapter", key)
-        await send.json({"id": name, "object": "adapter", "unloaded": True})  # type: ignore[attr-defined]
+        await send.json({"id": name, "object": "adapter", "unloaded": True})
 
     def _owner(self, name: Any) -> ServedModel:
         if name is None:
@@ -300,28 +339,31 @@ class Gateway:
             raise ApiError(404, f"The model `{str(name)[:200]}` does not exist", code="model_not_found", param="model")
         return self.models[name]
 
-    async def _health(self, scope: Scope, receive: Receive, send: Send) -> None:
-        await send.json({"status": "ok", "models": list(self.models)})  # type: ignore[attr-defined]
+    async def _health(self, scope: Scope, receive: Receive, send: _Sending) -> None:
+        await send.json({"status": "ok", "models": list(self.models)})
 
-    async def _metrics(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _metrics(self, scope: Scope, receive: Receive, send: _Sending) -> None:
         from rayswift.serve.metrics import as_prometheus
 
-        texts = {name: dict(await _broadcast(handle, "engine_metrics")) for name, handle in self._handles.items()}
-        await send.text(as_prometheus(self.counters, texts), "text/plain; version=0.0.4")  # type: ignore[attr-defined]
+        texts = {
+            name: dict(await _broadcast(model.forwarder.handle, "engine_metrics"))
+            for name, model in self.models.items()
+        }
+        await send.text(as_prometheus(self.counters, texts), "text/plain; version=0.0.4")
 
-    async def _openapi(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _openapi(self, scope: Scope, receive: Receive, send: _Sending) -> None:
         if self._schema is None:
             from rayswift.serve.api_schema import public_schema
 
             engine = await next(iter(self.models.values())).forwarder.get_json("/openapi.json")
             self._schema = json.dumps(public_schema(engine, FORWARDED)).encode()
-        await send.bytes(self._schema, "application/json")  # type: ignore[attr-defined]
+        await send.bytes(self._schema, "application/json")
 
-    async def _docs(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _docs(self, scope: Scope, receive: Receive, send: _Sending) -> None:
         from fastapi.openapi.docs import get_swagger_ui_html
 
         page = get_swagger_ui_html(openapi_url="/openapi.json", title="RaySwift")
-        await send.bytes(bytes(page.body), "text/html; charset=utf-8")  # type: ignore[attr-defined]
+        await send.bytes(bytes(page.body), "text/html; charset=utf-8")
 
     # --- for Serve and for the driver -----------------------------------------------------------------------------
 
@@ -352,37 +394,3 @@ async def _live(receive: Receive, send: Send) -> None:
 async def _client_left(receive: Receive) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass
-
-
-class _Sending:
-    """ASGI ``send`` with helpers for whole answers; counts statuses."""
-
-    def __init__(self, send: Send, counters: Counters) -> None:
-        self._send, self._counters, self._started = send, counters, False
-
-    async def __call__(self, message: Any) -> None:
-        if message["type"] == "http.response.start":
-            self._started = True
-            status = message["status"]
-            self._counters.by_status[status] = self._counters.by_status.get(status, 0) + 1
-        await self._send(message)
-
-    async def bytes(
-        self, body: bytes, content_type: str, status: int = 200, headers: dict[str, str] | None = None
-    ) -> None:
-        pairs = [(b"content-type", content_type.encode()), (b"content-length", str(len(body)).encode())]
-        pairs += [(key.encode(), value.encode()) for key, value in (headers or {}).items()]
-        await self({"type": "http.response.start", "status": status, "headers": pairs})
-        await self({"type": "http.response.body", "body": body})
-
-    async def text(self, body: str, content_type: str) -> None:
-        await self.bytes(body.encode(), content_type)
-
-    async def json(self, value: Any) -> None:
-        await self.bytes(json.dumps(value, ensure_ascii=True).encode(), "application/json")
-
-    async def error(self, error: ApiError) -> None:
-        """Answer with an error, unless an answer has begun."""
-        self._counters.errors += 1
-        if not self._started:
-            await self.bytes(error.body(), "application/json", error.status, error.headers)
