@@ -17,6 +17,9 @@ from rayswift.serve.ports import require_free_port
 if TYPE_CHECKING:
     from rayswift.arguments import AppArguments
 
+#: The browser then asks no other server: neither for a picture that an answer names, nor to share an upload.
+ONLY_THIS_SERVER = "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:\">"
+
 logger = logging.getLogger("rayswift.serve.app")
 
 
@@ -77,6 +80,7 @@ def serve(page: Any, args: AppArguments) -> None:
         quiet=True,
         show_error=True,
         footer_links=[],
+        head=ONLY_THIS_SERVER,
     )
     logger.info("The page is at %s (Ctrl-C stops it)", public or address)
     try:
