@@ -9,6 +9,7 @@ import itertools
 import re
 import shutil
 import signal
+import socket
 import time
 import urllib.request
 from collections.abc import Iterator
@@ -185,6 +186,12 @@ def test_two_people_are_answered_side_by_side(page: Any, address: str) -> None:
     page.locator("#question .stop-button").click()
 
 
-def test_the_page_tells_nobody_that_it_exists(address: str) -> None:
+def test_the_browser_is_told_to_ask_no_other_server(page: Any, address: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as elsewhere:
+        url = f"http://127.0.0.1:{elsewhere.getsockname()[1]}/"
+        assert page.evaluate("url => fetch(url).then(() => 'asked', () => 'refused')", url) == "refused"
+        elsewhere.settimeout(0.5)
+        with pytest.raises(TimeoutError):
+            elsewhere.accept()
     html = urllib.request.urlopen(address, timeout=30).read().decode()
     assert '"analytics_enabled":false' in html.replace(" ", "")

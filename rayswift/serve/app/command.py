@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from rayswift.arguments import AppArguments
 
 #: The browser then asks no other server: neither for a picture that an answer names, nor to share an upload.
-ONLY_THIS_SERVER = "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:\">"
+_SOURCES = "'self' 'unsafe-inline' 'unsafe-eval' data: blob:"
+ONLY_THIS_SERVER = f'<meta http-equiv="Content-Security-Policy" content="default-src {_SOURCES}">'
 
 logger = logging.getLogger("rayswift.serve.app")
 
