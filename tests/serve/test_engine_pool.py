@@ -50,6 +50,7 @@ def test_a_pool_answers_as_one_engine_does(smollm2_dir: str, dataset: str, tmp_p
     assert (tmp_path / "pool.jsonl").read_text() == (tmp_path / "alone.jsonl").read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("ray_cluster")
 def test_an_engine_that_cannot_start_is_one_line(smollm2_dir: str, dataset: str, tmp_path: Path) -> None:
     args = make_arguments(
