@@ -86,6 +86,12 @@ def _check_actions(args: Any, name: str) -> None:
         from rayswift.data.registry import resolve_datasets
 
         resolve_datasets(args)
+    if args.merge_lora:
+        from rayswift.exporting.zero_shards import needs_gathering
+        from rayswift.modeling.adapters import check_adapter
+
+        if not needs_gathering(args.adapters[0]):
+            check_adapter(args.adapters[0])
     if _converts(args) or args.to_peft_format or (args.merge_lora and args.output_dir):
         from rayswift.exporting.folder import check_target
 

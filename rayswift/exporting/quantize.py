@@ -24,6 +24,8 @@ SIDE_FILES = (
 )  # fmt: skip
 #: Group sizes that every runtime has kernels for, tried in this order where --group_size is not given.
 _GROUP_SIZES = (128, 64, 32)
+#: GPTQModel searches AWQ's clipping in batches of so many rows.
+_AWQ_ROWS = 64
 
 
 def suffix(args: Any) -> str:
@@ -43,10 +45,12 @@ def check_quantizable(args: Any, model_dir: str) -> int:
     if have:
         method = have.get("quant_method", "?") if isinstance(have, dict) else "?"
         raise UserError(f"--model {model_dir}: is quantised already ({method}); give the model it was made from")
-    if args.quant_method not in CALIBRATED or args.group_size == -1:
+    if args.quant_method not in CALIBRATED:
         return int(args.group_size)
-    width = _common_width(model_dir)
-    if width % args.group_size == 0:
+    rows, width = _common_sizes(model_dir)
+    if args.quant_method == "awq" and rows % _AWQ_ROWS:
+        raise UserError(f"--quant_method awq: needs matrices of a multiple of {_AWQ_ROWS} rows; gptq does this model")
+    if args.group_size == -1 or width % args.group_size == 0:
         return int(args.group_size)
     fitting = [size for size in _GROUP_SIZES if width % size == 0]
     if "group_size" in args.given or not fitting:
@@ -56,14 +60,14 @@ def check_quantizable(args: Any, model_dir: str) -> int:
     return fitting[0]
 
 
-def _common_width(model_dir: str) -> int:
-    """The greatest common divisor of the row lengths of the decoder's matrices."""
-    width = 0
+def _common_sizes(model_dir: str) -> tuple[int, int]:
+    """The greatest common divisors of the numbers of rows, and of the row lengths, of the decoder's matrices."""
+    rows = width = 0
     for path in weight_files(model_dir):
         for name, tensor in read_safetensors_header(path).items():
             if ".layers." in name and len(tensor["shape"]) == 2:
-                width = math.gcd(width, tensor["shape"][1])
-    return width
+                rows, width = math.gcd(rows, tensor["shape"][0]), math.gcd(width, tensor["shape"][1])
+    return rows, width
 
 
 def quantize(args: Any, model_dir: str, target: str) -> str:
@@ -138,6 +142,7 @@ def run_in_task(job: QuantJob, rows: list[np.ndarray], folder: str, options: dic
             " LOG_LEVEL=debug shows where"
         ) from None
     except ray.exceptions.RayError as error:
-        raise UserError(f"--quant_method {job.method}: its task died, perhaps for memory ({one_line(error)})") from None
+        reason = f"out of memory, or the library gave up ({one_line(error)})"
+        raise UserError(f"--quant_method {job.method}: its process died: {reason}") from None
     if not os.path.isfile(os.path.join(folder, "config.json")):
         raise UserError("--output_dir: the node that quantised does not share this folder; name one that all nodes see")

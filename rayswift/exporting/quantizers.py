@@ -78,7 +78,8 @@ def _gptqmodel(job: QuantJob, rows: list[np.ndarray], folder: str) -> None:
     from gptqmodel.quantization import AWQConfig, GPTQConfig
 
     config_class = AWQConfig if job.method == "awq" else GPTQConfig
-    config = config_class(bits=job.bits, group_size=job.group_size)
+    # On a CPU nothing is gained by moving layers to disk, and what lies there can not be cast at the end.
+    config = config_class(bits=job.bits, group_size=job.group_size, offload_to_disk=job.device != "cpu")
     # On a CPU the calibration computes in float32: half precision is emulated on most, and slower by far.
     dtype = torch.float32 if job.device == "cpu" else getattr(torch, job.dtype)
     model = GPTQModel.load(
@@ -88,7 +89,10 @@ def _gptqmodel(job: QuantJob, rows: list[np.ndarray], folder: str) -> None:
     # Left alone, GPTQModel packs AWQ weights with a CUDA kernel on every device.
     on_cpu = job.method == "awq" and job.device == "cpu"
     model.quantize(samples, batch_size=job.batch_size, backend=BACKEND.AWQ_TORCH if on_cpu else BACKEND.AUTO)
-    model.model.to(getattr(torch, job.dtype))
+    if job.device == "cpu":  # embeddings and norms; scales keep the dtype that GPTQModel gave them
+        for parameter in model.model.parameters():
+            if parameter.is_floating_point():
+                parameter.data = parameter.data.to(getattr(torch, job.dtype))
     model.save(folder, max_shard_size=job.max_shard_size)
 
 

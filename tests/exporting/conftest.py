@@ -43,6 +43,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[object]:
         for module in (_http, _upload):
             without_waiting = {**vars(module.time), "sleep": lambda seconds: None}
             monkeypatch.setattr(module, "time", SimpleNamespace(**without_waiting))
+        monkeypatch.setattr("urllib3.util.retry.Retry.sleep", lambda self, response=None: None)
         running.uploads.accounts = {"alice-token": Account("alice"), "reader-token": Account("reader", write=False)}
         yield running
 

@@ -26,11 +26,11 @@ def installed(*modules: str) -> bool:
 
 @pytest.fixture
 def model_dir(tmp_path: Path) -> str:
-    """A tiny Llama whose rows are long enough for groups of 32."""
+    """A tiny Llama whose rows groups of 64 divide, as the numbers of its rows do (AWQ)."""
     from tiny_models import llama, word_tokenizer
 
     folder = tmp_path / "tiny"
-    llama(hidden_size=64, intermediate_size=96).save_pretrained(folder)
+    llama(hidden_size=128, intermediate_size=192).save_pretrained(folder)
     word_tokenizer().save_pretrained(folder)
     return str(folder)
 
@@ -106,10 +106,20 @@ def test_a_missing_library_is_one_line_with_the_extra(model_dir: str, monkeypatc
 def test_the_group_size_has_to_divide_the_rows(model_dir: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(quantizers, "find_spec", lambda module: True)
     common: dict[str, Any] = {"model": model_dir, "quant_method": "gptq", "dataset": ["rows.jsonl"]}
-    assert check_quantizable(make_arguments("export", **common), model_dir) == 32  # 128 and 64 do not divide 96
+    assert check_quantizable(make_arguments("export", **common), model_dir) == 64  # 128 does not divide 192
     assert check_quantizable(make_arguments("export", **common, group_size=-1), model_dir) == -1
-    with pytest.raises(UserError, match="--group_size 128: does not divide this model's rows; use 32 or -1"):
+    with pytest.raises(UserError, match="--group_size 128: does not divide this model's rows; use 64 or 32 or -1"):
         check_quantizable(make_arguments("export", **common, group_size=128), model_dir)
+
+
+def test_awq_says_which_models_it_cannot_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from tiny_models import llama
+
+    monkeypatch.setattr(quantizers, "find_spec", lambda module: True)
+    llama(hidden_size=64, intermediate_size=96).save_pretrained(tmp_path / "narrow")
+    args = make_arguments("export", model=str(tmp_path / "narrow"), quant_method="awq", dataset=["rows.jsonl"])
+    with pytest.raises(UserError, match="gptq does this model"):
+        check_quantizable(args, str(tmp_path / "narrow"))
 
 
 def test_a_task_that_fails_leaves_no_folder_and_says_so_in_one_line(
