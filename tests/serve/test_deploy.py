@@ -1,0 +1,72 @@
+"""``rayswift deploy`` as a user runs it, with the Transformers engine (``tests/slow`` has it with vLLM)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import openai
+import pytest
+from serving import Deployment, deployed
+
+from rayswift.serve.generation import GenerationSettings
+from rayswift.serve.transformers_engine import TransformersEngine
+
+MODEL, KEY = "SmolLM2-135M-Instruct", "sk-of-this-test"
+QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
+
+
+@pytest.fixture(scope="module")
+def server(smollm2_dir: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]:
+    folder = tmp_path_factory.mktemp("deploy")
+    flags = ["--infer_backend", "transformers", "--use_gpu", "false", "--api_key", KEY, "--max_length", "512"]
+    with deployed(smollm2_dir, folder, *flags, api_key=KEY) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def client(server: Deployment) -> openai.OpenAI:
+    return openai.OpenAI(base_url=server.base_url, api_key=KEY, max_retries=0, timeout=120)
+
+
+def test_it_answers_what_infer_answers_streamed_and_whole(client: openai.OpenAI, engine: TransformersEngine) -> None:
+    expected = engine.generate([QUESTION], GenerationSettings(max_new_tokens=12, temperature=0))[0].text
+    whole = client.chat.completions.create(model=MODEL, messages=QUESTION, max_tokens=12, temperature=0)
+    assert whole.choices[0].message.content == expected
+    pieces = client.chat.completions.create(model=MODEL, messages=QUESTION, max_tokens=12, temperature=0, stream=True)
+    assert "".join(piece.choices[0].delta.content or "" for piece in pieces if piece.choices) == expected
+
+
+def test_mistakes_are_openai_errors(server: Deployment, client: openai.OpenAI) -> None:
+    with pytest.raises(openai.NotFoundError, match="`nobody` does not exist"):
+        client.chat.completions.create(model="nobody", messages=QUESTION)
+    with pytest.raises(openai.BadRequestError):
+        client.chat.completions.create(model=MODEL, messages=[])
+    with pytest.raises(openai.AuthenticationError):
+        openai.OpenAI(base_url=server.base_url, api_key="wrong", max_retries=0).models.list()
+    for path in ("/no/such/path", "/v1/chat/completions/x"):
+        status, body = server.get(path)
+        assert status == 404
+        assert json.loads(body)["error"]["type"] == "not_found_error"
+    assert server.get("/v1/completions")[0] == 405
+
+
+def test_it_lists_its_model_and_says_how_it_is(server: Deployment, client: openai.OpenAI) -> None:
+    assert [model.id for model in client.models.list()] == [MODEL]
+    assert client.models.retrieve(MODEL).owned_by == "rayswift"
+    assert server.get("/health")[0] == 200
+    metrics = server.get("/metrics")[1].decode()
+    assert "rayswift_requests_total" in metrics
+    assert f'served_model="{MODEL}"' in metrics
+    paths = json.loads(server.get("/openapi.json")[1])["paths"]
+    assert {"/v1/chat/completions", "/v1/models", "/health"} <= set(paths)
+
+
+def test_its_ports_are_this_machines_own(server: Deployment) -> None:
+    # Ray's ports (IPv6, any address) are apart: they demand the token of the cluster.
+    for process in [*server.gateways(), *server.replicas()]:
+        listening = {c.laddr.port: c.laddr.ip for c in process.net_connections("tcp4") if c.status == "LISTEN"}
+        assert set(listening.values()) == {"127.0.0.1"}
+    assert server.port in {c.laddr.port for p in server.gateways() for c in p.net_connections("tcp4")}
+    assert Path(server.log).read_text().count("ready:") == 1
