@@ -5,10 +5,12 @@ Its chat-template, tokenising and detokenising stages stay out: each would hold 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
+import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -56,14 +58,26 @@ def answered_by_vllm(dataset: Any, args: InferArguments, plan: ModelPlan, size: 
         log_engine_metrics=False,
     )
     helpers = {"num_cpus": HELPER_CPUS}
-    processor = build_processor(
-        config,
-        preprocess=requests,
-        postprocess=functools.partial(vllm_answer, encoder),
-        preprocess_map_kwargs=helpers,
-        postprocess_map_kwargs=helpers,
-    )
+    with quiet():
+        processor = build_processor(
+            config,
+            preprocess=requests,
+            postprocess=functools.partial(vllm_answer, encoder),
+            preprocess_map_kwargs=helpers,
+            postprocess_map_kwargs=helpers,
+        )
     return processor(dataset)
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """No warnings from libraries: building the processor calls ``ray.init`` again, which says so at length."""
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(logging.NOTSET)
+        logging.getLogger("ray").setLevel(logging.ERROR)
 
 
 def resolve_on_every_node(plan: ModelPlan) -> str:
