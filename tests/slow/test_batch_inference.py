@@ -19,7 +19,10 @@ pytestmark = pytest.mark.slow
 
 COUNTRIES = ("France", "Italy", "Spain", "Japan", "Peru", "Egypt", "Kenya", "Chile", "India", "Norway")
 VLLM = {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"}
-BACKENDS = {"vllm": [*ENGINE, "--num_workers", "1"], "transformers": ["--max_batch_size", "4"]}
+BACKENDS = {
+    "vllm": [*ENGINE, "--num_workers", "1", "--vllm_max_num_seqs", "32"],
+    "transformers": ["--max_batch_size", "4"],
+}
 
 
 def write_dataset(path: Path, count: int) -> list[str]:
