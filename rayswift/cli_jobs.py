@@ -97,7 +97,10 @@ def take_secrets(argv: Sequence[str]) -> tuple[list[str], dict[str, str]]:
         if not word.startswith("--") or len(name) < 4 or len(full) != 1:
             words.append(word)
         elif equals or (rest and not rest[0].startswith("--")):
-            secrets[f"RAYSWIFT_{full[0].upper()}"] = value if equals else rest.pop(0)
+            values = [value] if equals else []
+            while rest and not rest[0].startswith("--"):  # --api_key takes several
+                values.append(rest.pop(0))
+            secrets[f"RAYSWIFT_{full[0].upper()}"] = " ".join(values)
     return words, secrets
 
 

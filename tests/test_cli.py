@@ -159,6 +159,7 @@ def test_secrets_leave_the_submitted_command_line() -> None:
     assert words == ["--seed", "1", "--dataset", "d"]
     assert secrets == {"RAYSWIFT_HUB_TOKEN": "x", "RAYSWIFT_API_KEY": "k"}
     assert json.dumps(words).count("abc") == 0
+    assert take_secrets(["--api_key", "a", "b", "--seed", "1"]) == (["--seed", "1"], {"RAYSWIFT_API_KEY": "a b"})
 
 
 @pytest.fixture

@@ -140,7 +140,7 @@ SFT = "sft --model m --dataset d"
         ),
         ("infer --model m --merge_lora true", "--merge_lora true needs --adapters"),
         ("infer --model m --top_logprobs 3", "--top_logprobs needs --logprobs true"),
-        ("deploy --model m --min_replicas 3", "--max_replicas 1 is below --min_replicas 3"),
+        ("deploy --model m --min_replicas 3 --max_replicas 1", "--max_replicas 1 is below --min_replicas 3"),
         ("export --model m --quant_method awq --quant_bits 4", "--quant_method awq needs --dataset"),
         ("export --model m --push_to_hub true", "--push_to_hub true needs --hub_model_id"),
         ("rlhf --model m --dataset d --rlhf_type grpo", "--rlhf_type grpo needs --reward_funcs or --reward_model"),
