@@ -41,7 +41,7 @@ def run(*words: str) -> subprocess.CompletedProcess[str]:
         ["sft", "--hlep"],
         ["sfx"],
         ["sft", "--model", "m", "--dataset", "d", "--deepspeed", "zero9"],
-        ["deploy", "--model", "m"],
+        ["rlhf", "--model", "m", "--dataset", "d"],
     ],
     ids=" ".join,
 )
@@ -100,8 +100,8 @@ def test_commands_that_are_not_built_check_their_arguments_first(capsys: pytest.
     for name in (name for name, (_, function) in COMMANDS.items() if function is None):
         assert main([name, "--nonsense", "1"]) == 2
         assert f"rayswift {name}: error: unknown flag --nonsense" in capsys.readouterr().err
-    assert main(["deploy", "--model", "m"]) == 2
-    assert capsys.readouterr().err.startswith("rayswift deploy: error: not built yet")
+    assert main(["rlhf", "--model", "m", "--dataset", "d"]) == 2
+    assert capsys.readouterr().err.startswith("rayswift rlhf: error: not built yet")
 
 
 def test_command_names() -> None:
@@ -132,7 +132,7 @@ def test_the_python_api_raises(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="--dataset is required"):
         rayswift.sft(model="m")
     with pytest.raises(UserError, match="not built yet"):
-        rayswift.deploy(model="m")
+        rayswift.rlhf(model="m", dataset=["d"])
     assert all(callable(getattr(rayswift, name)) for name in rayswift.__all__)
 
 
@@ -173,11 +173,11 @@ def head(tmp_path: Path) -> Iterator[Head]:
 def test_submit_runs_a_job_and_gives_its_exit_status(head: Head, tmp_path: Path) -> None:
     submit = [sys.executable, "-m", "rayswift", "submit", "--address", head.address]
     # A config file in the working directory goes along; the command then says that it is not built yet: status 2.
-    (tmp_path / "deploy.yaml").write_text("model: m\n")
-    words = [*submit, "deploy", "deploy.yaml", "--api_key", "not-to-be-seen"]
+    (tmp_path / "rlhf.yaml").write_text("model: m\ndataset: d\n")
+    words = [*submit, "rlhf", "rlhf.yaml", "--hub_token", "not-to-be-seen"]
     done = subprocess.run(words, capture_output=True, text=True, timeout=300, cwd=tmp_path, env=head.environment)
     assert done.returncode == 2, done.stderr
-    assert "rayswift deploy: error: not built yet" in done.stdout
+    assert "rayswift rlhf: error: not built yet" in done.stdout
     assert "not-to-be-seen" not in done.stdout + done.stderr
     shown = subprocess.run(
         [sys.executable, "-m", "rayswift", "status", "--address", head.address],
