@@ -188,4 +188,4 @@ def test_submit_runs_a_job_and_gives_its_exit_status(head: Head, tmp_path: Path)
     )
     assert shown.returncode == 0, shown.stderr
     assert "1 nodes alive, 0 dead" in shown.stdout
-    assert "failed    rayswift deploy deploy.yaml\n" in shown.stdout
+    assert "failed    rayswift rlhf rlhf.yaml\n" in shown.stdout
