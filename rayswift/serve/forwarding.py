@@ -13,7 +13,7 @@ import json
 import logging
 import re
 from collections.abc import AsyncGenerator, AsyncIterator
-from contextlib import aclosing, asynccontextmanager
+from contextlib import aclosing, asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -67,6 +67,7 @@ class Response:
     status: int
     content_type: str
     pieces: AsyncIterator[bytes]
+    length: int | None = None  # bytes in all; None for a stream
 
 
 class Forwarder:
@@ -99,7 +100,9 @@ class Forwarder:
                     else:
                         whole = await upstream.read()
                         self.counters.tokens += sum(int(count) for count in _USAGE.findall(whole[-2000:]))
-                        yield Response(upstream.status, upstream.content_type, _once(whole))
+                        if upstream.status >= 400:
+                            raise refusal(upstream.status, whole)
+                        yield Response(upstream.status, upstream.content_type, _once(whole), len(whole))
                 return
             except _DEAD as error:
                 if tries >= MAX_TRIES:
@@ -195,7 +198,8 @@ class Forwarder:
                 yield upstream
         finally:
             if not is_used:  # a used ticket ends with its connection
-                tickets.cancel()
+                with suppress(Exception):  # cancelling a call that failed raises its error once more
+                    tickets.cancel()
 
     async def _first(self, tickets: Any) -> dict[str, Any]:
         """The ticket. Raises ApiError when there is none."""
@@ -216,6 +220,25 @@ class Forwarder:
 def is_event_stream(upstream: aiohttp.ClientResponse) -> bool:
     """Whether an answer is a stream of events."""
     return upstream.content_type == "text/event-stream"
+
+
+def refusal(status: int, body: bytes) -> ApiError:
+    """A replica's error as the client's, in OpenAI's shape.
+
+    A 5xx comes here when replicas repeated it: the request is what they fail on, and they live on.
+    """
+    try:
+        content = json.loads(body)
+        error = content.get("error") if isinstance(content.get("error"), dict) else content
+        message, param, code = error.get("message") or error.get("detail"), error.get("param"), error.get("code")
+    except (ValueError, AttributeError):
+        message, param, code = None, None, None
+    if status >= 500:
+        return ApiError(422, f"every replica failed on this request: {message or status}", code="engine_failed")
+    if status == 404 and code is None:
+        message = "this model does not do that: the engine has no such path for it"
+    code = code if isinstance(code, str) else None
+    return ApiError(status, str(message or f"refused with status {status}"), param=param, code=code)
 
 
 def is_engine_error(event: bytes) -> bool:

@@ -25,7 +25,7 @@ from starlette.requests import ClientDisconnect
 from rayswift.serve.adapters import AdapterBook, AdapterRefused, split_key
 from rayswift.serve.forwarding import Forwarder, Request
 from rayswift.serve.openai_errors import ApiError
-from rayswift.serve.request_body import read_object
+from rayswift.serve.request_body import check_roles, read_object
 from rayswift.serve.tickets import App, Receive, Scope, Send, bind, run_http
 
 logger = logging.getLogger("rayswift.serve.gateway")
@@ -224,6 +224,7 @@ class Gateway:
 
     async def _forward(self, scope: Scope, receive: Receive, send: _Sending) -> None:
         raw, body = await read_object(scope, receive)
+        check_roles(body)
         model, adapter = self._find(body.get("model"))
         path = scope["path"].rstrip("/")
         wanted = split_key(adapter)[0] if adapter else model.name
@@ -248,6 +249,8 @@ class Gateway:
         async with aclosing(forwarder.send(request)) as responses:
             async for response in responses:
                 headers = [(b"content-type", response.content_type.encode())]
+                if response.length is not None:
+                    headers.append((b"content-length", str(response.length).encode()))
                 if response.content_type == "text/event-stream":
                     headers += [(b"cache-control", b"no-cache"), (b"x-accel-buffering", b"no")]
                 await send({"type": "http.response.start", "status": response.status, "headers": headers})

@@ -15,6 +15,7 @@ MAX_BODY_BYTES = 32 * 2**20
 MAX_DEPTH = 64
 #: Largest values of fields that cost the engine memory or time.
 _LIMITS = {"n": 128, "best_of": 128, "logprobs": 100, "top_logprobs": 100, "prompt_logprobs": 100}
+_ROLES = ("system", "developer", "user", "assistant", "tool", "function", "tool_call", "tool_response")
 
 
 async def read_object(scope: Scope, receive: Receive) -> tuple[bytes, dict[str, Any]]:
@@ -26,7 +27,7 @@ async def read_object(scope: Scope, receive: Receive) -> tuple[bytes, dict[str, 
     """
     raw = await _read(scope, receive)
     try:
-        body = json.loads(raw, parse_constant=_refuse_constant)
+        body = json.loads(raw.decode(), parse_constant=_refuse_constant)
     except RecursionError:
         raise ApiError(400, f"the body is nested more than {MAX_DEPTH} deep") from None
     except ValueError as error:
@@ -39,6 +40,16 @@ async def read_object(scope: Scope, receive: Receive) -> tuple[bytes, dict[str, 
         if isinstance(value, (int, float)) and not isinstance(value, bool) and value > limit:
             raise ApiError(400, f"{name}: {value} is above the limit of {limit}", param=name)
     return raw, body
+
+
+def check_roles(body: dict[str, Any]) -> None:
+    """Raises ApiError (400) for a message whose role nobody knows; an engine would write it into the prompt."""
+    messages = body.get("messages")
+    for number, message in enumerate(messages if isinstance(messages, list) else ()):
+        role = message.get("role") if isinstance(message, dict) else None
+        if isinstance(role, str) and role not in _ROLES:
+            known = ", ".join(_ROLES)
+            raise ApiError(400, f"messages[{number}].role: {role[:80]!r} is none of {known}", param="messages")
 
 
 async def _read(scope: Scope, receive: Receive) -> bytes:
