@@ -5,7 +5,6 @@ Needs Chromium: ``apt-get install chromium`` (Debian; ``fonts-noto-cjk`` for Chi
 
 from __future__ import annotations
 
-import itertools
 import re
 import shutil
 import signal
@@ -124,9 +123,8 @@ def test_a_person_asks_stops_switches_language_and_adapter(page: Any) -> None:
     while not seen or seen[-1] != seen[max(0, len(seen) - 15)] or len(seen) < 15:
         seen.append(answers(page)[-1])
         time.sleep(0.1)
-    grown = [text for text, _ in itertools.groupby(seen)]
-    assert len(grown) > 5, grown
-    assert all(later.startswith(earlier[:20]) for earlier, later in itertools.pairwise(grown) if earlier)
+    growing = {text for text in seen if text and seen[-1].startswith(text)}
+    assert len(growing) > 5, seen
 
     # Stop: the text stays as it is, and the box takes the next question.
     ask(page, "Count from 1 to 500, one number per line.")
