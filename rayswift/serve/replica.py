@@ -42,7 +42,11 @@ class LLMServer:
         self.encoders = self.plan.encoders(model_dir)
         self.serving = self._make_serving(model_dir)
         await self.serving.start()
-        self._load = serve.multiplexed(max_num_models_per_replica=self.plan.max_adapters)(self._load_adapter)
+
+        async def load(key: str) -> LoadedAdapter:  # a function: Serve sets attributes on it
+            return await self._load_adapter(key)
+
+        self._load = serve.multiplexed(max_num_models_per_replica=self.plan.max_adapters)(load)
         host = "127.0.0.1" if self.plan.local else _node_ip()
         self._socket = bind(host)
         self.url = "http://{}:{}".format(*self._socket.getsockname()[:2])

@@ -115,7 +115,7 @@ def _cut(sampling: Sampling, scores: Any) -> Any:
     if sampling.top_p < 1.0:
         scores = TopPLogitsWarper(sampling.top_p)(None, scores)
     if sampling.min_p > 0.0:
-        scores = MinPLogitsWarper(sampling.min_p)(None, scores)
+        scores = MinPLogitsWarper(sampling.min_p)(None, scores)  # type: ignore[arg-type]
     return scores[0]
 
 
