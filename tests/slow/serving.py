@@ -161,6 +161,8 @@ def deployed(model: str, folder: Path, *flags: str, api_key: str | None = None) 
         assert not left, f"still there after the command's end: {[titles[found.pid] for found in left]}"
     finally:
         end_by_force(server, seen)
+        with contextlib.suppress(OSError, shutil.Error):  # for whoever reads a failure
+            shutil.copytree(ray_folder / "ray/session_latest/logs", folder / "ray-logs", dirs_exist_ok=True)
         shutil.rmtree(ray_folder, ignore_errors=True)
 
 
