@@ -33,7 +33,7 @@ MODEL = "small"
 #: Seconds from starting the command to its first answer: imports, Ray, vLLM, on a busy machine.
 START_TIMEOUT = 400.0
 #: Seconds from SIGTERM to the end of the command and of everything it started.
-STOP_TIMEOUT = 60.0
+STOP_TIMEOUT = 150.0
 
 
 @dataclass(frozen=True)

@@ -100,6 +100,21 @@ def test_an_odd_request_may_stream_too(server: Deployment, name: str) -> None:
     assert 200 <= status < 500 and (status != 200 or b"data: [DONE]" in body), (status, body[-500:])
 
 
+@pytest.mark.parametrize("options", [{"echo": True}, {"prompt_logprobs": 2}, {"echo": True, "top_logprobs": 2}])
+def test_log_probabilities_of_a_prompt_in_a_batch_with_another_request(
+    server: Deployment, options: dict[str, Any]
+) -> None:
+    """vLLM computes them on a way of its own, which on CPUs with adapters switched on ended the engine."""
+    before = server.essential()
+    with socket.create_connection(("127.0.0.1", server.port), 30) as other:
+        body = json.dumps(QUESTION | {"stream": True, "max_tokens": 400, "ignore_eos": True}).encode()
+        other.sendall(chat_head(body) + body)
+        assert other.recv(15) == b"HTTP/1.1 200 OK"
+        status, answer = send(server, QUESTION | options)
+        assert 200 <= status < 500, (status, answer[:300])
+        assert server.essential() == before
+
+
 # --- broken HTTP ------------------------------------------------------------------------------------------------
 
 

@@ -139,6 +139,7 @@ WEATHER: Any = {
     "function": {
         "name": "get_weather",
         "description": "Weather of a city",
+        "strict": True,
         "parameters": {
             "type": "object",
             "properties": {"city": {"enum": ["Paris", "Rome"]}},
