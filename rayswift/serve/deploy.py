@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import signal
 import sys
 import threading
@@ -24,6 +25,13 @@ if TYPE_CHECKING:
 logger = logging.getLogger("rayswift.serve.deploy")
 
 _POLL_SECONDS = 1.0
+#: A Ray that is started for one deployment looks after it once a second instead of ten times, and counts nothing for
+#: a dashboard that is not there: on a small machine the engine needs that time.
+_QUIET_RAY = {
+    "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "1",
+    "RAY_SERVE_METRICS_EXPORT_INTERVAL_MS": "5000",
+    "RAY_enable_metrics_collection": "0",
+}
 
 
 def deploy(args: DeployArguments) -> None:
@@ -49,6 +57,8 @@ def deployment(args: DeployArguments, plans: list[ModelPlan]) -> Iterator[None]:
 
     if plans[0].local:
         require_free_port(args.host, args.port, "--port")
+        for name, value in _QUIET_RAY.items():
+            os.environ.setdefault(name, value)
     connected = cluster.connect(args)
     check_room(plans, connected)
     import ray
