@@ -29,8 +29,10 @@ logger = logging.getLogger("rayswift.serve.forwarding")
 
 #: How often one request is tried when replicas answer with 5xx; connections that break do not count.
 ERROR_TRIES = 3
-#: Tries in all: a request that kills every replica it meets must not go round for ever.
+#: Tries in all.
 MAX_TRIES = 6
+#: Replicas that may die while they work on one request; it may be what kills them, and must not go through them all.
+MAX_DEATHS = 2
 #: Seconds before the second try; it grows with each.
 RETRY_SECONDS = 0.25
 _USAGE = re.compile(rb'"completion_tokens":\s*(\d+)')
@@ -38,6 +40,10 @@ _USAGE = re.compile(rb'"completion_tokens":\s*(\d+)')
 
 class ReplicaDied(Exception):
     """The connection broke, or the replica said that its engine is dead."""
+
+
+class ReplicaFailed(ReplicaDied):
+    """The replica answered with 5xx; it may live on."""
 
 
 _DEAD = (ReplicaDied, RayActorError, aiohttp.ClientError, ConnectionError)
@@ -53,6 +59,7 @@ class Request:
     body: dict[str, Any] = field(default_factory=dict)
     adapter: str = ""
     request_id: str = ""
+    deaths: int = 0
 
     @property
     def streams(self) -> bool:
@@ -94,7 +101,7 @@ class Forwarder:
             try:
                 async with self._connection(request) as upstream:
                     if upstream.status >= 500 and (errors := errors + 1) < ERROR_TRIES:
-                        raise ReplicaDied(f"status {upstream.status}")
+                        raise ReplicaFailed(f"status {upstream.status}")
                     if is_event_stream(upstream):
                         yield Response(upstream.status, upstream.content_type, self._stream(request, upstream))
                     else:
@@ -105,7 +112,8 @@ class Forwarder:
                         yield Response(upstream.status, upstream.content_type, _once(whole), len(whole))
                 return
             except _DEAD as error:
-                if tries >= MAX_TRIES:
+                request.deaths += cost_a_replica(error)
+                if tries >= MAX_TRIES or request.deaths >= MAX_DEATHS:
                     raise ApiError(503, "no replica could answer the request", retry_after=5) from error
                 await self._before_retry(error, tries)
 
@@ -136,6 +144,7 @@ class Forwarder:
                 yield piece
             return
         except _DEAD as error:
+            request.deaths += cost_a_replica(error)
             await self._before_retry(error, 0)
         ids: list[int] = []
         for tries in range(1, MAX_TRIES + 1):
@@ -145,12 +154,15 @@ class Forwarder:
             try:
                 async with self._connection(request, ids) as upstream:
                     if not is_event_stream(upstream):
-                        raise ReplicaDied(f"status {upstream.status}")
+                        raise ReplicaFailed(f"status {upstream.status}")
                     async for piece in self._pass(stream, upstream, Resumed(stream.events)):
                         yield piece
                 self.counters.resumed += 1
                 return
             except _DEAD as error:
+                request.deaths += cost_a_replica(error)
+                if request.deaths >= MAX_DEATHS:
+                    break
                 await self._before_retry(error, tries)
             except (Diverged, ApiError) as error:
                 logger.warning("a stream could not be carried on: %s", error)
@@ -215,6 +227,11 @@ class Forwarder:
         if "message" in ticket:
             raise ApiError(ticket["status"], ticket["message"], code="adapter_refused", param="model")
         return dict(ticket)
+
+
+def cost_a_replica(error: BaseException) -> bool:
+    """Whether a replica died with the request in its hands, rather than before it had it."""
+    return not isinstance(error, (ReplicaFailed, RayActorError, aiohttp.ClientConnectorError))
 
 
 def is_event_stream(upstream: aiohttp.ClientResponse) -> bool:

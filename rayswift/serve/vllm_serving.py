@@ -15,6 +15,7 @@ from ray.llm._internal.serve.core.configs.llm_config import DiskMultiplexConfig
 from ray.serve.llm import LLMConfig
 from ray.serve.llm.deployment import LLMServer
 from vllm.outputs import CompletionOutput, RequestOutput
+from vllm.platforms import current_platform
 from vllm.sampling_params import SamplingParams
 
 from rayswift.data.encoding import Encoder
@@ -94,6 +95,9 @@ def resuming(generate: Any, client: Any) -> Any:
         notes = current_notes.get()
         if not isinstance(sampling_params, SamplingParams):
             return cast("AsyncIterator[RequestOutput]", generate(prompt, sampling_params, request_id, **options))
+        if sampling_params.prompt_logprobs is not None and client.vllm_config.lora_config and current_platform.is_cpu():
+            # vLLM's LoRA for CPUs ends the whole engine on them when requests share a batch (punica_cpu, 0.32).
+            raise ValueError("log probabilities of the prompt (echo, prompt_logprobs) need a server without adapters")
         if notes is not None and notes.resume:
             return _after(notes, generate, client, prompt, sampling_params, request_id, options)
         outputs = generate(prompt, sampling_params, request_id, **options)
