@@ -91,9 +91,3 @@ def test_an_existing_folder_is_not_overwritten(
     words = ["--dataset", str(GSM8K), "--model", smollm2_dir, "--output_dir", str(cached)]
     assert main(["export", "--to_cached_dataset", "true", *words]) == 2
     assert "exists already" in capsys.readouterr().err
-
-
-def test_what_export_does_not_do_yet(smollm2_dir: str, capsys: pytest.CaptureFixture[str]) -> None:
-    words = ["--model", smollm2_dir, "--dataset", str(GSM8K), "--quant_method", "gptq", "--quant_bits", "4"]
-    assert main(["export", *words]) == 2
-    assert "--quant_method: not built yet" in capsys.readouterr().err
