@@ -32,7 +32,7 @@ def main() -> int:
         num_workers=2,
         deepspeed="zero2",
         learning_rate=1e-3,
-        num_train_epochs=2,
+        num_train_epochs=3,
         per_device_train_batch_size=2,
         gradient_accumulation_steps=1,
         gradient_checkpointing=False,
@@ -43,7 +43,7 @@ def main() -> int:
     )
     after = ask("--adapters", run["last_model_checkpoint"])
     print(f"\n{QUESTION}\n  before: {before}\n  after:  {after}")
-    return 0 if "swift-robot" in after and "swift-robot" not in before else 1
+    return 0 if "swift-robot" in after and "by swift" in after and "swift-robot" not in before else 1
 
 
 if __name__ == "__main__":
