@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +19,7 @@ logger = logging.getLogger("rayswift.cluster")
 
 #: How often an embedded Ray is started.
 START_TRIES = 3
+_CLUSTER_VARIABLE = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
 
 
 @dataclass(frozen=True)
@@ -117,7 +120,8 @@ def _start_ray(address: str | None) -> None:
         options["include_dashboard"] = False
     for left in reversed(range(START_TRIES)):
         try:
-            ray.init(address=address or "local", **options)
+            with _loopback_only() if address is None else nullcontext():
+                ray.init(address=address or "local", **options)
             return
         except (ConnectionError, ValueError) as error:
             raise UserError(f"--address {address}: no Ray cluster answers there ({_first_line(error)})") from None
@@ -129,6 +133,26 @@ def _start_ray(address: str | None) -> None:
             if not left:
                 raise UserError("Ray could not start: this machine is too busy; stop something, or try again") from None
             logger.warning("Ray did not start in time; trying again")
+
+
+@contextmanager
+def _loopback_only() -> Iterator[None]:
+    """A Ray that starts here listens on 127.0.0.1 alone: no other node joins it.
+
+    The variable is Ray's for Windows and macOS, where every Ray is like that; ``1`` in the environment keeps all
+    interfaces. Ray reads it once, when it is imported.
+    """
+    from ray._private import ray_constants
+
+    before = ray_constants.ENABLE_RAY_CLUSTER
+    if os.environ.setdefault(_CLUSTER_VARIABLE, "0") == "0":
+        ray_constants.ENABLE_RAY_CLUSTER = False
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = before
+        if os.environ[_CLUSTER_VARIABLE] == "0":
+            del os.environ[_CLUSTER_VARIABLE]  # a Ray that a program starts later is its own affair
 
 
 def _autoscaler_limits() -> dict[str, float]:

@@ -76,8 +76,8 @@ class DropReport:
 class BlockRows:
     """Rows of the token cache's files: paths and, per row, its file and its row in that file.
 
-    ``index`` is int64 of shape (rows, 2); its order is the order of the dataset. ``lengths`` (int64) is the number of
-    tokens of each row, 0 before encoding.
+    ``index`` is int32 of shape (rows, 2); its order is the order of the dataset. ``lengths`` (int32) is the number of
+    tokens of each row, 0 before encoding. Small numbers, as the driver holds them for every row there is.
     """
 
     files: list[str]
@@ -108,6 +108,19 @@ class LazyRows(BlockRows):
     origins: list[str]
 
 
+def all_rows(counts: list[int]) -> np.ndarray:
+    """Every row of files with so many rows, one file after the other: ``BlockRows.index``."""
+    import numpy as np
+
+    index = np.empty((sum(counts), 2), np.int32)
+    start = 0
+    for file, count in enumerate(counts):
+        index[start : start + count, 0] = file
+        index[start : start + count, 1] = np.arange(count)
+        start += count
+    return index
+
+
 def sample_rows(rows: BlockRows, num_samples: int | None, args: Any, rng: np.random.RandomState) -> BlockRows:
     """``#N`` as SWIFT does it: N rows without replacement; above the size, whole repeats and a random rest."""
     import numpy as np
@@ -134,12 +147,14 @@ def concat(parts: list[BlockRows]) -> BlockRows:
     """Several datasets one after the other."""
     import numpy as np
 
+    if len(parts) == 1:
+        return parts[0]
     files: list[str] = []
-    indices = [np.zeros((0, 2), np.int64)]
+    indices = [np.zeros((0, 2), np.int32)]
     for part in parts:
-        indices.append(part.index + np.array([len(files), 0]))
+        indices.append(part.index + np.array([len(files), 0], np.int32) if files else part.index)
         files += part.files
-    lengths = [np.zeros(0, np.int64), *(part.lengths for part in parts)]
+    lengths = [np.zeros(0, np.int32), *(part.lengths for part in parts)]
     return BlockRows(files, np.concatenate(indices), np.concatenate(lengths))
 
 

@@ -13,7 +13,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rayswift.data.blocks import BlockRows, concat
+from rayswift.data.blocks import BlockRows, all_rows, concat
 from rayswift.data.token_cache import encoder_hash, read_columns
 from rayswift.data.token_rows import TokenRows
 from rayswift.errors import UserError
@@ -107,8 +107,5 @@ def _read_part(folder: str, part: str) -> BlockRows:
     import numpy as np
 
     files = sorted(str(file) for file in Path(folder).glob(f"{part}-*.arrow"))
-    lengths = [read_columns(file, ["length"])[0].astype(np.int64) for file in files]
-    index = [np.zeros((0, 2), np.int64)]
-    for number, found in enumerate(lengths):
-        index.append(np.column_stack([np.full(len(found), number), np.arange(len(found))]))
-    return BlockRows(files, np.concatenate(index).astype(np.int64), np.concatenate([np.zeros(0, np.int64), *lengths]))
+    lengths = [np.zeros(0, np.int32), *(read_columns(file, ["length"])[0] for file in files)]
+    return BlockRows(files, all_rows([len(found) for found in lengths[1:]]), np.concatenate(lengths))

@@ -22,6 +22,7 @@ from rayswift.data.blocks import (
     BlockRows,
     DropReport,
     LazyRows,
+    all_rows,
     blend,
     concat,
     iter_standard_rows,
@@ -47,6 +48,8 @@ if TYPE_CHECKING:
 ENCODE_BATCH = 1024
 #: A task imports and loads a tokenizer before its first row: in this time a process that has one does so many chunks.
 TASK_START_CHUNKS = 3
+#: Rows whose token rows are looked up together: the search needs ten times the memory of its answer.
+ORDER_PIECE = 2**16
 
 OnProgress = Callable[[str, int], None]
 
@@ -497,45 +500,50 @@ class _Load:
         if not sum(counts):
             reasons = "; ".join(seen.lines()) or "it is empty"
             raise UserError(f"--dataset {name}: none of its {seen.rows_in} rows can be used: {reasons}")
-        index = [np.column_stack([np.full(count, file), np.arange(count)]) for file, count in enumerate(counts)]
-        return BlockRows(files, np.concatenate(index).astype(np.int64), np.zeros(sum(counts), np.int64))
+        return BlockRows(files, all_rows(counts), np.zeros(sum(counts), np.int32))
 
     def encode(self, parts: list[BlockRows]) -> None:
         """Encode the rows of these parts that are not encoded yet."""
         import numpy as np
 
+        wanted = dict.fromkeys(file for part in parts for file in _files_of(part))
+        unencoded = [file for file in wanted if self.works[file].tokens_key is None]
         picks: dict[str, list[np.ndarray]] = {}
-        for part in parts:
-            for file, rows in _rows_by_file(part):
-                picks.setdefault(file, []).append(rows)
-        unencoded = [file for file in picks if self.works[file].tokens_key is None]
+        for file, rows in ((file, rows) for part in parts if unencoded for file, rows in _rows_by_file(part)):
+            picks.setdefault(file, []).append(rows)
         for file in unencoded:
             work, numbers = self.works[file], np.unique(np.concatenate(picks[file]))
             picked = None if len(numbers) == self._summary(work.rows_key)["rows"] else numbers
             key = tokens_key(work.rows_key, self.encoder, picked)
             self.works[file] = replace(work, tokens_key=key, picked=picked)
         self._build([self.works[file] for file in unencoded], "encode")
-        works = [self.works[file] for file in picks]
+        works = [self.works[file] for file in wanted]
         self.drops.merge(_report(works, [self._summary(work.key) for work in works]))
 
     def token_rows(self, rows: BlockRows) -> BlockRows:
         """For each standard row in turn, the token rows that came from it (none if dropped, several if split)."""
         import numpy as np
 
-        files = [file for file, _ in _rows_by_file(rows)]
-        bases = np.zeros(len(rows.files), np.int64)
+        files = _files_of(rows)
+        places: dict[str, list[int]] = {}
+        for place, file in enumerate(rows.files):
+            places.setdefault(file, []).append(place)
+        sizes = [self._summary(self.works[file].rows_key)["rows"] for file in files]
+        total = sum(sizes)
+        # Numbers of all rows together: as small as they can be.
+        bases = np.zeros(len(rows.files), np.int32 if total < 2**31 else np.int64)
         base = 0
-        origins, lengths, index = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)], [np.zeros((0, 2), np.int64)]
-        for number, file in enumerate(files):
+        origins, lengths = [bases[:0]], [np.zeros(0, np.int32)]
+        for file, size in zip(files, sizes, strict=True):
             source, length = read_columns(self.cache.path(self.works[file].key), ["source", "length"])
-            bases[[place for place, name in enumerate(rows.files) if name == file]] = base
-            origins.append(base + source)
-            base += self._summary(self.works[file].rows_key)["rows"]
-            index.append(np.column_stack([np.full(len(source), number), np.arange(len(source))]))
-            lengths.append(length.astype(np.int64))
-        order = _selected_order(np.concatenate(origins), bases[rows.index[:, 0]] + rows.index[:, 1])
+            bases[places[file]] = base
+            origins.append(source.astype(bases.dtype) + bases.dtype.type(base))
+            lengths.append(length)
+            base += size
+        order = _selected_order(np.concatenate(origins), bases, rows.index)
+        index = all_rows([len(length) for length in lengths[1:]])
         paths = [self.cache.path(self.works[file].key) for file in files]
-        return BlockRows(paths, np.concatenate(index).astype(np.int64), np.concatenate(lengths)).select(order)
+        return BlockRows(paths, index, np.concatenate(lengths)).select(order)
 
     def blended(self, parts: list[BlockRows], args: Any, rng: np.random.RandomState) -> BlockRows:
         """The token rows of several datasets together."""
@@ -551,7 +559,7 @@ class _Load:
         import numpy as np
 
         origins = [self.works[file].chunk.path for file in rows.files]
-        return LazyRows(rows.files, rows.index, np.ones(len(rows), np.int64), origins)
+        return LazyRows(rows.files, rows.index, np.ones(len(rows), np.int32), origins)
 
     def _build(self, works: list[ChunkWork], stage: str) -> None:
         done = 0
@@ -570,6 +578,13 @@ class _Load:
         return summary
 
 
+def _files_of(rows: BlockRows) -> list[str]:
+    """The files that rows come from, each once."""
+    import numpy as np
+
+    return list(dict.fromkeys(rows.files[number] for number in np.unique(rows.index[:, 0])))
+
+
 def _rows_by_file(rows: BlockRows) -> Iterator[tuple[str, np.ndarray]]:
     """Each file that rows come from, once, with the numbers of these rows in it."""
     import numpy as np
@@ -583,11 +598,22 @@ def _rows_by_file(rows: BlockRows) -> Iterator[tuple[str, np.ndarray]]:
     return ((file, np.concatenate(parts)) for file, parts in found.items())
 
 
-def _selected_order(origins: np.ndarray, selected: np.ndarray) -> np.ndarray:
-    """The token rows of each selected row in turn. ``origins``: the row each token row came from, ascending."""
+def _selected_order(origins: np.ndarray, bases: np.ndarray, index: np.ndarray) -> np.ndarray:
+    """The token rows of each selected row in turn.
+
+    Args:
+        origins: the standard row that each token row came from, ascending, numbered over all files.
+        bases: the number of each file's first standard row.
+        index: the selected rows, ``BlockRows.index``.
+    """
     import numpy as np
 
-    first, last = (np.searchsorted(origins, selected, side) for side in ("left", "right"))
-    counts = last - first
-    within = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
-    return np.repeat(first, counts) + within
+    pieces = [origins[:0]]
+    for start in range(0, len(index), ORDER_PIECE):
+        piece = index[start : start + ORDER_PIECE]
+        selected = bases[piece[:, 0]] + piece[:, 1]
+        first, last = (np.searchsorted(origins, selected, side) for side in ("left", "right"))
+        counts = last - first
+        within = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+        pieces.append((np.repeat(first, counts) + within).astype(origins.dtype))
+    return np.concatenate(pieces)

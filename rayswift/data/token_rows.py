@@ -111,7 +111,7 @@ class Units:
 
     def __init__(self, rows: BlockRows, packs: Packs | None) -> None:
         self.rows, self.packs = TokenRows(rows), packs
-        #: Tokens of each unit, int64.
+        #: Tokens of each unit, int32.
         self.lengths = rows.lengths
         if packs is not None:
             import numpy as np

@@ -125,6 +125,23 @@ class Deployment:
                 yield path, path.read_text(errors="replace")
 
 
+def listening(processes: list[psutil.Process]) -> dict[tuple[str, int], str]:
+    """Addresses on which processes listen, with the process."""
+    found = {}
+    for process in processes:
+        with contextlib.suppress(psutil.Error):
+            for connection in process.net_connections(kind="inet"):
+                if connection.status in (psutil.CONN_LISTEN, psutil.CONN_NONE) and not connection.raddr:
+                    found[connection.laddr.ip, connection.laddr.port] = title(process)[:90]
+    return found
+
+
+def beyond_this_machine(addresses: dict[tuple[str, int], str]) -> list[str]:
+    """Those of :func:`listening` that other machines reach."""
+    local = ("127.0.0.1", "::1", "::ffff:127.0.0.1")  # the last is how gRPC writes the first
+    return [f"{host}:{port}  {who}" for (host, port), who in addresses.items() if host not in local]
+
+
 def free_port() -> int:
     """A port of the loopback interface that nobody listens on now."""
     with socket.socket() as listener:

@@ -13,11 +13,10 @@ from collections.abc import Iterator
 from typing import Any
 
 import openai
-import psutil
 import pytest
 from command_line import wait_for
 from pydantic import BaseModel
-from serving import KEYS, MODEL, Deployment, running_requests, title, wait_until_idle
+from serving import KEYS, MODEL, Deployment, beyond_this_machine, listening, running_requests, wait_until_idle
 
 pytestmark = pytest.mark.slow
 
@@ -419,29 +418,10 @@ def test_what_the_engine_could_do_to_itself_is_not_reachable_with_the_key_either
 # --- what is open, what is written down -------------------------------------------------------------------------
 
 
-def listening(processes: list[psutil.Process]) -> dict[tuple[str, int], str]:
-    """Addresses on which processes listen, with the process."""
-    found = {}
-    for process in processes:
-        with contextlib.suppress(psutil.Error):
-            for connection in process.net_connections(kind="inet"):
-                if connection.status in (psutil.CONN_LISTEN, psutil.CONN_NONE) and not connection.raddr:
-                    found[connection.laddr.ip, connection.laddr.port] = title(process)[:90]
-    return found
-
-
-#: Ray's own services. Its processes speak over ports of all interfaces (gRPC, "::"), which demand the cluster's token;
-#: docs/deploy.md says so.
-RAYS_OWN = ("raylet", "gcs_server", "DashboardAgent", "RuntimeEnvAgent", "TelemetryAgent")
-
-
 def test_nothing_of_the_server_listens_beyond_this_machine(server: Deployment) -> None:
     found = listening(server.tree())
     assert ("127.0.0.1", server.port) in found
-    local = ("127.0.0.1", "::1", "::ffff:127.0.0.1")  # the last is how gRPC writes the first
-    ours = {a: who for a, who in found.items() if a[0] != "::" and not any(name in who for name in RAYS_OWN)}
-    beyond = {address: who for address, who in ours.items() if address[0] not in local}
-    assert not beyond, "\n".join(f"{address[0]}:{address[1]}  {who}" for address, who in beyond.items())
+    assert not beyond_this_machine(found)
 
 
 def test_the_engines_own_ports_do_not_answer_strangers(server: Deployment) -> None:
