@@ -27,7 +27,7 @@ COMMANDS: dict[str, tuple[str, str | None]] = {
     "infer": ("talk to a model in the terminal, or answer a dataset's rows", "rayswift.serve.infer:infer"),
     "deploy": ("serve a model over HTTP with OpenAI's interface", "rayswift.serve.deploy:deploy"),
     "app": ("chat with a model in the browser", "rayswift.serve.app:app"),
-    "sample": ("sample many answers per prompt and keep the best", None),
+    "sample": ("sample many answers per prompt and keep the best", "rayswift.sampling:sample"),
     "eval": ("run benchmarks on a model or an endpoint", None),
     "export": ("merge an adapter, encode a dataset for later, ...", "rayswift.exporting:export"),
 }

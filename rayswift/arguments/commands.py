@@ -112,6 +112,7 @@ class AppArguments(WebPageArguments, DeployArguments):
 @dataclass(init=False, repr=False, eq=False)
 class SampleArguments(
     SamplingArguments,
+    EndpointArguments,
     EngineArguments,
     GenerationArguments,
     WorkerArguments,
@@ -126,10 +127,42 @@ class SampleArguments(
     temperature: float | None = arg_like(GenerationArguments, "temperature", 1.0)
 
     def problems(self) -> Iterator[str]:
-        if self.sampler_engine not in ("no", "client") and not self.model and not self.adapters:
+        is_client = self.sampler_engine == "client"
+        if not is_client and self.sampler_engine != "no" and not self.model and not self.adapters:
             yield f"--model or --adapters is required, {_MODEL_EXAMPLE}"
         if not self.dataset and not self.cache_files:
             yield "--dataset is required, for example --dataset prompts.jsonl"
+        if is_client and not self.base_url and not self.engine_kwargs.get("base_url"):
+            yield "--sampler_engine client needs --base_url, for example --base_url http://127.0.0.1:8000/v1"
+        if self.base_url and not is_client:
+            yield f"--base_url needs --sampler_engine client, not {self.sampler_engine}"
+        if self.num_beams > 1:
+            yield "--num_beams: answers are sampled, not searched for; leave it out"
+        if self.num_workers and (self.min_replicas or self.max_replicas):
+            yield "--num_workers says the same as --min_replicas and --max_replicas: leave one out"
+
+    def remarks(self) -> Iterator[str]:
+        if self.temperature == 0 and self.num_return_sequences > 1:
+            yield "--temperature 0: all answers to a prompt will be the same; leave it out, or set it above 0"
+
+    def resolve(self) -> None:
+        if self.sampler_engine in ("vllm", "transformers", "lmdeploy"):
+            self.infer_backend = self.sampler_engine
+            self.given |= {"infer_backend"}  # the plan of the engines takes over what was given
+        if self.min_replicas or self.max_replicas:
+            fewest = self.min_replicas or 1
+            self.num_workers = (fewest, self.max_replicas or fewest)
+        if self.sampler_engine == "client":  # SWIFT has both among the engine's settings
+            rest = dict(self.engine_kwargs)
+            self.base_url = self.base_url or rest.pop("base_url", None)
+            self.api_key = self.api_key or rest.pop("api_key", None)
+            self.engine_kwargs = rest
+        elif self.engine_kwargs:
+            target = "vllm_engine_kwargs" if self.sampler_engine == "vllm" else "model_kwargs"
+            setattr(self, target, {**getattr(self, target), **self.engine_kwargs})
+            self.given |= {target}
+        if "max_batch_size" not in self.given:
+            self.max_batch_size = self.num_sampling_batch_size
 
 
 @dataclass(init=False, repr=False, eq=False)

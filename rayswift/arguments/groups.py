@@ -323,5 +323,6 @@ class EngineArguments(VllmArguments):
     def remarks(self) -> Iterator[str]:
         for prefix, engine in (("vllm_", "vllm"), ("sglang_", "sglang"), ("lmdeploy_", "lmdeploy")):
             flags = sorted(f"--{name}" for name in self.given if name.startswith(prefix))
-            if flags and self.infer_backend != engine:
-                yield f"{', '.join(flags)}: no effect without --infer_backend {engine}"
+            flag = "sampler_engine" if hasattr(self, "sampler_engine") else "infer_backend"
+            if flags and getattr(self, flag) != engine:
+                yield f"{', '.join(flags)}: no effect without --{flag} {engine}"

@@ -164,28 +164,55 @@ class SamplingArguments(Arguments):
     n_best_to_keep: int = arg(5, "best answers per prompt to keep", ge=1)
     num_sampling_batch_size: int = arg(1, "prompts per batch", ge=1)
     num_sampling_batches: int | None = arg(None, "batches to sample", ge=1, shown="all")
-    orm_model: str | None = arg(None, "outcome reward: accuracy, math, format, ... or a model")
+    orm_model: str | None = arg(None, "outcome reward: accuracy, math, gsm8k, format, ... or a model")
     prm_model: str | None = arg(None, "process reward: a registered name or a model")
     prm_threshold: float = arg(0.0, "least process reward of an answer to keep")
     easy_query_threshold: float | None = arg(None, "drop prompts with a larger share of right answers", ge=0, le=1)
     data_range: list[int] = arg([], "part I of N of the prompts: --data_range I N, I from 0", ge=0)
     cache_files: list[str] = arg([], "answers sampled before")
-    engine_kwargs: dict[str, Any] = arg({}, "further engine settings, as JSON")
+    engine_kwargs: dict[str, Any] = arg(
+        {}, "further engine settings, as JSON: vLLM's, the model's, or fields of a client's requests"
+    )
     output_dir: str = arg("sample_output", "folder of the results")
-    output_file: str | None = arg(None, "name of the result file, ending in .jsonl", shown="<date>.jsonl")
+    output_file: str | None = arg(None, "name of the result file, .jsonl or .parquet", shown="<date>.jsonl")
     override_exist_file: bool = arg(False, "write over an existing result file")
-    resume: bool = arg(False, "go on with an unfinished result file")
+    resume: bool = arg(False, "go on with the newest unfinished run of the same settings in --output_dir")
+    min_replicas: int | None = arg(None, "fewest engines", ge=1, shown="one per GPU, else 1")
+    max_replicas: int | None = arg(None, "most engines; they come and go with the work", ge=1, shown="--min_replicas")
+    max_requests_per_minute: int | None = arg(None, "rate limit of --sampler_engine client", ge=1, shown="none")
+    max_parallel_requests: int = arg(32, "requests under way at a time with --sampler_engine client", ge=1)
+    judge_base_url: str | None = arg(None, "endpoint of --prm_model client", example="http://127.0.0.1:8000/v1")
+    judge_model: str | None = arg(None, "model that judges there", shown="the first it serves")
+    judge_api_key: str | None = arg(None, "key of that endpoint", shown="OPENAI_API_KEY", example="KEY")
 
     def problems(self) -> Iterator[str]:
         shard = self.data_range
         if shard and (len(shard) != 2 or not shard[0] < shard[1]):
             yield "--data_range: expected I N with 0 <= I < N, for example --data_range 0 4"
         if self.output_file and (
-            os.path.basename(self.output_file) != self.output_file or not self.output_file.endswith(".jsonl")
+            os.path.basename(self.output_file) != self.output_file
+            or not self.output_file.endswith((".jsonl", ".parquet"))
         ):
-            yield f"--output_file {self.output_file}: expected a file name ending in .jsonl; the folder is --output_dir"
+            yield (f"--output_file {self.output_file}: expected a file name ending in .jsonl or .parquet; the folder "
+                   "is --output_dir")  # fmt: skip
         if self.sampler_engine == "no" and not self.cache_files:
             yield "--sampler_engine no needs --cache_files: without an engine only earlier answers can be scored"
+        for path in self.cache_files:
+            if not os.path.isfile(path):
+                yield f"--cache_files {path}: no such file"
+        if self.max_replicas is not None and self.max_replicas < (self.min_replicas or 1):
+            yield f"--max_replicas {self.max_replicas} is below --min_replicas {self.min_replicas}: change one"
+        if self.prm_model == "client" and not self.judge_base_url:
+            yield "--prm_model client needs --judge_base_url, for example --judge_base_url http://127.0.0.1:8000/v1"
+
+    def remarks(self) -> Iterator[str]:
+        needs = {"prm_threshold": "prm_model", "easy_query_threshold": "orm_model"}
+        yield from (f"--{flag}: no effect without --{other}" for flag, other in needs.items()
+                    if flag in self.given and not getattr(self, other))  # fmt: skip
+        if "n_best_to_keep" in self.given and not self.orm_model and not self.prm_model:
+            yield "--n_best_to_keep: no effect without --orm_model or --prm_model, every answer is kept"
+
+
 
 
 @dataclass(init=False, repr=False, eq=False)

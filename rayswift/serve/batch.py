@@ -89,11 +89,11 @@ class Tally:
         }
 
 
-def progress_bar(total: int, done: int, *, hidden: bool) -> Any:
+def progress_bar(total: int, done: int, *, hidden: bool, name: str = "infer", unit: str = "row") -> Any:
     """Rows, rows/s, the time left and tokens/s, on standard error."""
     from tqdm.auto import tqdm
 
-    return tqdm(total=total, initial=done, desc="infer", unit="row", disable=hidden)
+    return tqdm(total=total, initial=done, desc=name, unit=unit, disable=hidden)
 
 
 def report(results: ResultFile, metric: str | None, statistics: Row) -> None:

@@ -8,15 +8,19 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, replace
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import openai
 
 from rayswift.errors import UserError
 from rayswift.serve.generation import Answer, EngineUnusable, GenerationSettings, Messages
+
+Key = TypeVar("Key")
+Result = TypeVar("Result")
 
 NO_KEY = "none"  # the client insists on a key; a server without one ignores it
 CONNECT_SECONDS = 10.0
@@ -32,7 +36,8 @@ class EndpointEngine:
 
     ``seed``: sent with each request, so that a sampled answer can be repeated; None leaves it to the server.
     ``system``: system prompt of conversations that have none; None leaves it to the server.
-    ``parallel``: conversations under way at a time.
+    ``parallel``: conversations under way at a time. ``with_thoughts``: what the server sends as the model's reasoning
+    becomes part of the answer, as ``<think>…</think><answer>…</answer>``.
     """
 
     client: openai.OpenAI
@@ -40,6 +45,7 @@ class EndpointEngine:
     seed: int | None = None
     system: str | None = None
     parallel: int = 32
+    with_thoughts: bool = False
     last_stream: Answer = field(default_factory=Answer)
 
     @classmethod
@@ -113,18 +119,13 @@ class EndpointEngine:
         self, conversations: Iterable[tuple[int, Messages, Any]], settings: GenerationSettings
     ) -> Iterator[tuple[int, Answer]]:
         """Answer numbered conversations (number, messages, tools), ``parallel`` at a time, in the order they finish."""
-        running: dict[Future[Answer], int] = {}
-        patient = replace(self, client=self.client.with_options(max_retries=BATCH_RETRIES))
-        with ThreadPoolExecutor(max_workers=self.parallel) as threads:
-            try:
-                for number, messages, tools in conversations:
-                    if len(running) >= self.parallel:
-                        yield from _finished(running)
-                    running[threads.submit(patient.answer, messages, settings, tools)] = number
-                while running:
-                    yield from _finished(running)
-            finally:
-                threads.shutdown(wait=False, cancel_futures=True)
+        answer = self.patient().answer
+        calls = ((number, partial(answer, messages, settings, tools)) for number, messages, tools in conversations)
+        return in_parallel(calls, self.parallel)
+
+    def patient(self) -> EndpointEngine:
+        """The same engine for work that can wait for a server that restarts or is busy."""
+        return replace(self, client=self.client.with_options(max_retries=BATCH_RETRIES))
 
     def answer(self, messages: Messages, settings: GenerationSettings, tools: Any = None) -> Answer:
         """Answer one conversation; what is wrong with it alone is the answer's ``error``."""
@@ -137,15 +138,32 @@ class EndpointEngine:
 
     def complete(self, messages: Messages, settings: GenerationSettings, tools: Any = None) -> Answer:
         """Answer one conversation, whole. UserError when it cannot be answered."""
+        return self.choices(messages, settings, tools)[0]
+
+    def choices(
+        self, messages: Messages, settings: GenerationSettings, tools: Any = None, **fields: Any
+    ) -> list[Answer]:
+        """The answers of one request; ``fields`` of its body, such as ``n``, beside those of the settings.
+
+        The tokens of the request count with the first answer. UserError when it cannot be answered.
+        """
+        body = {**self.request(messages, settings, tools), **fields}
         with translated(self.client, self.model):
-            reply = self.client.chat.completions.create(**self.request(messages, settings, tools))
-        choice, usage = reply.choices[0], reply.usage
-        return Answer(
-            choice.message.content or "",
-            usage.prompt_tokens if usage else 0,
-            usage.completion_tokens if usage else 0,
-            choice.logprobs.model_dump(include={"content"}) if choice.logprobs else None,
-        )
+            reply = self.client.chat.completions.create(**body)
+        answers = [self._answer_of(choice) for choice in reply.choices]
+        if not answers:
+            raise UserError("the server's reply has no answer in it")
+        if reply.usage:
+            answers[0].num_prompt_tokens = reply.usage.prompt_tokens
+            answers[0].num_generated_tokens = reply.usage.completion_tokens
+        return answers
+
+    def _answer_of(self, choice: Any) -> Answer:
+        logprobs = choice.logprobs.model_dump(include={"content"}) if choice.logprobs else None
+        text, thought = choice.message.content or "", getattr(choice.message, "reasoning_content", None)
+        if self.with_thoughts and thought:
+            text = f"<think>{thought}</think>\n\n<answer>{text}</answer>"
+        return Answer(text, logprobs=logprobs)
 
     def request(self, messages: Messages, settings: GenerationSettings, tools: Any) -> dict[str, Any]:
         """The body of a chat completion; what is None is left to the server."""
@@ -169,8 +187,23 @@ class EndpointEngine:
         return {name: value for name, value in body.items() if value not in (None, [], {})}
 
 
-def _finished(running: dict[Future[Answer], int]) -> Iterator[tuple[int, Answer]]:
-    """Wait for at least one answer; takes those that are there out of ``running``."""
+def in_parallel(calls: Iterable[tuple[Key, Callable[[], Result]]], most: int) -> Iterator[tuple[Key, Result]]:
+    """Make the calls in threads, ``most`` at a time; their results in the order they finish."""
+    running: dict[Future[Result], Key] = {}
+    with ThreadPoolExecutor(max_workers=most) as threads:
+        try:
+            for key, call in calls:
+                if len(running) >= most:
+                    yield from _finished(running)
+                running[threads.submit(call)] = key
+            while running:
+                yield from _finished(running)
+        finally:
+            threads.shutdown(wait=False, cancel_futures=True)
+
+
+def _finished(running: dict[Future[Result], Key]) -> Iterator[tuple[Key, Result]]:
+    """Wait for at least one result; takes those that are there out of ``running``."""
     for future in wait(running, return_when=FIRST_COMPLETED).done:
         yield running.pop(future), future.result()
 

@@ -1,26 +1,28 @@
 """Answers from a pool of engines on the cluster, through Ray Data: it starts, scales and replaces them.
 
-In: numbered rows. Out: their answers, in the order they finish. The Transformers engine is an actor here, vLLM comes
-from `ray.data.llm` (`rayswift.serve.vllm_pool`).
+In: numbered rows, or prompts that are to be answered several times. Out: numbered answers, in the order they finish.
+The Transformers engine is an actor here, vLLM comes from `ray.data.llm` (`rayswift.serve.vllm_pool`).
 """
 
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from rayswift import cluster
 from rayswift.errors import UserError
+from rayswift.serve.engines import seed_everything
 from rayswift.serve.generation import Answer, GenerationSettings
 from rayswift.serve.plan import ModelPlan, plan_model
 from rayswift.serve.result_rows import prompt_of
 from rayswift.serve.running import serving_settings
 
 if TYPE_CHECKING:
-    from rayswift.arguments import InferArguments
+    from rayswift.arguments import InferArguments, SampleArguments
+
+    PoolArguments = InferArguments | SampleArguments
 
 Row = dict[str, Any]
 #: Rows per block: what one task takes to an engine, and what a dead engine has to do again.
@@ -30,6 +32,29 @@ BLOCK_ROWS = 32
 HELPER_CPUS = 0.1
 #: The columns of an answer on its way back; ``error`` is the name that `ray.data.llm` gives it.
 ERROR = "__inference_error__"
+#: The seed of an answer that has none of its own: the command's ``--seed``.
+NO_SEED = -1
+
+
+@dataclass(frozen=True)
+class Request:
+    """A prompt (``row`` without its reference) to be answered once for each number; ``seeds``: one for each, or none.
+
+    All its answers come from one engine, which keeps the prompt's cache between them.
+    """
+
+    numbers: tuple[int, ...]
+    row: Row
+    seeds: tuple[int, ...] = ()
+
+    def as_item(self) -> Row:
+        """The row of Ray Data's table."""
+        return {
+            "index": self.numbers,
+            "seed": self.seeds or (NO_SEED,) * len(self.numbers),
+            "messages": json.dumps(prompt_of(self.row)),
+            "tools": json.dumps(self.row.get("tools")),
+        }
 
 
 @dataclass(frozen=True)
@@ -39,12 +64,12 @@ class EnginePool:
     ``plan``: what ``rayswift deploy`` would start for the same flags. ``size``: fewest and most engines.
     """
 
-    args: InferArguments
+    args: PoolArguments
     plan: ModelPlan
     size: tuple[int, int]
 
     @classmethod
-    def start(cls, args: InferArguments) -> EnginePool:
+    def start(cls, args: PoolArguments) -> EnginePool:
         """Plan the pool (``args`` are completed from the checkpoint) and connect to Ray; engines start with the rows.
 
         Raises:
@@ -58,33 +83,34 @@ class EnginePool:
 
     def __call__(self, rows: Sequence[tuple[int, Row]]) -> Iterator[tuple[int, Answer]]:
         """Answer numbered rows. UserError when no engine can be started."""
-        if not rows:
+        return self.answers([Request((index,), row) for index, row in rows])
+
+    def answers(self, requests: Sequence[Request]) -> Iterator[tuple[int, Answer]]:
+        """Answer each request as often as it has numbers. UserError when no engine can be started."""
+        if not requests:
             return
         import ray
 
         context = ray.data.DataContext.get_current()
         context.enable_progress_bars = False
         context.execution_options.preserve_order = False  # the result file orders; none waits for a long answer
-        block_rows = BLOCK_ROWS if self.plan.engine == "vllm" else self.batch_size
-        items = [
-            {"index": index, "messages": json.dumps(prompt_of(row)), "tools": json.dumps(row.get("tools"))}
-            for index, row in rows
-        ]
-        dataset = ray.data.from_items(items, override_num_blocks=math.ceil(len(items) / block_rows))
+        repeats = max(len(request.numbers) for request in requests)
+        size = max(1, BLOCK_ROWS // repeats) if self.plan.engine == "vllm" else self.batch_size
+        dataset = ray.data.from_arrow(list(tables(requests, size)))
         try:
-            for found in self.answered(dataset).iter_rows():
+            for found in self.answered(dataset, size * repeats).iter_rows():
                 yield int(found["index"]), read_answer(found)
         except ray.exceptions.RayError as error:
             raise UserError(f"--infer_backend {self.plan.engine}: the engine failed ({reason(error)})") from None
 
-    def answered(self, dataset: Any) -> Any:
-        """The dataset of answers to a dataset of ``index``, ``messages`` and ``tools`` (the last two as JSON)."""
+    def answered(self, dataset: Any, block_answers: int) -> Any:
+        """The dataset of answers to one of requests (:meth:`Request.as_item`), ``block_answers`` to a block."""
         import ray
 
         if self.plan.engine == "vllm":
             from rayswift.serve.vllm_pool import answered_by_vllm
 
-            return answered_by_vllm(dataset, self.args, self.plan, self.size)
+            return answered_by_vllm(dataset, self.args, self.plan, self.size, block_answers)
         bundle = self.plan.bundles[0]
         return dataset.map_batches(
             TransformersWorker,
@@ -98,12 +124,27 @@ class EnginePool:
 
     @property
     def batch_size(self) -> int:
-        """Rows per batch of the Transformers engine."""
+        """Prompts per batch of the Transformers engine."""
         return BLOCK_ROWS if self.args.max_batch_size == -1 else self.args.max_batch_size
 
 
-def pool_size(args: InferArguments, plan: ModelPlan, connected: cluster.Cluster) -> tuple[int, int]:
-    """Fewest and most engines: ``--num_workers N`` or ``MIN,MAX``; unset, as many as there are GPUs for, else one.
+def tables(requests: Sequence[Request], size: int) -> Iterable[Any]:
+    """The blocks of Ray Data: ``size`` requests each."""
+    import pyarrow as pa
+
+    for first in range(0, len(requests), size):
+        yield pa.Table.from_pylist([request.as_item() for request in requests[first : first + size]])
+
+
+def each_answer(item: Row) -> list[Row]:
+    """A request as one row for each of its answers."""
+    return [{**item, "index": int(index), "seed": int(seed)}
+            for index, seed in zip(item["index"], item["seed"], strict=True)]  # fmt: skip
+
+
+def pool_size(args: PoolArguments, plan: ModelPlan, connected: cluster.Cluster) -> tuple[int, int]:
+    """Fewest and most engines: ``--num_workers N`` or ``MIN,MAX`` (``sample``: ``--min_replicas``, ``--max_replicas``);
+    unset, as many as there are GPUs for, else one.
 
     Raises:
         UserError: the cluster can never hold the fewest.
@@ -111,12 +152,13 @@ def pool_size(args: InferArguments, plan: ModelPlan, connected: cluster.Cluster)
     needs = {name: sum(bundle.get(name, 0) for bundle in plan.bundles) for name in ("CPU", "GPU")}
     by_gpus = max(1, int(connected.gpus // needs["GPU"])) if needs["GPU"] else 1
     fewest, most = fewest_and_most(args.num_workers or by_gpus)
+    flag = "--min_replicas" if getattr(args, "min_replicas", None) else "--num_workers"
     helpers = {"CPU": 2 * HELPER_CPUS if plan.engine == "vllm" else 0.0, "GPU": 0.0}
     for name, available in (("GPU", connected.gpus), ("CPU", connected.cpus)):
         needed = needs[name] * fewest + helpers[name]
         if needed > available:
             raise UserError(
-                f"--num_workers {fewest}: {fewest} engine(s) and what feeds them need {needed:g} {name}s and "
+                f"{flag} {fewest}: {fewest} engine(s) and what feeds them need {needed:g} {name}s and "
                 f"{connected.describe()}; lower it, or --resources_per_worker, for example '{{\"CPU\": 0.5}}'"
             )
     return fewest, most
@@ -130,10 +172,10 @@ def fewest_and_most(asked: int | tuple[int, int]) -> tuple[int, int]:
 class TransformersWorker:
     """One Transformers engine in an actor of the pool."""
 
-    def __init__(self, args: InferArguments, pool_size: int) -> None:
+    def __init__(self, args: PoolArguments, pool_size: int) -> None:
         import torch
 
-        from rayswift.serve.engines import load_engine, seed_everything
+        from rayswift.serve.engines import load_engine
 
         self.engine = load_engine(args)
         self.settings = GenerationSettings.from_arguments(args)
@@ -144,7 +186,9 @@ class TransformersWorker:
     def __call__(self, table: Any) -> Any:
         import pyarrow as pa
 
-        rows = table.to_pylist()
+        rows = [row for item in table.to_pylist() for row in each_answer(item)]
+        if rows[0]["seed"] != NO_SEED:
+            seed_everything(rows[0]["seed"])
         conversations, tools = ([json.loads(row[key]) for row in rows] for key in ("messages", "tools"))
         answers = self.engine.generate(conversations, self.settings, tools)
         return pa.Table.from_pylist(

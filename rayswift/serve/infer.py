@@ -9,7 +9,7 @@ import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from rayswift import hub
 from rayswift.arguments import read_saved_arguments
@@ -27,10 +27,12 @@ from rayswift.serve.scores import check_metric
 from rayswift.serve.transformers_engine import TransformersEngine
 
 if TYPE_CHECKING:
-    from rayswift.arguments import InferArguments
+    from rayswift.arguments import InferArguments, SampleArguments
     from rayswift.serve.endpoint import EndpointEngine
 
 logger = logging.getLogger("rayswift.serve.infer")
+
+Checkpointed = TypeVar("Checkpointed", "InferArguments", "SampleArguments")
 
 #: Topics of the flags that decide what the answers are; two runs that agree in them are the same run.
 _DECIDING = ("Model", "Dataset", "Template", "Generation", "Endpoint")
@@ -68,10 +70,10 @@ def infer(args: InferArguments) -> list[Row] | None:
             raise
 
 
-def with_checkpoint(args: InferArguments) -> InferArguments:
+def with_checkpoint(args: Checkpointed) -> Checkpointed:
     """Complete ``args`` from the ``args.json`` of the adapter, or of a full checkpoint given as ``--model``."""
     if len(args.adapters) > 1:
-        raise UserError("--adapters: rayswift infer takes one adapter; merge them one after the other first")
+        raise UserError(f"--adapters: rayswift {args.command} takes one adapter; merge them one after the other first")
     where = args.adapters[0] if args.adapters else args.model
     if where is None:
         raise UserError("--model or --adapters is needed: which model should answer?")
@@ -154,7 +156,7 @@ def result_path(args: InferArguments) -> Path:
     return checkpoint / "infer_result" / f"{time.strftime('%Y%m%d-%H%M%S')}.jsonl"
 
 
-def deciding_settings(args: InferArguments) -> dict[str, Any]:
+def deciding_settings(args: InferArguments | SampleArguments) -> dict[str, Any]:
     """The settings that decide what the answers are."""
     topics = {name: spec.topic for name, spec in specs_of(type(args)).items()}
     chosen = [name for name, topic in topics.items() if topic in _DECIDING or name in _DECIDING_FLAGS]

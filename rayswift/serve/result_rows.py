@@ -43,6 +43,12 @@ def read_rows(args: InferArguments) -> list[Row]:
 
 def dataset_rows(resolved: Any, strict: bool) -> Iterator[Row]:
     """Standard rows of one dataset, bad ones as ``{"error": …}``."""
+    for row, _, _ in placed_rows(resolved, strict):
+        yield row | {"dataset": resolved.spec.name}
+
+
+def placed_rows(resolved: Any, strict: bool) -> Iterator[tuple[Row, str, int]]:
+    """As :func:`dataset_rows`, each with its file and its position there (for :func:`locate`)."""
     for raw, path, position in iter_raw_rows(resolved.files):
         for row in standardise_rows(raw, resolved.rules):
             if isinstance(row, Drop):
@@ -51,7 +57,7 @@ def dataset_rows(resolved: Any, strict: bool) -> Iterator[Row]:
                     raise UserError(f"{where}: {row.reason} (--strict true stops at the first bad row)")
                 row = {"messages": [], BAD_ROW: f"{where}: {row.reason}"}
             row.pop(WARNINGS, None)
-            yield row | {"dataset": resolved.spec.name}
+            yield row, path, position
 
 
 def take(rows: Iterable[Row], count: int | None, args: InferArguments) -> list[Row]:

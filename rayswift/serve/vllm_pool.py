@@ -11,25 +11,34 @@ import json
 import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from rayswift.data.encoding import Encoder
 from rayswift.errors import UserError
-from rayswift.serve.engine_pool import BLOCK_ROWS, ERROR, HELPER_CPUS, answer_row
+from rayswift.serve.engine_pool import ERROR, HELPER_CPUS, NO_SEED, answer_row, each_answer
 from rayswift.serve.generation import Answer, GenerationSettings
 from rayswift.serve.plan import ModelPlan
 
 if TYPE_CHECKING:
-    from rayswift.arguments import InferArguments
+    from rayswift.serve.engine_pool import PoolArguments
 
 Row = dict[str, Any]
 #: Settings of vLLM's server that its engine does not know.
 _SERVER_ONLY = ("enable_auto_tool_choice", "tool_call_parser", "reasoning_parser", "enable_log_requests")
+#: Answers under way per slot of the engine. A block comes back when its last answer is there; with more of them under
+#: way, the slots of those that ended early are taken at once.
+_OVERLAP = 2
 
 
-def answered_by_vllm(dataset: Any, args: InferArguments, plan: ModelPlan, size: tuple[int, int]) -> Any:
-    """The dataset of answers (see :func:`rayswift.serve.engine_pool.answer_row`) to one of numbered conversations."""
+def answered_by_vllm(
+    dataset: Any, args: PoolArguments, plan: ModelPlan, size: tuple[int, int], block_answers: int
+) -> Any:
+    """The dataset of answers (see :func:`rayswift.serve.engine_pool.answer_row`) to one of requests.
+
+    Several answers to a prompt are several rows: `ray.data.llm` returns one for each, and vLLM itself makes one request
+    of each of ``n``. They stand in one block, so the engine computes the prompt once and keeps it for the others.
+    """
     from ray.data.llm import build_processor, vLLMEngineProcessorConfig
 
     from rayswift.serve.transformers_engine import context_length
@@ -46,9 +55,8 @@ def answered_by_vllm(dataset: Any, args: InferArguments, plan: ModelPlan, size: 
         model_source=model_dir,
         engine_kwargs={name: value for name, value in kwargs.items() if name not in _SERVER_ONLY},
         concurrency=size,
-        batch_size=BLOCK_ROWS,
-        # Enough blocks under way to fill the engine.
-        max_concurrent_batches=math.ceil(args.vllm_max_num_seqs / BLOCK_ROWS),
+        batch_size=block_answers,
+        max_concurrent_batches=math.ceil(_OVERLAP * args.vllm_max_num_seqs / block_answers),
         should_continue_on_error=True,
         chat_template_stage=False,
         tokenize_stage=False,
@@ -66,7 +74,7 @@ def answered_by_vllm(dataset: Any, args: InferArguments, plan: ModelPlan, size: 
             preprocess_map_kwargs=helpers,
             postprocess_map_kwargs=helpers,
         )
-    return processor(dataset)
+    return processor(dataset.flat_map(each_answer, num_cpus=HELPER_CPUS))
 
 
 @contextlib.contextmanager
@@ -111,16 +119,23 @@ class RequestMaker:
     seed: int
     context: int
     model: str
+    _last: dict[tuple[str, str], tuple[list[int], str]] = field(default_factory=dict, compare=False, repr=False)
 
     def __call__(self, row: Row) -> Row:
         """A row that cannot be a prompt passes the engine by as an error.
 
         Every row has the same keys: Arrow would fill gaps with None, and a None where the error stands is one too.
         """
-        ids, error = self.prompt_ids(json.loads(row["messages"]), json.loads(row["tools"]))
+        prompt = (row["messages"], row["tools"])
+        if prompt not in self._last:  # the answers to a prompt stand side by side: it is encoded once
+            self._last.clear()
+            self._last[prompt] = self.prompt_ids(*map(json.loads, prompt))
+        ids, error = self._last[prompt]
+        own = row.get("seed", NO_SEED)
+        seed = self.seed if own == NO_SEED else own
         return {
             "tokenized_prompt": ids,
-            "sampling_params": sampling_params(self.settings, self.encoder, self.seed, self.context - len(ids)),
+            "sampling_params": sampling_params(self.settings, self.encoder, seed, self.context - len(ids)),
             "model": self.model,
             ERROR: error,
         }

@@ -1,0 +1,68 @@
+"""Outcome rewards by rule: 1.0 for a right answer, 0.0 for a wrong one."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from rayswift.rewards.maths import final_answer, final_number, same_answer, same_number
+
+_THINK_ANSWER = re.compile(r"\s*<think>.*?</think>\s*<answer>.*?</answer>\s*", re.DOTALL)
+_REACT = re.compile(r"\s*<think>.*?</think>\s*Action:.*?Action Input:.*", re.DOTALL)
+_ACTION = re.compile(r"Action:[ \t]*(?P<name>[^\n]*?)[ \t]*(?:\n|$)", re.DOTALL)
+_INPUT = re.compile(r"Action Input:\s*(?P<input>.*?)\s*(?:Observation:|<\||$)", re.DOTALL)
+
+
+def math(completions: Sequence[str], solution: Sequence[str | None], **_: Any) -> list[float]:
+    """The answers are the same number, expression, tuple, set or word. SWIFT's ``math`` and ``accuracy``.
+
+    The answer of a text is what it marks as such (``<answer>``, ``\\boxed``, ``####``, "the answer is"), else the last
+    formula or number in it.
+    """
+    pairs = ((final_answer(said), final_answer(right or "")) for said, right in zip(completions, solution, strict=True))
+    return [float(said is not None and right is not None and same_answer(said, right)) for said, right in pairs]
+
+
+def gsm8k(completions: Sequence[str], solution: Sequence[str | None], **_: Any) -> list[float]:
+    """The final numbers are the same: that of the dataset follows ``####``, that of an answer is marked or the last."""
+    pairs = ((final_number(said), final_number(right or "")) for said, right in zip(completions, solution, strict=True))
+    return [float(said is not None and right is not None and same_number(said, right)) for said, right in pairs]
+
+
+def format_reward(completions: Sequence[str], **_: Any) -> list[float]:
+    """``<think>…</think><answer>…</answer>`` and nothing else. SWIFT's ``format``."""
+    return [float(bool(_THINK_ANSWER.fullmatch(text))) for text in completions]
+
+
+def react_format(completions: Sequence[str], **_: Any) -> list[float]:
+    """``<think>…</think>`` and then an action with its input. SWIFT's ``react_format``."""
+    return [float(bool(_REACT.fullmatch(text))) for text in completions]
+
+
+def toolbench(completions: Sequence[str], solution: Sequence[str | None], **_: Any) -> list[float]:
+    """The same action with the same input (compared as JSON where both are). SWIFT's ``toolbench``."""
+    return [
+        float(read_action(said) == read_action(right or "")) for said, right in zip(completions, solution, strict=True)
+    ]
+
+
+def read_action(text: str) -> tuple[str, Any]:
+    """The last ``Action:`` of a ReAct text and its ``Action Input:``."""
+    actions, inputs = list(_ACTION.finditer(text)), list(_INPUT.finditer(text))
+    given = inputs[-1]["input"] if inputs else "{}"
+    with contextlib.suppress(ValueError):
+        given = json.loads(given)
+    return (actions[-1]["name"] if actions else "none"), given
+
+
+NAMES = {
+    "math": math,
+    "accuracy": math,
+    "gsm8k": gsm8k,
+    "format": format_reward,
+    "react_format": react_format,
+    "toolbench": toolbench,
+}

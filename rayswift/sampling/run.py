@@ -1,0 +1,173 @@
+"""The flow of ``rayswift sample``."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from rayswift.data.plugins import PluginFile
+from rayswift.errors import UserError
+from rayswift.sampling.choice import Counts, Rules, chosen_rows
+from rayswift.sampling.engines import Answers, open_answers
+from rayswift.sampling.journal import Journal, open_journal
+from rayswift.sampling.output import Files, write_rows
+from rayswift.sampling.prompts import Prompt, read_prompts
+from rayswift.sampling.scoring import check_references, make_scorers, score_prompts
+from rayswift.serve.batch import Tally, progress_bar
+from rayswift.serve.engine_pool import Request
+from rayswift.serve.generation import Answer
+from rayswift.serve.infer import deciding_settings, with_checkpoint
+from rayswift.serve.result_file import run_identity
+
+if TYPE_CHECKING:
+    from rayswift.arguments import SampleArguments
+
+logger = logging.getLogger("rayswift.sampling")
+
+Row = dict[str, Any]
+
+#: Settings beside those of model, dataset, template and generation that decide what the answers are.
+_DECIDING = ("sampler_engine", "sampler_type", "num_return_sequences", "cache_files", "data_range", "engine_kwargs",
+             "num_sampling_batch_size", "num_sampling_batches", "merge_lora")  # fmt: skip
+_REWARD_FLAGS = ("orm_model", "prm_model", "judge_base_url", "judge_model")
+
+
+def sample(args: SampleArguments) -> Row:
+    """Sample ``--num_return_sequences`` answers to every prompt, score them, and write the best.
+
+    Returns:
+        ``output_file`` and the counts that are printed at the end.
+
+    Raises:
+        UserError: a dataset, model, endpoint or reward that cannot be used, results that cannot be written.
+    """
+    if args.sampler_engine in ("vllm", "transformers", "lmdeploy"):
+        args = with_checkpoint(args)
+    for path in args.external_plugins:
+        PluginFile.read(path).registered()
+    scorers = make_scorers(args)
+    prompts = read_prompts(args)
+    check_references(scorers, prompts)
+    identity = run_identity(answer_settings(args), [{"id": prompt.id, **prompt.row} for prompt in prompts])
+    files = Files.of(args, identity)
+    if files.is_done(override=args.override_exist_file):
+        logger.info("%s is there already: nothing to do; --override_exist_file true writes it anew", files.result)
+        return {"output_file": str(files.result)}
+    counts = Counts(prompts=len(prompts))
+    with (
+        told_how_to_resume(files),
+        open_journal(files.answers, identity, override=args.override_exist_file) as journal,
+        open_journal(files.scores, run_identity(reward_settings(args), [{"of": identity}]), override=True) as scores,
+    ):
+        tally = answer_prompts(args, prompts, journal)
+        candidates = Candidates(prompts, journal, args.num_return_sequences)
+        score_prompts(scorers, prompts, candidates, scores)
+        write_rows(files.result, chosen_rows(Rules.of(args), prompts, candidates, scores, counts))
+    files.remove_journals()
+    return report(args, files, counts, tally)
+
+
+def answer_settings(args: SampleArguments) -> Row:
+    """The settings that decide what the answers are; two runs that agree in them are the same run."""
+    return {**deciding_settings(args), **{name: getattr(args, name) for name in _DECIDING}}
+
+
+def reward_settings(args: SampleArguments) -> Row:
+    """The settings that decide what the scores are, with the text of the plugins."""
+    plugins = [PluginFile.read(path).source for path in args.external_plugins]
+    return {"plugins": plugins, **{name: getattr(args, name) for name in _REWARD_FLAGS}}
+
+
+@contextlib.contextmanager
+def told_how_to_resume(files: Files) -> Iterator[None]:
+    """After Ctrl-C, say how the run goes on."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        logger.info("the same command with --output_file %s goes on where it stopped", files.result.name)
+        raise
+
+
+class Candidates:
+    """The answers to each prompt: those of ``--cache_files``, then those of the journal, without the failed ones."""
+
+    def __init__(self, prompts: Sequence[Prompt], journal: Journal, per_prompt: int) -> None:
+        self.prompts, self.journal, self.per_prompt = prompts, journal, per_prompt
+
+    def __getitem__(self, index: int) -> list[str]:
+        records = (self.journal.get(number) for number in self.numbers(index))
+        return [*self.prompts[index].cached, *(record["text"] for record in records if record and not record["error"])]
+
+    def numbers(self, index: int) -> range:
+        """The numbers of the answers that an engine gives to a prompt."""
+        cached = len(self.prompts[index].cached)
+        first = index * self.per_prompt
+        return range(first + min(cached, self.per_prompt), first + self.per_prompt)
+
+
+def answer_prompts(args: SampleArguments, prompts: Sequence[Prompt], journal: Journal) -> Tally:
+    """Let the engine answer what the journal lacks; each answer is on disk when the next one is looked at."""
+    tally = Tally()
+    if args.sampler_engine == "no":
+        return tally
+    requests, total = missing(args, prompts, journal)
+    done = total - sum(len(request.numbers) for request in requests)
+    if done:
+        logger.info("%d of %d answers are there already: they are kept", done, total)
+    if not requests:
+        return tally
+    failed, first_failure = 0, ""
+    with open_engine(args) as answers, progress_bar(total, done, hidden=False, name="sample", unit="answer") as bar:
+        tally = Tally()
+        for number, answer in answers(requests):
+            journal.add(number, record_of(answer))
+            tally.add(answer)
+            failed += answer.error is not None
+            first_failure = first_failure or answer.error or ""
+            bar.set_postfix_str(f"{tally.tokens_per_second:.1f} tokens/s", refresh=False)
+            bar.update(1)
+    if failed:
+        logger.warning("%d of %d answers failed, the first: %s", failed, total, first_failure)
+    return tally
+
+
+@contextlib.contextmanager
+def open_engine(args: SampleArguments) -> Iterator[Answers]:
+    """The engine of ``--sampler_engine``; its errors speak of that flag."""
+    try:
+        with open_answers(args) as answers:
+            yield answers
+    except UserError as error:
+        raise type(error)(str(error).replace("--infer_backend", "--sampler_engine")) from None
+
+
+def missing(args: SampleArguments, prompts: Sequence[Prompt], journal: Journal) -> tuple[list[Request], int]:
+    """What the engine has to answer, and how many answers it has to give in the whole run."""
+    candidates, requests, total = Candidates(prompts, journal, args.num_return_sequences), [], 0
+    for index, prompt in enumerate(prompts):
+        numbers = candidates.numbers(index)
+        total += len(numbers)
+        if wanted := tuple(number for number in numbers if number not in journal):
+            seeds = tuple(prompt.seed(args.seed, number % args.num_return_sequences) for number in wanted)
+            requests.append(Request(wanted, prompt.row, seeds))
+    return requests, total
+
+
+def record_of(answer: Answer) -> Row:
+    """An answer as the journal keeps it."""
+    return {"text": answer.text, "tokens": answer.num_generated_tokens, "error": answer.error}
+
+
+def report(args: SampleArguments, files: Files, counts: Counts, tally: Tally) -> Row:
+    """Print what was done and what can be done next."""
+    if args.sampler_engine != "no":
+        print(tally.statistics(counts.prompts))
+    print(counts.describe())
+    print(f"The rows are in {files.result}")
+    if counts.rows:
+        print(f"Next: rayswift sft --model MODEL --dataset {files.result}")
+    if counts.pairs:
+        print(f"  or: rayswift rlhf --rlhf_type dpo --model MODEL --dataset {files.result}")
+    return {"output_file": str(files.result), **counts.to_dict(), "tokens/s": round(tally.tokens_per_second, 4)}
