@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import base64
 import json
+import threading
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -38,6 +39,16 @@ class Uploads:
     private: dict[str, bool] = field(default_factory=dict)
     #: After this many large files every further request with a body is cut (None: never).
     cut_after: int | None = None
+    _begun: int = 0
+    _lock: Any = field(default_factory=threading.Lock, repr=False)
+
+    def cuts(self, is_large: bool) -> bool:
+        """Whether a request is cut. Large files are counted as they begin: clients send several at a time."""
+        if self.cut_after is None:
+            return False
+        with self._lock:
+            self._begun += is_large
+            return self._begun > self.cut_after if is_large else len(self.sent) >= self.cut_after
 
 
 class UploadRoutes:
@@ -51,7 +62,7 @@ class UploadRoutes:
     def _route_upload(self) -> None:
         uploads = self.server_hub.uploads
         parts = unquote(urlsplit(self.path).path).strip("/").split("/")
-        if uploads.cut_after is not None and len(uploads.sent) >= uploads.cut_after:
+        if uploads.cuts(is_large=parts[0] == "blobs"):
             self.close_connection = True
             self.connection.close()  # type: ignore[attr-defined]
             return

@@ -24,6 +24,7 @@ from starlette.requests import ClientDisconnect
 
 from rayswift.serve.adapters import AdapterBook, AdapterRefused, split_key
 from rayswift.serve.forwarding import Forwarder, Request
+from rayswift.serve.node_address import keep_replica_ports_inside
 from rayswift.serve.openai_errors import ApiError
 from rayswift.serve.request_body import check_roles, read_object
 from rayswift.serve.tickets import App, Receive, Scope, Send, bind, run_http
@@ -117,6 +118,7 @@ class Gateway:
         queue_timeout: float = 300,
         owned_by: str = "rayswift",
     ) -> None:
+        keep_replica_ports_inside()
         self.counters = Counters()
         self._keys = [bytes.fromhex(digest) for digest in api_keys or []]
         self._session = aiohttp.ClientSession(

@@ -14,6 +14,7 @@ from typing import Any
 from ray import serve
 
 from rayswift.serve.adapters import AdapterRefused, AdapterStore, split_key
+from rayswift.serve.node_address import keep_replica_ports_inside, node_ip
 from rayswift.serve.plan import ModelPlan
 from rayswift.serve.tickets import TicketMiddleware, TicketOffice, bind, run_http
 
@@ -34,6 +35,7 @@ class LLMServer:
     """The deployment class. ``plan`` is :class:`ModelPlan` as a dictionary."""
 
     async def __init__(self, plan: dict[str, Any]) -> None:  # type: ignore[misc]  # Serve awaits it
+        keep_replica_ports_inside()
         self.plan = ModelPlan(**plan)
         self.adapters = AdapterStore(self.plan)
         self.office = TicketOffice()
@@ -47,8 +49,7 @@ class LLMServer:
             return await self._load_adapter(key)
 
         self._load = serve.multiplexed(max_num_models_per_replica=self.plan.max_adapters)(load)
-        host = "127.0.0.1" if self.plan.local else _node_ip()
-        self._socket = bind(host)
+        self._socket = bind("127.0.0.1" if self.plan.local else node_ip())
         self.url = "http://{}:{}".format(*self._socket.getsockname()[:2])
         self._http = await run_http(TicketMiddleware(self.serving.app, self.office), self._socket)
 
@@ -104,9 +105,3 @@ class LLMServer:
     async def check_health(self) -> None:
         """Serve replaces the replica when this raises."""
         await self.serving.check_health()
-
-
-def _node_ip() -> str:
-    import ray
-
-    return ray.util.get_node_ip_address()
