@@ -28,7 +28,7 @@ COMMANDS: dict[str, tuple[str, str | None]] = {
     "deploy": ("serve a model over HTTP with OpenAI's interface", "rayswift.serve.deploy:deploy"),
     "app": ("chat with a model in the browser", "rayswift.serve.app:app"),
     "sample": ("sample many answers per prompt and keep the best", "rayswift.sampling:sample"),
-    "eval": ("run benchmarks on a model or an endpoint", None),
+    "eval": ("run benchmarks on a model or an endpoint", "rayswift.eval.evaluate:evaluate"),
     "export": ("merge an adapter, encode a dataset for later, ...", "rayswift.exporting:export"),
 }
 # Commands about jobs on a Ray cluster: they take words, not settings.

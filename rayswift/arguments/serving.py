@@ -197,9 +197,6 @@ class SamplingArguments(Arguments):
                    "is --output_dir")  # fmt: skip
         if self.sampler_engine == "no" and not self.cache_files:
             yield "--sampler_engine no needs --cache_files: without an engine only earlier answers can be scored"
-        for path in self.cache_files:
-            if not os.path.isfile(path):
-                yield f"--cache_files {path}: no such file"
         if self.max_replicas is not None and self.max_replicas < (self.min_replicas or 1):
             yield f"--max_replicas {self.max_replicas} is below --min_replicas {self.min_replicas}: change one"
         if self.prm_model == "client" and not self.judge_base_url:
@@ -213,6 +210,10 @@ class SamplingArguments(Arguments):
             yield "--n_best_to_keep: no effect without --orm_model or --prm_model, every answer is kept"
 
 
+def read_folder(raw: Any) -> str | None:
+    """SWIFT's ``true`` (its folder ``data``) or ``false``, or the name of a folder."""
+    text = str(raw).strip()
+    return {"true": "data", "false": None}.get(text.lower(), text)
 
 
 @dataclass(init=False, repr=False, eq=False)
@@ -224,19 +225,33 @@ class BenchmarkArguments(Arguments):
     eval_dataset: list[str] = arg(
         [], "benchmarks, by the backend's names", aliases=("eval_datasets",), example="gsm8k arc"
     )
-    eval_backend: str = arg("Native", "who runs them", choices=("Native", "OpenCompass", "VLMEvalKit"))
-    eval_limit: int | None = arg(None, "rows per benchmark", ge=1, shown="all")
+    eval_backend: str = arg(
+        "Native",
+        "who runs them: EvalScope, one of the two toolkits through it, or lm-evaluation-harness",
+        choices=("Native", "OpenCompass", "VLMEvalKit", "lm-eval"),
+        value_aliases={"lm_eval": "lm-eval"},
+    )
+    eval_limit: int | None = arg(None, "rows per benchmark (and subset)", ge=1, shown="all")
+    eval_base: bool = arg(False, "with --adapters: evaluate the model without them too, side by side")
     eval_dataset_args: dict[str, Any] = arg({}, "settings of each benchmark, as JSON", aliases=("eval_datasets_args",))
     eval_generation_config: dict[str, Any] = arg({}, "settings of generation, as JSON")
     eval_output_dir: str = arg("eval_output", "folder of the results")
     eval_num_proc: int = arg(16, "requests at a time", ge=1)
     eval_url: str | None = arg(None, "endpoint to evaluate", shown="one is started", example="http://127.0.0.1:8000/v1")
     extra_eval_args: dict[str, Any] = arg({}, "further settings of the backend, as JSON")
-    local_dataset: bool = arg(False, "take the benchmarks from a local folder")
+    local_dataset: str | None = arg(
+        None,
+        "folder that the benchmarks are taken from (true: data)",
+        parse=read_folder,
+        shown="the hub",
+        example="DIR",
+    )
 
     def problems(self) -> Iterator[str]:
         if not self.eval_dataset:
             yield "--eval_dataset is required, for example --eval_dataset gsm8k"
+        if self.eval_base and not getattr(self, "adapters", None):
+            yield "--eval_base true needs --adapters: without them there is only the model itself"
 
 
 @dataclass(init=False, repr=False, eq=False)

@@ -1,0 +1,166 @@
+"""``rayswift eval``: arguments → benchmarks and contenders, checked → endpoints, one after the other → results."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import json
+import logging
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rayswift.arguments.fields import specs_of
+from rayswift.eval.backends import Backend, choose_backend
+from rayswift.eval.benchmarks import Benchmark, read_benchmarks
+from rayswift.eval.contenders import Contender, Serving, api_key, check_servings, plan_servings
+from rayswift.eval.report import table, write_page
+from rayswift.eval.results import Result, load_result, write_json
+from rayswift.eval.run_folder import RunFolder, open_run
+from rayswift.serve.running import Endpoint
+
+if TYPE_CHECKING:
+    from rayswift.arguments import EvalArguments
+
+logger = logging.getLogger("rayswift.eval")
+
+#: Topics of the flags that decide what the answers are; two evaluations that agree in them are the same one.
+_DECIDING = ("Model", "Template", "Generation", "Benchmarks")
+_DECIDING_FLAGS = ("infer_backend", "merge_lora", "served_model_name", "models")
+_IRRELEVANT = ("stream", "hub_token", "eval_output_dir", "eval_num_proc")
+
+
+def evaluate(args: EvalArguments) -> dict[str, dict[str, dict[str, float]]]:
+    """Run the benchmarks of ``--eval_dataset`` on every contender; returns contender → benchmark → metric → score.
+
+    Writes ``eval_output/<backend>/<date>/``: ``results.json``, ``report.html``, and per contender and benchmark
+    ``answers.jsonl`` and what the backend keeps. Prints a table. Appends a line to each contender's
+    ``eval_result.jsonl``. An evaluation that was killed goes on when the same command is started again.
+
+    Raises:
+        UserError: a benchmark, its data, a model or an endpoint that cannot be used, before any model starts; or a
+            backend that stopped in the middle.
+    """
+    benchmarks = read_benchmarks(args)
+    servings = plan_servings(args)
+    backend = choose_backend(args)
+    for benchmark in benchmarks:
+        backend.prepare(benchmark)
+        for serving in servings:
+            backend.check(benchmark, serving)
+    check_servings(servings)
+    root = Path(args.eval_output_dir).expanduser() / backend.folder
+    with open_run(root, deciding_settings(args, benchmarks)) as run:
+        if run.resumed:
+            logger.info("going on with %s", run.path)
+        try:
+            results = [result for serving in servings for result in _serve_and_ask(serving, benchmarks, backend, run)]
+        except KeyboardInterrupt:
+            logger.info("answers so far are in %s; the same command goes on from there", run.path)
+            raise
+        _report(args, results, [c for serving in servings for c in serving.contenders], backend, run.path)
+        run.finish()
+    scores: dict[str, dict[str, dict[str, float]]] = {}
+    for result in results:
+        scores.setdefault(result.contender, {})[result.benchmark] = result.scores
+    return scores
+
+
+def _serve_and_ask(serving: Serving, benchmarks: list[Benchmark], backend: Backend, run: RunFolder) -> Iterator[Result]:
+    """Results of the contenders of one endpoint; it is started only if something is left to ask."""
+    folders = {
+        (contender.label, benchmark.asked): run.path / contender.folder / benchmark.folder
+        for contender in serving.contenders
+        for benchmark in benchmarks
+    }
+    done = {key: load_result(folder) for key, folder in folders.items()}
+    with contextlib.ExitStack() as stack:
+        endpoint = None
+        for contender in serving.contenders:
+            for benchmark in benchmarks:
+                result = done[contender.label, benchmark.asked]
+                if result is None:
+                    if endpoint is None:
+                        endpoint = stack.enter_context(_endpoint(serving))
+                    logger.info("%s: %s", contender.label, benchmark.asked)
+                    asked = replace(endpoint, model=contender.model or endpoint.model)
+                    folder = folders[contender.label, benchmark.asked]
+                    result = backend.run(benchmark, contender, asked, folder)
+                    result.save(folder)
+                yield result
+
+
+@contextlib.contextmanager
+def _endpoint(serving: Serving) -> Iterator[Endpoint]:
+    """The endpoint of ``--eval_url``, else an own deployment for as long as it is asked."""
+    args = serving.args
+    if args.eval_url:
+        yield Endpoint(args.eval_url.rstrip("/"), api_key(args), serving.contenders[0].model or "")
+        return
+    from rayswift.serve.running import running_deployment
+
+    with running_deployment(copy.copy(args)) as endpoint:
+        yield endpoint
+
+
+def deciding_settings(args: EvalArguments, benchmarks: list[Benchmark]) -> dict[str, Any]:
+    """What decides the answers: the flags, and the local files as they are now."""
+    topics = {name: spec.topic for name, spec in specs_of(type(args)).items()}
+    chosen = [name for name, topic in topics.items() if topic in _DECIDING or name in _DECIDING_FLAGS]
+    settings = {name: getattr(args, name) for name in chosen if name not in _IRRELEVANT}
+    return settings | {"files": {one.asked: _fingerprint(one.local_path) for one in benchmarks if one.local_path}}
+
+
+def _fingerprint(path: str) -> list[tuple[str, int, int]]:
+    files = sorted(file for file in Path(path).rglob("*") if file.is_file()) if os.path.isdir(path) else [Path(path)]
+    return [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+
+
+# --- results ----------------------------------------------------------------------------------------------------
+
+
+def _report(
+    args: EvalArguments, results: list[Result], contenders: list[Contender], backend: Backend, folder: Path
+) -> None:
+    """Print the table, and write JSON, page and SWIFT's line."""
+    write_json(folder / "results.json", {"results": [result.summary() for result in results], **_context(args)})
+    write_page(folder / "report.html", results, f"rayswift eval: {', '.join(dict.fromkeys(args.eval_dataset))}")
+    print(table(results), flush=True)
+    print(f"every answer: {folder / 'report.html'}   scores: {folder / 'results.json'}", flush=True)
+    for contender in contenders:
+        own = {result.benchmark: result.scores for result in results if result.contender == contender.label}
+        _append_line(args, contender, own, backend, folder)
+
+
+def _context(args: EvalArguments) -> dict[str, Any]:
+    return {
+        "time": time.strftime("%Y%m%d-%H%M%S"), "eval_backend": args.eval_backend, "eval_limit": args.eval_limit,
+        "eval_generation_config": args.eval_generation_config,
+    }  # fmt: skip
+
+
+def _append_line(
+    args: EvalArguments, contender: Contender, scores: dict[str, dict[str, float]], backend: Backend, folder: Path
+) -> None:
+    """SWIFT's line in ``<checkpoint, or result/model>/eval_result.jsonl``."""
+    weights = Path(contender.weights)
+    is_checkpoint = contender.adapter is not None or (weights / "args.json").is_file()
+    path = (weights if is_checkpoint else Path("result", contender.folder)) / "eval_result.jsonl"
+    line = {
+        backend.folder: scores,
+        "time": time.strftime("%Y%m%d-%H%M%S"),
+        "model": args.model or contender.weights,
+        "adapters": [contender.adapter] if contender.adapter else [],
+        "result_path": str(path),
+        "eval_output_dir": str(folder),
+        "eval_limit": args.eval_limit,
+    }
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+    except OSError as error:  # a model's folder may be read-only: the scores are in the run's folder anyway
+        logger.warning("%s: cannot be written (%s); the scores are in %s", path, error.strerror or error, folder)
