@@ -71,6 +71,24 @@ def test_a_job_has_the_settings_of_the_guide(job: str, monkeypatch: pytest.Monke
     assert settings(arguments) == settings(parse_arguments(command, flags)) | on_purpose
 
 
+def test_the_rejection_sampling_job_trains_on_what_it_sampled(monkeypatch: pytest.MonkeyPatch) -> None:
+    caught: list[Any] = []
+
+    def run(arguments: Any) -> Any:
+        caught.append(arguments)
+        return {"output_file": "sample_output/gsm8k.jsonl"}
+
+    monkeypatch.setattr(cli, "run_command", run)
+    words = ["--model", "m", "--max_replicas", "8", "--", "--num_train_epochs", "1"]
+    monkeypatch.setattr(sys, "argv", ["rft_gsm8k.py", *words])
+    runpy.run_path(str(JOBS / "rft_gsm8k.py"), run_name="__main__")
+    sample, sft = caught
+    assert (sample.command, sample.model, sample.num_workers) == ("sample", "m", (1, 8))
+    assert (sft.command, sft.model, sft.dataset, sft.num_train_epochs) == (
+        "sft", "m", ["sample_output/gsm8k.jsonl"], 1
+    )  # fmt: skip
+
+
 def test_the_pretraining_job_takes_eight_gpus_per_node_from_swifts_variable(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NPROC_PER_NODE", "8")
     assert arguments_of("pt_qwen7b.py", monkeypatch).num_workers == 8

@@ -19,16 +19,16 @@ _MOST_CHARACTERS = 300
 #: How many boxes are tried, from the last: a text can have thousands that never close.
 _MOST_BOXES = 8
 _NUMBER = re.compile(r"(?<![\w.])[-+−]?\$?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)?(?:\.\d+|(?<=\d))(?:/\d+)?", re.ASCII)
-_MARKS = (
-    re.compile(r"<answer>(?P<answer>.*?)</answer>", re.DOTALL | re.IGNORECASE),
-    re.compile(r"####[ \t]*(?P<answer>[^\n]+)"),
-)
+_HASHES = re.compile(r"####[ \t]*(?P<answer>[^\n]+)")
 _PHRASES = re.compile(
     r"(?:(?:final|correct)?\s*answer\s*(?:is|:|=)|答案[是为：:]|^#+\s*answer\s*$)[\s:：]*(?P<answer>[^\n]+)",
     re.IGNORECASE | re.MULTILINE,
 )
+# Of bounded length: a text with thousands of openings and no end must not cost the square of it.
 _FORMULA = re.compile(
-    r"\$\$(?P<display>.+?)\$\$|\\\[(?P<square>.+?)\\\]|\\\((?P<round>.+?)\\\)|(?<!\\)\$(?P<inline>[^$\n]+)\$", re.DOTALL
+    r"\$\$(?P<display>[^$]{1,300})\$\$|\\\[(?P<square>.{1,300}?)\\\]|\\\((?P<round>.{1,300}?)\\\)"
+    r"|(?<!\\)\$(?P<inline>[^$\n]{1,300})\$",
+    re.DOTALL,
 )
 
 
@@ -60,15 +60,23 @@ def final_number(text: str) -> Fraction | None:
 
 def marked_answer(text: str) -> str | None:
     """What a text says is its answer: a tag, ``####``, ``\\boxed{…}``, or "the answer is …"."""
-    for mark in _MARKS:
-        if found := list(mark.finditer(text)):
-            inner = found[-1]["answer"].strip()
-            return last_boxed(inner) or inner
+    if (inner := last_tagged(text, "<answer>", "</answer>")) is not None:
+        return last_boxed(inner) or inner
+    if found := list(_HASHES.finditer(text)):
+        inner = found[-1]["answer"].strip()
+        return last_boxed(inner) or inner
     if (boxed := last_boxed(text)) is not None:
         return boxed
     if found := list(_PHRASES.finditer(text)):
         return found[-1]["answer"].strip().rstrip(".。").strip() or None
     return None
+
+
+def last_tagged(text: str, opening: str, closing: str) -> str | None:
+    """What stands in the last pair of tags."""
+    end = text.rfind(closing)
+    start = text.rfind(opening, 0, max(end, 0))
+    return text[start + len(opening) : end].strip() if start >= 0 else None
 
 
 def last_boxed(text: str) -> str | None:

@@ -92,11 +92,12 @@ def _parsed(line: bytes) -> Record:
 
 @contextlib.contextmanager
 def open_journal(path: Path, identity: str, *, override: bool) -> Iterator[Journal]:
-    """Open (or make) the journal of a run; with ``override`` another run's is emptied.
+    """Open (or make) the journal of a run; with ``override`` another run's is emptied. One that stays empty goes again.
 
     Raises:
         UserError: it cannot be written, another process writes it, or it is another run's.
     """
+    is_new_folder = not path.parent.exists()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b")
@@ -113,7 +114,14 @@ def open_journal(path: Path, identity: str, *, override: bool) -> Iterator[Journ
             )
         if earlier != identity:
             journal.start(identity)
-        yield journal
+        try:
+            yield journal
+        finally:
+            if not len(journal):
+                path.unlink(missing_ok=True)
+                with contextlib.suppress(OSError):  # not empty
+                    if is_new_folder:
+                        path.parent.rmdir()
 
 
 def _lock(file: BinaryIO, path: Path) -> None:

@@ -6,13 +6,14 @@ import hashlib
 import itertools
 import json
 import logging
+import os
 import random
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from rayswift.data.registry import resolve_dataset_files
-from rayswift.data.sources import iter_raw_rows, locate
+from rayswift.data.sources import iter_raw_rows, locate, split_format
 from rayswift.errors import UserError
 from rayswift.serve.result_rows import BAD_ROW, placed_rows, split_reference
 
@@ -137,8 +138,13 @@ def read_cache(paths: Sequence[str]) -> dict[str, tuple[Prompt, list[str]]]:
     """Earlier results by id: the prompt as far as they tell it, and the answers.
 
     Raises:
-        UserError: a row without id or answer; names file:line.
+        UserError: no such file, or a row without id or answer; names file:line.
     """
+    for path in paths:
+        if not os.path.isfile(path):
+            raise UserError(f"--cache_files {path}: no such file")
+        if split_format(path) is None:
+            raise UserError(f"--cache_files {path}: expected a .jsonl or .parquet file of rayswift sample")
     found: dict[str, tuple[Prompt, list[str]]] = {}
     for row, path, position in iter_raw_rows(list(paths)):
         messages = row.get("messages") if isinstance(row, dict) else None

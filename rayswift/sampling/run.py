@@ -126,7 +126,7 @@ def answer_prompts(args: SampleArguments, prompts: Sequence[Prompt], journal: Jo
             tally.add(answer)
             failed += answer.error is not None
             first_failure = first_failure or answer.error or ""
-            bar.set_postfix_str(f"{tally.tokens_per_second:.1f} tokens/s", refresh=False)
+            bar.set_postfix_str(f"{tally.engine_tokens_per_second:.1f} tokens/s", refresh=False)
             bar.update(1)
     if failed:
         logger.warning("%d of %d answers failed, the first: %s", failed, total, first_failure)
@@ -161,13 +161,17 @@ def record_of(answer: Answer) -> Row:
 
 
 def report(args: SampleArguments, files: Files, counts: Counts, tally: Tally) -> Row:
-    """Print what was done and what can be done next."""
+    """Print what was done and what can be done next.
+
+    The ``tokens/s`` that is returned leaves out the start of the engines; in the printed statistics, which are infer's,
+    it counts.
+    """
     if args.sampler_engine != "no":
         print(tally.statistics(counts.prompts))
     print(counts.describe())
     print(f"The rows are in {files.result}")
     if counts.rows:
         print(f"Next: rayswift sft --model MODEL --dataset {files.result}")
-    if counts.pairs:
-        print(f"  or: rayswift rlhf --rlhf_type dpo --model MODEL --dataset {files.result}")
-    return {"output_file": str(files.result), **counts.to_dict(), "tokens/s": round(tally.tokens_per_second, 4)}
+    tokens = {name: getattr(tally, name) for name in ("num_prompt_tokens", "num_generated_tokens")}
+    rate = round(tally.engine_tokens_per_second, 4)
+    return {"output_file": str(files.result), **counts.to_dict(), **tokens, "tokens/s": rate}

@@ -61,11 +61,17 @@ class Tally:
     num_prompt_tokens: int = 0
     num_generated_tokens: int = 0
     start: float = field(default_factory=time.monotonic)
+    engine_start: float | None = None
+    latest: float = 0.0
 
     def add(self, answer: Answer) -> None:
-        """Count an answer."""
+        """Count an answer that has just come."""
         self.num_prompt_tokens += answer.num_prompt_tokens
         self.num_generated_tokens += answer.num_generated_tokens
+        self.latest = time.monotonic()
+        if answer.seconds:  # the pool's first engine was ready when it took the first of them
+            began = self.latest - answer.seconds
+            self.engine_start = min(began, self.engine_start or began)
 
     @property
     def runtime(self) -> float:
@@ -76,6 +82,13 @@ class Tally:
     def tokens_per_second(self) -> float:
         """Generated tokens per second."""
         return self.num_generated_tokens / self.runtime
+
+    @property
+    def engine_tokens_per_second(self) -> float:
+        """Generated tokens per second from the moment the first engine was ready to the latest answer."""
+        if self.engine_start is None:
+            return self.tokens_per_second
+        return self.num_generated_tokens / max(self.latest - self.engine_start, 1e-9)
 
     def statistics(self, num_samples: int) -> Row:
         """SWIFT's last line."""

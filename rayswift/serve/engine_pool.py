@@ -204,6 +204,7 @@ def answer_row(index: int, answer: Answer) -> Row:
         "num_prompt_tokens": answer.num_prompt_tokens,
         "num_generated_tokens": answer.num_generated_tokens,
         "logprobs": json.dumps(answer.logprobs),
+        "seconds": answer.seconds,
         ERROR: answer.error or "",
     }
 
@@ -213,7 +214,11 @@ def read_answer(row: Row) -> Answer:
     if row[ERROR]:
         return Answer(error=str(row[ERROR]))
     return Answer(
-        row["text"], int(row["num_prompt_tokens"]), int(row["num_generated_tokens"]), json.loads(row["logprobs"])
+        row["text"],
+        int(row["num_prompt_tokens"]),
+        int(row["num_generated_tokens"]),
+        json.loads(row["logprobs"]),
+        seconds=float(row["seconds"]),
     )
 
 

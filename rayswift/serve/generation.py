@@ -54,6 +54,7 @@ class Answer:
     """What came of one conversation. ``error`` is set, and the rest empty, when it could not be answered.
 
     ``logprobs``: OpenAI's ``{"content": [{"token", "logprob", "bytes", "top_logprobs"}]}``, when asked for.
+    ``seconds``: how long the engine took, where a pool says so.
     """
 
     text: str = ""
@@ -61,6 +62,7 @@ class Answer:
     num_generated_tokens: int = 0
     logprobs: dict[str, Any] | None = None
     error: str | None = None
+    seconds: float = 0.0
 
 
 class EngineUnusable(UserError):

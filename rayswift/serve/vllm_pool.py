@@ -195,6 +195,7 @@ def vllm_answer(encoder: Encoder, row: Row) -> Row:
         row["num_input_tokens"],
         row["num_generated_tokens"],
         openai_logprobs(encoder.tokenizer, row["generated_tokens"], row["logprobs"]),
+        seconds=row["time_taken_llm"],
     )
     return answer_row(row["index"], answer)
 
