@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -47,7 +48,7 @@ if TYPE_CHECKING:
 #: Rows per call of the tokenizer's batch encoder.
 ENCODE_BATCH = 1024
 #: A task imports and loads a tokenizer before its first row: in this time a process that has one does so many chunks.
-TASK_START_CHUNKS = 3
+TASK_START_CHUNKS = 6
 #: Rows whose token rows are looked up together: the search needs ten times the memory of its answer.
 ORDER_PIECE = 2**16
 
@@ -349,24 +350,17 @@ def _refuse(work: ChunkWork, summary: dict[str, Any], cache: TokenCache, strict:
 def _build_everywhere(
     works: list[ChunkWork], encoder: Encoder, cache: TokenCache, on_rows: Callable[[int], None]
 ) -> Iterator[tuple[ChunkWork, dict[str, Any]]]:
-    """Chunks with their summaries: a Ray task each, but for those that this process does in the meantime."""
-    own = _own_share(len(works))
-    refs = _submit(works[own:], encoder, cache)
-    for work in works[:own]:
-        yield work, build_chunk(work, encoder, cache, on_rows)
-    while refs:
-        import ray
-
-        (ref,), _ = ray.wait(list(refs), num_returns=1)
-        summary = _task_result(ref)
-        on_rows(summary["rows_in"])
-        yield refs.pop(ref), summary
-
-
-def _own_share(count: int) -> int:
-    """How many of these chunks this process does: as many as it can until the tasks are through with the others."""
-    others = _other_cores()
-    return min(max(round((count + others * TASK_START_CHUNKS) / (others + 1)), 0), count)
+    """Chunks with their summaries, as they are done: this process takes them from the front, tasks from the back."""
+    waiting = deque(works)
+    tasks = _Tasks(_other_cores(), encoder, cache)
+    while waiting or tasks.running:
+        tasks.feed(waiting)
+        if waiting:
+            work = waiting.popleft()
+            yield work, build_chunk(work, encoder, cache, on_rows)
+        for work, summary in tasks.ended(wait=not waiting):
+            on_rows(summary["rows_in"])
+            yield work, summary
 
 
 def _other_cores() -> int:
@@ -376,22 +370,56 @@ def _other_cores() -> int:
     return max(int(most_cpus()) - 1, 0) if ray.is_initialized() else 0
 
 
-def _submit(works: list[ChunkWork], encoder: Encoder, cache: TokenCache) -> dict[Any, ChunkWork]:
-    """Start a task for each chunk.
+class _Tasks:
+    """Chunks in Ray tasks, in one lane for each core: a task of a lane starts when the one before it has ended.
 
-    On a single machine they run in as many lanes as it has other cores: one more would be no faster, and would hold
-    another process's memory.
+    Were there more tasks at a time than cores, Ray would start more processes than cores, and hold their memory.
     """
-    if not works:
-        return {}
-    import ray
 
-    task, packed = ray.remote(_build_in_task).options(scheduling_strategy="SPREAD"), ray.put(pack_encoder(encoder))
-    lanes = _other_cores() if sum(node["Alive"] for node in ray.nodes()) == 1 else len(works)
-    refs: list[Any] = []
-    for number, work in enumerate(works):
-        refs.append(task.remote(work, packed, cache, refs[number - lanes] if number >= lanes else None))
-    return dict(zip(refs, works, strict=True))
+    def __init__(self, lanes: int, encoder: Encoder, cache: TokenCache) -> None:
+        self._encoder, self._cache = encoder, cache
+        self._lanes: list[deque[Any]] = [deque() for _ in range(lanes)]
+        self._cold = [True] * lanes
+        self._works: dict[Any, ChunkWork] = {}
+        self._packed: Any = None
+
+    @property
+    def running(self) -> bool:
+        """Whether a task has not ended."""
+        return bool(self._works)
+
+    def feed(self, waiting: deque[ChunkWork]) -> None:
+        """Give each lane up to two chunks, but none that this process would have done by the time the lane gets to
+        it."""
+        for ahead in range(2):
+            for lane, cold in zip(self._lanes, self._cold, strict=True):
+                start = ahead + (TASK_START_CHUNKS if cold else 0)
+                if len(lane) == ahead and len(waiting) > start + 1:
+                    self._submit(lane, waiting.pop())
+
+    def ended(self, wait: bool) -> list[tuple[ChunkWork, dict[str, Any]]]:
+        """What has ended since the last call, with its summary; with ``wait`` at least one if any runs."""
+        if not self._works:
+            return []
+        import ray
+
+        refs = list(self._works)
+        done, _ = ray.wait(refs, num_returns=1 if wait else len(refs), timeout=None if wait else 0)
+        for number, lane in enumerate(self._lanes):
+            while lane and lane[0] in done:
+                lane.popleft()
+                self._cold[number] = False
+        return [(self._works.pop(ref), _task_result(ref)) for ref in done]
+
+    def _submit(self, lane: deque[Any], work: ChunkWork) -> None:
+        import ray
+
+        if self._packed is None:
+            self._packed = ray.put(pack_encoder(self._encoder))
+        task = ray.remote(_build_in_task).options(scheduling_strategy="SPREAD")
+        ref = task.remote(work, self._packed, self._cache, lane[-1] if lane else None)
+        lane.append(ref)
+        self._works[ref] = work
 
 
 def _build_in_task(work: ChunkWork, packed: PackedEncoder, cache: TokenCache, _after: Any) -> dict[str, Any]:

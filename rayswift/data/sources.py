@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 FORMATS = (".jsonl", ".json", ".csv", ".txt", ".parquet")
 COMPRESSIONS = ("", ".gz", ".zst")
 #: Uncompressed jsonl and txt are cut into pieces of this many bytes, so that one big file feeds every core.
-CHUNK_BYTES = 8 * 2**20
+CHUNK_BYTES = 4 * 2**20
 #: Positions at and below the negative of this count elements (of a JSON array) or rows (of a table), not lines.
 ELEMENTS = 2**40
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"

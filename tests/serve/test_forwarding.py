@@ -1,0 +1,224 @@
+"""What the gateway does when replicas fail under a request: real connections to servers that break as replicas do.
+
+(Whole deployments whose processes are killed: ``tests/slow/test_serving_chaos.py``.)
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import aclosing, asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import aiohttp
+import pytest
+from aiohttp import web
+
+from rayswift.serve import forwarding
+from rayswift.serve.forwarding import Forwarder, Request
+from rayswift.serve.gateway import Counters
+from rayswift.serve.openai_errors import ApiError
+from rayswift.serve.tickets import RESUME_HEADER
+
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+PATH = "/v1/chat/completions"
+WORDS = ["one", " two", " three", " four"]
+
+
+pytestmark = pytest.mark.anyio
+
+
+@pytest.fixture
+def anyio_backend() -> str:
+    return "asyncio"
+
+
+@pytest.fixture(autouse=True)
+def _no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(forwarding, "RETRY_SECONDS", 0.0)
+
+
+@dataclass
+class Replicas:
+    """Servers in the order in which requests reach them; stands for Serve's handle, which gives tickets to them."""
+
+    urls: list[str]
+    given: int = 0
+    cancelled: int = 0
+    seen: list[dict[str, str]] = field(default_factory=list)
+
+    def options(self, **_: Any) -> Replicas:
+        return self
+
+    def remote(self) -> Tickets:
+        return Tickets(self)
+
+
+class Tickets:
+    """One call of ``ticket``: yields where the request goes."""
+
+    def __init__(self, replicas: Replicas) -> None:
+        self._replicas = replicas
+
+    async def __aiter__(self) -> AsyncIterator[dict[str, str]]:
+        number = min(self._replicas.given, len(self._replicas.urls) - 1)
+        self._replicas.given += 1
+        yield {"url": self._replicas.urls[number], "ticket": f"ticket-{number}"}
+
+    def cancel(self) -> None:
+        self._replicas.cancelled += 1
+
+
+@asynccontextmanager
+async def served(*handlers: Handler) -> AsyncIterator[tuple[Forwarder, Replicas, Counters]]:
+    """A forwarder before one server for each handler."""
+    replicas, runners = Replicas([]), []
+    for handler in handlers:
+
+        async def noted(request: web.Request, handler: Handler = handler) -> web.StreamResponse:
+            replicas.seen.append(dict(request.headers))
+            return await handler(request)
+
+        app = web.Application()
+        app.router.add_route("*", "/{rest:.*}", noted)
+        runner = web.AppRunner(app)
+        await runner.setup()
+        site = web.TCPSite(runner, "127.0.0.1", 0)
+        await site.start()
+        runners.append(runner)
+        replicas.urls.append("http://{}:{}".format(*runner.addresses[0][:2]))
+    counters = Counters()
+    async with aiohttp.ClientSession() as session:
+        yield Forwarder(replicas, session, 5, counters), replicas, counters
+    for runner in runners:
+        await runner.cleanup()
+
+
+async def ask(forwarder: Forwarder, **body: Any) -> tuple[int, bytes]:
+    """Status and body as the client gets them."""
+    request = Request("POST", PATH, json.dumps(body).encode(), body)
+    async with aclosing(forwarder.send(request)) as responses:
+        async for response in responses:
+            return response.status, b"".join([piece async for piece in response.pieces])
+    raise AssertionError("no response")
+
+
+async def answers(request: web.Request) -> web.StreamResponse:
+    return web.json_response({"answer": "yes", "usage": {"completion_tokens": 3}})
+
+
+async def dies(request: web.Request) -> web.StreamResponse:
+    assert request.transport is not None
+    request.transport.abort()
+    return web.Response()
+
+
+async def fails(request: web.Request) -> web.StreamResponse:
+    return web.json_response({"error": {"message": "EngineDeadError"}}, status=500)
+
+
+def event(text: str, finish: str | None = None) -> bytes:
+    chunk = {"id": "chat-1", "created": 1, "choices": [{"index": 0, "delta": {"content": text}}]}
+    if finish:
+        chunk["choices"][0]["finish_reason"] = finish  # type: ignore[index]
+    return f"data: {json.dumps(chunk)}\n\n".encode()
+
+
+def streams(first: int, last: int, ends: bool) -> Handler:
+    """Streams ``WORDS[first:last]``, one token each, and then ends or dies."""
+
+    async def handler(request: web.Request) -> web.StreamResponse:
+        response = web.StreamResponse(headers={"content-type": "text/event-stream"})
+        await response.prepare(request)
+        for number in range(first, last):
+            await response.write(f": {number}\n\n".encode() + event(WORDS[number]))
+        if not ends:
+            await asyncio.sleep(0.2)  # what was written has left
+            return await dies(request)
+        await response.write(event("", "stop") + b"data: [DONE]\n\n")
+        return response
+
+    return handler
+
+
+def text_of(stream: bytes) -> str:
+    """The text of a stream, which must have ended well."""
+    lines = [line.removeprefix(b"data: ") for line in stream.split(b"\n\n") if line]
+    assert lines.pop() == b"[DONE]"
+    assert b": " not in [line[:2] for line in stream.split(b"\n\n")]  # token ids are for the gateway alone
+    return "".join(choice["delta"].get("content") or "" for line in lines for choice in json.loads(line)["choices"])
+
+
+async def test_a_request_whose_replica_dies_is_answered_by_another() -> None:
+    async with served(dies, answers) as (forwarder, replicas, counters):
+        status, body = await ask(forwarder)
+        assert (status, json.loads(body)["answer"]) == (200, "yes")
+        assert (replicas.given, counters.retries, counters.tokens) == (2, 1, 3)
+
+
+async def test_a_request_that_costs_two_replicas_does_not_reach_a_third() -> None:
+    async with served(dies, dies, answers) as (forwarder, replicas, _):
+        with pytest.raises(ApiError) as refused:
+            await ask(forwarder)
+        assert (refused.value.status, refused.value.retry_after) == (503, 5)
+        assert replicas.given == 2
+
+
+async def test_replicas_that_cannot_be_reached_cost_nothing_but_tries() -> None:
+    async with served(answers) as (forwarder, replicas, counters):
+        replicas.urls[:0] = ["http://127.0.0.1:9"] * 3  # the discard port: nobody listens
+        assert (await ask(forwarder))[0] == 200
+        assert counters.retries == replicas.cancelled == 3
+
+
+async def test_one_failing_engine_is_passed_over_and_a_request_that_all_fail_on_is_refused() -> None:
+    async with served(fails, answers) as (forwarder, _, _):
+        assert (await ask(forwarder))[0] == 200
+    async with served(fails) as (forwarder, replicas, _):
+        with pytest.raises(ApiError, match="every replica failed on this request: EngineDeadError"):
+            await ask(forwarder)
+        assert replicas.given == forwarding.ERROR_TRIES
+
+
+async def test_an_error_of_the_request_is_the_clients_at_once() -> None:
+    async def refuses(request: web.Request) -> web.StreamResponse:
+        return web.json_response({"error": {"message": "too hot", "param": "temperature"}}, status=400)
+
+    async with served(refuses) as (forwarder, replicas, _):
+        with pytest.raises(ApiError) as refused:
+            await ask(forwarder)
+        assert (refused.value.status, refused.value.message, refused.value.param) == (400, "too hot", "temperature")
+        assert replicas.given == 1
+
+
+async def test_a_stream_whose_replica_dies_goes_on_from_its_tokens() -> None:
+    # The last token may have been cut short: the second replica is given those before it, and repeats their text.
+    async with served(streams(0, 3, ends=False), streams(0, 4, ends=True)) as (forwarder, replicas, counters):
+        status, body = await ask(forwarder, stream=True, temperature=0)
+        assert (status, text_of(body)) == (200, "".join(WORDS))
+        assert replicas.seen[1][RESUME_HEADER] == "0,1"
+        assert counters.resumed == 1
+
+
+async def test_a_stream_that_cannot_carry_on_starts_again_and_nothing_is_sent_twice() -> None:
+    async with served(streams(0, 2, ends=False), streams(0, 4, ends=True)) as (forwarder, replicas, _):
+        body = (await ask(forwarder, stream=True, temperature=0, logprobs=True))[1]
+        assert text_of(body) == "".join(WORDS)
+        assert RESUME_HEADER not in replicas.seen[1]
+
+
+async def test_a_stream_that_would_go_on_with_another_text_ends_in_an_error() -> None:
+    async with served(streams(0, 2, ends=False), streams(2, 4, ends=True)) as (forwarder, _, _):
+        body = (await ask(forwarder, stream=True, temperature=0))[1]
+        assert b"stream_interrupted" in body
+        assert b"three" not in body
+
+
+async def test_a_stream_that_costs_two_replicas_ends_in_an_error() -> None:
+    broken = streams(0, 2, ends=False)
+    async with served(broken, broken, streams(0, 4, ends=True)) as (forwarder, replicas, _):
+        body = (await ask(forwarder, stream=True, temperature=0))[1]
+        assert b"stream_interrupted" in body
+        assert replicas.given == 2
