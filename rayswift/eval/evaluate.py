@@ -33,8 +33,8 @@ _DECIDING_FLAGS = ("infer_backend", "merge_lora", "served_model_name", "models")
 _IRRELEVANT = ("stream", "hub_token", "eval_output_dir", "eval_num_proc")
 
 
-def evaluate(args: EvalArguments) -> dict[str, dict[str, dict[str, float]]]:
-    """Run the benchmarks of ``--eval_dataset`` on every contender; returns contender → benchmark → metric → score.
+def evaluate(args: EvalArguments) -> dict[str, dict[str, float]]:
+    """Run the benchmarks of ``--eval_dataset`` on every contender; returns contender → benchmark → score.
 
     Writes ``eval_output/<backend>/<date>/``: ``results.json``, ``report.html``, and per contender and benchmark
     ``answers.jsonl`` and what the backend keeps. Prints a table. Appends a line to each contender's
@@ -63,9 +63,9 @@ def evaluate(args: EvalArguments) -> dict[str, dict[str, dict[str, float]]]:
             raise
         _report(args, results, [c for serving in servings for c in serving.contenders], backend, run.path)
         run.finish()
-    scores: dict[str, dict[str, dict[str, float]]] = {}
+    scores: dict[str, dict[str, float]] = {}
     for result in results:
-        scores.setdefault(result.contender, {})[result.benchmark] = result.scores
+        scores.setdefault(result.contender, {})[result.benchmark] = result.score
     return scores
 
 

@@ -1,0 +1,188 @@
+"""``rayswift eval`` over a real small model: answers, files, going on after a stop, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rayswift.arguments import make_arguments
+from rayswift.errors import UserError
+from rayswift.eval.evaluate import evaluate
+
+DATA = Path(__file__).resolve().parents[1] / "data"
+ARC, GSM8K = str(DATA / "arc_challenge_24.jsonl"), str(DATA / "gsm8k_40.jsonl")
+
+
+@pytest.fixture(autouse=True)
+def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def run(url: str, *asked: str, backend: str = "Native", **settings: Any) -> dict[str, dict[str, float]]:
+    local = {"ARC_c": {"local_path": ARC}, "gsm8k": {"local_path": GSM8K, "few_shot_num": 0}}
+    own: Any = {
+        "eval_url": url, "eval_dataset": list(asked), "eval_backend": backend, "max_new_tokens": 12,
+        "eval_dataset_args": {name: local[name] for name in asked if name in local}, "eval_limit": 2, **settings,
+    }  # fmt: skip
+    return evaluate(make_arguments("eval", **own))  # type: ignore[arg-type]
+
+
+def run_folders(backend: str) -> list[Path]:
+    return sorted(path.parent for path in Path("eval_output", backend).glob("*/run.json"))
+
+
+def answers(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "answers.jsonl").read_text("utf-8").splitlines()]
+
+
+def test_evalscopes_benchmarks_end_in_table_json_page_and_swifts_line(
+    small_endpoint: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("evalscope")
+    scores = run(small_endpoint, "ARC_c", "gsm8k")
+    assert set(scores["small"]) == {"ARC_c", "gsm8k"}
+    (folder,) = run_folders("native")
+    found = answers(folder / "small" / "ARC_c")
+    assert [one["expected"] for one in found] == ["C", "B"]
+    assert all(one["answer"] and "meteorite" in found[0]["prompt"] for one in found)
+    assert scores["small"]["ARC_c"] == pytest.approx(sum(one["scores"]["accuracy"] for one in found) / 2)
+    summary = json.loads((folder / "results.json").read_text())["results"]
+    assert [(one["benchmark"], one["num_questions"]) for one in summary] == [("ARC_c", 2), ("gsm8k", 2)]
+    assert "meteorite" in (folder / "report.html").read_text()
+    (line,) = [json.loads(row) for row in Path("result/small/eval_result.jsonl").read_text().splitlines()]
+    assert set(line) == {"native", "time", "model", "adapters", "result_path", "eval_output_dir", "eval_limit"}
+    assert line["native"]["ARC_c"]["accuracy"] == scores["small"]["ARC_c"]
+    assert "ARC_c" in capsys.readouterr().out
+
+
+def test_a_stopped_evaluation_asks_only_what_is_left(
+    small_endpoint: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    pytest.importorskip("evalscope")
+    from rayswift.eval.native import Native
+
+    asked: list[str] = []
+    real = Native.run
+
+    def stopping(self: Native, benchmark: Any, *rest: Any) -> Any:
+        asked.append(benchmark.asked)
+        if benchmark.asked == "gsm8k" and asked.count("gsm8k") == 1:
+            raise KeyboardInterrupt
+        return real(self, benchmark, *rest)
+
+    monkeypatch.setattr(Native, "run", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        run(small_endpoint, "ARC_c", "gsm8k")
+    with caplog.at_level(logging.INFO, "rayswift.eval"):
+        scores = run(small_endpoint, "ARC_c", "gsm8k")
+    assert asked == ["ARC_c", "gsm8k", "gsm8k"]
+    assert set(scores["small"]) == {"ARC_c", "gsm8k"}
+    assert len(run_folders("native")) == 1
+    assert any(record.message.startswith("going on with") for record in caplog.records)
+
+
+def test_kept_answers_are_not_asked_again(small_endpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("evalscope")
+    run(small_endpoint, "ARC_c")
+    (folder,) = run_folders("native")
+    benchmark = folder / "small" / "ARC_c"
+    before = answers(benchmark)
+    # As a kill in the middle leaves it: one whole answer, half of the next, nothing finished.
+    for kind in ("predictions", "reviews"):
+        (file,) = (benchmark / kind).rglob("*.jsonl")
+        first, second = file.read_text("utf-8").splitlines()
+        file.write_text(f"{first}\n{second[: len(second) // 2]}")
+    (benchmark / "result.json").unlink()
+    state = json.loads((folder / "run.json").read_text())
+    (folder / "run.json").write_text(json.dumps({**state, "finished": False}))
+    import openai.resources.chat.completions.completions as completions
+
+    calls: list[str] = []
+    real = completions.Completions.create
+
+    def counted(self: Any, *rest: Any, **body: Any) -> Any:
+        calls.append(str(body["messages"]))
+        return real(self, *rest, **body)
+
+    monkeypatch.setattr(completions.Completions, "create", counted)
+    run(small_endpoint, "ARC_c")
+    assert len(calls) == 1
+    assert answers(benchmark) == before
+
+
+def test_the_harness_asks_for_generations(small_endpoint: str, smollm2_dir: str) -> None:
+    pytest.importorskip("lm_eval")
+    scores = run(small_endpoint, "gsm8k", backend="lm-eval", model=smollm2_dir)
+    (label,) = scores
+    (folder,) = run_folders("lm_eval")
+    found = answers(folder / label / "gsm8k")
+    assert found[0]["prompt"].startswith("Question: Natalia sold clips")
+    assert set(found[0]["scores"]) == {"exact_match-strict-match", "exact_match-flexible-extract"}
+    assert found[0]["answer"]
+
+
+def test_ones_own_questions_in_csv(small_endpoint: str, tmp_path: Path) -> None:
+    pytest.importorskip("evalscope")
+    path = tmp_path / "maths.csv"
+    path.write_text("question,A,B,C,answer\nWhat is 2+2?,3,4,5,B\nWhat is 1+1?,2,3,4,A\n")
+    run(small_endpoint, "general_mcq", eval_dataset_args={"general_mcq": {"local_path": str(path)}})
+    (folder,) = run_folders("native")
+    assert [one["expected"] for one in answers(folder / "small" / "general_mcq")] == ["B", "A"]
+
+
+# --- refused ----------------------------------------------------------------------------------------------------
+
+
+def refused(url: str, *asked: str, **settings: Any) -> str:
+    with pytest.raises(UserError) as error:
+        run(url, *asked, **settings)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+NOWHERE = "http://127.0.0.1:9/v1"
+
+
+def test_an_endpoint_that_does_not_answer_is_named() -> None:
+    pytest.importorskip("evalscope")
+    assert refused(NOWHERE, "ARC_c").startswith(f"--eval_url {NOWHERE}: no server answers there")
+
+
+def test_data_is_looked_at_before_the_endpoint(tmp_path: Path) -> None:
+    pytest.importorskip("evalscope")
+    assert "no such benchmark; did you mean gsm8k" in refused(NOWHERE, "gms8k")
+    text = refused(NOWHERE, "gsm8k", eval_dataset_args={})
+    assert text.startswith("--eval_dataset gsm8k: its data cannot be loaded")
+    assert '"local_path": "DIR"' in text
+    broken = tmp_path / "q.csv"
+    broken.write_text("question,A,B,answer\nq,x,y,A\nq,x,y\n")
+    text = refused(NOWHERE, "general_mcq", eval_dataset_args={"general_mcq": {"local_path": str(broken)}})
+    assert text == f"{broken}:3: fewer fields than the header has columns; mend the line"
+
+
+def test_examples_that_are_not_there_are_refused_when_asked_for() -> None:
+    own = {"gsm8k": {"local_path": GSM8K, "few_shot_num": 3}}
+    for backend, library in (("Native", "evalscope"), ("lm-eval", "lm_eval")):
+        pytest.importorskip(library)
+        text = refused(NOWHERE, "gsm8k", backend=backend, eval_dataset_args=own)
+        assert text.startswith("--eval_dataset_args: few_shot_num 3 of gsm8k needs its split train")
+
+
+def test_settings_that_the_libraries_do_not_have_are_refused() -> None:
+    pytest.importorskip("evalscope")
+    assert refused(NOWHERE, "ARC_c", extra_eval_args={"work_dir": "x"}).startswith("--extra_eval_args: work_dir is set")
+    pytest.importorskip("lm_eval")
+    text = refused(NOWHERE, "gsm8k", backend="lm-eval", extra_eval_args={"nonsense": 1})
+    assert text.startswith("--extra_eval_args: lm-eval has no nonsense here")
+
+
+def test_likelihoods_need_an_engine_that_gives_them(smollm2_dir: str) -> None:
+    pytest.importorskip("lm_eval")
+    settings = {"eval_url": None, "model": smollm2_dir, "infer_backend": "transformers"}
+    text = refused("", "ARC_c", backend="lm-eval", **settings)
+    assert text.startswith("--eval_dataset ARC_c: lm-eval's arc_challenge needs log probabilities of the prompt")
+    assert text.endswith("use vllm")
