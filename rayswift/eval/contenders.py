@@ -176,5 +176,6 @@ def _check_endpoint(serving: Serving) -> None:
 
 
 def api_key(args: EvalArguments) -> str | None:
-    """The key that clients send."""
-    return args.api_key[0] if args.api_key else None
+    """The key that clients send; for an endpoint of others also the environment's ``OPENAI_API_KEY``."""
+    outside = os.environ.get("OPENAI_API_KEY") if args.eval_url else None
+    return args.api_key[0] if args.api_key else outside or None

@@ -102,7 +102,11 @@ def _endpoint(serving: Serving) -> Iterator[Endpoint]:
         return
     from rayswift.serve.running import running_deployment
 
-    with running_deployment(copy.copy(args)) as endpoint:
+    own = copy.copy(args)
+    if own.target_ongoing_requests is None and (own.max_replicas or 1) > 1:
+        # Deploy's target is meant for many clients: these requests would never reach it, and no replica be added.
+        own.target_ongoing_requests = max(1, own.eval_num_proc // (own.max_replicas or 1))
+    with running_deployment(own) as endpoint:
         yield endpoint
 
 

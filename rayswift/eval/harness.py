@@ -70,20 +70,23 @@ class Harness:
         if benchmark.name in QUESTION_SETS:
             return self._question_set(benchmark, settings)
         if benchmark.local_path is not None:
-            return self.manager.load([self._local_task(benchmark, settings)])
+            # Of a tag the index knows the tasks, as its "tags".
+            is_tag = benchmark.name in self.manager.all_tags
+            members = sorted(self.manager.task_index[benchmark.name].tags) if is_tag else [benchmark.name]
+            return self.manager.load([self._local_task(benchmark, name, settings) for name in members])
         kind = "group" if benchmark.name in self.manager.all_groups else "task"
         return self.manager.load([{kind: benchmark.name, **settings} if settings else benchmark.name])
 
-    def _local_task(self, benchmark: Benchmark, settings: dict[str, Any]) -> dict[str, Any]:
-        """The task's definition with its data taken from this machine."""
+    def _local_task(self, benchmark: Benchmark, task: str, settings: dict[str, Any]) -> dict[str, Any]:
+        """A task's definition with its data taken from this machine."""
         from lm_eval.tasks._yaml_loader import load_yaml
 
-        entry = self.manager.task_index[benchmark.name]
+        entry = self.manager.task_index[task]
         config = load_yaml(entry.yaml_path, resolve_func=False) if entry.yaml_path else {}
         if not isinstance(config.get("task"), str) or "dataset_path" not in config:
             raise UserError(
-                f"--eval_dataset {benchmark.asked}: lm-eval's {benchmark.name} is made of several tasks; name one of "
-                "them for local data"
+                f"--eval_dataset {benchmark.asked}: lm-eval's {task} is made of several tasks; name one of them for "
+                "local data"
             )
         subset = str(config.get("dataset_name") or "default")
         splits = {role: config.get(role) for role in ("training_split", "validation_split", "test_split")}
@@ -91,7 +94,7 @@ class Harness:
         others = [name for name in splits.values() if name and name != split]
         data = lay_out(benchmark, [subset], str(split), others)
         return {
-            "task": benchmark.name, "dataset_path": data.path, "dataset_name": subset, "dataset_kwargs": None,
+            "task": task, "dataset_path": data.path, "dataset_name": subset, "dataset_kwargs": None,
             **_splits(benchmark, config, data, subset, settings), **settings,
         }  # fmt: skip
 
@@ -145,7 +148,7 @@ class Harness:
         try:
             found = simple_evaluate(
                 model=self._model(benchmark, contender, endpoint),
-                tasks=list(loaded["groups"].values() or loaded["tasks"].values()),
+                tasks=_outermost(loaded),
                 task_manager=self.manager,
                 limit=args.eval_limit,
                 use_cache=str(folder / "requests"),
@@ -256,22 +259,43 @@ def _context_length(endpoint: Endpoint, args: EvalArguments) -> int:
     return args.vllm_max_model_len or 2048
 
 
+def _outermost(loaded: Any) -> list[Any]:
+    """The groups that are in no other, else the tasks."""
+    inner = {child for children in loaded["group_map"].values() for child in children}
+    return [group for name, group in loaded["groups"].items() if name not in inner] or list(loaded["tasks"].values())
+
+
 def _result(benchmark: Benchmark, contender: Contender, found: Any) -> Result:
-    """The harness's results as ours. ``acc,none`` is written ``acc``; other filters keep their name."""
-    name = next(iter(found.get("groups") or found["results"]))
-    rows = found["results"] if len(found["results"]) > 1 and not found.get("groups") else None
-    scores: dict[str, float] = {}
-    for task, values in (
-        rows or {name: {**found["results"].get(name, {}), **found.get("groups", {}).get(name, {})}}
-    ).items():
-        prefix = f"{task} " if rows else ""
-        for key, value in values.items():
-            metric, comma, kind = key.partition(",")
-            if comma and isinstance(value, (int, float)) and not metric.endswith("_stderr"):
-                scores[prefix + _named(metric, kind)] = float(value)
+    """The harness's results as ours. ``acc,none`` is written ``acc``; other filters keep their name.
+
+    A benchmark of several tasks without a score of their own together gets the mean over their questions.
+    """
+    per_task = {task: _scores(values) for task, values in found["results"].items()}
     questions = [q for task, samples in found["samples"].items() for q in _questions(task, samples)]
+    groups = found.get("groups") or {}
+    if groups:
+        scores = _scores(next(iter(groups.values())))
+    elif len(per_task) == 1:
+        scores = next(iter(per_task.values()))
+    else:
+        names = dict.fromkeys(name for question in questions for name in question.scores)
+        each = {name: [q.scores[name] for q in questions if name in q.scores] for name in names}
+        scores = {name: sum(values) / len(values) for name, values in each.items()}
+    main = _main(scores)
+    if len(per_task) > 1:
+        scores |= {f"{task} {name}": value for task, own in per_task.items() for name, value in own.items()}
     shots = next(iter(found["n-shot"].values()), 0)
-    return Result(benchmark.asked, contender.label, "lm-eval", _main(scores), scores, int(shots or 0), questions)
+    return Result(benchmark.asked, contender.label, "lm-eval", main, scores, int(shots or 0), questions)
+
+
+def _scores(values: Any) -> dict[str, float]:
+    """``{"acc,none": 0.3, "acc_stderr,none": 0.1, "alias": …}`` → ``{"acc": 0.3}``."""
+    split = {key.partition(","): value for key, value in values.items() if isinstance(value, (int, float))}
+    return {
+        _named(metric, kind): float(value)
+        for (metric, comma, kind), value in split.items()
+        if comma and not metric.endswith("_stderr")
+    }
 
 
 def _named(metric: str, kind: str) -> str:

@@ -72,8 +72,8 @@ def _is_clone(folder: Path) -> bool:
 def _found(
     benchmark: Benchmark, path: Path, subsets: Sequence[str], split: str, others: Sequence[str]
 ) -> dict[tuple[str, str], list[str]]:
-    """Files of each subset and split: ``SUBSET/SPLIT.*``, ``SUBSET_SPLIT.*``; of a lone subset also ``NAME_SPLIT.*``,
-    ``SPLIT.*``, and ``NAME.*`` for the split that is evaluated."""
+    """Files of each subset and split: ``SUBSET/SPLIT.*``, ``SUBSET_SPLIT.*``; of a lone one also ``NAME_SPLIT.*`` and
+    ``SPLIT.*``; for the split that is evaluated also ``SUBSET.*`` and ``NAME.*``."""
     if path.is_file():
         if _SUFFIX.search(path.name) is None:
             raise UserError(f"{path}: not a data file; expected {', '.join(FORMATS)}, or a folder")
@@ -85,10 +85,11 @@ def _found(
     found = {}
     for subset in subsets:
         for each in (split, *others):
-            stems = [f"{subset}/{each}", f"{subset}_{each}"]
-            if len(subsets) == 1:
-                stems += [f"{name}{sep}{each}" for name in benchmark.file_names if name for sep in "_/"] + [each]
-                stems += [name for name in benchmark.file_names if name and each == split]
+            alone = len(subsets) == 1
+            names = [name for name in benchmark.file_names if name and alone]
+            stems = [f"{subset}/{each}", f"{subset}_{each}", *(f"{name}{sep}{each}" for name in names for sep in "_/")]
+            stems += [each] if alone else []
+            stems += [subset, *names] if each == split else []
             stem = next((s for s in map(_stem, stems) if s in by_stem), None)
             if stem is not None:
                 found[subset, each] = by_stem[stem]

@@ -107,6 +107,12 @@ class Native:
                 f"--eval_dataset {benchmark.asked}: EvalScope stopped ({one_line(error)}); the same command goes on "
                 "with the questions that are left"
             ) from None
+        summary = report.execution_summary
+        if summary is not None and summary.incomplete:
+            raise UserError(
+                f"--eval_dataset {benchmark.asked}: {summary.errored} of {summary.requested} questions have no score; "
+                f"{folder / 'logs'} says why; the same command asks them again"
+            )
         return _result(benchmark, contender, report, folder, self.shots[benchmark.asked])
 
     def _task(
@@ -149,6 +155,7 @@ def _quiet() -> None:
     with own_logging():
         from evalscope.utils.logger import get_logger
 
+    logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns at each number that it sets no timer
     for handler in get_logger().handlers:
         if not isinstance(handler, logging.FileHandler) and not is_debugging():
             handler.addFilter(lambda record: record.levelno >= logging.ERROR)
@@ -157,8 +164,8 @@ def _quiet() -> None:
 def _result(benchmark: Benchmark, contender: Contender, report: Report, folder: Path, shots: int) -> Result:
     scores = {_metric_name(metric.identity): float(metric.score) for metric in report.metrics}
     primary = report.primary_metric_identity
-    questions = list(_questions(folder))
     main = _metric_name(primary) if primary is not None else next(iter(scores), "score")
+    questions = list(_questions(folder, main))
     return Result(benchmark.asked, contender.label, "Native", main, scores, shots, questions)
 
 
@@ -167,7 +174,7 @@ def _metric_name(identity: Any) -> str:
     return "-".join([identity.name, *map(str, identity.dimensions.values())])
 
 
-def _questions(folder: Path) -> list[Question]:
+def _questions(folder: Path, main: str) -> list[Question]:
     """The questions of a finished task, from EvalScope's reviews."""
     found = []
     for file in sorted((folder / "reviews").rglob("*.jsonl")):
@@ -175,6 +182,9 @@ def _questions(folder: Path) -> list[Question]:
             reviews = sorted((json.loads(row) for row in rows), key=lambda review: int(review["index"]))
         for review in reviews:
             score = review["sample_score"]["score"]
+            values = {name: float(value) for name, value in score["value"].items() if value is not None}
+            if main not in values and score.get("main_score_name") in values:
+                values = {main: values[score["main_score_name"]], **values}  # Rouge-L-R is the report's rouge-l-recall
             asked = [m for m in review["messages"] if m["role"] != "assistant"]
             found.append(
                 Question(
@@ -183,7 +193,7 @@ def _questions(folder: Path) -> list[Question]:
                     answer=str(score.get("prediction") or ""),
                     read=_text(score.get("extracted_prediction")),
                     expected=" | ".join(review.get("target") or []),
-                    scores={name: float(value) for name, value in score["value"].items() if value is not None},
+                    scores=values,
                 )
             )
     return found
