@@ -64,6 +64,12 @@ class Harness:
             raise
         except Exception as error:
             raise UserError(data_line(benchmark, error)) from None
+        unsafe = any(getattr(task, "UNSAFE_CODE", False) for task in self.tasks[benchmark.asked]["tasks"].values())
+        if unsafe and not self.args.extra_eval_args.get("confirm_run_unsafe_code"):
+            raise UserError(
+                f"--eval_dataset {benchmark.asked}: it runs code that the model writes, here; where that may "
+                "be, add --extra_eval_args '{\"confirm_run_unsafe_code\": true}'"
+            )
 
     def _load(self, benchmark: Benchmark, settings: dict[str, Any]) -> Any:
         """The benchmark's tasks with their data: ``{"tasks": …, "groups": …, "group_map": …}``."""

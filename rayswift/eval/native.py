@@ -61,6 +61,13 @@ class Native:
             raise UserError(data_line(benchmark, error)) from None
         if not rows:
             raise UserError(f"--eval_dataset {benchmark.asked}: no questions in its data")
+        try:
+            adapter.validate_judge_strategy()
+        except Exception as error:  # who judges has to be named before the answers are paid for
+            raise UserError(
+                f"--eval_dataset {benchmark.asked}: {one_line(error)}; name a judge: --extra_eval_args "
+                '\'{"judge": {"models": [{"model_id": "NAME", "api_url": "http://…/v1"}]}}\''
+            ) from None
         self.shots[benchmark.asked] = int(adapter.few_shot_num or 0)
 
     def _with_data(self, benchmark: Benchmark, meta: Any) -> dict[str, Any]:
@@ -138,6 +145,7 @@ class Native:
             "eval_batch_size": args.eval_num_proc,
             "limit": args.eval_limit,
             "seed": args.seed,
+            "dataset_hub": "huggingface" if args.use_hf else "modelscope",
             "collect_perf": False,
             **args.extra_eval_args,
         }
