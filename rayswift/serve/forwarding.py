@@ -35,6 +35,8 @@ MAX_TRIES = 6
 MAX_DEATHS = 2
 #: Seconds before the second try; it grows with each.
 RETRY_SECONDS = 0.25
+#: A spare ticket is kept so long after the last answer.
+SPARE_SECONDS = 1.0
 _USAGE = re.compile(rb'"completion_tokens":\s*(\d+)')
 
 
@@ -77,11 +79,75 @@ class Response:
     length: int | None = None  # bytes in all; None for a stream
 
 
-class Forwarder:
-    """Sends requests to the replicas behind one deployment handle."""
+class Spare:
+    """A ticket that is taken before a request needs it: one who asks again and again need not wait for Serve.
 
-    def __init__(self, handle: Any, session: aiohttp.ClientSession, queue_timeout: float, counters: Any) -> None:
+    Serve counts it as a request, so it is given back a moment after the last answer has ended.
+    """
+
+    def __init__(self) -> None:
+        self._call: Any = None
+        self._ticket: asyncio.Future[Any] | None = None
+        self._timer: asyncio.TimerHandle | None = None
+
+    def prepare(self, call: Any) -> None:
+        """Take a ticket with this call of ``ticket``, unless one is kept."""
+        if self._call is None:
+            self._call, self._ticket = call, asyncio.ensure_future(anext(aiter(call)))
+
+    def take(self) -> tuple[Any, dict[str, Any]] | None:
+        """The kept call and its ticket; None when there is none yet."""
+        self._stop_timer()
+        call, ticket = self._call, self._ticket
+        if ticket is None or not ticket.done():
+            return None
+        self._call = self._ticket = None
+        if ticket.cancelled() or ticket.exception() or "message" in ticket.result():
+            return None
+        return call, dict(ticket.result())
+
+    def expire(self, seconds: float) -> None:
+        """Give the ticket back after so long, unless it is taken before."""
+        self._stop_timer()
+        self._timer = asyncio.get_running_loop().call_later(seconds, self.drop)
+
+    def drop(self) -> None:
+        """Give the ticket back."""
+        call, ticket = self._call, self._ticket
+        self._call = self._ticket = None
+        if call is not None and ticket is not None:
+            ticket.add_done_callback(lambda done: done.cancelled() or done.exception())  # nobody else looks at it
+            ticket.cancel()
+            with suppress(Exception):
+                call.cancel()
+
+    def _stop_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+
+class Forwarder:
+    """Sends requests to the replicas behind one deployment handle.
+
+    Args:
+        handle: Serve's handle of the deployment.
+        session: connections to the replicas.
+        queue_timeout: seconds a request may wait for a replica.
+        counters: the gateway's.
+        keeps_spare: have a ticket ready for a client whose requests follow one another (:class:`Spare`).
+    """
+
+    def __init__(
+        self,
+        handle: Any,
+        session: aiohttp.ClientSession,
+        queue_timeout: float,
+        counters: Any,
+        keeps_spare: bool = False,
+    ) -> None:
         self.handle, self._session, self._queue_timeout, self.counters = handle, session, queue_timeout, counters
+        self._keeps_spare, self._spare, self._under_way = keeps_spare, Spare(), 0
         # A handle with options costs a look-up in Serve: one per adapter is kept.
         self._ticket_calls = functools.lru_cache(maxsize=1024)(self._ticket_call)
 
@@ -194,10 +260,12 @@ class Forwarder:
     @asynccontextmanager
     async def _connection(self, request: Request, resume: list[int] | None = None) -> AsyncIterator[Any]:
         """A connection to the replica that Serve chooses, which counts the request until this ends."""
-        tickets = self._ticket_calls(request.adapter).remote()
+        spare = None if request.adapter else self._spare.take()
+        tickets, ticket = spare or (self._ticket_calls(request.adapter).remote(), None)
         is_used = False
+        self._under_way += 1
         try:
-            ticket = await self._first(tickets)
+            ticket = ticket or await self._first(tickets)
             headers = {TICKET_HEADER: ticket["ticket"], "content-type": "application/json"}
             if request.request_id:
                 headers["x-request-id"] = request.request_id
@@ -207,8 +275,13 @@ class Forwarder:
                 request.method, ticket["url"] + request.path, data=request.raw or None, headers=headers
             ) as upstream:
                 is_used = True
+                if self._keeps_spare and self._under_way == 1 and not request.adapter:
+                    self._spare.prepare(self._ticket_calls("").remote())
                 yield upstream
         finally:
+            self._under_way -= 1
+            if not self._under_way:
+                self._spare.expire(SPARE_SECONDS)
             if not is_used:  # a used ticket ends with its connection
                 with suppress(Exception):  # cancelling a call that failed raises its error once more
                     tickets.cancel()

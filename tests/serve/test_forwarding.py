@@ -72,7 +72,7 @@ class Tickets:
 
 
 @asynccontextmanager
-async def served(*handlers: Handler) -> AsyncIterator[tuple[Forwarder, Replicas, Counters]]:
+async def served(*handlers: Handler, keeps_spare: bool = False) -> AsyncIterator[tuple[Forwarder, Replicas, Counters]]:
     """A forwarder before one server for each handler."""
     replicas, runners = Replicas([]), []
     for handler in handlers:
@@ -91,7 +91,7 @@ async def served(*handlers: Handler) -> AsyncIterator[tuple[Forwarder, Replicas,
         replicas.urls.append("http://{}:{}".format(*runner.addresses[0][:2]))
     counters = Counters()
     async with aiohttp.ClientSession() as session:
-        yield Forwarder(replicas, session, 5, counters), replicas, counters
+        yield Forwarder(replicas, session, 5, counters, keeps_spare), replicas, counters
     for runner in runners:
         await runner.cleanup()
 
@@ -222,3 +222,30 @@ async def test_a_stream_that_costs_two_replicas_ends_in_an_error() -> None:
         body = (await ask(forwarder, stream=True, temperature=0))[1]
         assert b"stream_interrupted" in body
         assert replicas.given == 2
+
+
+async def test_the_next_request_finds_a_ticket_that_is_given_back_when_nobody_comes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(forwarding, "SPARE_SECONDS", 0.2)
+    async with served(answers, keeps_spare=True) as (forwarder, replicas, _):
+        for number in range(3):
+            assert (await ask(forwarder))[0] == 200
+            await asyncio.sleep(0.05)
+            assert replicas.given == number + 2
+        assert replicas.cancelled == 0
+        await asyncio.sleep(0.4)
+        assert replicas.cancelled == 1
+        await ask(forwarder)
+        await asyncio.sleep(0.05)
+        assert replicas.given == 6  # one anew, and one to spare
+
+
+async def test_a_ticket_kept_for_a_replica_that_has_died_since_costs_one_more_try() -> None:
+    async with served(answers, answers, keeps_spare=True) as (forwarder, replicas, counters):
+        alive = replicas.urls[1]
+        replicas.urls[1:] = ["http://127.0.0.1:9", alive]
+        assert (await ask(forwarder))[0] == 200
+        await asyncio.sleep(0.05)
+        assert (await ask(forwarder))[0] == 200
+        assert counters.retries == 1
