@@ -15,7 +15,7 @@ from pathlib import Path
 import rayswift
 
 #: The engine of all sides.
-ENGINE = {"torch_dtype": "float32", "vllm_enforce_eager": True, "vllm_max_model_len": 1024}
+ENGINE = {"torch_dtype": "float32", "vllm_enforce_eager": True, "vllm_max_model_len": 1024, "use_gpu": False}
 
 
 def main() -> None:
@@ -33,7 +33,6 @@ def main() -> None:
         num_return_sequences=options.answers,
         max_new_tokens=options.max_tokens,
         output_dir=options.folder,
-        use_gpu=False,
         **ENGINE,
     )
     seconds = time.perf_counter() - start

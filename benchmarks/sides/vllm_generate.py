@@ -38,7 +38,9 @@ def main() -> None:
     begin = time.perf_counter()
     engine = LLM(
         options.model, dtype=ENGINE["torch_dtype"], enforce_eager=ENGINE["vllm_enforce_eager"],
-        max_model_len=ENGINE["vllm_max_model_len"], max_num_seqs=256, seed=42,
+        max_model_len=ENGINE["vllm_max_model_len"], max_num_seqs=256, seed=42, max_num_batched_tokens=4096,
+        # With it, vLLM for CPUs dies on answers that have a seed.
+        enable_chunked_prefill=False,
     )  # fmt: skip
     settings = SamplingParams(
         n=options.answers, temperature=1.0, top_p=1.0, max_tokens=options.max_tokens, seed=42,

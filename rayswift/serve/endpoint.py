@@ -143,11 +143,12 @@ class EndpointEngine:
     def choices(
         self, messages: Messages, settings: GenerationSettings, tools: Any = None, **fields: Any
     ) -> list[Answer]:
-        """The answers of one request; ``fields`` of its body, such as ``n``, beside those of the settings.
+        """The answers of one request; ``fields`` of its body, such as ``n``, go before those of the settings.
 
         The tokens of the request count with the first answer. UserError when it cannot be answered.
         """
-        body = {**self.request(messages, settings, tools), **fields}
+        body = self.request(messages, settings, tools)
+        body["extra_body"] = {**body.get("extra_body", {}), **fields}  # the client refuses fields that OpenAI lacks
         with translated(self.client, self.model):
             reply = self.client.chat.completions.create(**body)
         answers = [self._answer_of(choice) for choice in reply.choices]

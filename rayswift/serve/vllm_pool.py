@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 Row = dict[str, Any]
 #: Settings of vLLM's server that its engine does not know.
 _SERVER_ONLY = ("enable_auto_tool_choice", "tool_call_parser", "reasoning_parser", "enable_log_requests")
+#: Tokens per step: those of vLLM's class for offline work (an engine that somebody else drives gets 2048).
+_BATCHED_TOKENS = {"gpu": 8192, "cpu": 4096}
 #: Answers under way per slot of the engine. A block comes back when its last answer is there; with more of them under
 #: way, the slots of those that ended early are taken at once.
 _OVERLAP = 2
@@ -48,7 +50,7 @@ def answered_by_vllm(
     encoder = Encoder.from_args(args, model_dir)
     context = min(plan.max_model_len or math.inf, context_length(encoder))
     requests = RequestMaker(encoder, settings, args.seed, int(context), next(iter(plan.adapters.values()), model_dir))
-    kwargs = plan.llm_config(model_dir)["engine_kwargs"]
+    kwargs = offline_kwargs(plan) | plan.llm_config(model_dir)["engine_kwargs"]
     if settings.logprobs:
         kwargs["logprobs_mode"] = "processed_logprobs"  # of the distribution that is sampled from
     config = vLLMEngineProcessorConfig(
@@ -75,6 +77,18 @@ def answered_by_vllm(
             postprocess_map_kwargs=helpers,
         )
     return processor(dataset.flat_map(each_answer, num_cpus=HELPER_CPUS))
+
+
+def offline_kwargs(plan: ModelPlan) -> dict[str, Any]:
+    """Engine settings of work that nobody waits for; what the plan says goes before them."""
+    if plan.use_gpu:
+        return {"max_num_batched_tokens": _BATCHED_TOKENS["gpu"]}
+    # On CPUs vLLM (0.32) dies when a prompt is computed in parts and the answer has a seed: "CPU Generator does not
+    # use offset". Whole prompts need a batch that holds the longest.
+    kwargs: dict[str, Any] = {"enable_chunked_prefill": False}
+    if plan.max_model_len:
+        kwargs["max_num_batched_tokens"] = max(_BATCHED_TOKENS["cpu"], plan.max_model_len)
+    return kwargs
 
 
 @contextlib.contextmanager

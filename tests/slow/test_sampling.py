@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 import time
 from collections import Counter
 from pathlib import Path
@@ -10,11 +13,12 @@ from typing import Any
 
 import psutil
 import pytest
-from command_line import run, start, wait_for
+from command_line import QUICK, losses, run, run_directory, start, wait_for
 
 pytestmark = pytest.mark.slow
 
-GSM8K = Path(__file__).parent.parent / "data" / "gsm8k_40.jsonl"
+REPOSITORY = Path(__file__).parents[2]
+GSM8K = REPOSITORY / "tests" / "data" / "gsm8k_40.jsonl"
 VLLM = {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"}
 ENGINE = [
     "--sampler_engine", "vllm", "--torch_dtype", "float32", "--vllm_enforce_eager", "true", "--vllm_max_model_len",
@@ -111,3 +115,17 @@ def test_a_killed_run_started_again_gives_what_an_undisturbed_one_gives(smollm2_
     again = rows_of(tmp_path)
     assert len(again) == 80
     assert set(Counter(row["id"] for row in again).values()) == {4}
+
+
+def test_the_job_samples_and_then_trains_on_what_was_kept(smollm2_dir: str, tmp_path: Path) -> None:
+    sample = ["--dataset", f"{GSM8K}#8", "--output_dir", str(tmp_path), "--num_return_sequences", "2",
+              "--max_new_tokens", "16", *ENGINE]  # fmt: skip
+    sft = ["--output_dir", str(tmp_path / "run"), "--max_steps", "3", "--split_dataset_ratio", "0", "--save_steps", "3",
+           *QUICK]  # fmt: skip
+    command = [sys.executable, str(REPOSITORY / "jobs" / "rft_gsm8k.py"), "--model", smollm2_dir, *sample, "--", *sft]
+    done = subprocess.run(command, env={**os.environ, **VLLM}, capture_output=True, text=True, timeout=540)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
+    rows = [json.loads(line) for line in (tmp_path / "gsm8k.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert len({row["id"] for row in rows}) == 8
+    assert sum("rejected_response" in row for row in rows) >= 6
+    assert sorted(losses(run_directory(tmp_path / "run"))) == [1, 2, 3]
