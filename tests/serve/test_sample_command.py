@@ -214,7 +214,7 @@ def test_an_endpoint_that_cannot_be_used_is_one_line_and_leaves_nothing(served: 
 
 @pytest.mark.parametrize(
     ("reward", "line"),
-    [("broken", r"--orm_model broken: ZeroDivisionError: .*rewards_of_the_test.py:13"),
+    [("broken", r"--orm_model broken: ZeroDivisionError: .*rewards_of_the_test.py:14"),
      ("short", "--orm_model short: returned 1 numbers for 2 answers")],
 )  # fmt: skip
 def test_a_reward_that_fails_is_one_line(tmp_path: Path, plugin: str, reward: str, line: str) -> None:
