@@ -79,9 +79,17 @@ class Harness:
             # Of a tag the index knows the tasks, as its "tags".
             is_tag = benchmark.name in self.manager.all_tags
             members = sorted(self.manager.task_index[benchmark.name].tags) if is_tag else [benchmark.name]
-            return self.manager.load([self._local_task(benchmark, name, settings) for name in members])
-        kind = "group" if benchmark.name in self.manager.all_groups else "task"
-        return self.manager.load([{kind: benchmark.name, **settings} if settings else benchmark.name])
+            return self._build({name: self._local_task(benchmark, name, settings) for name in members})
+        return self._build({benchmark.name: settings})
+
+    def _build(self, overrides: dict[str, dict[str, Any]]) -> Any:
+        """Registered tasks, groups or tags with other settings. (``load`` takes a dict for a task of its own.)"""
+        built: list[Any] = []
+        for name, settings in overrides.items():
+            entry = self.manager.task_index[name]
+            made = self.manager._factory.build(entry, overrides=settings, registry=self.manager.task_index)
+            built += made if isinstance(made, list) else [made]
+        return self.manager.load(built)
 
     def _local_task(self, benchmark: Benchmark, task: str, settings: dict[str, Any]) -> dict[str, Any]:
         """A task's definition with its data taken from this machine."""
@@ -100,7 +108,7 @@ class Harness:
         others = [name for name in splits.values() if name and name != split]
         data = lay_out(benchmark, [subset], str(split), others)
         return {
-            "task": task, "dataset_path": data.path, "dataset_name": subset, "dataset_kwargs": None,
+            "dataset_path": data.path, "dataset_name": subset, "dataset_kwargs": None,
             **_splits(benchmark, config, data, subset, settings), **settings,
         }  # fmt: skip
 

@@ -187,8 +187,9 @@ def _questions(folder: Path, main: str) -> list[Question]:
     found = []
     for file in sorted((folder / "reviews").rglob("*.jsonl")):
         with file.open(encoding="utf-8") as rows:
-            reviews = sorted((json.loads(row) for row in rows), key=lambda review: int(review["index"]))
-        for review in reviews:
+            # A question that was scored again after a kill is there twice: the last counts.
+            reviews = {int(review["index"]): review for review in map(json.loads, rows)}
+        for _, review in sorted(reviews.items()):
             score = review["sample_score"]["score"]
             values = {name: float(value) for name, value in score["value"].items() if value is not None}
             if main not in values and score.get("main_score_name") in values:
