@@ -44,8 +44,10 @@ class Gate:
             return
         data = json.dumps(changed).encode()
 
-        async def again() -> dict[str, Any]:
-            return {"type": "http.request", "body": data, "more_body": False}
+        bodies = [data]
+
+        async def again() -> Any:  # the body once; then what the client does, as the server would tell
+            return {"type": "http.request", "body": bodies.pop(), "more_body": False} if bodies else await receive()
 
         length = [(b"content-length", str(len(data)).encode())]
         headers = [pair for pair in scope["headers"] if pair[0] != b"content-length"] + length
