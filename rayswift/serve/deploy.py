@@ -79,7 +79,10 @@ def deployment(args: DeployArguments, plans: list[ModelPlan]) -> Iterator[None]:
         if ours:
             logger.info("stopping: running requests finish first (--drain_timeout %d)", args.drain_timeout)
         for name in ours:
-            serve.delete(name, _blocking=True)
+            try:
+                serve.delete(name, _blocking=True)
+            except TimeoutError:
+                logger.warning("%s: its requests did not end in time and are cut off", name)
         if connected.embedded:
             ray.shutdown()
 

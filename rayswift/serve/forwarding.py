@@ -12,6 +12,7 @@ import functools
 import json
 import logging
 import re
+import time
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing, asynccontextmanager, suppress
 from dataclasses import dataclass, field
@@ -23,7 +24,7 @@ from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 
 from rayswift.serve.openai_errors import ApiError, error_event
 from rayswift.serve.sent_stream import ERROR, Diverged, Resumed, SentStream, can_carry_on, longest_stop
-from rayswift.serve.tickets import RESUME_HEADER, TICKET_HEADER
+from rayswift.serve.tickets import RESUME_HEADER, TICKET_HEADER, TICKET_SECONDS
 
 logger = logging.getLogger("rayswift.serve.forwarding")
 
@@ -89,17 +90,22 @@ class Spare:
         self._call: Any = None
         self._ticket: asyncio.Future[Any] | None = None
         self._timer: asyncio.TimerHandle | None = None
+        self._taken = 0.0
 
     def prepare(self, call: Any) -> None:
         """Take a ticket with this call of ``ticket``, unless one is kept."""
         if self._call is None:
             self._call, self._ticket = call, asyncio.ensure_future(anext(aiter(call)))
+            self._taken = time.monotonic()
 
     def take(self) -> tuple[Any, dict[str, Any]] | None:
         """The kept call and its ticket; None when there is none yet."""
         self._stop_timer()
         call, ticket = self._call, self._ticket
         if ticket is None or not ticket.done():
+            return None
+        if time.monotonic() - self._taken > TICKET_SECONDS / 2:  # the replica is about to forget it
+            self.drop()
             return None
         self._call = self._ticket = None
         if ticket.cancelled() or ticket.exception() or "message" in ticket.result():

@@ -11,10 +11,13 @@ import asyncio
 import secrets
 import socket
 from collections.abc import Awaitable, Callable, MutableMapping
+from contextlib import suppress
 from contextvars import ContextVar
 from typing import Any
 
 TICKET_HEADER = "x-rayswift-ticket"
+#: Seconds in which the request of a ticket must come.
+TICKET_SECONDS = 30.0
 RESUME_HEADER = "x-rayswift-resume"  # token ids that were generated elsewhere, comma-separated
 
 Scope = MutableMapping[str, Any]
@@ -61,9 +64,16 @@ class TicketOffice:
         return ticket
 
     async def used(self, ticket: str) -> None:
-        """Wait until the request of ``ticket`` has ended."""
+        """Wait until the request of ``ticket`` has ended; one that does not come in time ends it as well.
+
+        A gateway that gives up says so, but that word can be lost, and the replica would count the request for ever.
+        """
         try:
-            await self._open[ticket].wait()
+            ended = self._open[ticket]
+            with suppress(TimeoutError):
+                await asyncio.wait_for(ended.wait(), TICKET_SECONDS)
+            if ticket not in self._waiting:
+                await ended.wait()
         finally:
             self._open.pop(ticket, None)
             self._waiting.discard(ticket)

@@ -340,15 +340,17 @@ def _fit(
 
 def _torch_trainer(args: Any, run: RunDirectory, workers: Workers, config: Any) -> Any:
     from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.torch import TorchConfig
 
+    from rayswift.train.ray_trainer import LeanTorchTrainer
     from rayswift.train.worker import train_loop
 
     folder, _, name = run.path.rpartition("/")
     # Ray Train resumes on its own from a snapshot of the same name; the manifests are what counts here.
     _forget_snapshot(run)
-    return TorchTrainer(
+    return LeanTorchTrainer(
         train_loop,
+        embedded=ray_cluster.address_of(args) is None,
         train_loop_config={"config": config},
         torch_config=TorchConfig(backend=None if workers.use_gpu else "gloo"),
         scaling_config=ScalingConfig(
