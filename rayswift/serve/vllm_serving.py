@@ -11,7 +11,9 @@ import os
 from collections.abc import AsyncIterator
 from typing import Any, cast
 
+from ray._common.usage import usage_lib
 from ray.llm._internal.serve.core.configs.llm_config import DiskMultiplexConfig
+from ray.llm._internal.serve.core.server import llm_server
 from ray.serve.llm import LLMConfig
 from ray.serve.llm.deployment import LLMServer
 from vllm.outputs import CompletionOutput, RequestOutput
@@ -32,6 +34,9 @@ class VllmServing:
     """One vLLM engine and its OpenAI app. ``encoders``: served name or adapter name → how its prompts are laid out."""
 
     def __init__(self, llm_config: dict[str, Any], encoders: dict[str, Encoder]) -> None:
+        if not usage_lib.usage_stats_enabled():
+            # Its report would start a process of 400 MB that has nothing to send.
+            llm_server.push_telemetry_report_for_all_models = lambda all_models: None
         self._server: Any = LLMServer.sync_init(LLMConfig(**llm_config))
         self.encoders = encoders
         self.app: App | None = None

@@ -151,7 +151,7 @@ WEATHER: Any = {
 
 def test_a_forced_tool_is_called_with_arguments(client: openai.OpenAI) -> None:
     forced: Any = {"type": "function", "function": {"name": "get_weather"}}
-    message = ask(client, max_tokens=40, tools=[WEATHER], tool_choice=forced).choices[0].message
+    message = ask(client, max_tokens=200, tools=[WEATHER], tool_choice=forced).choices[0].message
     assert message.tool_calls, message
     (call,) = message.tool_calls
     assert call.function.name == "get_weather" and call.id
