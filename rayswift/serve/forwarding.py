@@ -92,10 +92,14 @@ class Spare:
         self._timer: asyncio.TimerHandle | None = None
         self._taken = 0.0
 
-    def prepare(self, call: Any) -> None:
-        """Take a ticket with this call of ``ticket``, unless one is kept."""
+    def prepare(self, ticket_call: Any) -> None:
+        """Take a ticket through ``ticket_call`` (a handle of ``ticket``), unless one is kept or on its way.
+
+        A call that is made and dropped would count as a request until its ticket runs out.
+        """
         if self._call is None:
-            self._call, self._ticket = call, asyncio.ensure_future(anext(aiter(call)))
+            self._call = ticket_call.remote()
+            self._ticket = asyncio.ensure_future(anext(aiter(self._call)))
             self._taken = time.monotonic()
 
     def take(self) -> tuple[Any, dict[str, Any]] | None:
@@ -282,7 +286,7 @@ class Forwarder:
             ) as upstream:
                 is_used = True
                 if self._keeps_spare and self._under_way == 1 and not request.adapter:
-                    self._spare.prepare(self._ticket_calls("").remote())
+                    self._spare.prepare(self._ticket_calls(""))
                 yield upstream
         finally:
             self._under_way -= 1

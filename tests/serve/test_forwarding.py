@@ -45,6 +45,7 @@ class Replicas:
     """Servers in the order in which requests reach them; stands for Serve's handle, which gives tickets to them."""
 
     urls: list[str]
+    called: int = 0
     given: int = 0
     cancelled: int = 0
     seen: list[dict[str, str]] = field(default_factory=list)
@@ -61,6 +62,7 @@ class Tickets:
 
     def __init__(self, replicas: Replicas) -> None:
         self._replicas = replicas
+        replicas.called += 1
 
     async def __aiter__(self) -> AsyncIterator[dict[str, str]]:
         number = min(self._replicas.given, len(self._replicas.urls) - 1)
@@ -239,6 +241,24 @@ async def test_the_next_request_finds_a_ticket_that_is_given_back_when_nobody_co
         await ask(forwarder)
         await asyncio.sleep(0.05)
         assert replicas.given == 6  # one anew, and one to spare
+
+
+async def test_every_ticket_that_was_asked_for_is_used_or_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(forwarding, "SPARE_SECONDS", 0.1)
+
+    class SlowTickets(Tickets):
+        async def __aiter__(self) -> AsyncIterator[dict[str, str]]:
+            await asyncio.sleep(0.02)
+            async for ticket in Tickets.__aiter__(self):
+                yield ticket
+
+    monkeypatch.setattr(Replicas, "remote", lambda self: SlowTickets(self))
+    async with served(answers, keeps_spare=True) as (forwarder, replicas, _):
+        for _ in range(10):  # each comes while the ticket to spare is still on its way
+            assert (await ask(forwarder))[0] == 200
+        await asyncio.sleep(0.3)
+        assert replicas.called == 10 + replicas.cancelled
+        assert replicas.cancelled == 1
 
 
 async def test_a_ticket_kept_for_a_replica_that_has_died_since_costs_one_more_try() -> None:
