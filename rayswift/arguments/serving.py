@@ -183,6 +183,7 @@ class SamplingArguments(Arguments):
     max_parallel_requests: int = arg(32, "requests under way at a time with --sampler_engine client", ge=1)
     judge_base_url: str | None = arg(None, "endpoint of --prm_model client", example="http://127.0.0.1:8000/v1")
     judge_model: str | None = arg(None, "model that judges there", shown="the first it serves")
+    judge_max_tokens: int = arg(1024, "longest judgement, in tokens", ge=1)
     judge_api_key: str | None = arg(None, "key of that endpoint", shown="OPENAI_API_KEY", example="KEY")
 
     def problems(self) -> Iterator[str]:

@@ -40,6 +40,7 @@ class Judge:
     model: str | None
     api_key: str | None
     parallel: int
+    max_tokens: int = 1024  # a small model that repeats itself would go on until its context is full
     needs_reference: bool = False
 
     @classmethod
@@ -54,7 +55,8 @@ class Judge:
         if name == "qwen_max" and not key and not args.judge_base_url:
             raise UserError("--prm_model qwen_max needs a key: give --judge_api_key, or set DASHSCOPE_API_KEY")
         base_url = args.judge_base_url or own["base_url"]
-        return cls(base_url, args.judge_model or own.get("model"), key, args.max_parallel_requests)
+        return cls(base_url, args.judge_model or own.get("model"), key, args.max_parallel_requests,
+                   args.judge_max_tokens)  # fmt: skip
 
     def score(self, tasks: Iterable[Task]) -> Iterator[tuple[int, list[float]]]:
         """Judge every answer of the tasks, several tasks at a time."""
@@ -79,8 +81,9 @@ class Judge:
         question = f"The conversation:\n\n{said}\n\nThe reference answer:\n\n{reference or '(none)'}\n\n"
         asked = [{"role": "system", "content": _INSTRUCTIONS},
                  {"role": "user", "content": f"{question}The answer to judge:\n\n{answer['content']}"}]  # fmt: skip
+        settings = GenerationSettings(temperature=0.0, max_new_tokens=self.max_tokens)
         try:
-            return read_reward(engine.complete(asked, GenerationSettings(temperature=0.0)).text)
+            return read_reward(engine.complete(asked, settings).text)
         except EngineUnusable:
             raise
         except UserError:  # this answer cannot be judged (too long, refused)

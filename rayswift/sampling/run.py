@@ -31,7 +31,7 @@ Row = dict[str, Any]
 #: Settings beside those of model, dataset, template and generation that decide what the answers are.
 _DECIDING = ("sampler_engine", "sampler_type", "num_return_sequences", "cache_files", "data_range", "engine_kwargs",
              "num_sampling_batch_size", "num_sampling_batches", "merge_lora")  # fmt: skip
-_REWARD_FLAGS = ("orm_model", "prm_model", "judge_base_url", "judge_model")
+_REWARD_FLAGS = ("orm_model", "prm_model", "judge_base_url", "judge_model", "judge_max_tokens")
 
 
 def sample(args: SampleArguments) -> Row:

@@ -187,7 +187,8 @@ def test_an_endpoint_answers_and_its_answers_are_judged(served: Any, tmp_path: P
     assert len({row["messages"][-1]["content"] for row in rows}) > 2
     judged = run(tmp_path, sampler_engine="no", cache_files=[found["output_file"]], prm_model="client",
                  dataset=[f"{GSM8K}#2"], system="Be brief.", judge_base_url=served.base_url, prm_threshold=-2.0,
-                 judge_api_key=served.api_key, output_file="judged.parquet", orm_model="gsm8k")  # fmt: skip
+                 judge_max_tokens=8, judge_api_key=served.api_key, output_file="judged.parquet",
+                 orm_model="gsm8k")  # fmt: skip
     from pyarrow import parquet
 
     table = parquet.read_table(judged["output_file"])
