@@ -1,7 +1,7 @@
 """An encoded dataset as a folder: ``export --to_cached_dataset true`` writes it, ``--cached_dataset`` reads it.
 
 The folder holds the token rows of the training and validation part in their order (Arrow files ``train-*.arrow``,
-``val-*.arrow``, schema of :func:`rayswift.data.pipeline.token_schema`) and ``cached_dataset.json``, written last:
+``val-*.arrow``, schema of :func:`rayswift.data.chunks.token_schema`) and ``cached_dataset.json``, written last:
 the settings they were encoded with. SWIFT's cached datasets hold rows and lengths; these hold the token ids.
 """
 
@@ -44,7 +44,7 @@ def save_cached_dataset(folder: str, data: TrainData, encoder: Encoder) -> None:
 def _write_part(folder: str, part: str, rows: BlockRows) -> None:
     import pyarrow as pa
 
-    from rayswift.data.pipeline import token_schema
+    from rayswift.data.chunks import token_schema
 
     read = TokenRows(rows)
     for number, first in enumerate(range(0, len(rows), ROWS_PER_FILE)):
@@ -57,7 +57,7 @@ def _write_part(folder: str, part: str, rows: BlockRows) -> None:
 def _batch(read: TokenRows, numbers: range) -> pa.RecordBatch:
     import pyarrow as pa
 
-    from rayswift.data.pipeline import token_schema
+    from rayswift.data.chunks import token_schema
 
     rows = [read[number] for number in numbers]
     columns = [[row.input_ids for row in rows], [row.labels for row in rows], [row.loss_scale for row in rows],

@@ -18,8 +18,8 @@ import numpy as np
 
 from rayswift.arguments import PreviewArguments
 from rayswift.data.blocks import FATAL, DropReport
+from rayswift.data.chunks import ENCODE_BATCH, refuse_bad_rows
 from rayswift.data.encoding import IGNORED, Dropped, Encoded, Encoder
-from rayswift.data.pipeline import ENCODE_BATCH, refuse_bad_rows
 from rayswift.data.registry import ResolvedDataset, resolve_datasets
 from rayswift.data.rows import WARNINGS, BrokenLine, Drop, StandardRow, standardise_rows
 from rayswift.data.sources import BadRow, filesystem_of, iter_rows, locate, plan_chunks

@@ -20,8 +20,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from rayswift.data.blocks import FATAL, FATAL_LINE, DropReport, plain_reason
+from rayswift.data.chunks import StandardBatch, encode_rows, refuse_bad_rows, standard_batches
 from rayswift.data.packed_encoder import PackedEncoder, pack_encoder
-from rayswift.data.pipeline import StandardBatch, encode_rows, refuse_bad_rows, standard_batches
 from rayswift.data.registry import ResolvedDataset
 from rayswift.data.rows import RowRules
 from rayswift.data.sources import Chunk, chunk_bytes, plan_chunks

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rayswift.errors import UserError
+from rayswift.eval.run_folder import folder_name
 
 if TYPE_CHECKING:
     from rayswift.arguments import EvalArguments
@@ -39,7 +40,7 @@ class Benchmark:
     @property
     def folder(self) -> str:
         """Name of its folder in a run."""
-        return "".join(c if c.isalnum() or c in "-_." else "_" for c in self.asked)
+        return folder_name(self.asked)
 
 
 @functools.cache

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rayswift.errors import UserError
+from rayswift.eval.run_folder import folder_name
 
 if TYPE_CHECKING:
     from rayswift.arguments import EvalArguments
@@ -35,7 +36,7 @@ class Contender:
     @property
     def folder(self) -> str:
         """Name of its folder in a run."""
-        return "".join(c if c.isalnum() or c in "-_." else "_" for c in self.label)
+        return folder_name(self.label)
 
 
 @dataclass

@@ -19,6 +19,11 @@ from rayswift.serve.result_file import drop_half_row, run_identity
 RUN_FILE = "run.json"
 
 
+def folder_name(label: str) -> str:
+    """What names a contender or a benchmark, as the name of a folder."""
+    return "".join(c if c.isalnum() or c in "-_." else "_" for c in label)
+
+
 @dataclass
 class RunFolder:
     """An evaluation's folder, locked while it runs. ``resumed``: an earlier start has begun it."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import shutil
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 
 from rayswift.arguments import make_arguments
-from rayswift.data import pipeline, sources
+from rayswift.data import chunks, sources
 from rayswift.data.encoding import Encoder
 from rayswift.data.pipeline import TrainData, load_train_data
 from rayswift.data.registry import resolve_datasets
@@ -58,7 +59,7 @@ class Counter:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.read = self.encoded = 0
-        iter_rows, encode_rows = pipeline.iter_rows, pipeline.encode_rows
+        iter_rows, encode_rows = chunks.iter_rows, chunks.encode_rows
 
         def counted_rows(chunk: Any) -> Any:
             for row in iter_rows(chunk):
@@ -69,8 +70,8 @@ class Counter:
             self.encoded += len(rows)
             return encode_rows(rows, *rest)
 
-        monkeypatch.setattr(pipeline, "iter_rows", counted_rows)
-        monkeypatch.setattr(pipeline, "encode_rows", counted_encode)
+        monkeypatch.setattr(chunks, "iter_rows", counted_rows)
+        monkeypatch.setattr(chunks, "encode_rows", counted_encode)
 
     def take(self) -> tuple[int, int]:
         found = self.read, self.encoded
@@ -176,7 +177,7 @@ def test_large_datasets_go_through_ray_tasks_to_the_same_rows(
 ) -> None:
     here = load(dataset, encoder, str(tmp_path / "here"), dataset_shuffle=False)
     alone = counter.take()
-    monkeypatch.setattr(pipeline, "TASK_START_CHUNKS", -1000)
+    monkeypatch.setattr(chunks, "TASK_START_BYTES", 0)
     monkeypatch.setattr(sources, "CHUNK_BYTES", 700)
     there = load(dataset, encoder, str(tmp_path / "there"), dataset_shuffle=False)
     assert all(some < every for some, every in zip(counter.take(), alone, strict=True))
@@ -184,6 +185,22 @@ def test_large_datasets_go_through_ray_tasks_to_the_same_rows(
     assert len(there.train.files) > 4
     assert contents(there) == contents(here)
     assert there.drops.lines() == here.drops.lines()
+
+
+def test_a_few_big_files_that_cannot_be_cut_are_shared_with_tasks(
+    ray_cluster: None, encoder: Encoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, counter: Counter
+) -> None:
+    folder = tmp_path / "files"
+    folder.mkdir()
+    for name in "abcd":
+        rows = [{"query": f"What is {name}{n}?", "response": f"It is {n}."} for n in range(50)]
+        (folder / f"{name}.jsonl.gz").write_bytes(gzip.compress("".join(json.dumps(r) + "\n" for r in rows).encode()))
+    size = (folder / "a.jsonl.gz").stat().st_size
+    # Two files before the last are more than a task's start: that task gets a file, though there are so few.
+    monkeypatch.setattr(chunks, "TASK_START_BYTES", 2 * 4 * size)
+    found = load(folder, encoder, str(tmp_path / "cache"), dataset_shuffle=False, split_dataset_ratio=0)
+    assert len(contents(found)) == 200
+    assert 0 < counter.take()[0] < 200
 
 
 def test_a_cache_that_cannot_be_written(dataset: Path, encoder: Encoder, tmp_path: Path) -> None:

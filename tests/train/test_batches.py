@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from rayswift.data.blocks import BlockRows
+from rayswift.data.chunks import token_schema
 from rayswift.data.packing import pack
-from rayswift.data.pipeline import token_schema
 from rayswift.data.token_rows import Row, StreamPosition, TokenRows, Units
 from rayswift.train.batches import Batch, Collator, EpochLoader, Rank, StreamLoader, deal, eval_batches, flatten, pad
 from rayswift.train.plan import StepPlan
