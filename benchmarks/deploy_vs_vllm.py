@@ -209,7 +209,8 @@ def vllm_command(model: Path, port: int) -> list[str]:
     """``vllm serve …`` as a module: the command itself looks for a package ``vllm``, which the CPU build is not."""
     server = [sys.executable, "-m", "vllm.entrypoints.launchers.api_server.entry", "--model", str(model)]
     flags = ["--served-model-name", NAME, "--dtype", "float32", "--enforce-eager", "--max-model-len", str(CONTEXT)]
-    return [*server, *flags, "--host", "127.0.0.1", "--port", str(port)]
+    # As `rayswift deploy` on CPUs.
+    return [*server, *flags, "--no-enable-chunked-prefill", "--host", "127.0.0.1", "--port", str(port)]
 
 
 if __name__ == "__main__":

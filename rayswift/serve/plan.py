@@ -263,6 +263,10 @@ def engine_kwargs(args: DeployArguments, use_gpu: bool) -> dict[str, Any]:
             "gpu_memory_utilization": args.vllm_gpu_memory_utilization,
             "disable_custom_all_reduce": args.vllm_disable_custom_all_reduce,
         }
+    else:
+        # On CPUs vLLM (0.32) dies when a prompt is computed in parts and the answer has a seed: "CPU Generator does
+        # not use offset". Whole prompts need a batch that holds the longest: vLLM's default then.
+        kwargs["enable_chunked_prefill"] = False
     optional = {
         "enable_prefix_caching": args.vllm_enable_prefix_caching,
         "quantization": args.vllm_quantization,

@@ -81,14 +81,11 @@ def answered_by_vllm(
 
 def offline_kwargs(plan: ModelPlan) -> dict[str, Any]:
     """Engine settings of work that nobody waits for; what the plan says goes before them."""
+    tokens = _BATCHED_TOKENS["gpu" if plan.use_gpu else "cpu"]
     if plan.use_gpu:
-        return {"max_num_batched_tokens": _BATCHED_TOKENS["gpu"]}
-    # On CPUs vLLM (0.32) dies when a prompt is computed in parts and the answer has a seed: "CPU Generator does not
-    # use offset". Whole prompts need a batch that holds the longest.
-    kwargs: dict[str, Any] = {"enable_chunked_prefill": False}
-    if plan.max_model_len:
-        kwargs["max_num_batched_tokens"] = max(_BATCHED_TOKENS["cpu"], plan.max_model_len)
-    return kwargs
+        return {"max_num_batched_tokens": tokens}
+    # Prompts are computed whole there; of a model whose length is not given, vLLM itself finds the batch that holds it.
+    return {"max_num_batched_tokens": max(tokens, plan.max_model_len)} if plan.max_model_len else {}
 
 
 @contextlib.contextmanager

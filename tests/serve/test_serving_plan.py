@@ -32,6 +32,15 @@ def test_a_plan_is_plain_data_that_gives_the_same_plan(smollm2_dir: str) -> None
     assert config["accelerator_config"] == {"kind": "cpu"}
 
 
+def test_on_cpus_prompts_are_computed_whole_unless_asked_otherwise(smollm2_dir: str) -> None:
+    (plan,) = plans(smollm2_dir)
+    assert plan.engine_kwargs["enable_chunked_prefill"] is False
+    (asked,) = plans(smollm2_dir, vllm_engine_kwargs={"enable_chunked_prefill": True})
+    assert asked.engine_kwargs["enable_chunked_prefill"] is True
+    (gpu,) = plan_models(make_arguments("deploy", model=smollm2_dir, infer_backend="vllm", use_gpu=True, dry_run=True))
+    assert "enable_chunked_prefill" not in gpu.engine_kwargs
+
+
 def test_the_checkpoint_says_model_template_and_system(checkpoint: str, smollm2_dir: str) -> None:
     (plan,) = plan_models(
         make_arguments("deploy", adapters=[f"poet={checkpoint}"], infer_backend="vllm", use_gpu=False)

@@ -82,6 +82,18 @@ def test_n_answers_and_a_seed_that_repeats_them(client: openai.OpenAI) -> None:
     assert sampled(8) != first
 
 
+def test_long_prompts_at_once_with_a_seed_answer_as_each_alone(client: openai.OpenAI) -> None:
+    # More tokens than one step takes: vLLM on CPUs cannot compute a seeded prompt in parts.
+    prompts = [[{"role": "user", "content": f"{word} " * 1500}] for word in ("river", "stone", "cloud")]
+
+    def text(messages: list[Any]) -> str:
+        return str(ask(client, messages, seed=7, temperature=1.0, max_tokens=8).choices[0].message.content)
+
+    with concurrent.futures.ThreadPoolExecutor(len(prompts)) as pool:
+        together = list(pool.map(text, prompts))
+    assert together == [text(messages) for messages in prompts]
+
+
 def test_logprobs_of_chosen_and_likeliest_tokens(client: openai.OpenAI) -> None:
     choice = ask(client, max_tokens=6, logprobs=True, top_logprobs=3).choices[0]
     content = choice.logprobs.content
