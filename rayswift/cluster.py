@@ -118,12 +118,9 @@ def _start_ray(address: str | None) -> None:
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     if address is None:
         options["include_dashboard"] = False
-        # Nobody takes this machine away, and there is no dashboard to count for: one process less to start.
-        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
-        os.environ.setdefault("RAY_TRAIN_METRICS_ENABLED", "0")
     for left in reversed(range(START_TRIES)):
         try:
-            with _loopback_only() if address is None else nullcontext():
+            with _small_ray() if address is None else nullcontext():
                 ray.init(address=address or "local", **options)
             return
         except (ConnectionError, ValueError) as error:
@@ -139,20 +136,27 @@ def _start_ray(address: str | None) -> None:
 
 
 @contextmanager
-def _loopback_only() -> Iterator[None]:
-    """A Ray that starts here listens on 127.0.0.1 alone: no other node joins it.
+def _small_ray() -> Iterator[None]:
+    """A Ray that starts here is for this process: on 127.0.0.1 alone, and without the processes that serve others.
 
-    The variable is Ray's for Windows and macOS, where every Ray is like that; ``1`` in the environment keeps all
-    interfaces. Ray reads it once, when it is imported.
+    Those count usage (switched off), follow log files (for drivers that print them) and watch a cluster's size: three
+    imports of Ray that would compete with the work. The variable is Ray's for Windows and macOS, where no other node
+    joins a Ray; ``1`` in the environment keeps all interfaces. Ray reads it once, when it is imported.
     """
     from ray._private import ray_constants
+    from ray._private.node import Node
 
     before = ray_constants.ENABLE_RAY_CLUSTER
+    unneeded = {name: getattr(Node, name) for name in ("start_api_server", "start_log_monitor", "start_monitor")}
     if os.environ.setdefault(_CLUSTER_VARIABLE, "0") == "0":
         ray_constants.ENABLE_RAY_CLUSTER = False
+    for name in unneeded:
+        setattr(Node, name, lambda *_, **__: None)
     try:
         yield
     finally:
+        for name, start in unneeded.items():
+            setattr(Node, name, start)
         ray_constants.ENABLE_RAY_CLUSTER = before
         if os.environ[_CLUSTER_VARIABLE] == "0":
             del os.environ[_CLUSTER_VARIABLE]  # a Ray that a program starts later is its own affair

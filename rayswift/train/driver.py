@@ -21,6 +21,7 @@ from rayswift.train.deepspeed import check_precision, deepspeed_config
 from rayswift.train.memory import memory_need, shortage
 from rayswift.train.plan import StepPlan, plan_steps
 from rayswift.train.run_directory import RunDirectory, check_writable, output_base
+from rayswift.train.warm_workers import start_warm_workers
 
 if TYPE_CHECKING:
     from rayswift.cluster import Cluster, Workers
@@ -72,6 +73,7 @@ def train(args: Any) -> dict[str, Any]:
     workers = ray_cluster.plan_workers(args, cluster)
     dtype = _resolve_dtype(args, model_dir, workers)
     _announce(args, model_dir, dtype, cluster, workers)
+    warm = _warm_workers(model_dir, cluster, workers)
 
     encoder = Encoder.for_training(args, model_dir)
     data = _load_data(args, datasets, encoder, _token_cache(args, base, cluster))
@@ -83,7 +85,7 @@ def train(args: Any) -> dict[str, Any]:
 
     run = RunDirectory(resume.run_directory) if resume.run_directory else RunDirectory.create(base, args.add_version)
     _write_inputs(args, run, data)
-    outcome = _fit(args, run, plan, workers, dtype, model_dir, data, encoder, resume)
+    outcome = _fit(args, run, plan, workers, dtype, model_dir, data, encoder, resume, warm)
     _print_end(args, outcome)
     return outcome
 
@@ -169,6 +171,13 @@ def _announce(args: Any, model_dir: str, dtype: str, cluster: Cluster, workers: 
     warning = shortage(need, workers.largest, workers.use_gpu) if cluster.embedded else None
     if warning:
         _say(f"warning: {warning}")
+
+
+def _warm_workers(model_dir: str, cluster: Cluster, workers: Workers) -> list[Any]:
+    """Workers that start now; none on a cluster or with accelerators, where Ray Train says who gets what."""
+    if not cluster.embedded or workers.use_gpu or not isinstance(workers.num_workers, int):
+        return []
+    return start_warm_workers(model_dir, workers.num_workers)
 
 
 # --- data -------------------------------------------------------------------------------------------------------
@@ -301,6 +310,7 @@ def _fit(
     data: _RunData,
     encoder: Encoder,
     resume: _Resume,
+    warm: list[Any],
 ) -> dict[str, Any]:
     from rayswift.train.events import start_event_queue
     from rayswift.train.progress import Progress
@@ -323,7 +333,7 @@ def _fit(
         resume=resume.checkpoint,
         events=events,
     )
-    trainer = _torch_trainer(args, run, workers, config)
+    trainer = _torch_trainer(args, run, workers, config, warm)
     progress = Progress(events, plan, run, "tensorboard" in args.report_to or "all" in args.report_to)
     try:
         with progress:
@@ -338,7 +348,7 @@ def _fit(
     return outcome
 
 
-def _torch_trainer(args: Any, run: RunDirectory, workers: Workers, config: Any) -> Any:
+def _torch_trainer(args: Any, run: RunDirectory, workers: Workers, config: Any, warm: list[Any]) -> Any:
     from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig
 
@@ -351,6 +361,8 @@ def _torch_trainer(args: Any, run: RunDirectory, workers: Workers, config: Any) 
     return LeanTorchTrainer(
         train_loop,
         embedded=ray_cluster.address_of(args) is None,
+        alone=config.stream is None,
+        warm=warm,
         train_loop_config={"config": config},
         torch_config=TorchConfig(backend=None if workers.use_gpu else "gloo"),
         scaling_config=ScalingConfig(
