@@ -23,6 +23,8 @@ from ray.train.v2._internal.execution.controller import TrainController
 from ray.train.v2._internal.execution.scaling_policy import FixedScalingPolicy
 from ray.train.v2._internal.execution.worker_group import Worker, WorkerGroup
 
+from rayswift.train.warm_workers import wait_until_warm
+
 #: What nobody needs on a Ray that ends with this process: a watch over placement groups that a dead controller leaves
 #: behind, and numbers for a dashboard.
 _UNNEEDED_HERE = (PlacementGroupCleanerCallback, ControllerMetricsCallback, WorkerMetricsCallback)
@@ -53,6 +55,8 @@ class LeanTorchTrainer(TorchTrainer):
             return super()._initialize_and_run_controller(**options)
         if self._alone and type(options["scaling_policy"]) is FixedScalingPolicy:
             options["scaling_policy"] = _UncoordinatedScaling(self.scaling_config)
+        # The group's other process, which makes ranks wait for each other, would take the CPU from their imports.
+        wait_until_warm(self._warm)
         controller = _ControllerHere(self._warm, **options)
         try:
             with _interrupted_at_once():

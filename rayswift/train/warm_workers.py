@@ -48,6 +48,14 @@ def start_warm_workers(model_dir: str, count: int) -> list[Any]:
     return [actor.remote(model_dir) for _ in range(count)]
 
 
+def wait_until_warm(workers: list[Any]) -> None:
+    """Wait until they have imported, or died of it."""
+    import ray
+
+    if workers:
+        ray.wait([worker.get_metadata.remote() for worker in workers], num_returns=len(workers))
+
+
 def _import_training(model_dir: str) -> None:
     """Import what :func:`rayswift.train.worker.train_loop` will use, the model's own module included."""
     from transformers import AutoModelForCausalLM
