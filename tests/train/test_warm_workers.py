@@ -1,0 +1,96 @@
+"""Workers that import early, and the controller in the driver's process, on a real embedded Ray."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+
+def fit(train_loop: Callable[..., Any], folder: Path, warm: list[Any]) -> Any:
+    """What rank 0 of a run returned."""
+    from ray.train import LoggingConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig
+
+    from rayswift.train.ray_trainer import LeanTorchTrainer
+
+    trainer = LeanTorchTrainer(
+        train_loop,
+        embedded=True,
+        alone=True,
+        warm=warm,
+        train_loop_config={"folder": str(folder)},
+        torch_config=TorchConfig(backend="gloo"),
+        scaling_config=ScalingConfig(num_workers=1),
+        run_config=RunConfig(storage_path=str(folder), logging_config=LoggingConfig(log_level="ERROR")),
+    )
+    return trainer.fit().return_value
+
+
+# Made inside functions: Ray sends those by value, and its workers cannot import the tests.
+
+
+def process_and_modules() -> Callable[[dict[str, Any]], tuple[int, bool]]:
+    def loop(config: dict[str, Any]) -> tuple[int, bool]:
+        import sys
+
+        return os.getpid(), "transformers.models.llama.modeling_llama" in sys.modules
+
+    return loop
+
+
+def sleep_after_saying_so() -> Callable[[dict[str, Any]], None]:
+    def loop(config: dict[str, Any]) -> None:
+        Path(config["folder"], "pid").write_text(str(os.getpid()))
+        time.sleep(600)
+
+    return loop
+
+
+def test_a_run_begins_in_the_process_that_has_imported(ray_cluster: None, smollm2_dir: str, tmp_path: Path) -> None:
+    import ray
+
+    from rayswift.train.warm_workers import start_warm_workers
+
+    warm = start_warm_workers(smollm2_dir, 1)
+    pid = ray.get(warm[0].get_metadata.remote()).pid
+    assert fit(process_and_modules(), tmp_path, warm) == (pid, True)
+
+
+def test_a_process_that_died_early_is_replaced(ray_cluster: None, smollm2_dir: str, tmp_path: Path) -> None:
+    import ray
+
+    from rayswift.train.warm_workers import start_warm_workers
+
+    warm = start_warm_workers(smollm2_dir, 1)
+    ray.kill(warm[0])
+    pid, imported = fit(process_and_modules(), tmp_path, warm)
+    assert pid != os.getpid()
+    assert not imported
+
+
+def test_ctrl_c_ends_the_run_and_its_workers(ray_cluster: None, tmp_path: Path) -> None:
+    said = tmp_path / "pid"
+
+    def interrupt_when_it_runs() -> None:
+        while not said.exists():
+            time.sleep(0.1)
+        time.sleep(0.5)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=interrupt_when_it_runs, daemon=True).start()
+    with pytest.raises(KeyboardInterrupt):
+        fit(sleep_after_saying_so(), tmp_path, [])
+    worker = int(said.read_text())
+    for _ in range(300):
+        if not psutil.pid_exists(worker) or psutil.Process(worker).status() == psutil.STATUS_ZOMBIE:
+            return
+        time.sleep(0.1)
+    pytest.fail(f"the worker {worker} still runs")
