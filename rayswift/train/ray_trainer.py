@@ -6,6 +6,7 @@ Each process imports Ray before it does anything: seconds of a small machine's t
 from __future__ import annotations
 
 import asyncio
+import logging
 import signal
 import threading
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import ray
+from ray._private.log import PlainRayHandler
 from ray.exceptions import RayActorError
 from ray.train.torch import TorchTrainer
 from ray.train.v2._internal.callbacks import DatasetsCallback
@@ -115,6 +117,10 @@ class _ControllerHere(TrainController):
     def __init__(self, warm: list[Any], **options: Any) -> None:
         self.worker_group_cls = type("WarmWorkerGroup", (_WorkerGroupHere,), {"warm": warm})
         super().__init__(**options)
+        # What it says about failures belongs into its files, as on a cluster; the terminal gets one line at the end.
+        log = logging.getLogger("ray.train")
+        for handler in [one for one in log.handlers if isinstance(one, PlainRayHandler)]:
+            log.removeHandler(handler)
         callbacks: list[Any] = self._worker_group_callbacks_to_propagate  # type: ignore[has-type]
         self._worker_group_callbacks_to_propagate = [c for c in callbacks if not isinstance(c, PreemptionCallback)]
 
