@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from rayswift.errors import UserError
+from rayswift.errors import RunFailedError, UserError
 
 if TYPE_CHECKING:
     from rayswift.arguments import Arguments
@@ -53,7 +53,7 @@ _SWIFT_ONLY = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command line; returns the exit status: 0, 2 for a mistake in it, 130 after Ctrl-C."""
+    """Run one command line; returns the exit status: 0, 1 where work failed, 2 for a mistake, 130 after Ctrl-C."""
     words = list(sys.argv[1:] if argv is None else argv)
     _log_to_stderr()
     command = ""
@@ -76,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         run_command(parse_arguments(command, rest))
         return 0
-    except UserError as error:
+    except (UserError, RunFailedError) as error:
         return report(error, f"rayswift {command}".rstrip())
     except KeyboardInterrupt:
         print(f"\n{f'rayswift {command}'.rstrip()}: stopped", file=sys.stderr)
@@ -103,13 +103,13 @@ def _log_to_stderr() -> None:
     logging.getLogger("rayswift").setLevel(level)
 
 
-def report(error: UserError, program: str) -> int:
-    """Print a mistake, one line each, on standard error; returns exit status 2."""
+def report(error: UserError | RunFailedError, program: str) -> int:
+    """Print a mistake or failure, one line each, on standard error; returns exit status 2 or 1."""
     if os.environ.get("RAYSWIFT_DEBUG"):
         raise error
     for line in str(error).split("\n"):
         print(f"{program}: error: {line}", file=sys.stderr)
-    return 2
+    return 2 if isinstance(error, UserError) else 1
 
 
 def run_command(arguments: Arguments) -> Any:

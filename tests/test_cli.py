@@ -16,7 +16,7 @@ import rayswift
 from rayswift.arguments import COMMANDS as ARGUMENT_CLASSES
 from rayswift.cli import COMMANDS, find_command, main
 from rayswift.cli_jobs import take_secrets
-from rayswift.errors import UserError
+from rayswift.errors import RunFailedError, UserError
 
 HEAVY = ("torch", "ray", "transformers", "numpy", "pyarrow", "datasets", "peft", "trl")
 # Runs a command line in this process and says on standard error what it imported.
@@ -119,6 +119,17 @@ def test_debug_shows_the_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAYSWIFT_DEBUG", "1")
     with pytest.raises(UserError, match="unknown flag"):
         main(["sft", "--hlep"])
+
+
+def test_work_that_failed_is_one_line_and_exit_status_1(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(arguments: object) -> None:
+        raise RunFailedError("training failed in worker 0: out of memory")
+
+    monkeypatch.setattr("rayswift.cli.run_command", fail)
+    assert main(["sft", "--model", "org/model", "--dataset", "x"]) == 1
+    assert capsys.readouterr().err == "rayswift sft: error: training failed in worker 0: out of memory\n"
 
 
 def test_closed_output_is_no_error() -> None:

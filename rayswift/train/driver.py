@@ -15,7 +15,7 @@ from rayswift.data.pipeline import first_usable_row
 from rayswift.data.registry import ResolvedDatasets, resolve_datasets
 from rayswift.data.sources import filesystem_of
 from rayswift.data.stage_bars import StageBars
-from rayswift.errors import UserError
+from rayswift.errors import RunFailedError, UserError
 from rayswift.train import checkpoints
 from rayswift.train.deepspeed import check_precision, deepspeed_config
 from rayswift.train.memory import memory_need, shortage
@@ -340,7 +340,7 @@ def _fit(
             result = _run_trainer(trainer)
         outcome = _outcome(run, result)
         run.append_jsonl("logging.jsonl", _summary(data, progress.parameter_info, outcome))
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, RunFailedError):
         _say_how_to_resume(run, progress.last_step)
         raise
     finally:
@@ -400,11 +400,7 @@ def _run_trainer(trainer: Any) -> Any:
         rank, cause = next(iter(failures.items()), (None, error))
         where = f"worker {rank}" if rank is not None else "the training controller"
         logger.debug("training failed", exc_info=error)
-        raise TrainingError(f"training failed in {where}: {_innermost(cause)}") from error
-
-
-class TrainingError(RuntimeError):
-    """Training ended by a failure that the allowed restarts (``--max_failures``) did not mend."""
+        raise RunFailedError(f"training failed in {where}: {_innermost(cause)}") from error
 
 
 def _innermost(error: BaseException) -> str:
@@ -420,7 +416,7 @@ def _outcome(run: RunDirectory, result: Any) -> dict[str, Any]:
     if "user_error" in returned:
         raise UserError(returned["user_error"])
     if "error" in returned:
-        raise TrainingError(f"training could not start: {returned['error']}")
+        raise RunFailedError(f"training could not start: {returned['error']}")
     found = checkpoints.list_checkpoints(run.filesystem, run.path)
     paths: dict[int | None, str] = {checkpoint.step: f"{run.uri}/checkpoint-{checkpoint.step}" for checkpoint in found}
     last = found[-1].step if found else None
