@@ -53,7 +53,8 @@ class LeanTorchTrainer(TorchTrainer):
         return [one for one in super()._create_default_callbacks() if not isinstance(one, self._unneeded)]
 
     def _initialize_and_run_controller(self, **options: Any) -> Any:
-        if not self._embedded:
+        if not self._embedded or _in_event_loop():
+            self._warm.clear()  # they wait for a controller in this process
             return super()._initialize_and_run_controller(**options)
         if self._alone and type(options["scaling_policy"]) is FixedScalingPolicy:
             options["scaling_policy"] = _UncoordinatedScaling(self.scaling_config)
@@ -138,6 +139,15 @@ class _UncoordinatedScaling(FixedScalingPolicy):
 
     def _maybe_send_resource_request(self) -> None:
         pass
+
+
+def _in_event_loop() -> bool:
+    """Whether this thread runs an event loop, as notebooks do: no second one can run in it."""
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return False
+    return True
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 import threading
@@ -74,6 +75,14 @@ def test_a_process_that_died_early_is_replaced(ray_cluster: None, smollm2_dir: s
     pid, imported = fit(process_and_modules(), tmp_path, warm)
     assert pid != os.getpid()
     assert not imported
+
+
+def test_a_notebook_trains_too(ray_cluster: None, tmp_path: Path) -> None:
+    async def cell() -> Any:
+        return fit(process_and_modules(), tmp_path, [])
+
+    pid, _ = asyncio.run(cell())
+    assert pid != os.getpid()
 
 
 def test_ctrl_c_ends_the_run_and_its_workers(ray_cluster: None, tmp_path: Path) -> None:
