@@ -14,7 +14,7 @@ import yaml
 from rayswift.arguments import make_arguments
 from rayswift.errors import UserError
 from rayswift.serve.application import serve_config
-from rayswift.serve.plan import ModelPlan, plan_models
+from rayswift.serve.plan import ModelPlan, engine_kwargs, plan_models
 
 
 def plans(model: str, **settings: object) -> list[ModelPlan]:
@@ -37,8 +37,8 @@ def test_on_cpus_prompts_are_computed_whole_unless_asked_otherwise(smollm2_dir: 
     assert plan.engine_kwargs["enable_chunked_prefill"] is False
     (asked,) = plans(smollm2_dir, vllm_engine_kwargs={"enable_chunked_prefill": True})
     assert asked.engine_kwargs["enable_chunked_prefill"] is True
-    (gpu,) = plan_models(make_arguments("deploy", model=smollm2_dir, infer_backend="vllm", use_gpu=True, dry_run=True))
-    assert "enable_chunked_prefill" not in gpu.engine_kwargs
+    args = make_arguments("deploy", model=smollm2_dir, infer_backend="vllm")
+    assert "enable_chunked_prefill" not in engine_kwargs(args, use_gpu=True)
 
 
 def test_the_checkpoint_says_model_template_and_system(checkpoint: str, smollm2_dir: str) -> None:
