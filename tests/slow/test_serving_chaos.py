@@ -67,6 +67,8 @@ def disturb(server: Deployment, victims: Callable[[], list[psutil.Process]]) -> 
         moment = time.monotonic()
         victim.kill()
         time.sleep(AFTER)
+        # On a slow machine the requests that run at the kill may take longer than that.
+        wait_for(lambda: bool(outcomes.since(moment).done), RECOVERY, "an answer to a request after the kill")
     print(f"\n{outcomes.describe()}")
     return outcomes, moment
 
