@@ -80,7 +80,8 @@ class _WorkerGroupHere(WorkerGroup):
     def _create_workers(
         self, num_workers: int, placement_group: Any, resources_per_worker: dict[str, float], **options: Any
     ) -> list[Worker]:
-        actors = [self.warm.pop() for _ in range(len(self.warm))]
+        actors = list(self.warm)
+        self.warm.clear()
         try:
             found = ray.get([actor.get_metadata.remote() for actor in actors])
         except RayActorError:
