@@ -13,7 +13,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-PORTS = ["--port", "6391", "--dashboard-port", "8271", "--ray-client-server-port", "9391"]
+GCS = "127.0.0.1:6391"
+PORTS = ["--node-ip-address", "127.0.0.1", "--port", "6391", "--dashboard-port", "8271", "--ray-client-server-port", "9391"]
 DASHBOARD = "http://127.0.0.1:8271"
 
 

@@ -5,7 +5,6 @@ All requests decode greedily, and every text is compared with the answer to the 
 
 from __future__ import annotations
 
-import re
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -14,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 from command_line import start, wait_for
-from ray_head import PORTS, Head, ray_head
+from ray_head import GCS, Head, ray_head
 from serving import ENGINE, MODEL, START_TIMEOUT, Deployment, chat_body, deployed, free_port, ready
 from steady_load import Outcomes, steady_load, undisturbed
 
@@ -129,11 +128,10 @@ def test_deploying_again_replaces_the_model_without_a_failed_request(smollm2_dir
 
     def deploy(context: int, head: Head) -> Deployment:
         log = tmp_path / f"deploy-{context}.log"
-        node = re.search(r"Local node IP: (\S+)", (tmp_path / "ray.log").read_text())
-        assert node is not None
-        flags = [*ENGINE, "--served_model_name", MODEL, "--min_replicas", "2", "--vllm_max_model_len", str(context)]
+        flags = [*ENGINE, "--served_model_name", MODEL, "--min_replicas", "2", "--use_gpu", "false",
+                 "--vllm_max_model_len", str(context)]  # fmt: skip
         process = start(
-            "deploy", "--model", smollm2_dir, "--port", str(port), "--address", f"{node[1]}:{PORTS[1]}", *flags,
+            "deploy", "--model", smollm2_dir, "--port", str(port), "--address", GCS, *flags,
             log=log, VLLM_CPU_KVCACHE_SPACE="1", HF_HUB_OFFLINE="1", **head.environment,
         )  # fmt: skip
         return Deployment(process, port, log, tmp_path)
@@ -206,6 +204,8 @@ def test_the_number_of_replicas_follows_the_load_from_one_to_two_to_one_to_none_
         "2",
         "--target_ongoing_requests",
         "2",
+        "--downscale_delay",
+        "30",
     ]
     with deployed(smollm2_dir, tmp_path_factory.mktemp("scaled"), *flags) as server, Watch(server) as watch:
         expected = undisturbed(server)
