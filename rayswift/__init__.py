@@ -49,7 +49,7 @@ def sft(*, overrides: Sequence[str] | None = None, **settings: Any) -> Any:
 
 
 def rlhf(*, overrides: Sequence[str] | None = None, **settings: Any) -> Any:
-    """``rayswift rlhf``: DPO, KTO, reward models, PPO, GRPO, ..."""
+    """``rayswift rlhf``: training on pairs of a chosen and a rejected answer (DPO)."""
     return _run("rlhf", overrides, settings)
 
 

@@ -19,11 +19,11 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("rayswift.cli")
 
-# command -> (what it does, where its function lives; None while it is not built)
-COMMANDS: dict[str, tuple[str, str | None]] = {
+# command -> (what it does, where its function lives)
+COMMANDS: dict[str, tuple[str, str]] = {
     "pt": ("continue pre-training on plain text", "rayswift.train:pretrain"),
     "sft": ("fine-tune a model on conversations (LoRA or full)", "rayswift.train:sft"),
-    "rlhf": ("align a model: DPO, KTO, reward models, PPO, GRPO, ...", None),
+    "rlhf": ("align a model to preferences (DPO)", "rayswift.train:rlhf"),
     "infer": ("talk to a model in the terminal, or answer a dataset's rows", "rayswift.serve.infer:infer"),
     "deploy": ("serve a model over HTTP with OpenAI's interface", "rayswift.serve.deploy:deploy"),
     "app": ("chat with a model in the browser", "rayswift.serve.app:app"),
@@ -113,12 +113,8 @@ def report(error: UserError | RunFailedError, program: str) -> int:
 
 
 def run_command(arguments: Arguments) -> Any:
-    """Call the function of ``arguments.command``. Raises UserError if it is not built yet."""
-    where = COMMANDS[arguments.command][1]
-    if where is None:
-        raise UserError("not built yet; your arguments are fine. Built so far: "
-                        + ", ".join(name for name, (_, function) in COMMANDS.items() if function))  # fmt: skip
-    return _load(where)(arguments)
+    """Call the function of ``arguments.command``."""
+    return _load(COMMANDS[arguments.command][1])(arguments)
 
 
 def _load(where: str) -> Any:

@@ -99,6 +99,15 @@ class DeployArguments(
 
     command: ClassVar[str] = "deploy"
 
+    task_type: str = arg_like(
+        ModelArguments, "task_type", "causal_lm", choices=("causal_lm", "embedding", "seq_cls", "reranker"),
+        swift_only=("generative_reranker", "decision"),
+    )  # fmt: skip
+
+    def problems(self) -> Iterator[str]:
+        if self.task_type != "causal_lm" and self.infer_backend != "vllm":
+            yield f"--task_type {self.task_type} is served by vLLM only: --infer_backend vllm"
+
 
 @dataclass(init=False, repr=False, eq=False)
 class AppArguments(WebPageArguments, DeployArguments):

@@ -274,7 +274,7 @@ class QuantizeArguments(Arguments):
         128, "weights that share a scale (-1: a whole row)", ge=-1, shown="128, or the largest that divides the rows"
     )
     to_cached_dataset: bool = arg(False, "encode --dataset once, for later training")
-    template_mode: str = arg("train", "what the encoded dataset is for", choices=("train", "rlhf", "kto"))
+    template_mode: str = arg("train", "what the encoded dataset is for", choices=("train", "rlhf"), swift_only=("kto",))
     to_gguf: str | None = arg(
         None, "write one GGUF file (llama.cpp, Ollama) with weights of this type", value_aliases={"true": "q8_0"},
         choices=("q8_0", "f32", "f16", "bf16", "q5_1", "q5_0", "q4_1", "q4_0"),

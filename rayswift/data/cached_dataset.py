@@ -61,7 +61,7 @@ def _batch(read: TokenRows, numbers: range) -> pa.RecordBatch:
 
     rows = [read[number] for number in numbers]
     columns = [[row.input_ids for row in rows], [row.labels for row in rows], [row.loss_scale for row in rows],
-               list(numbers), [len(row.input_ids) for row in rows]]  # fmt: skip
+               [row.rejected_start for row in rows], list(numbers), [len(row.input_ids) for row in rows]]  # fmt: skip
     schema = token_schema()
     arrays = [pa.array(column, field.type) for column, field in zip(columns, schema, strict=True)]
     return pa.record_batch(arrays, schema)
@@ -91,9 +91,12 @@ def _check(folder: str, encoder: Encoder) -> None:
         ) from None
     if saved["encoder_hash"] == encoder_hash(encoder):
         return
+    if saved["encoder"].get("pairs", False) != encoder.pairs:
+        mode = "rlhf" if encoder.pairs else "train"
+        raise UserError(f"--cached_dataset {folder}: export it with --template_mode {mode} for this command")
     now: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(encoder)))
     differing = [
-        f"--{name} {saved['encoder'][name]} (now {now[name]})"
+        f"--{name} {saved['encoder'].get(name)} (now {now[name]})"
         for name in now
         if name != "model_dir" and saved["encoder"].get(name) != now[name]
     ]

@@ -221,7 +221,7 @@ def token_schema() -> pa.Schema:
     import pyarrow as pa
 
     tokens, weights = pa.list_(pa.int32()), pa.list_(pa.float32())
-    numbers = [("source", pa.int64()), ("length", pa.int32())]
+    numbers = [("rejected_start", pa.int32()), ("source", pa.int64()), ("length", pa.int32())]
     return pa.schema([("input_ids", tokens), ("labels", tokens), ("loss_scale", weights), *numbers])
 
 
@@ -256,7 +256,10 @@ def encode_rows(
     scale = pa.nulls(len(batch.rows), schema.field("loss_scale").type)
     if batch.loss_scale is not None:
         scale = lists(batch.loss_scale)
-    columns = [lists(batch.input_ids), lists(batch.labels), scale, pa.array(numbers[batch.rows]),
+    rejected = pa.nulls(len(batch.rows), pa.int32())
+    if batch.rejected_starts is not None:
+        rejected = pa.array(batch.rejected_starts)
+    columns = [lists(batch.input_ids), lists(batch.labels), scale, rejected, pa.array(numbers[batch.rows]),
                pa.array(np.diff(batch.offsets).astype(np.int32))]  # fmt: skip
     return pa.record_batch(columns, schema)
 

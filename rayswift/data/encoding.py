@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
@@ -41,12 +41,14 @@ IGNORED = -100
 class Encoded:
     """One training sample. `input_ids` and `labels`: int32, shape (tokens,); `labels` is −100 where not trained,
     always at the first token. `row`: index of the row in the batch it came from. `loss_scale`: float32, shape
-    (tokens,), the weight of each token, 0 where not trained; None where every weight is 0 or 1."""
+    (tokens,), the weight of each token, 0 where not trained; None where every weight is 0 or 1. `rejected_start`: of a
+    pair, where the conversation with the rejected answer begins; None for a row that is no pair."""
 
     input_ids: np.ndarray
     labels: np.ndarray
     row: int = 0
     loss_scale: np.ndarray | None = None
+    rejected_start: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +66,7 @@ class EncodedBatch:
     `input_ids`, `labels` (int32, −100 where not trained) and `loss_scale` (float32; None where every weight is 0 or 1):
     shape (tokens,). `offsets`: int64, shape (samples + 1,); sample i is `input_ids[offsets[i] : offsets[i + 1]]`.
     `rows`: int64, shape (samples,), the row each sample came from, ascending. `dropped`: the other rows, ascending.
+    `rejected_starts`: int32, shape (samples,), where in each pair the rejected conversation begins; None without pairs.
     """
 
     input_ids: np.ndarray
@@ -72,6 +75,11 @@ class EncodedBatch:
     offsets: np.ndarray
     rows: np.ndarray
     dropped: tuple[Dropped, ...]
+    rejected_starts: np.ndarray | None = None
+
+    def sample(self, number: int) -> slice:
+        """Where in the flat arrays a sample is."""
+        return slice(int(self.offsets[number]), int(self.offsets[number + 1]))
 
 
 @dataclass(frozen=True)
@@ -81,7 +89,8 @@ class Encoder:
     `template`: a family of `templates.json`, or None/"auto": the family whose layout equals the tokenizer's own chat
     template, else that chat template itself. `template_backend`: `jinja` takes the chat template in any case.
     `use_chat_template` False: bos, the bare texts, eos. `max_length` in tokens, None is no limit. `agent_template`: a
-    format of `agent_formats.json` for tools and tool messages, None is the template's own.
+    format of `agent_formats.json` for tools and tool messages, None is the template's own. `pairs`: each row is a pair:
+    its conversation, then the one that ends in the rejected answer, each within `max_length`.
 
     Raises:
         UserError: a setting has no such value; the message names flag and choices.
@@ -101,6 +110,7 @@ class Encoder:
     new_special_tokens: tuple[str, ...] = ()
     trust_remote_code: bool = False
     agent_template: str | None = None
+    pairs: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "model_dir", str(self.model_dir))
@@ -132,7 +142,8 @@ class Encoder:
         """As :meth:`from_args`; without ``--max_length`` the model's configuration says what fits (SWIFT's default)."""
         from rayswift.modeling.loading import read_config
 
-        return cls.from_args(args, model_dir, max_length=read_config(model_dir).get("max_position_embeddings"))
+        encoder = cls.from_args(args, model_dir, max_length=read_config(model_dir).get("max_position_embeddings"))
+        return replace(encoder, pairs=args.command == "rlhf" or getattr(args, "template_mode", None) == "rlhf")
 
     # --- what the tokenizer and the template say ----------------------------------------------------------------
 
@@ -190,12 +201,13 @@ class Encoder:
         """
         batch = self.encode_columns(rows)
         samples: list[Encoded | Dropped] = list(batch.dropped)
-        cuts = batch.offsets.tolist()
-        for row, start, end in zip(batch.rows.tolist(), cuts, cuts[1:], strict=False):
-            scale = None if batch.loss_scale is None else batch.loss_scale[start:end]
+        for number, row in enumerate(batch.rows.tolist()):
+            part = batch.sample(number)
+            scale = None if batch.loss_scale is None else batch.loss_scale[part]
             if scale is not None and _is_binary(scale):
                 scale = None
-            samples.append(Encoded(batch.input_ids[start:end], batch.labels[start:end], row, scale))
+            rejected = None if batch.rejected_starts is None else int(batch.rejected_starts[number])
+            samples.append(Encoded(batch.input_ids[part], batch.labels[part], row, scale, rejected))
         if batch.dropped:
             samples.sort(key=lambda sample: sample.row)
         return samples
@@ -203,13 +215,39 @@ class Encoder:
     def encode_columns(self, rows: Sequence[Mapping[str, Any]]) -> EncodedBatch:
         """Encode standard rows to flat arrays: each row is in `rows` (several times under truncation_strategy `split`)
         or in `dropped`."""
+        return self._encode_pairs(rows) if self.pairs else self._encode(rows)
+
+    def _encode_pairs(self, rows: Sequence[Mapping[str, Any]]) -> EncodedBatch:
+        """Both conversations of each row in one sample; a row whose one side is dropped is dropped."""
+        chosen, rejected = self._encode(rows), self._encode(rows, _rejected_row)
+        kept, chosen_places, rejected_places = np.intersect1d(chosen.rows, rejected.rows, return_indices=True)
+        places = zip(map(chosen.sample, chosen_places), map(rejected.sample, rejected_places), strict=True)
+        sides = [side for first, second in places for side in ((chosen, first), (rejected, second))]
+        sizes = np.array([part.stop - part.start for _, part in sides], dtype=np.int64).reshape(-1, 2)
+        nothing = np.zeros(0, np.int32)
+        reasons = {drop.row: Dropped(f"rejected answer: {drop.reason}", drop.row) for drop in rejected.dropped}
+        reasons |= {drop.row: drop for drop in chosen.dropped}
+        return EncodedBatch(
+            np.concatenate([nothing, *(side.input_ids[part] for side, part in sides)]),
+            np.concatenate([nothing, *(side.labels[part] for side, part in sides)]),
+            # A preference is about whole answers: no method weighs their tokens.
+            None,
+            np.concatenate([[0], np.cumsum(sizes.sum(axis=1))]).astype(np.int64),
+            kept,
+            tuple(reasons[row] for row in sorted(reasons)),
+            sizes[:, 0].astype(np.int32),
+        )
+
+    def _encode(
+        self, rows: Sequence[Mapping[str, Any]], side: Callable[[Mapping[str, Any]], Mapping[str, Any]] | None = None
+    ) -> EncodedBatch:
         loaded = _load(self)
         batch = loaded.segments.batch()
         kept: list[int] = []
         dropped: list[Dropped] = []
         for index, row in enumerate(rows):
             try:
-                batch.plan(_render(loaded, row))
+                batch.plan(_render(loaded, side(row) if side else row))
                 kept.append(index)
             except DropRow as refused:
                 dropped.append(Dropped(refused.reason, index))
@@ -240,7 +278,13 @@ class Encoder:
         return ids
 
     def describe(self, encoded: Encoded) -> list[str]:
-        """The sample as SWIFT logs its first one: `[INPUT_IDS]`, `[INPUT]`, `[LABELS_IDS]`, `[LABELS]`."""
+        """The sample as SWIFT logs its first one: `[INPUT_IDS]`, `[INPUT]`, `[LABELS_IDS]`, `[LABELS]`; of a pair both
+        sides, `[CHOSEN_INPUT_IDS]` and so on."""
+        if encoded.rejected_start is not None:
+            cut = encoded.rejected_start
+            sides = {"CHOSEN": slice(cut), "REJECTED": slice(cut, None)}
+            return [f"[{side}_{line[1:]}" for side, part in sides.items()
+                    for line in self.describe(Encoded(encoded.input_ids[part], encoded.labels[part]))]  # fmt: skip
         ids, labels = encoded.input_ids.tolist(), encoded.labels.tolist()
         decode = functools.partial(self.tokenizer.decode, skip_special_tokens=False)
         shown, start = "", 0
@@ -280,6 +324,16 @@ class Encoder:
         scale = None if _is_binary(weights) else weights
         new_offsets = np.concatenate([[0], sample_ends]).astype(np.int64)
         return EncodedBatch(ids, labels, scale, new_offsets, rows, tuple(sorted(dropped, key=lambda drop: drop.row)))
+
+
+def _rejected_row(row: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The row as a conversation that ends in the rejected answer. Raises DropRow if it has none."""
+    messages = row.get("rejected_messages")
+    if messages is None and row.get("rejected_response") is not None:
+        messages = [*row["messages"][:-1], {**row["messages"][-1], "content": row["rejected_response"]}]
+    if messages is None:
+        raise DropRow("no rejected_response and no rejected_messages")
+    return {"messages": messages, "tools": row.get("rejected_tools", row.get("tools"))}
 
 
 def _render(loaded: _Loaded, row: Mapping[str, Any]) -> list[Piece]:

@@ -6,8 +6,8 @@ is a hash of everything it depends on: the bytes of the data file, the rules and
 Schemas:
     rows: ``row: large_binary`` (a standard row as JSON), ``position: int64`` (see :func:`sources.locate`).
     tokens: ``input_ids: list<int32>``, ``labels: list<int32>`` (−100 where not trained), ``loss_scale: list<float>``
-        (null where every weight is 0 or 1), ``source: int64`` (number of the standard row it came from),
-        ``length: int32`` (tokens).
+        (null where every weight is 0 or 1), ``rejected_start: int32`` (of a pair, where the rejected conversation
+        begins; else null), ``source: int64`` (number of the standard row it came from), ``length: int32`` (tokens).
 """
 
 from __future__ import annotations

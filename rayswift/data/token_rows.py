@@ -24,11 +24,18 @@ if TYPE_CHECKING:
 
 class Row(NamedTuple):
     """One encoded row: int32 arrays of shape (tokens,), ``labels`` −100 where not trained; ``loss_scale`` float32, or
-    None where every weight is 0 or 1. The arrays are read-only views."""
+    None where every weight is 0 or 1; ``rejected_start`` is None for a row that is no pair. The arrays are read-only
+    views."""
 
     input_ids: np.ndarray
     labels: np.ndarray
     loss_scale: np.ndarray | None = None
+    rejected_start: int | None = None
+
+    def sides(self) -> tuple[Row, Row]:
+        """A pair as the row with the chosen answer and the one with the rejected answer."""
+        cut = self.rejected_start
+        return Row(self.input_ids[:cut], self.labels[:cut]), Row(self.input_ids[cut:], self.labels[cut:])
 
 
 class TokenBatch:
@@ -36,6 +43,8 @@ class TokenBatch:
 
     def __init__(self, batch: pa.RecordBatch) -> None:
         self._columns = [self._views(batch.column(name)) for name in ("input_ids", "labels", "loss_scale")]
+        rejected = batch.column("rejected_start")
+        self._rejected = None if rejected.null_count == len(rejected) else rejected.to_numpy()
 
     @staticmethod
     def _views(column: Any) -> tuple[np.ndarray, np.ndarray] | None:
@@ -44,7 +53,9 @@ class TokenBatch:
         return column.values.to_numpy(), column.offsets.to_numpy()
 
     def __getitem__(self, number: int) -> Row:
-        return Row(*(self._cut(column, number) for column in self._columns))  # type: ignore[arg-type]
+        ids, labels, weights = (self._cut(column, number) for column in self._columns)
+        assert ids is not None and labels is not None
+        return Row(ids, labels, weights, None if self._rejected is None else int(self._rejected[number]))
 
     @staticmethod
     def _cut(column: tuple[np.ndarray, np.ndarray] | None, number: int) -> np.ndarray | None:
@@ -156,7 +167,8 @@ class LazyUnits:
         for dropped in (sample for sample in samples if isinstance(sample, Dropped)):
             where = locate(self._rows.origins[place], batch["position"][row].as_py())
             self._report(f"{where}: {dropped.reason}: the row trains nothing")
-        return [Row(one.input_ids, one.labels, one.loss_scale) for one in samples if isinstance(one, Encoded)]
+        return [Row(one.input_ids, one.labels, one.loss_scale, one.rejected_start)
+                for one in samples if isinstance(one, Encoded)]  # fmt: skip
 
 
 # --- streams ----------------------------------------------------------------------------------------------------

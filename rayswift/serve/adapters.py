@@ -143,6 +143,7 @@ class AdapterStore:
             yield f"is {config.get('peft_type')}, only LoRA is served; merge it with rayswift export --merge_lora true"
         if config.get("use_dora") or config.get("modules_to_save"):
             yield "has DoRA or whole layers (modules_to_save); merge it with rayswift export --merge_lora true"
+        yield from _contradictions(config, shapes)
         ranks = [entry["shape"][0] for key, entry in shapes.items() if ".lora_A" in key]
         if ranks and max(ranks) > self._plan.max_lora_rank:
             yield f"rank {max(ranks)} is above the server's {self._plan.max_lora_rank} (--vllm_max_lora_rank)"
@@ -152,6 +153,27 @@ class AdapterStore:
             if base is None or len(base) != 2 or entry["shape"][side] != base[side]:
                 yield f"was trained on another base model ({key.removeprefix('base_model.model.')} does not fit)"
                 return
+
+
+def _contradictions(config: dict[str, Any], shapes: dict[str, dict[str, Any]]) -> Iterator[str]:
+    """Where configuration and weights do not belong together: an engine would scale or apply them wrongly."""
+    from peft import LoraConfig
+    from peft.tuners.tuners_utils import check_target_module_exists
+    from peft.utils.other import get_pattern_key
+
+    rank, patterns = config.get("r"), config.get("rank_pattern") or {}
+    if type(rank) is not int or rank < 1:
+        yield f"its {_CONFIG}: r is {str(rank)[:20]!r}, expected a whole number above 0"
+        return
+    wanted = config.get("target_modules")
+    targets = None if wanted in (None, "all-linear") else LoraConfig(target_modules=wanted)
+    for key, entry in shapes.items():
+        module = _base_name(key).removesuffix(".weight")
+        said = patterns.get(get_pattern_key(list(patterns), module), rank)
+        if ".lora_A" in key and entry["shape"][0] != said:
+            yield f"its {_CONFIG} says rank {said}, its weights have {entry['shape'][0]}"
+        if targets is not None and not check_target_module_exists(targets, module):
+            yield f"its {_CONFIG} does not name {module} in target_modules, its weights have it"
 
 
 def _base_name(key: str) -> str:

@@ -126,10 +126,10 @@ def check_room(plans: list[ModelPlan], cluster: Cluster) -> None:
     for name, available in (("GPU", cluster.gpus), ("CPU", cluster.cpus)):
         needed = sum(max(1, p.min_replicas) * sum(bundle.get(name, 0) for bundle in p.bundles) for p in plans)
         if needed > available:
-            raise UserError(
-                f"--min_replicas: the replicas need {needed:g} {name}s and {cluster.describe()}; lower it, "
-                "--vllm_tensor_parallel_size or --resources_per_worker"
-            )
+            mend = "lower it, --vllm_tensor_parallel_size or --resources_per_worker"
+            if name == "GPU" and not available:
+                mend = "--use_gpu false serves on CPUs"
+            raise UserError(f"--min_replicas: the replicas need {needed:g} {name}s and {cluster.describe()}; {mend}")
 
 
 # --- while it runs ------------------------------------------------------------------------------------------------

@@ -237,6 +237,14 @@ def template_fields(args: DeployArguments) -> dict[str, Any]:
     return {name: getattr(args, name) for name in names if args.is_set(name) and hasattr(args, name)}
 
 
+#: How vLLM runs a model that gives vectors or scores instead of text, by ``--task_type``.
+_POOLING = {
+    "embedding": {"runner": "pooling", "convert": "embed"},
+    "seq_cls": {"runner": "pooling", "convert": "classify"},
+    "reranker": {"runner": "pooling", "convert": "classify"},
+}
+
+
 def engine_kwargs(args: DeployArguments, use_gpu: bool) -> dict[str, Any]:
     """vLLM's settings from the ``--vllm_*`` flags, ``--vllm_engine_kwargs`` last."""
     if args.infer_backend != "vllm":
@@ -256,6 +264,7 @@ def engine_kwargs(args: DeployArguments, use_gpu: bool) -> dict[str, Any]:
         "enable_auto_tool_choice": True,
         "tool_call_parser": args.vllm_engine_kwargs.get("tool_call_parser", "hermes"),
     }
+    kwargs |= _POOLING.get(args.task_type, {})
     if use_gpu:
         kwargs |= {
             "tensor_parallel_size": args.vllm_tensor_parallel_size,

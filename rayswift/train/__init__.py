@@ -1,6 +1,7 @@
 """The train flow: arguments → Ray Data → ``TorchTrainer`` → run directory.
 
-In: a :class:`~rayswift.arguments.PretrainArguments` or :class:`~rayswift.arguments.SftArguments`.
+In: :class:`~rayswift.arguments.PretrainArguments`, :class:`~rayswift.arguments.SftArguments` or
+:class:`~rayswift.arguments.RlhfArguments`.
 Out: a run directory with whole checkpoints (``checkpoints.py``), ``logging.jsonl`` and plots (``progress.py``).
 ``driver.py`` reads top to bottom; ``worker.py`` is what runs on every worker.
 """
@@ -19,6 +20,21 @@ def pretrain(args: Any) -> dict[str, Any]:
 
 def sft(args: Any) -> dict[str, Any]:
     """``rayswift sft``: supervised fine-tuning. Returns the run's outcome."""
+    from rayswift.train.driver import train
+
+    return train(args)
+
+
+def rlhf(args: Any) -> dict[str, Any]:
+    """``rayswift rlhf``: preference training. Returns the run's outcome.
+
+    Raises:
+        UserError: a method that is not built yet.
+    """
+    from rayswift.errors import UserError
+
+    if args.rlhf_type != "dpo":
+        raise UserError(f"--rlhf_type {args.rlhf_type}: not built yet; your arguments are fine. Built so far: dpo")
     from rayswift.train.driver import train
 
     return train(args)

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from rayswift.train.plan import StepPlan
 
 Batch = dict[str, "torch.Tensor"]
+Collate = Callable[[Sequence[Row]], Batch]
 #: Steps whose rows are sorted by length together (Transformers takes 50 batches too).
 BUCKET_WINDOW = 50
 
@@ -54,6 +55,28 @@ class Collator:
             nothing = np.full(2, self.pad_token_id, np.int32)
             rows = [Row(nothing, np.full(2, -100, np.int32))]
         return flatten(rows) if self.flat else pad(rows, self.pad_token_id)
+
+
+@dataclass(frozen=True)
+class PairCollator:
+    """Pairs to what TRL's ``DPOTrainer`` takes: ``input_ids``, ``attention_mask``, ``completion_mask``, int64
+    (2 · pairs, length), all chosen conversations before all rejected ones; and ``num_pairs``, an int64 scalar."""
+
+    pad_token_id: int
+
+    def __call__(self, rows: Sequence[Row]) -> Batch:
+        """One micro-batch; without pairs, one of a single answered nothing that counts as no pair."""
+        import numpy as np
+        import torch
+
+        num_pairs = len(rows)
+        if not rows:
+            nothing = np.full(4, self.pad_token_id, np.int32)
+            rows = [Row(nothing, np.array([-100, 0, -100, 0], np.int32), rejected_start=2)]
+        chosen, rejected = zip(*(row.sides() for row in rows), strict=True)
+        batch = pad([*chosen, *rejected], self.pad_token_id)
+        batch["completion_mask"] = (batch.pop("labels") != -100).long()
+        return {**batch, "num_pairs": torch.tensor(num_pairs)}
 
 
 def pad(rows: Sequence[Row], pad_token_id: int) -> Batch:
@@ -138,7 +161,7 @@ def deal(costs: Sequence[int], cells: int, size: int) -> list[list[int]]:
 class _Loader:
     """What the two loaders share: the Trainer iterates one of them once."""
 
-    def __init__(self, plan: StepPlan, rank: Rank, collate: Collator, start_step: int) -> None:
+    def __init__(self, plan: StepPlan, rank: Rank, collate: Collate, start_step: int) -> None:
         self.plan, self.rank, self.collate, self.start_step = plan, rank, collate, start_step
         self._spent = False
 
@@ -177,7 +200,7 @@ class EpochLoader(_Loader):
         units: Units | LazyUnits,
         plan: StepPlan,
         rank: Rank,
-        collate: Collator,
+        collate: Collate,
         start_step: int,
         seed: int,
         shuffle: bool,
@@ -245,7 +268,7 @@ class StreamLoader(_Loader):
         order: Iterator[int],
         plan: StepPlan,
         rank: Rank,
-        collate: Collator,
+        collate: Collate,
         start_step: int,
     ) -> None:
         super().__init__(plan, rank, collate, start_step)
@@ -293,12 +316,11 @@ class StreamLoader(_Loader):
                 yield [row for unit in cell for row in unit.rows]
 
 
-def eval_batches(rows: TokenRows, size: int, rank: Rank, pad_token_id: int) -> Iterator[Batch]:
+def eval_batches(rows: TokenRows, size: int, rank: Rank, collate: Collate) -> Iterator[Batch]:
     """This worker's share of the validation rows; every worker gets the same number of batches.
 
     A share that runs out goes on with batches that score nothing: under ZeRO-3 a forward pass is collective.
     """
-    collate = Collator(pad_token_id)
     mine = list(range(rank.rank, len(rows), rank.world_size))
     largest = -(-len(rows) // rank.world_size)
     for start in range(0, largest, size):

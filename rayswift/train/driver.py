@@ -1,4 +1,4 @@
-"""The train flow of ``rayswift pt`` and ``rayswift sft``, from arguments to a run directory. Reads top to bottom."""
+"""The train flow of ``rayswift pt``, ``sft`` and ``rlhf``, from arguments to a run directory. Reads top to bottom."""
 
 from __future__ import annotations
 
@@ -254,8 +254,8 @@ def _print_sample(encoder: Encoder, data: _RunData, row: dict[str, Any] | None) 
 
     first: Encoded | Dropped
     if data.train is not None and not isinstance(data.train, LazyRows):
-        ids, labels, _ = TokenRows(data.train)[0]
-        first = Encoded(ids, labels)
+        read = TokenRows(data.train)[0]
+        first = Encoded(read.input_ids, read.labels, rejected_start=read.rejected_start)
     else:
         assert row is not None
         first = encoder.encode_batch([row])[0]

@@ -38,8 +38,6 @@ def hf_training_arguments(
         use_gpu: whether workers have accelerators.
         has_val: whether there are validation rows.
     """
-    from transformers import TrainingArguments
-
     save_strategy, save_steps = strategy_steps(args.save_strategy, args.save_steps, plan)
     wanted = args.eval_strategy or args.save_strategy
     eval_strategy, eval_steps = strategy_steps(wanted if has_val else "no", args.eval_steps or args.save_steps, plan)
@@ -70,7 +68,31 @@ def hf_training_arguments(
         "disable_tqdm": True,
         "log_level": "error",
     }
-    return TrainingArguments(**{**values, **args.training_args})
+    values |= args.training_args
+    if args.command == "rlhf":
+        from trl import DPOConfig
+
+        return DPOConfig(**values, **_preference_values(args))
+    from transformers import TrainingArguments
+
+    return TrainingArguments(**values)
+
+
+def _preference_values(args: Any) -> dict[str, Any]:
+    """What ``trl.DPOConfig`` has beyond the Trainer's arguments. TRL 1.x has no ``rpo_alpha``: it is a second loss."""
+    losses, weights = list(args.loss_type or ["sigmoid"]), args.loss_weights
+    if args.rpo_alpha is not None:
+        losses, weights = [*losses, "sft"], [*(weights or [1.0] * len(losses)), args.rpo_alpha]
+    return {
+        "loss_type": losses,
+        "loss_weights": weights,
+        "beta": args.beta,
+        "label_smoothing": args.label_smoothing,
+        "ld_alpha": args.ld_alpha,
+        "discopop_tau": args.discopop_tau,
+        # Rows come encoded and within --max_length.
+        "max_length": None,
+    }
 
 
 def _deepspeed(args: Any) -> dict[str, Any] | None:

@@ -39,13 +39,15 @@ def memory_need(args: Any, model_dir: str, dtype: str, num_workers: int, use_gpu
     shapes = _shapes(model_dir)
     total = sum(prod(shape) for shape in shapes.values())
     trained = total if args.train_type == "full" else _adapter_parameters(args.lora_rank, shapes)
+    # Full training on preferences keeps the model it is compared with; adapters are switched off instead.
+    reference = item * total if args.command == "rlhf" and trained == total else 0
     if config is None:
         # Full training keeps float32 weights; adapters are float32 beside the frozen weights.
         weights = 0 if trained == total else item * total
-        return MemoryNeed(weights + _OPTIMISER_BYTES * trained)
+        return MemoryNeed(weights + _OPTIMISER_BYTES * trained + reference)
     gradients = item * trained
     states = _OPTIMISER_BYTES * trained // (num_workers if stage >= 1 else 1)
-    weights = item * total // (num_workers if stage >= 3 else 1)
+    weights = (item * total + reference) // (num_workers if stage >= 3 else 1)
     # ZeRO-3 has no gradients beside those of the optimiser's shard.
     gradients = 0 if stage >= 3 else gradients // (num_workers if stage >= 2 else 1)
     zero = config.get("zero_optimization", {})

@@ -199,7 +199,8 @@ def _rounded(name: str, value: Any) -> Any:
 
 
 def _postfix(row: dict[str, Any]) -> str:
-    parts = [f"loss={row['loss']:.4f}", f"acc={row['token_acc']:.3f}"]
+    accuracy = row["rewards/accuracies"] if "rewards/accuracies" in row else row["token_acc"]
+    parts = [f"loss={row['loss']:.4f}", f"acc={accuracy:.3f}"]
     if "grad_norm" in row:
         parts.append(f"grad_norm={row['grad_norm']:.2f}")
     parts += [f"lr={row['learning_rate']:.2e}", f"tok/s={row['tokens/s']:.0f}", f"mem={row['memory(GiB)']:.2f}GiB"]

@@ -13,7 +13,7 @@ from rayswift.train import checkpoints
 
 if TYPE_CHECKING:
     from rayswift.train.batches import Rank
-    from rayswift.train.trainer import StepTrainer
+    from rayswift.train.trainer import StepTraining
     from rayswift.train.worker import WorkerConfig
 
 
@@ -80,7 +80,7 @@ class CheckpointStore:
             torch.distributed.barrier()
         return local
 
-    def commit(self, trainer: StepTrainer) -> None:
+    def commit(self, trainer: StepTraining) -> None:
         """Make the checkpoint of this step whole: hash, report, then the manifest; then remove surplus ones."""
         import ray.train
         import torch

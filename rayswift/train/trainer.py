@@ -7,14 +7,14 @@ import math
 import os
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from rayswift.data.token_rows import TokenRows
-from rayswift.train.batches import Batch, Rank, eval_batches
+from rayswift.train.batches import Batch, Collate, Rank, eval_batches
 
 if TYPE_CHECKING:
     from rayswift.train.plan import StepPlan
@@ -22,8 +22,12 @@ if TYPE_CHECKING:
 Push = Callable[[dict[str, Any]], None]
 
 
-class StepTrainer(Trainer):
-    """Trains from a loader that knows its own position, and reports every step.
+class StepTraining(Trainer):
+    """What RaySwift changes about any trainer of Transformers or TRL: it trains from a loader that knows its own
+    position, reports every step, and saves whole checkpoints.
+
+    To be put before the class of a special trainer. A subclass sums what it counts into ``_counts``, and says what
+    that means.
 
     Args:
         loader: iterable of micro-batches from the step to resume at.
@@ -32,7 +36,11 @@ class StepTrainer(Trainer):
         rank: this worker's share.
         push: sends an event to the driver.
         commit: called on every worker after a checkpoint's files are written; makes it whole.
+        collate: validation rows to a batch.
     """
+
+    #: How many numbers ``_counts`` holds.
+    NUM_COUNTS: ClassVar[int]
 
     def __init__(
         self,
@@ -42,16 +50,16 @@ class StepTrainer(Trainer):
         val_rows: TokenRows | None,
         rank: Rank,
         push: Push,
-        commit: Callable[[StepTrainer], None],
-        pad_token_id: int,
+        commit: Callable[[Any], None],
+        collate: Collate,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
         self.loader, self.step_plan, self.val_rows, self.rank = loader, step_plan, val_rows, rank
-        self.push, self.commit, self.pad_token_id = push, commit, pad_token_id
+        self.push, self.commit, self.collate = push, commit, collate
         self.last_saved_step = -1
-        # Right tokens, trained tokens, all tokens; on the device, so that counting never waits for it.
-        self._counts = torch.zeros(3, dtype=torch.float64, device=self.args.device)
+        # On the device, so that counting never waits for it.
+        self._counts = torch.zeros(self.NUM_COUNTS, dtype=torch.float64, device=self.args.device)
         self._logged_at = time.monotonic()
         self.remove_callback(PrinterCallback)
         self.remove_callback(ProgressCallback)
@@ -65,26 +73,24 @@ class StepTrainer(Trainer):
 
     # --- metrics ---
 
-    def compute_loss(
-        self, model: Any, inputs: Batch, return_outputs: bool = False, num_items_in_batch: Any = None
-    ) -> Any:
-        """The model's own loss, or the weighted one; counts right, trained and all tokens (no synchronisation)."""
-        labels, mask, weights = inputs["labels"], inputs.get("attention_mask"), inputs.pop("loss_scale", None)
-        tokens = torch.tensor(labels.numel()) if mask is None else mask.sum()
-        self.compute_loss_func = None if weights is None else functools.partial(weighted_loss, weights=weights)
-        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
-        right, trained = count_right(outputs.logits.detach(), labels)
-        if model.training:
-            self._counts += torch.stack([right, trained, tokens.to(right)]).to(self._counts)
-        return (loss, outputs) if return_outputs else loss
+    def train_metrics(self, counts: torch.Tensor, seconds: float) -> dict[str, float]:
+        """What a row of the log says beside the loss; ``counts`` are those of all workers since the last row."""
+        raise NotImplementedError
+
+    def eval_counts(self, batch: Batch) -> torch.Tensor:
+        """What one validation batch adds to the counts of an evaluation, float64."""
+        raise NotImplementedError
+
+    def eval_means(self, counts: torch.Tensor) -> dict[str, float]:
+        """What an evaluation says, ``loss`` among it; ``counts`` are those of all workers."""
+        raise NotImplementedError
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Complete a row with token accuracy and speed over all workers and send it to the driver."""
+        """Complete a row with the metrics of all workers and send it to the driver."""
         if "loss" in logs:
             counts = self._all_reduce(self._counts)
             now = time.monotonic()
-            logs["token_acc"] = float(counts[0]) / max(float(counts[1]), 1.0)
-            logs["tokens/s"] = float(counts[2] / max(now - self._logged_at, 1e-9))
+            logs.update(self.train_metrics(counts, max(now - self._logged_at, 1e-9)))
             self._counts.zero_()
             self._logged_at = now
         logs["epoch"] = self.step_plan.epoch_of(self.state.global_step)
@@ -103,43 +109,30 @@ class StepTrainer(Trainer):
 
     @torch.no_grad()
     def evaluate(self, *_args: Any, metric_key_prefix: str = "eval", **_kwargs: Any) -> dict[str, float]:
-        """Mean loss per trained token and token accuracy over the validation rows of all workers."""
+        """The means over the validation rows of all workers."""
         if self.val_rows is None:
             return {}
         started, model = time.monotonic(), self.model_wrapped
         was_training = model.training
         model.eval()
-        # Summed loss, right tokens, trained tokens.
-        totals = torch.zeros(3, dtype=torch.float64, device=self.args.device)
+        totals = torch.zeros(0)
         size, batches = self.args.per_device_eval_batch_size, 0
-        for batch in eval_batches(self.val_rows, size, self.rank, self.pad_token_id):
-            batch = self._prepare_inputs(batch)
-            labels = batch.pop("labels")
-            batch.pop("loss_scale", None)
-            with self.accelerator.autocast():
-                logits = model(**batch).logits
-            loss = torch.nn.functional.cross_entropy(
-                logits[:, :-1].float().flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100, reduction="sum"
-            )
-            totals += torch.stack([loss, *count_right(logits, labels)]).to(totals)
+        for batch in eval_batches(self.val_rows, size, self.rank, self.collate):
+            counts = self.eval_counts(self._prepare_inputs(batch))
+            totals = totals + counts if batches else counts
             batches += 1
         model.train(was_training)
-        metrics = self._eval_metrics(self._all_reduce(totals), metric_key_prefix, time.monotonic() - started, batches)
+        seconds = time.monotonic() - started
+        named = self.eval_means(self._all_reduce(totals)) | {
+            "runtime": seconds,
+            "samples_per_second": len(self.val_rows) / seconds,
+            "steps_per_second": batches / seconds,
+        }
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in named.items()}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         self._logged_at += time.monotonic() - started
         return metrics
-
-    def _eval_metrics(self, totals: torch.Tensor, prefix: str, seconds: float, batches: int) -> dict[str, float]:
-        loss, right, trained = (float(value) for value in totals)
-        assert self.val_rows is not None
-        return {
-            f"{prefix}_loss": loss / trained if trained else math.nan,
-            f"{prefix}_runtime": seconds,
-            f"{prefix}_samples_per_second": len(self.val_rows) / seconds,
-            f"{prefix}_steps_per_second": batches / seconds,
-            f"{prefix}_token_acc": right / trained if trained else math.nan,
-        }
 
     # --- checkpoints ---
 
@@ -159,10 +152,54 @@ class StepTrainer(Trainer):
             self._save_checkpoint(self.model_wrapped, None)
 
 
+class StepTrainer(StepTraining):
+    """Cross entropy of the trained tokens: ``pt`` and ``sft``."""
+
+    #: Right tokens, trained tokens, all tokens.
+    NUM_COUNTS = 3
+
+    def compute_loss(
+        self, model: Any, inputs: Batch, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """The model's own loss, or the weighted one; counts right, trained and all tokens (no synchronisation)."""
+        labels, mask, weights = inputs["labels"], inputs.get("attention_mask"), inputs.pop("loss_scale", None)
+        tokens = torch.tensor(labels.numel()) if mask is None else mask.sum()
+        self.compute_loss_func = None if weights is None else functools.partial(weighted_loss, weights=weights)
+        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        right, trained = count_right(outputs.logits.detach(), labels)
+        if model.training:
+            self._counts += torch.stack([right, trained, tokens.to(right)]).to(self._counts)
+        return (loss, outputs) if return_outputs else loss
+
+    def train_metrics(self, counts: torch.Tensor, seconds: float) -> dict[str, float]:
+        """Token accuracy and speed."""
+        right, trained, tokens = counts.tolist()
+        return {"token_acc": right / max(trained, 1.0), "tokens/s": tokens / seconds}
+
+    def eval_counts(self, batch: Batch) -> torch.Tensor:
+        """Summed loss, right tokens, trained tokens."""
+        labels = batch.pop("labels")
+        batch.pop("loss_scale", None)
+        with self.accelerator.autocast():
+            logits = self.model_wrapped(**batch).logits
+        loss = torch.nn.functional.cross_entropy(
+            logits[:, :-1].float().flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100, reduction="sum"
+        )
+        return torch.stack([loss, *count_right(logits, labels)]).to(self._counts)
+
+    def eval_means(self, counts: torch.Tensor) -> dict[str, float]:
+        """Loss per trained token and token accuracy."""
+        loss, right, trained = counts.tolist()
+        return {
+            "loss": loss / trained if trained else math.nan,
+            "token_acc": right / trained if trained else math.nan,
+        }
+
+
 class _StepEvents(TrainerCallback):
     """One event per optimiser step, and SWIFT's rule that the last step is evaluated and saved."""
 
-    def __init__(self, trainer: StepTrainer) -> None:
+    def __init__(self, trainer: StepTraining) -> None:
         self.trainer = trainer
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> Any:

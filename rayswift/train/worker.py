@@ -12,7 +12,7 @@ from rayswift.data.blocks import BlockRows, LazyRows
 from rayswift.data.packing import Packs
 from rayswift.data.token_rows import LazyUnits, StreamPlaces, StreamPosition, TokenRows, Units
 from rayswift.errors import UserError
-from rayswift.train.batches import Collator, EpochLoader, Rank, StreamLoader
+from rayswift.train.batches import Collate, Collator, EpochLoader, PairCollator, Rank, StreamLoader
 from rayswift.train.plan import StepPlan
 from rayswift.train.store import CheckpointStore
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from rayswift.data.encoding import Encoder
     from rayswift.data.streaming import StreamMix
     from rayswift.train.checkpoints import Position
-    from rayswift.train.trainer import StepTrainer
+    from rayswift.train.trainer import StepTraining
 
 logger = logging.getLogger("rayswift.train")
 
@@ -126,12 +126,11 @@ def _prepare_process(config: WorkerConfig, local_world_size: int) -> None:
 
 def _build_trainer(
     config: WorkerConfig, rank: Rank, store: CheckpointStore, start_step: int, start: StreamPlaces
-) -> StepTrainer:
+) -> StepTraining:
     from rayswift.hub import resolve_model
     from rayswift.modeling.adapters import parameter_info
     from rayswift.modeling.loading import load_tokenizer
     from rayswift.train.hf_arguments import hf_training_arguments
-    from rayswift.train.trainer import StepTrainer
 
     args = config.args
     # DeepSpeed's ZeRO-3 shards the model while it loads, and learns of it from these arguments: they come first.
@@ -151,18 +150,47 @@ def _build_trainer(
     val_rows = TokenRows(config.val) if config.val is not None else None
     if rank.rank == 0:
         push({"event": "start", "parameter_info": parameter_info(model), "world_size": rank.world_size})
-    return StepTrainer(
-        model=model,
-        args=hf_arguments,
-        processing_class=tokenizer,
-        eval_dataset=val_rows,
-        loader=_loader(config, rank, pad_token_id, start_step, start),
-        step_plan=config.plan,
-        val_rows=val_rows,
-        rank=rank,
-        push=push,
-        commit=store.commit,
-        pad_token_id=pad_token_id,
+    collate = PairCollator(pad_token_id) if config.encoder.pairs else Collator(pad_token_id)
+    flat = Collator(pad_token_id, flat=True) if args.packing or args.padding_free else collate
+    settings: dict[str, Any] = {
+        "model": model,
+        "args": hf_arguments,
+        "processing_class": tokenizer,
+        "loader": _loader(config, rank, flat, start_step, start),
+        "step_plan": config.plan,
+        "val_rows": val_rows,
+        "rank": rank,
+        "push": push,
+        "commit": store.commit,
+        "collate": collate,
+    }
+    if config.encoder.pairs:
+        from rayswift.train.preference import PreferenceTrainer
+
+        return PreferenceTrainer(ref_model=_reference_model(config, model_dir), **settings)
+    from rayswift.train.trainer import StepTrainer
+
+    return StepTrainer(eval_dataset=val_rows, **settings)
+
+
+def _reference_model(config: WorkerConfig, model_dir: str) -> Any:
+    """The frozen model that full training is compared with; None for adapters, which are switched off instead."""
+    from rayswift.hub import resolve_model
+    from rayswift.modeling.loading import load_model
+
+    args = config.args
+    if args.train_type != "full":
+        return None
+    if args.ref_model:
+        model_dir = resolve_model(
+            args.ref_model, revision=args.ref_model_revision, use_hf=args.use_hf, token=args.hub_token
+        )
+    return load_model(
+        model_dir,
+        torch_dtype=_load_dtype(config),
+        attn_impl=attention(args, config.use_gpu),
+        trust_remote_code=args.trust_remote_code,
+        model_kwargs=args.model_kwargs,
     )
 
 
@@ -231,10 +259,9 @@ def _units(config: WorkerConfig, rows: BlockRows) -> Units | LazyUnits:
 
 
 def _loader(
-    config: WorkerConfig, rank: Rank, pad_token_id: int, start_step: int, start: StreamPlaces
+    config: WorkerConfig, rank: Rank, collate: Collate, start_step: int, start: StreamPlaces
 ) -> EpochLoader | StreamLoader:
     args = config.args
-    collate = Collator(pad_token_id, flat=args.packing or args.padding_free)
     if config.train is not None:
         units = _units(config, config.train)
         shuffle, bucket = args.train_dataloader_shuffle, buckets(args)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import pickle
 import random
@@ -432,3 +433,57 @@ def test_generation_stops_at_the_end_of_turn(qwen_dir: str, family_dir: Callable
     gemma = Encoder(family_dir("gemma"))
     ends = gemma.tokenizer.convert_tokens_to_ids(["<eos>", "<end_of_turn>"])
     assert gemma.eos_token_ids == ends
+
+
+# --- pairs ------------------------------------------------------------------------------------------------------
+
+QUESTION = {"role": "user", "content": "2 + 2?"}
+GOOD, BAD = {"role": "assistant", "content": "4"}, {"role": "assistant", "content": "5, I think"}
+PAIRS = [
+    {"messages": [QUESTION, GOOD], "rejected_response": "5, I think"},
+    {"messages": [QUESTION, GOOD], "rejected_messages": [QUESTION, BAD]},
+]
+
+
+@pytest.mark.parametrize("row", PAIRS)
+def test_a_pair_is_the_two_conversations_one_after_the_other(row: Any, qwen_dir: str) -> None:
+    alone = Encoder(qwen_dir, loss_scale="last_round")
+    chosen, rejected = alone.encode_batch([{"messages": [QUESTION, GOOD]}, {"messages": [QUESTION, BAD]}])
+    assert isinstance(chosen, Encoded) and isinstance(rejected, Encoded)
+    (pair,) = dataclasses.replace(alone, pairs=True).encode_batch([row])
+    assert isinstance(pair, Encoded)
+    assert pair.rejected_start == len(chosen.input_ids)
+    assert pair.input_ids.tolist() == [*chosen.input_ids, *rejected.input_ids]
+    assert pair.labels.tolist() == [*chosen.labels, *rejected.labels]
+
+
+def test_a_pair_of_which_one_side_is_missing_or_too_long_is_dropped(qwen_dir: str) -> None:
+    encoder = Encoder(qwen_dir, loss_scale="last_round", pairs=True, max_length=48)
+    long = {"role": "assistant", "content": "very " * 40}
+    rows = [
+        PAIRS[0],
+        {"messages": [QUESTION, GOOD]},
+        {"messages": [QUESTION, GOOD], "rejected_response": long["content"]},
+        {"messages": [QUESTION, long], "rejected_response": "5"},
+        PAIRS[1],
+    ]
+    samples = encoder.encode_batch(rows)
+    assert [sample.row for sample in samples] == [0, 1, 2, 3, 4]
+    assert [sample.reason if isinstance(sample, Dropped) else "" for sample in samples] == [
+        "",
+        "rejected answer: no rejected_response and no rejected_messages",
+        "rejected answer: longer than --max_length 48",
+        "longer than --max_length 48",
+        "",
+    ]
+
+
+def test_both_sides_of_a_pair_are_printed(qwen_dir: str) -> None:
+    encoder = Encoder(qwen_dir, loss_scale="last_round", pairs=True)
+    (pair,) = encoder.encode_batch(PAIRS[:1])
+    assert isinstance(pair, Encoded)
+    lines = encoder.describe(pair)
+    assert [line.partition(" ")[0] for line in lines] == [
+        f"[{side}_{what}]" for side in ("CHOSEN", "REJECTED") for what in ("INPUT_IDS", "INPUT", "LABELS_IDS", "LABELS")
+    ]
+    assert lines[3].endswith("4<|im_end|>") and lines[7].endswith("5, I think<|im_end|>")

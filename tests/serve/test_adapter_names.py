@@ -104,6 +104,11 @@ def test_what_the_engine_cannot_use_is_refused_with_the_reason(root: Path, store
     write_adapter(root / "other", hidden=HIDDEN * 2)
     write_adapter(root / "dora", use_dora=True)
     write_adapter(root / "ia3", peft_type="IA3")
+    write_adapter(root / "less", r=2)
+    write_adapter(root / "text", r="many")
+    write_adapter(root / "elsewhere", target_modules=["no_such_module"])
+    write_adapter(root / "pattern", r=2, rank_pattern={TARGET: 4}, target_modules=[TARGET.rpartition(".")[2]])
+    store.check("pattern", store.fetch("pattern"))
     pickle = write_adapter(root / "pickle")
     (pickle / "adapter_model.safetensors").rename(pickle / "adapter_model.bin")
     cut = write_adapter(root / "cut") / "adapter_model.safetensors"
@@ -113,6 +118,9 @@ def test_what_the_engine_cannot_use_is_refused_with_the_reason(root: Path, store
         ("other", "another base model"),
         ("dora", "merge it"),
         ("ia3", "only LoRA"),
+        ("less", "says rank 2, its weights have 4"),
+        ("text", "r is 'many'"),
+        ("elsewhere", "target_modules"),
         ("pickle", "pickle"),
         ("cut", "broken or incomplete"),
     ):

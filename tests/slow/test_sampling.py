@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -117,7 +118,7 @@ def test_a_killed_run_started_again_gives_what_an_undisturbed_one_gives(smollm2_
     assert set(Counter(row["id"] for row in again).values()) == {4}
 
 
-def test_the_job_samples_and_then_trains_on_what_was_kept(smollm2_dir: str, tmp_path: Path) -> None:
+def test_the_job_samples_and_trains_on_what_was_kept_and_its_pairs_train_dpo(smollm2_dir: str, tmp_path: Path) -> None:
     sample = ["--dataset", f"{GSM8K}#8", "--output_dir", str(tmp_path), "--num_return_sequences", "2",
               "--max_new_tokens", "16", *ENGINE]  # fmt: skip
     sft = ["--output_dir", str(tmp_path / "run"), "--max_steps", "3", "--split_dataset_ratio", "0", "--save_steps", "3",
@@ -129,3 +130,14 @@ def test_the_job_samples_and_then_trains_on_what_was_kept(smollm2_dir: str, tmp_
     assert len({row["id"] for row in rows}) == 8
     assert sum("rejected_response" in row for row in rows) >= 6
     assert sorted(losses(run_directory(tmp_path / "run"))) == [1, 2, 3]
+
+    run(
+        "rlhf", "--rlhf_type", "dpo", "--model", smollm2_dir, "--dataset", str(tmp_path / "gsm8k.jsonl"),
+        "--output_dir", str(tmp_path / "dpo"), "--max_steps", "3", "--split_dataset_ratio", "0", "--max_length", "512",
+        "--per_device_train_batch_size", "8", "--gradient_accumulation_steps", "1", "--logging_steps", "1",
+        log=tmp_path / "dpo.log",
+    )  # fmt: skip
+    dpo = losses(run_directory(tmp_path / "dpo"))
+    assert sorted(dpo) == [1, 2, 3]
+    assert dpo[1] == pytest.approx(math.log(2), abs=1e-5)
+    assert dpo[3] < dpo[1]

@@ -29,6 +29,7 @@ def table(numbers: range | list[int]) -> pa.Table:
         "input_ids": ids,
         "labels": [[-100, *row[1:]] for row in ids],
         "loss_scale": [None] * len(ids),
+        "rejected_start": [None] * len(ids),
         "source": list(numbers),
         "length": [len(row) for row in ids],
     }
@@ -75,10 +76,10 @@ def test_rows_are_fetched_by_number(rows: BlockRows) -> None:
     read = TokenRows(rows)
     assert len(read) == 50
     for number in (0, 49, 7, 8):
-        ids, labels, weights = read[number]
-        assert ids.tolist() == [number] * (number % 4 + 1)
-        assert labels.tolist() == [-100, *ids.tolist()[1:]]
-        assert weights is None
+        found = read[number]
+        assert found.input_ids.tolist() == [number] * (number % 4 + 1)
+        assert found.labels.tolist() == [-100, *found.input_ids.tolist()[1:]]
+        assert (found.loss_scale, found.rejected_start) == (None, None)
 
 
 def row(ids: list[int], labels: list[int], weights: list[float] | None = None) -> Row:
@@ -280,7 +281,7 @@ def test_every_worker_gets_the_same_number_of_evaluation_batches(
     tmp_path: Path, count: int, world_size: int, size: int
 ) -> None:
     rows = TokenRows(block_rows(count, tmp_path))
-    shares = [list(eval_batches(rows, size, Rank(rank, world_size), PAD)) for rank in range(world_size)]
+    shares = [list(eval_batches(rows, size, Rank(rank, world_size), COLLATE)) for rank in range(world_size)]
     assert len({len(share) for share in shares}) == 1
     trained = [n for n in range(count) if n % 4]  # row n has n % 4 trained tokens
     scored = [
