@@ -49,7 +49,7 @@ class VllmServing:
         client = engine._engine_client
         client.generate = resuming(client.generate, client)
         app = await engine.build_asgi_app()
-        if (chat := app.state.openai_serving_chat) is not None:
+        if (chat := getattr(app.state, "openai_serving_chat", None)) is not None:  # a pooling model has none
             use_trained_templates(chat.online_renderer, lambda name: self.encoders.get(name or ""))
         self.app = app
         self._watch = asyncio.ensure_future(self._end_with_engine(client))
