@@ -122,7 +122,7 @@ def test_the_job_samples_and_trains_on_what_was_kept_and_its_pairs_train_dpo(smo
     sample = ["--dataset", f"{GSM8K}#8", "--output_dir", str(tmp_path), "--num_return_sequences", "2",
               "--max_new_tokens", "16", *ENGINE]  # fmt: skip
     sft = ["--output_dir", str(tmp_path / "run"), "--max_steps", "3", "--split_dataset_ratio", "0", "--save_steps", "3",
-           *QUICK]  # fmt: skip
+           *QUICK, "--max_length", "512"]  # fmt: skip
     command = [sys.executable, str(REPOSITORY / "jobs" / "rft_gsm8k.py"), "--model", smollm2_dir, *sample, "--", *sft]
     done = subprocess.run(command, env={**os.environ, **VLLM}, capture_output=True, text=True, timeout=540)
     assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
