@@ -14,7 +14,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 GCS = "127.0.0.1:6391"
-PORTS = ["--node-ip-address", "127.0.0.1", "--port", "6391", "--dashboard-port", "8271", "--ray-client-server-port", "9391"]
+PORTS = [
+    "--node-ip-address", "127.0.0.1", "--port", "6391", "--dashboard-port", "8271", "--ray-client-server-port", "9391",
+]  # fmt: skip
 DASHBOARD = "http://127.0.0.1:8271"
 
 
