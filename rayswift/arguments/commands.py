@@ -59,6 +59,19 @@ class RlhfArguments(RlhfRules, SftArguments):
 
     loss_scale: str = arg_like(TemplateArguments, "loss_scale", "last_round")
 
+    def problems(self) -> Iterator[str]:
+        if self.rlhf_type != "dpo":
+            return
+        for flag in ("packing", "padding_free"):
+            if getattr(self, flag):
+                yield f"--{flag} true: pairs are padded; drop --{flag}"
+        if self.truncation_strategy == "split":
+            yield "--truncation_strategy split: a pair cannot be split; use delete, left or right"
+        if self.ref_model and self.train_type != "full":
+            yield "--ref_model needs --train_type full: adapters are compared with the model without them"
+        if self.ref_adapters and self.ref_adapters != self.adapters:
+            yield "--ref_adapters: training starts from its reference; give the same as --adapters, or drop it"
+
 
 @dataclass(init=False, repr=False, eq=False)
 class ModelRequired(ModelArguments):
@@ -114,6 +127,8 @@ class AppArguments(WebPageArguments, DeployArguments):
     """Chat with a model in the browser."""
 
     command: ClassVar[str] = "app"
+
+    task_type: str = arg_like(ModelArguments, "task_type", "causal_lm")
 
     stream: bool | None = arg_like(GenerationArguments, "stream", True)
 
@@ -179,6 +194,8 @@ class EvalArguments(BenchmarkArguments, DeployArguments):
     """Run benchmarks on a model or an endpoint."""
 
     command: ClassVar[str] = "eval"
+
+    task_type: str = arg_like(ModelArguments, "task_type", "causal_lm")
 
     temperature: float | None = arg_like(GenerationArguments, "temperature", 0.0)
 

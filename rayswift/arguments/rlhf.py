@@ -61,6 +61,8 @@ class PreferenceArguments(Arguments):
             yield f"--loss_type {name}: DPO has no such loss; choose from {', '.join(DPO_LOSSES)}"
         if "exo_pair" in self.loss_type and not self.label_smoothing:
             yield "--loss_type exo_pair needs --label_smoothing above 0, for example 0.001"
+        if "robust" in self.loss_type and self.label_smoothing >= 0.5:
+            yield "--loss_type robust needs --label_smoothing below 0.5"
 
     def resolve(self) -> None:
         if not self.is_set("beta"):
@@ -180,8 +182,6 @@ class RlhfRules(PreferenceArguments, RewardArguments, RolloutArguments):
     """What the methods need as a whole."""
 
     def problems(self) -> Iterator[str]:
-        if self.rlhf_type == "dpo":
-            yield from self._pair_problems()
         if self.rlhf_type == "ppo" and not self.reward_model:
             yield "--rlhf_type ppo needs --reward_model"
         if self.rlhf_type == "grpo" and not (self.reward_funcs or self.reward_model):
@@ -193,16 +193,3 @@ class RlhfRules(PreferenceArguments, RewardArguments, RolloutArguments):
         for flag in ("offload_model", "offload_optimizer"):
             if getattr(self, flag) and not (self.use_vllm and self.vllm_mode == "colocate"):
                 yield f"--{flag} true needs --use_vllm true --vllm_mode colocate"
-
-    def _pair_problems(self) -> Iterator[str]:
-        """What a row of two conversations cannot be, and what the reference model is."""
-        settings = {name: getattr(self, name, None) for name in ("packing", "padding_free", "truncation_strategy")}
-        for flag in ("packing", "padding_free"):
-            if settings[flag]:
-                yield f"--{flag} true: pairs are padded; drop --{flag}"
-        if settings["truncation_strategy"] == "split":
-            yield "--truncation_strategy split: a pair cannot be split; use delete, left or right"
-        if self.ref_model and getattr(self, "train_type", None) != "full":
-            yield "--ref_model needs --train_type full: adapters are compared with the model without them"
-        if self.ref_adapters and self.ref_adapters != getattr(self, "adapters", None):
-            yield "--ref_adapters: training starts from its reference; give the same as --adapters, or drop it"

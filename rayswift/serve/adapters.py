@@ -161,11 +161,16 @@ def _contradictions(config: dict[str, Any], shapes: dict[str, dict[str, Any]]) -
     from peft.tuners.tuners_utils import check_target_module_exists
     from peft.utils.other import get_pattern_key
 
-    rank, patterns = config.get("r"), config.get("rank_pattern") or {}
+    rank, patterns, wanted = config.get("r"), config.get("rank_pattern") or {}, config.get("target_modules")
     if type(rank) is not int or rank < 1:
         yield f"its {_CONFIG}: r is {str(rank)[:20]!r}, expected a whole number above 0"
         return
-    wanted = config.get("target_modules")
+    if not isinstance(patterns, dict) or not all(type(value) is int for value in patterns.values()):
+        yield f"its {_CONFIG}: rank_pattern gives patterns whole numbers"
+        return
+    if not (wanted is None or _is_pattern(wanted) or (isinstance(wanted, list) and all(map(_is_pattern, wanted)))):
+        yield f"its {_CONFIG}: target_modules is a list of names or one pattern"
+        return
     targets = None if wanted in (None, "all-linear") else LoraConfig(target_modules=wanted)
     for key, entry in shapes.items():
         module = _base_name(key).removesuffix(".weight")
@@ -174,6 +179,14 @@ def _contradictions(config: dict[str, Any], shapes: dict[str, dict[str, Any]]) -
             yield f"its {_CONFIG} says rank {said}, its weights have {entry['shape'][0]}"
         if targets is not None and not check_target_module_exists(targets, module):
             yield f"its {_CONFIG} does not name {module} in target_modules, its weights have it"
+
+
+def _is_pattern(value: Any) -> bool:
+    """Whether a value is text that is a regular expression (a plain name is one)."""
+    try:
+        return isinstance(value, str) and re.compile(value) is not None
+    except re.error:
+        return False
 
 
 def _base_name(key: str) -> str:
@@ -186,9 +199,12 @@ def _read_config(folder: str) -> dict[str, Any]:
 
 
 def lora_rank(folder: str) -> int:
-    """The rank of an adapter: the largest of its layers."""
+    """The rank of an adapter: the largest of its layers. Raises UserError when its configuration has none."""
     config = _read_config(folder)
-    return max([int(config.get("r") or 0), *(config.get("rank_pattern") or {}).values()])
+    try:
+        return max([int(config.get("r") or 0), *map(int, (config.get("rank_pattern") or {}).values())])
+    except (AttributeError, TypeError, ValueError):
+        raise UserError(f"{folder}/{_CONFIG}: r and the values of rank_pattern are whole numbers") from None
 
 
 def _below(root: str, path: str) -> str:

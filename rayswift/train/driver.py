@@ -139,6 +139,12 @@ def _resolve_model(args: Any) -> str:
 
     model_dir = resolve_model(args.model, revision=args.model_revision, use_hf=args.use_hf, token=args.hub_token)
     weight_files(model_dir)
+    if reference := getattr(args, "ref_model", None):
+        try:
+            found = resolve_model(reference, revision=args.ref_model_revision, use_hf=args.use_hf, token=args.hub_token)
+            weight_files(found)
+        except UserError as error:
+            raise UserError(f"--ref_model: {error}") from None
     return model_dir
 
 

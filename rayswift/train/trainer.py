@@ -115,18 +115,14 @@ class StepTraining(Trainer):
         started, model = time.monotonic(), self.model_wrapped
         was_training = model.training
         model.eval()
-        totals = torch.zeros(0)
-        size, batches = self.args.per_device_eval_batch_size, 0
-        for batch in eval_batches(self.val_rows, size, self.rank, self.collate):
-            counts = self.eval_counts(self._prepare_inputs(batch))
-            totals = totals + counts if batches else counts
-            batches += 1
+        batches = eval_batches(self.val_rows, self.args.per_device_eval_batch_size, self.rank, self.collate)
+        counts = [self.eval_counts(self._prepare_inputs(batch)) for batch in batches]
         model.train(was_training)
         seconds = time.monotonic() - started
-        named = self.eval_means(self._all_reduce(totals)) | {
+        named = self.eval_means(self._all_reduce(torch.stack(counts).sum(0))) | {
             "runtime": seconds,
             "samples_per_second": len(self.val_rows) / seconds,
-            "steps_per_second": batches / seconds,
+            "steps_per_second": len(counts) / seconds,
         }
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in named.items()}
         self.log(metrics)

@@ -151,12 +151,12 @@ def _build_trainer(
     if rank.rank == 0:
         push({"event": "start", "parameter_info": parameter_info(model), "world_size": rank.world_size})
     collate = PairCollator(pad_token_id) if config.encoder.pairs else Collator(pad_token_id)
-    flat = Collator(pad_token_id, flat=True) if args.packing or args.padding_free else collate
+    train_collate = Collator(pad_token_id, flat=True) if args.packing or args.padding_free else collate
     settings: dict[str, Any] = {
         "model": model,
         "args": hf_arguments,
         "processing_class": tokenizer,
-        "loader": _loader(config, rank, flat, start_step, start),
+        "loader": _loader(config, rank, train_collate, start_step, start),
         "step_plan": config.plan,
         "val_rows": val_rows,
         "rank": rank,

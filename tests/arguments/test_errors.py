@@ -145,6 +145,8 @@ SFT = "sft --model m --dataset d"
         ("export --model m --push_to_hub true", "--push_to_hub true needs --hub_model_id"),
         ("rlhf --model m --dataset d --rlhf_type grpo", "--rlhf_type grpo needs --reward_funcs or --reward_model"),
         ("rlhf --model m --dataset d --use_vllm true", "--use_vllm true contradicts --rlhf_type dpo"),
+        ("deploy --model m --task_type embedding", "--task_type embedding is served by vLLM only"),
+        ("app --model m --infer_backend vllm --task_type embedding", "--task_type embedding"),
     ],
 )
 def test_one_line_names_the_mend(command_line: str, expected: str) -> None:

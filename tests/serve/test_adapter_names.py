@@ -106,6 +106,9 @@ def test_what_the_engine_cannot_use_is_refused_with_the_reason(root: Path, store
     write_adapter(root / "ia3", peft_type="IA3")
     write_adapter(root / "less", r=2)
     write_adapter(root / "text", r="many")
+    write_adapter(root / "number", target_modules=5)
+    write_adapter(root / "broken-pattern", target_modules="(")
+    write_adapter(root / "patterns-list", rank_pattern=["q_proj"])
     write_adapter(root / "elsewhere", target_modules=["no_such_module"])
     write_adapter(root / "pattern", r=2, rank_pattern={TARGET: 4}, target_modules=[TARGET.rpartition(".")[2]])
     store.check("pattern", store.fetch("pattern"))
@@ -121,6 +124,9 @@ def test_what_the_engine_cannot_use_is_refused_with_the_reason(root: Path, store
         ("less", "says rank 2, its weights have 4"),
         ("text", "r is 'many'"),
         ("elsewhere", "target_modules"),
+        ("number", "target_modules is a list"),
+        ("broken-pattern", "target_modules is a list"),
+        ("patterns-list", "rank_pattern"),
         ("pickle", "pickle"),
         ("cut", "broken or incomplete"),
     ):
