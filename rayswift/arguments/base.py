@@ -25,9 +25,9 @@ _FORCED = ("train_type", "bnb_4bit_quant_type", "bnb_4bit_use_double_quant")
 # ... and these if the command line does not name them (task_type: a model trained on text can be served as vectors).
 _RESTORED = (
     "external_plugins", "model", "task_type", "model_type", "model_revision", "torch_dtype", "attn_impl",
-    "experts_impl", "new_special_tokens", "num_labels", "problem_type", "rope_scaling", "max_model_len", "quant_method", "quant_bits",
-    "hqq_axis", "template", "system", "truncation_strategy", "agent_template", "norm_bbox", "use_chat_template",
-    "response_prefix",
+    "experts_impl", "new_special_tokens", "num_labels", "problem_type", "rope_scaling", "max_model_len",
+    "quant_method", "quant_bits", "hqq_axis", "template", "system", "truncation_strategy", "agent_template",
+    "norm_bbox", "use_chat_template", "response_prefix",
 )  # fmt: skip
 
 

@@ -144,7 +144,7 @@ def _resolve_model(args: Any) -> str:
             found = resolve_model(reference, revision=args.ref_model_revision, use_hf=args.use_hf, token=args.hub_token)
             weight_files(found)
         except UserError as error:
-            raise UserError(f"--ref_model: {error}") from None
+            raise UserError(str(error).replace("--model ", "--ref_model ")) from None
     return model_dir
 
 
