@@ -103,9 +103,6 @@ def gateway_entry(app: str, plan: ModelPlan) -> dict[str, Any]:
     entry: dict[str, Any] = {"name": plan.name, "app": app_name(app, plan), "deployment": deployment_name(plan)}
     optional = {
         "adapters": plan.adapters, "default_adapter": plan.default_adapter, "adapter_root": plan.adapter_root,
-        # Counted as a request: not where one more would have Serve start a replica, or take the only place.
-        "keeps_spare": plan.max_ongoing_requests >= 4
-        and (plan.min_replicas == plan.max_replicas or plan.target_ongoing_requests >= 4),
     }  # fmt: skip
     return entry | {key: value for key, value in optional.items() if value}
 

@@ -12,7 +12,6 @@ import functools
 import json
 import logging
 import re
-import time
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing, asynccontextmanager, suppress
 from dataclasses import dataclass, field
@@ -22,9 +21,10 @@ import aiohttp
 from ray.exceptions import RayActorError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 
+from rayswift.serve.kept_tickets import KeptTickets, Ticket
 from rayswift.serve.openai_errors import ApiError, error_event
 from rayswift.serve.sent_stream import ERROR, Diverged, Resumed, SentStream, can_carry_on, longest_stop
-from rayswift.serve.tickets import RESUME_HEADER, TICKET_HEADER, TICKET_SECONDS
+from rayswift.serve.tickets import NO_TICKET, RESUME_HEADER, TICKET_HEADER
 
 logger = logging.getLogger("rayswift.serve.forwarding")
 
@@ -36,8 +36,6 @@ MAX_TRIES = 6
 MAX_DEATHS = 2
 #: Seconds before the second try; it grows with each.
 RETRY_SECONDS = 0.25
-#: A spare ticket is kept so long after the last answer.
-SPARE_SECONDS = 1.0
 _USAGE = re.compile(rb'"completion_tokens":\s*(\d+)')
 
 
@@ -80,63 +78,6 @@ class Response:
     length: int | None = None  # bytes in all; None for a stream
 
 
-class Spare:
-    """A ticket that is taken before a request needs it: one who asks again and again need not wait for Serve.
-
-    Serve counts it as a request, so it is given back a moment after the last answer has ended.
-    """
-
-    def __init__(self) -> None:
-        self._call: Any = None
-        self._ticket: asyncio.Future[Any] | None = None
-        self._timer: asyncio.TimerHandle | None = None
-        self._taken = 0.0
-
-    def prepare(self, ticket_call: Any) -> None:
-        """Take a ticket through ``ticket_call`` (a handle of ``ticket``), unless one is kept or on its way.
-
-        A call that is made and dropped would count as a request until its ticket runs out.
-        """
-        if self._call is None:
-            self._call = ticket_call.remote()
-            self._ticket = asyncio.ensure_future(anext(aiter(self._call)))
-            self._taken = time.monotonic()
-
-    def take(self) -> tuple[Any, dict[str, Any]] | None:
-        """The kept call and its ticket; None when there is none yet."""
-        self._stop_timer()
-        call, ticket = self._call, self._ticket
-        if ticket is None or not ticket.done():
-            return None
-        if time.monotonic() - self._taken > TICKET_SECONDS / 2:  # the replica is about to forget it
-            self.drop()
-            return None
-        self._call = self._ticket = None
-        if ticket.cancelled() or ticket.exception() or "message" in ticket.result():
-            return None
-        return call, dict(ticket.result())
-
-    def expire(self, seconds: float) -> None:
-        """Give the ticket back after so long, unless it is taken before."""
-        self._stop_timer()
-        self._timer = asyncio.get_running_loop().call_later(seconds, self.drop)
-
-    def drop(self) -> None:
-        """Give the ticket back."""
-        call, ticket = self._call, self._ticket
-        self._call = self._ticket = None
-        if call is not None and ticket is not None:
-            ticket.add_done_callback(lambda done: done.cancelled() or done.exception())  # nobody else looks at it
-            ticket.cancel()
-            with suppress(Exception):
-                call.cancel()
-
-    def _stop_timer(self) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
-
-
 class Forwarder:
     """Sends requests to the replicas behind one deployment handle.
 
@@ -145,19 +86,11 @@ class Forwarder:
         session: connections to the replicas.
         queue_timeout: seconds a request may wait for a replica.
         counters: the gateway's.
-        keeps_spare: have a ticket ready for a client whose requests follow one another (:class:`Spare`).
     """
 
-    def __init__(
-        self,
-        handle: Any,
-        session: aiohttp.ClientSession,
-        queue_timeout: float,
-        counters: Any,
-        keeps_spare: bool = False,
-    ) -> None:
+    def __init__(self, handle: Any, session: aiohttp.ClientSession, queue_timeout: float, counters: Any) -> None:
         self.handle, self._session, self._queue_timeout, self.counters = handle, session, queue_timeout, counters
-        self._keeps_spare, self._spare, self._under_way = keeps_spare, Spare(), 0
+        self._kept, self._waiting = KeptTickets(), 0
         # A handle with options costs a look-up in Serve: one per adapter is kept.
         self._ticket_calls = functools.lru_cache(maxsize=1024)(self._ticket_call)
 
@@ -176,7 +109,9 @@ class Forwarder:
             tries += 1
             try:
                 async with self._connection(request) as upstream:
-                    if upstream.status >= 500 and (errors := errors + 1) < ERROR_TRIES:
+                    if upstream.status == NO_TICKET or (
+                        upstream.status >= 500 and (errors := errors + 1) < ERROR_TRIES
+                    ):
                         raise ReplicaFailed(f"status {upstream.status}")
                     if is_event_stream(upstream):
                         yield Response(upstream.status, upstream.content_type, self._stream(request, upstream))
@@ -220,6 +155,7 @@ class Forwarder:
                 yield piece
             return
         except _DEAD as error:
+            self._kept.replica_failed(str(upstream.url.origin()))
             request.deaths += cost_a_replica(error)
             await self._before_retry(error, 0)
         ids: list[int] = []
@@ -270,46 +206,58 @@ class Forwarder:
     @asynccontextmanager
     async def _connection(self, request: Request, resume: list[int] | None = None) -> AsyncIterator[Any]:
         """A connection to the replica that Serve chooses, which counts the request until this ends."""
-        spare = None if request.adapter else self._spare.take()
-        tickets, ticket = spare or (self._ticket_calls(request.adapter).remote(), None)
-        is_used = False
-        self._under_way += 1
+        ticket = None if request.adapter else self._kept.take()  # an adapter may have been unloaded since
+        ticket = ticket or await self._ask_for_ticket(request.adapter)
+        headers = {TICKET_HEADER: ticket.word, "content-type": "application/json"}
+        if request.request_id:
+            headers["x-request-id"] = request.request_id
+        if resume:
+            headers[RESUME_HEADER] = ",".join(map(str, resume))
+        is_answered = False
         try:
-            ticket = ticket or await self._first(tickets)
-            headers = {TICKET_HEADER: ticket["ticket"], "content-type": "application/json"}
-            if request.request_id:
-                headers["x-request-id"] = request.request_id
-            if resume:
-                headers[RESUME_HEADER] = ",".join(map(str, resume))
             async with self._session.request(
-                request.method, ticket["url"] + request.path, data=request.raw or None, headers=headers
+                request.method, ticket.url + request.path, data=request.raw or None, headers=headers
             ) as upstream:
-                is_used = True
-                if self._keeps_spare and self._under_way == 1 and not request.adapter:
-                    self._spare.prepare(self._ticket_calls(""))
-                yield upstream
+                try:
+                    yield upstream
+                finally:
+                    is_answered = was_read(upstream)
+        except _DEAD:
+            self._kept.replica_failed(ticket.url)
+            raise
         finally:
-            self._under_way -= 1
-            if not self._under_way:
-                self._spare.expire(SPARE_SECONDS)
-            if not is_used:  # a used ticket ends with its connection
-                with suppress(Exception):  # cancelling a call that failed raises its error once more
-                    tickets.cancel()
+            # While others wait for one of Serve's places, this one is theirs.
+            if is_answered and not request.adapter and not self._waiting:
+                self._kept.keep(ticket)
+            else:
+                ticket.end()
 
-    async def _first(self, tickets: Any) -> dict[str, Any]:
-        """The ticket. Raises ApiError when there is none."""
+    async def _ask_for_ticket(self, adapter: str) -> Ticket:
+        """A ticket through Serve. Raises ApiError when there is none."""
+        call = self._ticket_calls(adapter).remote()
         self.counters.waiting += 1
+        self._waiting += 1
         try:
-            ticket = await asyncio.wait_for(anext(aiter(tickets)), self._queue_timeout)
-        except BackPressureError:
-            raise ApiError(429, "too many requests are waiting; try again later", retry_after=5) from None
-        except (TimeoutError, DeploymentUnavailableError, StopAsyncIteration):
-            raise ApiError(503, "no replica is free; try again later", retry_after=30) from None
+            given = await asyncio.wait_for(anext(aiter(call)), self._queue_timeout)
+            if "message" in given:
+                raise ApiError(given["status"], given["message"], code="adapter_refused", param="model")
+            return Ticket(call, given["url"], given["ticket"])
+        except BaseException as error:
+            with suppress(Exception):  # cancelling a call that failed raises its error once more
+                call.cancel()
+            if isinstance(error, BackPressureError):
+                raise ApiError(429, "too many requests are waiting; try again later", retry_after=5) from None
+            if isinstance(error, (TimeoutError, DeploymentUnavailableError, StopAsyncIteration)):
+                raise ApiError(503, "no replica is free; try again later", retry_after=30) from None
+            raise
         finally:
             self.counters.waiting -= 1
-        if "message" in ticket:
-            raise ApiError(ticket["status"], ticket["message"], code="adapter_refused", param="model")
-        return dict(ticket)
+            self._waiting -= 1
+
+
+def was_read(upstream: aiohttp.ClientResponse) -> bool:
+    """Whether an answer came to its end and was read to it."""
+    return upstream.content.at_eof() and upstream.content.exception() is None
 
 
 def cost_a_replica(error: BaseException) -> bool:

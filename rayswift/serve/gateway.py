@@ -104,8 +104,8 @@ class Gateway:
     """The deployment class.
 
     Args:
-        models: for each model ``{"name", "app", "deployment"}``, and optionally ``adapters``, ``default_adapter``,
-            ``adapter_root`` and ``keeps_spare``.
+        models: for each model ``{"name", "app", "deployment"}``, and optionally ``adapters``, ``default_adapter``
+            and ``adapter_root``.
         listen: ``{"host", "port"}`` and optionally ``ssl_keyfile``, ``ssl_certfile``; None: through Serve's proxy.
         api_keys: SHA-256 digests (hex) of the keys of which a client must send one; empty: none is needed.
         queue_timeout: seconds a request may wait for a replica.
@@ -133,7 +133,7 @@ class Gateway:
                 model["name"],
                 Forwarder(
                     serve.get_deployment_handle(model["deployment"], model["app"]),
-                    self._session, queue_timeout, self.counters, model.get("keeps_spare", False),
+                    self._session, queue_timeout, self.counters,
                 ),
                 AdapterBook(model.get("adapters") or {}, model.get("adapter_root")),
                 model.get("default_adapter"),

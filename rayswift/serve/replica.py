@@ -63,7 +63,7 @@ class LLMServer:
         return TransformersServing.from_plan(self.plan, model_dir, self.encoders)
 
     async def ticket(self) -> AsyncIterator[dict[str, Any]]:
-        """Where one request goes and its ticket; then nothing until that request has ended.
+        """Where requests go and their ticket; then nothing until the ticket has ended.
 
         A request for an adapter (Serve's multiplexed model id) finds it loaded. One that cannot be used gives
         ``{"status", "message"}`` instead.
@@ -76,7 +76,7 @@ class LLMServer:
             return
         ticket = self.office.issue()
         yield {"url": self.url, "ticket": ticket, "replica": self.replica_id}
-        await self.office.used(ticket)
+        await self.office.ended(ticket)
 
     @property
     def replica_id(self) -> str:

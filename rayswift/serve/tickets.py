@@ -2,22 +2,28 @@
 
 The gateway first takes a *ticket* through Ray Serve, which picks the replica, counts the request for autoscaling and
 draining, and applies its limits. The request itself and its answer then go over plain HTTP, past Serve: one hop
-instead of an actor call for every token. A ticket is a random word for one request, known to the two ends only.
+instead of an actor call for every token. A ticket is a random word known to the two ends only, for one request at a
+time; the gateway may use it again for a moment (`kept_tickets`).
 """
 
 from __future__ import annotations
 
 import asyncio
+import functools
 import secrets
 import socket
+import time
 from collections.abc import Awaitable, Callable, MutableMapping
 from contextlib import suppress
 from contextvars import ContextVar
+from dataclasses import dataclass, field
 from typing import Any
 
 TICKET_HEADER = "x-rayswift-ticket"
-#: Seconds in which the request of a ticket must come.
+#: A ticket that waits for a request for so many seconds is void.
 TICKET_SECONDS = 30.0
+#: Status for a request whose ticket is void or unknown (Misdirected Request).
+NO_TICKET = 421
 RESUME_HEADER = "x-rayswift-resume"  # token ids that were generated elsewhere, comma-separated
 
 Scope = MutableMapping[str, Any]
@@ -49,45 +55,62 @@ class TokenNotes:
 current_notes: ContextVar[TokenNotes | None] = ContextVar("current_notes", default=None)
 
 
+@dataclass(eq=False)
+class _Issued:
+    """A ticket in the office's book."""
+
+    busy: bool = False
+    idle_since: float = field(default_factory=time.monotonic)
+    ended: asyncio.Event = field(default_factory=asyncio.Event)
+
+
 class TicketOffice:
-    """Hands out tickets and knows when their requests end."""
+    """Hands out tickets and knows which are in use."""
 
     def __init__(self) -> None:
-        self._open: dict[str, asyncio.Event] = {}
-        self._waiting: set[str] = set()
+        self._book: dict[str, _Issued] = {}
 
     def issue(self) -> str:
         """A new ticket."""
         ticket = secrets.token_urlsafe(18)
-        self._open[ticket] = asyncio.Event()
-        self._waiting.add(ticket)
+        self._book[ticket] = _Issued()
         return ticket
 
-    async def used(self, ticket: str) -> None:
-        """Wait until the request of ``ticket`` has ended; one that does not come in time ends it as well.
+    async def ended(self, ticket: str) -> None:
+        """Wait until ``ticket`` has ended: its request broke off, or none came for :data:`TICKET_SECONDS`.
 
-        A gateway that gives up says so, but that word can be lost, and the replica would count the request for ever.
+        A gateway that gives a ticket back says so, but that word can be lost, and the replica would count the request
+        for ever.
         """
+        issued = self._book[ticket]
         try:
-            ended = self._open[ticket]
-            with suppress(TimeoutError):
-                await asyncio.wait_for(ended.wait(), TICKET_SECONDS)
-            if ticket not in self._waiting:
-                await ended.wait()
+            while not issued.ended.is_set() and (issued.busy or time.monotonic() - issued.idle_since < TICKET_SECONDS):
+                with suppress(TimeoutError):
+                    await asyncio.wait_for(issued.ended.wait(), TICKET_SECONDS)
         finally:
-            self._open.pop(ticket, None)
-            self._waiting.discard(ticket)
+            self._book.pop(ticket, None)
 
-    def enter(self, ticket: str) -> asyncio.Event | None:
-        """The event to set when the request ends; None for a ticket that is unknown or was used before."""
-        if ticket not in self._waiting:
-            return None
-        self._waiting.discard(ticket)
-        return self._open[ticket]
+    def enter(self, ticket: str) -> bool:
+        """Begin a request with ``ticket``; False for one that is void, unknown or in use."""
+        issued = self._book.get(ticket)
+        if issued is None or issued.busy or issued.ended.is_set():
+            return False
+        issued.busy = True
+        return True
+
+    def answered(self, ticket: str) -> None:
+        """The request has its whole answer: another may come with this ticket."""
+        if issued := self._book.get(ticket):
+            issued.busy, issued.idle_since = False, time.monotonic()
+
+    def broke_off(self, ticket: str) -> None:
+        """The request ended without its whole answer: the ticket ends with it."""
+        if issued := self._book.get(ticket):
+            issued.ended.set()
 
 
 class TicketMiddleware:
-    """Lets requests with an open ticket through, and writes the ids of streamed tokens before each piece."""
+    """Lets requests with a valid ticket through, and writes the ids of streamed tokens before each piece."""
 
     def __init__(self, app: App, office: TicketOffice) -> None:
         self.app, self.office = app, office
@@ -97,35 +120,40 @@ class TicketMiddleware:
             await self.app(scope, receive, send)
             return
         headers = dict(scope["headers"])
-        ended = self.office.enter(headers.get(TICKET_HEADER.encode(), b"").decode("latin-1"))
-        if ended is None:
-            await send({"type": "http.response.start", "status": 403, "headers": []})
+        ticket = headers.get(TICKET_HEADER.encode(), b"").decode("latin-1")
+        if not self.office.enter(ticket):
+            await send({"type": "http.response.start", "status": NO_TICKET, "headers": []})
             await send({"type": "http.response.body", "body": b"no ticket"})
             return
         resume = headers.get(RESUME_HEADER.encode(), b"").decode("latin-1")
         notes = TokenNotes([int(one) for one in resume.split(",") if one])
+        answer = _Answer(send, notes, functools.partial(self.office.answered, ticket))
         token = current_notes.set(notes)
         try:
-            await self.app(scope, receive, _with_ids(send, notes))
+            await self.app(scope, receive, answer)
         finally:
             current_notes.reset(token)
-            ended.set()
+            if not answer.is_whole:
+                self.office.broke_off(ticket)
 
 
-def _with_ids(send: Send, notes: TokenNotes) -> Send:
-    """``send`` that puts the token ids of a piece of an event stream before it."""
-    is_stream = False
+class _Answer:
+    """``send`` that puts the token ids of a piece of an event stream before it, and says when the last piece leaves."""
 
-    async def sending(message: MutableMapping[str, Any]) -> None:
-        nonlocal is_stream
+    def __init__(self, send: Send, notes: TokenNotes, on_whole: Callable[[], None]) -> None:
+        self._send, self._notes, self._on_whole = send, notes, on_whole
+        self._is_stream = self.is_whole = False
+
+    async def __call__(self, message: MutableMapping[str, Any]) -> None:
         if message["type"] == "http.response.start":
             kind = dict(message["headers"]).get(b"content-type", b"")
-            is_stream = kind.startswith(b"text/event-stream")
-        elif is_stream and (ids := notes.flush()):
+            self._is_stream = kind.startswith(b"text/event-stream")
+        elif self._is_stream and (ids := self._notes.flush()):
             message = {**message, "body": ids + message.get("body", b"")}
-        await send(message)
-
-    return sending
+        if message["type"] == "http.response.body" and not message.get("more_body", False):
+            self.is_whole = True
+            self._on_whole()  # before the piece: who has it may come with the next request at once
+        await self._send(message)
 
 
 def bind(host: str, port: int = 0) -> socket.socket:

@@ -16,11 +16,11 @@ import aiohttp
 import pytest
 from aiohttp import web
 
-from rayswift.serve import forwarding
+from rayswift.serve import forwarding, kept_tickets
 from rayswift.serve.forwarding import Forwarder, Request
 from rayswift.serve.gateway import Counters
 from rayswift.serve.openai_errors import ApiError
-from rayswift.serve.tickets import RESUME_HEADER
+from rayswift.serve.tickets import NO_TICKET, RESUME_HEADER
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 PATH = "/v1/chat/completions"
@@ -74,7 +74,7 @@ class Tickets:
 
 
 @asynccontextmanager
-async def served(*handlers: Handler, keeps_spare: bool = False) -> AsyncIterator[tuple[Forwarder, Replicas, Counters]]:
+async def served(*handlers: Handler) -> AsyncIterator[tuple[Forwarder, Replicas, Counters]]:
     """A forwarder before one server for each handler."""
     replicas, runners = Replicas([]), []
     for handler in handlers:
@@ -93,7 +93,7 @@ async def served(*handlers: Handler, keeps_spare: bool = False) -> AsyncIterator
         replicas.urls.append("http://{}:{}".format(*runner.addresses[0][:2]))
     counters = Counters()
     async with aiohttp.ClientSession() as session:
-        yield Forwarder(replicas, session, 5, counters, keeps_spare), replicas, counters
+        yield Forwarder(replicas, session, 5, counters), replicas, counters
     for runner in runners:
         await runner.cleanup()
 
@@ -172,7 +172,7 @@ async def test_replicas_that_cannot_be_reached_cost_nothing_but_tries() -> None:
     async with served(answers) as (forwarder, replicas, counters):
         replicas.urls[:0] = ["http://127.0.0.1:9"] * 3  # the discard port: nobody listens
         assert (await ask(forwarder))[0] == 200
-        assert counters.retries == replicas.cancelled == 3
+        assert (counters.retries, replicas.cancelled) == (3, 3)
 
 
 async def test_one_failing_engine_is_passed_over_and_a_request_that_all_fail_on_is_refused() -> None:
@@ -226,46 +226,95 @@ async def test_a_stream_that_costs_two_replicas_ends_in_an_error() -> None:
         assert replicas.given == 2
 
 
-async def test_the_next_request_finds_a_ticket_that_is_given_back_when_nobody_comes(
+async def test_requests_that_follow_one_another_share_a_ticket_that_is_given_back_when_nobody_comes(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(forwarding, "SPARE_SECONDS", 0.2)
-    async with served(answers, keeps_spare=True) as (forwarder, replicas, _):
-        for number in range(3):
+    monkeypatch.setattr(kept_tickets, "KEEP_SECONDS", 0.2)
+    async with served(answers) as (forwarder, replicas, _):
+        for _ in range(3):
             assert (await ask(forwarder))[0] == 200
             await asyncio.sleep(0.05)
-            assert replicas.given == number + 2
-        assert replicas.cancelled == 0
+        assert (replicas.given, replicas.cancelled) == (1, 0)
         await asyncio.sleep(0.4)
         assert replicas.cancelled == 1
         await ask(forwarder)
-        await asyncio.sleep(0.05)
-        assert replicas.given == 6  # one anew, and one to spare
+        assert replicas.given == 2
 
 
-async def test_every_ticket_that_was_asked_for_is_used_or_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(forwarding, "SPARE_SECONDS", 0.1)
+async def test_requests_at_the_same_time_have_a_ticket_each_and_those_after_them_none_more() -> None:
+    async with served(streams(0, 4, ends=True)) as (forwarder, replicas, _):
+        for _ in range(2):
+            bodies = await asyncio.gather(*(ask(forwarder, stream=True) for _ in range(4)))
+            assert {text_of(body) for _, body in bodies} == {"".join(WORDS)}
+        assert replicas.given == 4
 
-    class SlowTickets(Tickets):
+
+async def test_an_old_ticket_is_given_back_so_that_serve_chooses_a_replica_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(kept_tickets, "LIFE_SECONDS", 0.05)
+    async with served(answers) as (forwarder, replicas, _):
+        await ask(forwarder)
+        await asyncio.sleep(0.1)
+        await ask(forwarder)  # with the kept ticket, the last time
+        await ask(forwarder)
+        assert (replicas.given, replicas.cancelled) == (2, 1)
+
+
+async def test_a_ticket_is_not_kept_while_a_request_waits_for_a_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    class OnePlace(Tickets):
+        """Serve with one place: the next ticket comes when one has been given back."""
+
         async def __aiter__(self) -> AsyncIterator[dict[str, str]]:
-            await asyncio.sleep(0.02)
+            while self._replicas.given > self._replicas.cancelled:
+                await asyncio.sleep(0.01)
             async for ticket in Tickets.__aiter__(self):
                 yield ticket
 
-    monkeypatch.setattr(Replicas, "remote", lambda self: SlowTickets(self))
-    async with served(answers, keeps_spare=True) as (forwarder, replicas, _):
-        for _ in range(10):  # each comes while the ticket to spare is still on its way
-            assert (await ask(forwarder))[0] == 200
-        await asyncio.sleep(0.3)
-        assert replicas.called == 10 + replicas.cancelled
-        assert replicas.cancelled == 1
+    monkeypatch.setattr(kept_tickets, "KEEP_SECONDS", 60)
+    monkeypatch.setattr(Replicas, "remote", lambda self: OnePlace(self))
+    async with served(streams(0, 4, ends=True)) as (forwarder, _, _), asyncio.timeout(5):
+        assert len(await asyncio.gather(*(ask(forwarder, stream=True) for _ in range(3)))) == 3
 
 
-async def test_a_ticket_kept_for_a_replica_that_has_died_since_costs_one_more_try() -> None:
-    async with served(answers, answers, keeps_spare=True) as (forwarder, replicas, counters):
-        alive = replicas.urls[1]
-        replicas.urls[1:] = ["http://127.0.0.1:9", alive]
+async def test_a_request_that_is_left_gives_its_ticket_back() -> None:
+    async with served(streams(0, 4, ends=True)) as (forwarder, replicas, _):
+        body = {"stream": True}
+        async with aclosing(forwarder.send(Request("POST", PATH, json.dumps(body).encode(), body))) as responses:
+            await anext(responses)
+        assert (replicas.given, replicas.cancelled) == (1, 1)
+
+
+async def test_requests_for_an_adapter_ask_serve_each_time() -> None:
+    async with served(answers) as (forwarder, replicas, _):
+        for _ in range(2):
+            async with aclosing(forwarder.send(Request("POST", PATH, b"{}", {}, adapter="base:red"))) as responses:
+                async for response in responses:
+                    assert [piece async for piece in response.pieces]
+        assert (replicas.given, replicas.cancelled) == (2, 2)
+
+
+async def test_tickets_kept_for_a_replica_that_has_died_since_cost_one_more_try(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(kept_tickets, "KEEP_SECONDS", 60)
+    living = True
+
+    async def ends(request: web.Request) -> web.StreamResponse:
+        return await (streams(0, 4, ends=True) if living else dies)(request)
+
+    async with served(ends, ends, ends, ends, answers) as (forwarder, replicas, counters):
+        replicas.urls[1:4] = [replicas.urls[0]] * 3
+        await asyncio.gather(*(ask(forwarder, stream=True) for _ in range(4)))
+        living = False
         assert (await ask(forwarder))[0] == 200
-        await asyncio.sleep(0.05)
+        assert (replicas.given, counters.retries, replicas.cancelled) == (5, 1, 4)
+
+
+async def test_a_ticket_that_the_replica_has_forgotten_is_replaced() -> None:
+    async def forgot(request: web.Request) -> web.StreamResponse:
+        return web.Response(status=NO_TICKET)
+
+    async with served(forgot, answers) as (forwarder, replicas, _):
         assert (await ask(forwarder))[0] == 200
-        assert counters.retries == 1
+        assert replicas.given == 2
