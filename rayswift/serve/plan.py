@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, cast
 from rayswift import hub
 from rayswift.errors import UserError
 from rayswift.serve.preflight import check_context, check_engine, check_memory, cpu_cache_gib, wants_gpu
+from rayswift.serve.vllm_plugin import SWITCH
 
 if TYPE_CHECKING:
     from rayswift.arguments import DeployArguments
@@ -301,7 +302,7 @@ def bundles(args: DeployArguments, use_gpu: bool) -> list[dict[str, float]]:
 
 
 def environment(args: DeployArguments, use_gpu: bool, max_replicas: int) -> dict[str, str]:
-    """Environment of a replica. On CPUs vLLM needs the size of its cache (GiB) and its threads."""
+    """Environment of a replica. On CPUs vLLM needs the size of its cache (GiB), its threads and `vllm_plugin`."""
     from rayswift.cluster import cpu_count
 
     env = {"VLLM_NO_USAGE_STATS": "1", "RAY_USAGE_STATS_ENABLED": "0", "RAYLLM_ENABLE_REQUEST_PROMPT_LOGS": "0"}
@@ -310,10 +311,10 @@ def environment(args: DeployArguments, use_gpu: bool, max_replicas: int) -> dict
     if not use_gpu:
         # Ray sets OMP_NUM_THREADS to the CPUs of the actor, 1; the engine's threads would be that one.
         threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, cpu_count() // max_replicas))
-        env |= {"OMP_NUM_THREADS": threads, "VLLM_CPU_KVCACHE_SPACE": str(cpu_cache_gib(max_replicas))}
+        env |= {"OMP_NUM_THREADS": threads, "VLLM_CPU_KVCACHE_SPACE": str(cpu_cache_gib(max_replicas)), SWITCH: "1"}
         if max_replicas > 1:
             env["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"  # replicas that pin threads would pin them to the same cores
-    for name in ("VLLM_CPU_KVCACHE_SPACE", "VLLM_CPU_OMP_THREADS_BIND", "HF_HUB_OFFLINE", "HF_ENDPOINT"):
+    for name in ("VLLM_CPU_KVCACHE_SPACE", "VLLM_CPU_OMP_THREADS_BIND", SWITCH, "HF_HUB_OFFLINE", "HF_ENDPOINT"):
         if os.environ.get(name):
             env[name] = os.environ[name]
     return env
