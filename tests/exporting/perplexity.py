@@ -43,7 +43,7 @@ def with_transformers(model_dir: str, texts: dict[str, str]) -> dict[str, float]
     return found
 
 
-def with_vllm(model_dir: str, texts: dict[str, str]) -> dict[str, float]:
+def with_vllm(model_dir: str, texts: dict[str, str]) -> dict[str, Any]:
     """With the engine that `rayswift deploy` starts, on this machine's CPU or GPU."""
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     from transformers import AutoTokenizer
@@ -52,7 +52,7 @@ def with_vllm(model_dir: str, texts: dict[str, str]) -> dict[str, float]:
     tokenizer = AutoTokenizer.from_pretrained(model_dir)
     engine = LLM(model_dir, enforce_eager=True, max_model_len=LENGTH + 8, max_num_seqs=4, gpu_memory_utilization=0.5)
     settings = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0)
-    found = {}
+    found: dict[str, Any] = {}
     for name, text in texts.items():
         prompts = [{"prompt_token_ids": ids} for ids in stretches(tokenizer, text)]
         values = [
@@ -62,12 +62,14 @@ def with_vllm(model_dir: str, texts: dict[str, str]) -> dict[str, float]:
             for entry in [entries[token]]
         ]
         found[name] = math.exp(-sum(values) / len(values))
-    answer = engine.chat(
-        [{"role": "user", "content": "What is the capital of France?"}],
-        SamplingParams(temperature=0, max_tokens=12),
-        use_tqdm=False,
-    )
-    return {**found, "answer": answer[0].outputs[0].text}
+    chat = [{"role": "user", "content": "What is the capital of France?"}]
+    answer = engine.chat(chat, SamplingParams(temperature=0, max_tokens=12), use_tqdm=False)[0]
+    # Tokens that were generated one by one must be likely when they are read at once: both kernels see one model.
+    written = list(answer.outputs[0].token_ids)
+    prompt = {"prompt_token_ids": list(answer.prompt_token_ids) + written}
+    read = engine.generate([prompt], settings, use_tqdm=False)[0].prompt_logprobs[-len(written) :]
+    likely = sum(entries[token].logprob for token, entries in zip(written, read, strict=True)) / len(written)
+    return {**found, "answer": answer.outputs[0].text, "answer_logprob": likely}
 
 
 if __name__ == "__main__":

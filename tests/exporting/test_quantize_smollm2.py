@@ -100,7 +100,7 @@ def test_vllm_serves_it_with_the_same_perplexity(
 ) -> None:
     (found,) = measured("vllm", folder, quantised(method, smollm2_dir, folder))
     assert_close(found, original)
-    assert "Paris" in found["answer"]
+    assert found["answer_logprob"] > -1.5
 
 
 def test_rayswift_infer_answers_with_a_quantised_model(smollm2_dir: str, folder: Path) -> None:
