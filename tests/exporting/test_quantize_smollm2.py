@@ -71,7 +71,7 @@ def quantised(method: str, smollm2_dir: str, folder: Path) -> str:
     if not target.exists():
         words = ["--model", smollm2_dir, "--quant_method", name, "--quant_bits", bits, "--output_dir", str(target)]
         if name in ("gptq", "awq"):
-            words += ["--dataset", str(folder / "rows.jsonl"), "--quant_n_samples", "96", "--max_length", "512"]
+            words += ["--dataset", str(folder / "rows.jsonl"), "--quant_n_samples", "48", "--max_length", "256"]
         command = [sys.executable, "-m", "rayswift", "export", *words]
         done = subprocess.run(command, text=True, capture_output=True, timeout=540, cwd=folder)
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
