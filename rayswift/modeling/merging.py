@@ -6,6 +6,7 @@ import logging
 import os
 import shutil
 import tempfile
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,7 @@ def merge_adapter(
     model = load_model(model_dir, torch_dtype=dtype, trust_remote_code=trust_remote_code)
     if new_special_tokens:
         add_special_tokens(model, tokenizer, new_special_tokens)
-    model = load_adapter(model, str(adapter)).merge_and_unload(safe_merge=True)
+    model = merged_model(load_adapter(model, str(adapter)))
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as scratch:
@@ -73,6 +74,27 @@ def is_current(merged: Path, adapter: Path) -> bool:
         return False
     written = (merged / "config.json").stat().st_mtime
     return all((adapter / name).stat().st_mtime <= written for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS))
+
+
+def merged_model(model: Any) -> Any:
+    """The plain model of a ``PeftModel``: every layer is merged in float32 and rounded once to the dtype it had.
+
+    PEFT rounds a half-precision adapter's product, and then its sum with the weight.
+    """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    for layer in model.modules():
+        if not isinstance(layer, BaseTunerLayer):
+            continue
+        dtypes = {parameter: parameter.dtype for parameter in layer.get_base_layer().parameters()}
+        for parameter in dtypes:
+            parameter.data = parameter.data.float()
+        layer.merge(safe_merge=True)
+        for parameter, dtype in dtypes.items():
+            parameter.data = parameter.data.to(dtype)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "All adapters are already merged")
+        return model.merge_and_unload()
 
 
 def write_model(model: Any, tokenizer: Any, adapter: Path, folder: Path) -> None:
