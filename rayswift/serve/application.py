@@ -90,7 +90,9 @@ def serve_config(plans: list[ModelPlan], args: DeployArguments, *, listen: bool)
     }
     if listen:
         gateway["listen"] = {"host": args.host, "port": args.port, **tls}
-    door = {"name": args.app_name, "import_path": f"{__name__}:build_gateway", "args": gateway, "route_prefix": "/"}
+    # A gateway with a port of its own takes no route of Serve's proxy: several may run on one cluster.
+    route = None if listen else "/"
+    door = {"name": args.app_name, "import_path": f"{__name__}:build_gateway", "args": gateway, "route_prefix": route}
     return {
         "proxy_location": "Disabled" if listen else "EveryNode",
         "http_options": {"host": args.host, "port": args.port},

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,6 +23,8 @@ class Endpoint:
 def running_deployment(args: Any) -> Iterator[Endpoint]:
     """Serve what ``args`` (the arguments of a command that has a model) describe, on a free port of 127.0.0.1.
 
+    Without ``--app_name`` under a name of its own: what is deployed on the same cluster stays as it is.
+
     Raises:
         UserError: as `deploy`.
     """
@@ -28,7 +32,9 @@ def running_deployment(args: Any) -> Iterator[Endpoint]:
     from rayswift.serve.plan import plan_models
     from rayswift.serve.ports import free_port
 
-    settings = serving_settings(args)
+    settings = copy.copy(serving_settings(args))
+    if "app_name" not in settings.given:
+        settings.app_name = f"rayswift-{args.command}-{secrets.token_hex(3)}"
     plans = plan_models(settings)
     settings.port = free_port(settings.host, settings.port) or settings.port
     with deployment(settings, plans):
