@@ -273,6 +273,9 @@ class QuantizeArguments(Arguments):
     group_size: int = arg(
         128, "weights that share a scale (-1: a whole row)", ge=-1, shown="128, or the largest that divides the rows"
     )
+    quant_sym: bool = arg(
+        True, "gptq: levels lie evenly around zero, as vLLM needs them; false follows the weights closer"
+    )
     to_cached_dataset: bool = arg(False, "encode --dataset once, for later training")
     template_mode: str = arg("train", "what the encoded dataset is for", choices=("train", "rlhf"), swift_only=("kto",))
     to_gguf: str | None = arg(
@@ -316,6 +319,8 @@ class QuantizeArguments(Arguments):
         if self.quant_bits and self.quant_bits not in self._BITS[method]:
             bits = ", ".join(map(str, sorted(self._BITS[method])))
             yield f"--quant_bits {self.quant_bits}: --quant_method {method} does {bits}"
+        if not self.quant_sym and method != "gptq":
+            yield f"--quant_sym false: is for --quant_method gptq; {method} has its own levels"
         if self.to_gguf or self.to_ollama:
             yield "--quant_method does not go with --to_gguf and --to_ollama: GGUF has types of its own, see --to_gguf"
         if self.group_size == 0:

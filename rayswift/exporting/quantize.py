@@ -89,6 +89,7 @@ def quantize(args: Any, model_dir: str, target: str) -> str:
         method=args.quant_method,
         bits=args.quant_bits,
         group_size=group_size,
+        sym=args.quant_sym,
         model_dir=model_dir,
         dtype=(args.torch_dtype if "torch_dtype" in args.given else None) or config_dtype(model_dir),
         device="cuda" if options["num_gpus"] else "cpu",

@@ -29,11 +29,16 @@ CALIBRATED = ("gptq", "awq")
 _PRESETS = {"int8": "INT8", "fp8": "FP8_DYNAMIC"}
 
 
+#: The range of a group's levels is searched for the least error in this norm, as GPTQ's authors do.
+_GPTQ_NORM = 2.4
+
+
 @dataclass(frozen=True)
 class QuantJob:
     """What a quantisation task needs beside its calibration rows.
 
     Args:
+        sym: GPTQ's levels lie evenly around zero.
         model_dir: local folder of a plain model.
         dtype: dtype of what is not quantised (embeddings, norms, scales).
         device: ``cuda`` or ``cpu``.
@@ -42,6 +47,7 @@ class QuantJob:
     method: str
     bits: int
     group_size: int
+    sym: bool
     model_dir: str
     dtype: str
     device: str
@@ -77,9 +83,12 @@ def _gptqmodel(job: QuantJob, rows: list[np.ndarray], folder: str) -> None:
     from gptqmodel import BACKEND, GPTQModel
     from gptqmodel.quantization import AWQConfig, GPTQConfig
 
-    config_class = AWQConfig if job.method == "awq" else GPTQConfig
     # On a CPU nothing is gained by moving layers to disk, and what lies there can not be cast at the end.
-    config = config_class(bits=job.bits, group_size=job.group_size, offload_to_disk=job.device != "cpu")
+    shared = {"bits": job.bits, "group_size": job.group_size, "offload_to_disk": job.device != "cpu"}
+    if job.method == "awq":
+        config = AWQConfig(**shared, sym=False)  # zero points, as AutoAWQ writes them and vLLM reads them
+    else:
+        config = GPTQConfig(**shared, sym=job.sym, mse=_GPTQ_NORM)
     # On a CPU the calibration computes in float32: half precision is emulated on most, and slower by far.
     dtype = torch.float32 if job.device == "cpu" else getattr(torch, job.dtype)
     model = GPTQModel.load(

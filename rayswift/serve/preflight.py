@@ -97,9 +97,9 @@ def check_memory(args: DeployArguments, model_dir: str, use_gpu: bool) -> None:
 
 
 def check_kernels(args: DeployArguments, model_dir: str, use_gpu: bool) -> None:
-    """Raises UserError for quantised weights that vLLM cannot multiply on this CPU: its engine would die at a prompt.
+    """Raises UserError for packed weights that vLLM (0.32) cannot multiply: its engine would die, some at a prompt.
 
-    vLLM 0.32 multiplies packed weights on CPUs where they have 4 bits, and on x86 only in its AVX-512 build.
+    GPTQ: 4 or 8 bits, symmetric. On CPUs: 4 bits, and on x86 in its AVX-512 build only.
     """
     import torch
 
@@ -107,16 +107,20 @@ def check_kernels(args: DeployArguments, model_dir: str, use_gpu: bool) -> None:
 
     have = read_config(model_dir).get("quantization_config") or {}
     method = have.get("quant_method")
-    if use_gpu or args.infer_backend != "vllm" or (method not in ("gptq", "awq") and have.get("format") != _PACKED):
+    if args.infer_backend != "vllm" or (method not in ("gptq", "awq") and have.get("format") != _PACKED):
         return
-    bits = have.get("bits", 4)
-    if bits == 4 and torch.backends.cpu.get_cpu_capability() != "AVX2":
-        return
-    needed = "AVX-512, which this CPU does not have" if bits == 4 else "a GPU, or 4 bits"
-    raise UserError(
-        f"--model {args.model}: vLLM needs {needed}, for {method} weights of {bits} bits; use --infer_backend "
-        "transformers, or export the model with --quant_method int8"
-    )
+    bits, needed = have.get("bits", 4), None
+    if method == "gptq" and (bits not in (4, 8) or not have.get("sym", True)):
+        needed = "4 or 8 bits and --quant_sym true"
+    elif not use_gpu and bits != 4:
+        needed = "a GPU, or 4 bits"
+    elif not use_gpu and torch.backends.cpu.get_cpu_capability() == "AVX2":
+        needed = "AVX-512, which this CPU does not have,"
+    if needed:
+        raise UserError(
+            f"--model {args.model}: vLLM needs {needed} for {method} weights (these have {bits} bits); use "
+            "--infer_backend transformers, or export the model with --quant_method int8"
+        )
 
 
 def available_memory() -> int:

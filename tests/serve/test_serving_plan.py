@@ -99,7 +99,8 @@ def test_what_cannot_work_is_one_line(smollm2_dir: str, settings: dict, says: st
     [
         ("AVX2", {"quant_method": "gptq", "bits": 4}, "vLLM needs AVX-512, which this CPU does not have, for gptq"),
         ("AVX2", {"quant_method": "compressed-tensors", "format": "pack-quantized"}, "vLLM needs AVX-512"),
-        ("AVX512", {"quant_method": "gptq", "bits": 8}, "vLLM needs a GPU, or 4 bits, for gptq weights of 8 bits"),
+        ("AVX512", {"quant_method": "gptq", "bits": 8}, "vLLM needs a GPU, or 4 bits for gptq"),
+        ("AVX512", {"quant_method": "gptq", "bits": 4, "sym": False}, "vLLM needs 4 or 8 bits and --quant_sym true"),
         ("AVX512", {"quant_method": "awq", "bits": 4}, None),
         ("AVX2", {"quant_method": "compressed-tensors", "format": "int-quantized"}, None),
     ],
