@@ -283,7 +283,9 @@ class QuantizeArguments(Arguments):
         choices=("q8_0", "f32", "f16", "bf16", "q5_1", "q5_0", "q4_1", "q4_0"),
     )  # fmt: skip
     to_ollama: bool = arg(False, "write an Ollama Modelfile (with --to_gguf, for that file)")
-    to_peft_format: bool = arg(False, "convert a SWIFT adapter to PEFT's format")
+    to_peft_format: bool = arg(False, "convert a SWIFT adapter, or with --base_model a merged model, to a PEFT adapter")
+    base_model: str | None = arg(None, "model or folder that the merged --model was fine-tuned from")
+    lora_rank: int | None = arg(None, "rank of the adapter made from them", ge=1, shown="that of the model's run")
     push_to_hub: bool = arg(False, "push the result to the hub")
     hub_model_id: str | None = arg(None, "name on the hub", example="organisation/name")
     hub_private_repo: bool = arg(False, "make it private")
@@ -328,9 +330,12 @@ class QuantizeArguments(Arguments):
 
     def _adapter_problems(self) -> Iterator[str]:
         adapters = getattr(self, "adapters", None) or []
-        for flag in ("merge_lora", "to_peft_format"):
-            if getattr(self, flag) and not adapters:
-                yield f"--{flag} true needs --adapters"
+        if self.merge_lora and not adapters:
+            yield "--merge_lora true needs --adapters"
+        if self.to_peft_format and bool(adapters) == bool(self.base_model):
+            yield "--to_peft_format true needs --adapters, or a merged --model and its --base_model"
+        if self.base_model and not self.to_peft_format:
+            yield "--base_model is for --to_peft_format true"
         if len(adapters) > 1:
             yield "--adapters: export takes one adapter; merge several one after the other"
         made = [f"--{name}" for name in ("quant_method", "to_gguf", "to_ollama") if getattr(self, name)]

@@ -3,14 +3,16 @@
 In: :class:`~rayswift.arguments.ExportArguments`. Out: a folder, whose path is returned and printed.
 
 ``source.py`` finds model, adapter and settings; ``quantize.py`` (with ``calibration.py``, ``quantizers.py``),
-``gguf_file.py``, ``ollama.py`` and ``peft_format.py`` each make one kind of result; ``folder.py`` keeps results whole;
-``publish.py`` and ``model_card.py`` push. Merging is :mod:`rayswift.modeling.merging`.
+``gguf_file.py``, ``ollama.py``, ``peft_format.py`` and ``extraction.py`` each make one kind of result; ``folder.py``
+keeps results whole; ``publish.py`` and ``model_card.py`` push. Merging is :mod:`rayswift.modeling.merging`.
 """
 
 from __future__ import annotations
 
 import os
 from typing import Any
+
+from rayswift.errors import UserError
 
 
 def export(args: Any) -> str:
@@ -41,10 +43,7 @@ def export(args: Any) -> str:
         model_dir = done or source.model_dir()
         done = _said(_convert(args, model_dir, source.name)) if _converts(args) else model_dir
     elif args.to_peft_format:
-        from rayswift.exporting.peft_format import to_peft_format
-
-        assert source.adapter is not None
-        done = _said(to_peft_format(source.adapter, _target(args, source.name)))
+        done = _said(_to_adapter(source))
     assert done is not None
     if destination is not None:
         from rayswift.exporting.publish import publish
@@ -119,6 +118,24 @@ def _merge(source: Any) -> str:
         with building(target) as folder:
             merge_adapter(adapter, source.model_dir(), folder, **options)
     return target
+
+
+def _to_adapter(source: Any) -> str:
+    """``--to_peft_format true``: of a SWIFT adapter, or of a merged model and its ``--base_model``."""
+    args, target = source.args, _target(source.args, source.name)
+    if source.adapter is not None:
+        from rayswift.exporting.peft_format import to_peft_format
+
+        return to_peft_format(source.adapter, target)
+    from rayswift import hub
+    from rayswift.arguments import read_saved_arguments
+    from rayswift.exporting.extraction import extract_adapter
+
+    rank = args.lora_rank or (read_saved_arguments(source.checkpoint) or {}).get("lora_rank")
+    if not rank:
+        raise UserError("--lora_rank: the model does not say the rank it was trained with; name one, such as 16")
+    base = hub.resolve_model(args.base_model, use_hf=args.use_hf, token=args.hub_token)
+    return extract_adapter(source.model_dir(), base, args.base_model, int(rank), target)
 
 
 def _convert(args: Any, model_dir: str, name: str) -> str:

@@ -12,8 +12,8 @@ from rayswift.exporting.folder import building, copy_files
 from rayswift.exporting.source import SWIFT_ADAPTER
 from rayswift.modeling.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS, check_adapter
 
-_PREFIX = "base_model.model."
-_SIDE_FILES = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "chat_template*", "args.json")
+PREFIX = "base_model.model."
+SIDE_FILES = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "chat_template*", "args.json")
 
 
 def to_peft_format(adapter: str, target: str) -> str:
@@ -37,13 +37,13 @@ def to_peft_format(adapter: str, target: str) -> str:
         save_file(tensors, os.path.join(folder, ADAPTER_WEIGHTS), metadata={"format": "pt"})
         with open(os.path.join(folder, ADAPTER_CONFIG), "w", encoding="utf-8") as file:
             json.dump(config, file, ensure_ascii=False, indent=2)
-        copy_files(adapter, folder, _SIDE_FILES)
+        copy_files(adapter, folder, SIDE_FILES)
     return target
 
 
 def peft_name(name: str) -> str:
     """A weight's name as PEFT saves it: its prefix in front, the adapter's name left out."""
-    name = name if name.startswith(_PREFIX) else _PREFIX + name
+    name = name if name.startswith(PREFIX) else PREFIX + name
     for part in ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector"):
         name = name.replace(f".{part}.{SWIFT_ADAPTER}", f".{part}")
     return name

@@ -122,6 +122,37 @@ def test_a_peft_adapter_is_copied_without_its_training_state(base_and_adapter: t
     assert names_in(done) == {"adapter_config.json", "adapter_model.safetensors", "args.json"}
 
 
+def test_a_merged_model_and_its_base_give_the_adapter_back(
+    base_and_adapter: tuple[str, str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    base, adapter = base_and_adapter
+    merged = run(adapters=[adapter], merge_lora=True)
+    with caplog.at_level("INFO", "rayswift"):
+        done = run(model=merged, base_model=base, to_peft_format=True)
+    assert done == f"{merged}-peft"
+    assert "the adapter of rank 8 holds 100.00 % of the difference" in caplog.text  # the rank is that of args.json
+    expected = logits(load_adapter(load_model(base, torch_dtype="float32"), adapter))
+    found = logits(load_adapter(load_model(base, torch_dtype="float32"), done))
+    assert (found - expected).abs().max() <= 1e-5
+    narrow = run(model=merged, base_model=base, to_peft_format=True, lora_rank=1, output_dir=str(tmp_path / "narrow"))
+    assert caplog.records[-1].levelname == "WARNING"
+    assert (logits(load_adapter(load_model(base, torch_dtype="float32"), narrow)) - expected).abs().max() > 1e-3
+
+
+def test_models_whose_difference_is_no_adapter_are_refused(base_and_adapter: tuple[str, str], tmp_path: Path) -> None:
+    base, _ = base_and_adapter
+    other = load_model(base, torch_dtype="float32")
+    other.save_pretrained(tmp_path / "other")
+    asked = {"model": str(tmp_path / "other"), "base_model": base, "to_peft_format": True, "lora_rank": 4}
+    with pytest.raises(UserError, match=r"--base_model .*: has the same weights"):
+        run(**asked)
+    other.model.norm.weight.data += 1
+    other.save_pretrained(tmp_path / "other")
+    with pytest.raises(UserError, match=r"model\.norm\.weight differs too, and LoRA holds Linear layers' weights only"):
+        run(**asked)
+    assert not (tmp_path / "other-peft").exists()
+
+
 # GGUF and Ollama -----------------------------------------------------------------------------------------------------
 
 
@@ -248,8 +279,11 @@ def test_a_system_text_of_the_flags_goes_into_the_modelfile(byte_level_model: st
         ),
         ("--model {base} --quant_method fp8 --quant_bits 4", "--quant_bits 4: --quant_method fp8 does 8"),
         ("--model {base} --quant_method int8 --group_size 0", "--group_size 0"),
+        ("--model {base} --quant_method int8 --quant_sym false", "--quant_sym false"),
         ("--model {base} --quant_method int4", "--quant_method int4: choose from"),
         ("--model {base} --merge_lora true", "--merge_lora true needs --adapters"),
+        ("--model {base} --to_peft_format true", "needs --adapters, or a merged --model and its --base_model"),
+        ("--model {base} --base_model {base} --to_peft_format true", "--lora_rank: the model does not say the rank"),
         ("--adapters {adapter} {adapter} --merge_lora true", "takes one adapter"),
         ("--adapters {adapter} --to_gguf q8_0", "needs --merge_lora true"),
         ("--adapters {adapter} --merge_lora true --to_peft_format true", "leave out --merge_lora"),
