@@ -55,7 +55,7 @@ _SWIFT_ONLY = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line; returns the exit status: 0, 1 where work failed, 2 for a mistake, 130 after Ctrl-C."""
     words = list(sys.argv[1:] if argv is None else argv)
-    _log_to_stderr()
+    log_to_stderr()
     command = ""
     try:
         if not words or words[0] in ("-h", "--help", "help"):
@@ -94,7 +94,7 @@ class _Formatter(logging.Formatter):
         return text if record.levelno <= logging.INFO else f"{record.levelname.lower()}: {text}"
 
 
-def _log_to_stderr() -> None:
+def log_to_stderr() -> None:
     """Send RaySwift's log to standard error; ``LOG_LEVEL`` (SWIFT's variable) says how much of it."""
     handler = logging.StreamHandler()
     handler.setFormatter(_Formatter())
