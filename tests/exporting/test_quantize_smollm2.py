@@ -107,8 +107,9 @@ def test_vllm_serves_it_with_the_same_perplexity(
     assert found["answer_logprob"] > -1.5
 
 
-def test_rayswift_infer_answers_with_a_quantised_model(smollm2_dir: str, folder: Path) -> None:
-    command = [sys.executable, "-m", "rayswift", "infer", "--model", quantised("int8-8", smollm2_dir, folder)]
+@pytest.mark.parametrize("method", ["gptq-4", "int8-8"])
+def test_rayswift_infer_answers_with_a_quantised_model(method: str, smollm2_dir: str, folder: Path) -> None:
+    command = [sys.executable, "-m", "rayswift", "infer", "--model", quantised(method, smollm2_dir, folder)]
     asked = {"input": "What is the capital of France?\n", "text": True, "capture_output": True, "timeout": 300}
     done = subprocess.run([*command, "--temperature", "0", "--max_new_tokens", "12"], **asked)
     assert "Paris" in done.stdout, done.stderr[-2000:]
