@@ -32,7 +32,7 @@ scores = rayswift.evaluate(
 merged = rayswift.export(adapters=[tuned], merge_lora=True, exist_ok=True)
 gain = sum(scores["tuned"].values()) - sum(scores["base"].values())
 if gain > 0:
-    print(f"the score rose by {gain:.4f}: {merged} takes over")
+    print(f"the score rose by {gain:.4f}: {merged} takes over", flush=True)
     rayswift.deploy(model=merged, infer_backend="vllm", served_model_name="tuned", overrides=for_deploy)
 else:
     print(f"the score did not rise ({gain:+.4f}): what is deployed stays; the tuned model is {merged}")

@@ -39,7 +39,8 @@ def export(args: Any) -> str:
     done = source.adapter
     if args.merge_lora:
         done = _said(_merge(source))
-    if args.quant_method or args.to_gguf or args.to_ollama or (destination is not None and done is None):
+    pushes_model = destination is not None and done is None and not args.to_peft_format
+    if _converts(args) or pushes_model:
         model_dir = done or source.model_dir()
         done = _said(_convert(args, model_dir, source.name)) if _converts(args) else model_dir
     elif args.to_peft_format:
@@ -129,13 +130,14 @@ def _to_adapter(source: Any) -> str:
         return to_peft_format(source.adapter, target)
     from rayswift import hub
     from rayswift.arguments import read_saved_arguments
-    from rayswift.exporting.extraction import extract_adapter
+    from rayswift.exporting.extraction import ModelPair, extract_adapter
 
     rank = args.lora_rank or (read_saved_arguments(source.checkpoint) or {}).get("lora_rank")
     if not rank:
         raise UserError("--lora_rank: the model does not say the rank it was trained with; name one, such as 16")
     base = hub.resolve_model(args.base_model, use_hf=args.use_hf, token=args.hub_token)
-    return extract_adapter(source.model_dir(), base, args.base_model, int(rank), target)
+    models = ModelPair(source.model_dir(), base, args.base_model, args.trust_remote_code)
+    return extract_adapter(models, int(rank), target)
 
 
 def _convert(args: Any, model_dir: str, name: str) -> str:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from rayswift.errors import UserError
 from rayswift.exporting.folder import building, copy_files
 from rayswift.exporting.peft_format import PREFIX, SIDE_FILES
 from rayswift.modeling.adapters import ADAPTER_WEIGHTS
-from rayswift.modeling.loading import read_safetensors_header, weight_files
+from rayswift.modeling.loading import one_line, read_safetensors_header, weight_files
 
 if TYPE_CHECKING:
     import torch
@@ -24,76 +25,100 @@ _OVERSAMPLING, _PASSES = 8, 4
 _ENOUGH = 0.9
 
 
-def extract_adapter(model_dir: str, base_dir: str, base_name: str, rank: int, target: str) -> str:
+@dataclass(frozen=True)
+class ModelPair:
+    """A merged model and its base, as local folders; ``base_name``: the base's folder or id, noted in the adapter."""
+
+    model_dir: str
+    base_dir: str
+    base_name: str
+    trust_remote_code: bool = False
+
+
+def extract_adapter(models: ModelPair, rank: int, target: str) -> str:
     """Write the difference of two models as a LoRA adapter; returns its folder and logs the share that it holds.
 
     Each Linear layer's difference is replaced by its nearest matrix of ``rank`` (truncated SVD, Eckart and Young 1936):
     exact, but for rounding, where a LoRA of at most that rank was merged.
 
-    Args:
-        base_name: folder or id of the base, noted in the adapter.
-
     Raises:
         UserError: the models are not of one shape, they are equal, or they differ outside Linear layers.
     """
-    import torch
     from peft import LoraConfig
     from safetensors.torch import save_file
 
     tensors: dict[str, torch.Tensor] = {}
     missed = whole = 0.0
     changed = set()
-    for module, difference in _differences(model_dir, base_dir):
-        found = torch.svd_lowrank(difference, q=min(rank + _OVERSAMPLING, *difference.shape), niter=_PASSES)
-        u, s, v = (part[..., :rank] for part in found)
-        a, b = (v * s.sqrt()).T.contiguous(), (u * s.sqrt()).contiguous()
+    for module, difference in _differences(models):
+        a, b = low_rank(difference, rank)
         tensors |= {f"{PREFIX}{module}.lora_A.weight": a, f"{PREFIX}{module}.lora_B.weight": b}
         missed, whole = missed + float((difference - b @ a).norm() ** 2), whole + float(difference.norm() ** 2)
         if difference.any():
             changed.add(module.rpartition(".")[2])
     if not whole:
-        raise UserError(f"--base_model {base_name}: has the same weights as the model; there is nothing to extract")
+        raise UserError(f"--base_model {models.base_name}: has the same weights as the model: nothing to extract")
     share = 1 - (missed / whole) ** 0.5
     log = logger.info if share >= _ENOUGH else logger.warning
     log("the adapter of rank %d holds %.2f %% of the difference (--lora_rank)", rank, 100 * share)
     kept = {name: tensor for name, tensor in tensors.items() if name.split(".")[-3] in changed}
     config = LoraConfig(r=rank, lora_alpha=rank, target_modules=sorted(changed), task_type="CAUSAL_LM",
-                        base_model_name_or_path=base_name, inference_mode=True)  # fmt: skip
+                        base_model_name_or_path=models.base_name, inference_mode=True)  # fmt: skip
     with building(target) as folder:
         save_file(kept, os.path.join(folder, ADAPTER_WEIGHTS), metadata={"format": "pt"})
         config.save_pretrained(folder)
-        copy_files(model_dir, folder, SIDE_FILES)
+        copy_files(models.model_dir, folder, SIDE_FILES)
     return target
 
 
-def _differences(model_dir: str, base_dir: str) -> Iterator[tuple[str, torch.Tensor]]:
+def low_rank(difference: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """LoRA's A (rank, in) and B (out, rank), whose product is nearest to ``difference`` (out, in)."""
+    import torch
+
+    found = torch.svd_lowrank(difference, q=min(rank + _OVERSAMPLING, *difference.shape), niter=_PASSES)
+    u, s, v = (part[..., :rank] for part in found)
+    missing = rank - s.numel()  # a matrix with a side shorter than the rank: the rest is zeros
+    a, b = ((part * s.sqrt()).contiguous() for part in (v, u))
+    pad = torch.nn.functional.pad
+    return pad(a, (0, missing)).T.contiguous(), pad(b, (0, missing))
+
+
+def _differences(models: ModelPair) -> Iterator[tuple[str, torch.Tensor]]:
     """Each Linear layer's name and the difference of its weights, float32 of shape (out, in)."""
-    own, other = _places(model_dir), _places(base_dir)
-    linear = _linear_layers(model_dir)
+    own, other = _places(models.model_dir), _places(models.base_dir)
+    linear, needed = _layers(models)
+    base = f"--base_model {models.base_name}"
     for name in sorted(own.keys() | other.keys()):
         if name not in own or name not in other:
-            raise UserError(f"--base_model {base_dir}: only one of the two models has {name}; it is another model")
+            if name in needed:
+                raise UserError(f"{base}: only one of the two models has {name}; it is another model")
+            continue  # a tied head or a buffer, which not every version stores
         a, b = _read(own[name], name), _read(other[name], name)
         if a.shape != b.shape:
-            raise UserError(f"--base_model {base_dir}: its {name} has another shape; it is another model")
+            raise UserError(f"{base}: its {name} has another shape; it is another model")
         module, _, kind = name.rpartition(".")
         if module in linear and kind == "weight":
             yield module, a - b
-        elif not (a == b).all():
-            raise UserError(f"--base_model {base_dir}: {name} differs too, and LoRA holds Linear layers' weights only")
+        elif name in needed and not bool((a == b).all()):
+            raise UserError(f"{base}: {name} differs too, and LoRA holds Linear layers' weights only")
 
 
-def _linear_layers(model_dir: str) -> set[str]:
-    """Names of the Linear layers, without the output head."""
+def _layers(models: ModelPair) -> tuple[set[str], set[str]]:
+    """Names of the Linear layers without the output head, and of all parameters that are not tied to another."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model_dir))
+    options = {"trust_remote_code": models.trust_remote_code}
+    try:
+        with torch.device("meta"):
+            config = AutoConfig.from_pretrained(models.model_dir, **options)
+            model = AutoModelForCausalLM.from_config(config, **options)
+    except (OSError, ValueError, ImportError, KeyError) as error:
+        raise UserError(f"--model {models.model_dir}: its layers cannot be listed ({one_line(error)})") from error
     head = model.get_output_embeddings()
-    return {
-        name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear) and module is not head
-    }
+    linear = {name for name, one in model.named_modules() if isinstance(one, torch.nn.Linear) and one is not head}
+    tied = set(getattr(model, "all_tied_weights_keys", None) or {})
+    return linear, {name for name, _ in model.named_parameters()} - tied
 
 
 def _places(model_dir: str) -> dict[str, str]:

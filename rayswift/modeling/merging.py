@@ -81,12 +81,15 @@ def merged_model(model: Any) -> Any:
 
     PEFT rounds a half-precision adapter's product, and then its sum with the weight.
     """
+    import torch
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     for layer in model.modules():
         if not isinstance(layer, BaseTunerLayer):
             continue
-        dtypes = {parameter: parameter.dtype for parameter in layer.get_base_layer().parameters()}
+        # Quantised weights stay as they are: PEFT unpacks them itself.
+        half = (torch.float16, torch.bfloat16)
+        dtypes = {one: one.dtype for one in layer.get_base_layer().parameters() if one.dtype in half}
         for parameter in dtypes:
             parameter.data = parameter.data.float()
         layer.merge(safe_merge=True)

@@ -105,16 +105,18 @@ def check_kernels(args: DeployArguments, model_dir: str, use_gpu: bool) -> None:
 
     from rayswift.modeling.loading import read_config
 
+    is_elsewhere = args.dry_run or args.address or os.environ.get("RAY_ADDRESS")
     have = read_config(model_dir).get("quantization_config") or {}
     method = have.get("quant_method")
     if args.infer_backend != "vllm" or (method not in ("gptq", "awq") and have.get("format") != _PACKED):
         return
-    bits, needed = have.get("bits", 4), None
+    groups = [group.get("weights") or {} for group in (have.get("config_groups") or {}).values()]
+    bits, needed = max([have.get("bits", 4), *(weights.get("num_bits", 4) for weights in groups)]), None
     if method == "gptq" and (bits not in (4, 8) or not have.get("sym", True)):
         needed = "4 or 8 bits and --quant_sym true"
     elif not use_gpu and bits != 4:
         needed = "a GPU, or 4 bits"
-    elif not use_gpu and torch.backends.cpu.get_cpu_capability() == "AVX2":
+    elif not use_gpu and not is_elsewhere and torch.backends.cpu.get_cpu_capability() == "AVX2":
         needed = "AVX-512, which this CPU does not have,"
     if needed:
         raise UserError(

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
-import secrets
+import hashlib
+import os
+import socket
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,7 +26,8 @@ class Endpoint:
 def running_deployment(args: Any) -> Iterator[Endpoint]:
     """Serve what ``args`` (the arguments of a command that has a model) describe, on a free port of 127.0.0.1.
 
-    Without ``--app_name`` under a name of its own: what is deployed on the same cluster stays as it is.
+    Without ``--app_name`` under a name of its own, so that what is deployed on the same cluster stays as it is; the
+    same command again gets the same name, and so takes over what a killed one left running.
 
     Raises:
         UserError: as `deploy`.
@@ -34,7 +38,8 @@ def running_deployment(args: Any) -> Iterator[Endpoint]:
 
     settings = copy.copy(serving_settings(args))
     if "app_name" not in settings.given:
-        settings.app_name = f"rayswift-{args.command}-{secrets.token_hex(3)}"
+        said = repr((socket.gethostname(), os.getcwd(), sys.argv, args.model, args.adapters))
+        settings.app_name = f"rayswift-{args.command}-{hashlib.sha256(said.encode()).hexdigest()[:8]}"
     plans = plan_models(settings)
     settings.port = free_port(settings.host, settings.port) or settings.port
     with deployment(settings, plans):

@@ -134,6 +134,8 @@ def test_a_merged_model_and_its_base_give_the_adapter_back(
     expected = logits(load_adapter(load_model(base, torch_dtype="float32"), adapter))
     found = logits(load_adapter(load_model(base, torch_dtype="float32"), done))
     assert (found - expected).abs().max() <= 1e-5
+    wide = run(model=merged, base_model=base, to_peft_format=True, lora_rank=200, output_dir=str(tmp_path / "wide"))
+    assert (logits(load_adapter(load_model(base, torch_dtype="float32"), wide)) - expected).abs().max() <= 1e-5
     narrow = run(model=merged, base_model=base, to_peft_format=True, lora_rank=1, output_dir=str(tmp_path / "narrow"))
     assert caplog.records[-1].levelname == "WARNING"
     assert (logits(load_adapter(load_model(base, torch_dtype="float32"), narrow)) - expected).abs().max() > 1e-3

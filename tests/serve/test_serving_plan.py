@@ -18,6 +18,8 @@ from rayswift.errors import UserError
 from rayswift.serve.application import serve_config
 from rayswift.serve.plan import ModelPlan, engine_kwargs, plan_models
 
+EIGHT_BITS = {"group_0": {"weights": {"num_bits": 8}}}
+
 
 def plans(model: str, **settings: object) -> list[ModelPlan]:
     return plan_models(make_arguments("deploy", model=model, infer_backend="vllm", use_gpu=False, **settings))
@@ -101,6 +103,11 @@ def test_what_cannot_work_is_one_line(smollm2_dir: str, settings: dict, says: st
         ("AVX2", {"quant_method": "compressed-tensors", "format": "pack-quantized"}, "vLLM needs AVX-512"),
         ("AVX512", {"quant_method": "gptq", "bits": 8}, "vLLM needs a GPU, or 4 bits for gptq"),
         ("AVX512", {"quant_method": "gptq", "bits": 4, "sym": False}, "vLLM needs 4 or 8 bits and --quant_sym true"),
+        (
+            "AVX512",
+            {"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": EIGHT_BITS},
+            "vLLM needs a GPU, or 4 bits for compressed-tensors weights \\(these have 8 bits\\)",
+        ),
         ("AVX512", {"quant_method": "awq", "bits": 4}, None),
         ("AVX2", {"quant_method": "compressed-tensors", "format": "int-quantized"}, None),
     ],
