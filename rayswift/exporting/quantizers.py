@@ -90,7 +90,10 @@ def _gptqmodel(job: QuantJob, rows: list[np.ndarray], folder: str) -> None:
     else:
         config = GPTQConfig(**shared, sym=job.sym, mse=_GPTQ_NORM)
     # On a CPU the calibration computes in float32: half precision is emulated on most, and slower by far.
-    dtype = torch.float32 if job.device == "cpu" else getattr(torch, job.dtype)
+    # But GPTQModel packs AWQ weights in half precision only.
+    dtype = getattr(torch, job.dtype)
+    if job.device == "cpu":
+        dtype = torch.bfloat16 if job.method == "awq" else torch.float32
     model = GPTQModel.load(
         job.model_dir, config, device=job.device, dtype=dtype, trust_remote_code=job.trust_remote_code
     )
