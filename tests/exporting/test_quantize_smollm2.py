@@ -13,15 +13,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 pytestmark = pytest.mark.slow
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SHARED = REPOSITORY.parent / "shared" / "data"
 PERPLEXITY = Path(__file__).with_name("perplexity.py")
-#: So small a model loses more with the others at four bits: NF4 30 to 44 %, groups of 64 around zero 27 to 41 %.
-METHODS = ["gptq-4", "gptq-8", "int8-8", "fp8-8", "bnb-8"]
-SERVED = ["int8-8", "fp8-8"]
+NF4 = pytest.mark.xfail(reason="so small a model loses 30 % (English) and 44 % (Chinese) with NF4", strict=True)
+METHODS = ["gptq-4", "gptq-8", "awq-4", "int8-8", "fp8-8", pytest.param("bnb-4", marks=NF4), "bnb-8"]
+#: On CPUs vLLM multiplies packed weights with AVX-512 only; GPTQ weights off zero, as gptq-4 has them here, nowhere.
+AVX512 = pytest.mark.skipif(torch.backends.cpu.get_cpu_capability() == "AVX2", reason="vLLM needs AVX-512 for it")
+SERVED = [pytest.param("awq-4", marks=AVX512), "int8-8", "fp8-8"]
 #: What those that are calibrated are given, beside the rows: plain text, as it is measured on; a quarter of an hour on
 #: two cores.
 CALIBRATION = [
@@ -124,7 +127,6 @@ def test_a_gguf_file_of_eight_bits_keeps_the_perplexity(smollm2_dir: str, folder
     command = [sys.executable, "-m", "rayswift", "export", "--model", smollm2_dir, "--to_gguf", "q8_0"]
     subprocess.run([*command, "--output_dir", str(target)], check=True, timeout=300)
     (file,) = target.glob("*.gguf")
-    import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokens = AutoTokenizer.from_pretrained(smollm2_dir)(documents()["english"][0], return_tensors="pt").input_ids[
