@@ -336,6 +336,8 @@ class QuantizeArguments(Arguments):
             yield "--to_peft_format true needs --adapters, or a merged --model and its --base_model"
         if self.base_model and not self.to_peft_format:
             yield "--base_model is for --to_peft_format true"
+        if self.lora_rank and not self.base_model:
+            yield "--lora_rank is for --base_model: an adapter that exists keeps its rank"
         if len(adapters) > 1:
             yield "--adapters: export takes one adapter; merge several one after the other"
         made = [f"--{name}" for name in ("quant_method", "to_gguf", "to_ollama") if getattr(self, name)]

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from rayswift import hub
 from rayswift.arguments import read_saved_arguments
-from rayswift.errors import UserError
-from rayswift.modeling.adapters import ADAPTER_CONFIG
+from rayswift.modeling.adapters import ADAPTER_CONFIG, base_model_of
 
 #: Where SWIFT's own tuner backend puts an adapter, below the checkpoint.
 SWIFT_ADAPTER = "default"
@@ -36,8 +33,14 @@ class Source:
     def model_dir(self) -> str:
         """The local folder of ``--model`` (the adapter's base); a hub id is downloaded."""
         args = self.args
-        model = args.model or _base_model(self.adapter or self.checkpoint)
+        model = args.model or base_model_of(self._peft_folder())
         return hub.resolve_model(model, revision=args.model_revision, use_hf=args.use_hf, token=args.hub_token)
+
+    def _peft_folder(self) -> str:
+        """Where the adapter's configuration stands: SWIFT's own backend puts it one level lower."""
+        folder = self.adapter or self.checkpoint
+        lower = os.path.join(folder, SWIFT_ADAPTER)
+        return lower if os.path.isfile(os.path.join(lower, ADAPTER_CONFIG)) else folder
 
 
 def find_source(args: Any) -> Source:
@@ -67,17 +70,3 @@ def _adapter_folder(args: Any) -> str:
     if args.to_peft_format and os.path.isfile(os.path.join(local, SWIFT_ADAPTER, ADAPTER_CONFIG)):
         return os.path.abspath(local)
     return hub.resolve_adapter(given, use_hf=args.use_hf, token=args.hub_token)
-
-
-def _base_model(adapter: str) -> str:
-    """The base model that PEFT noted in an adapter without ``args.json``."""
-    for folder in (adapter, os.path.join(adapter, SWIFT_ADAPTER)):
-        path = Path(folder) / ADAPTER_CONFIG
-        if path.is_file():
-            try:
-                model = json.loads(path.read_text(encoding="utf-8")).get("base_model_name_or_path")
-            except (OSError, ValueError, AttributeError) as error:
-                raise UserError(f"{path}: cannot be read ({error})") from None
-            if model:
-                return str(model)
-    raise UserError(f"--adapters {adapter}: does not say which model it belongs to; add --model")

@@ -299,6 +299,22 @@ def check_adapter(adapter_dir: str) -> list[str]:
     return list(read_safetensors_header(weights))
 
 
+def base_model_of(adapter_dir: str) -> str:
+    """The model that PEFT noted in an adapter (``base_model_name_or_path``): a folder or a hub id.
+
+    Raises:
+        UserError: it notes none, or cannot be read.
+    """
+    path = Path(adapter_dir) / ADAPTER_CONFIG
+    try:
+        model = json.loads(path.read_text(encoding="utf-8")).get("base_model_name_or_path")
+    except (OSError, ValueError, AttributeError) as error:
+        raise UserError(f"{path}: cannot be read ({error})") from None
+    if not model:
+        raise UserError(f"--adapters {adapter_dir}: does not say which model it belongs to; add --model")
+    return str(model)
+
+
 def parameter_size(parameter: torch.Tensor) -> int:
     """Number of elements; of the whole parameter when ZeRO-3 has partitioned it (``ds_numel``)."""
     return int(getattr(parameter, "ds_numel", 0) or parameter.numel())

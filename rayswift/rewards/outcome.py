@@ -8,7 +8,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from rayswift.rewards.maths import final_answer, final_number, same_answer, same_number
+from rayswift.rewards.maths import final_answer, final_number, same_answer
 
 _THINK_ANSWER = re.compile(r"\s*<think>.*?</think>\s*<answer>.*?</answer>\s*", re.DOTALL)
 _REACT = re.compile(r"\s*<think>.*?</think>\s*Action:.*?Action Input:.*", re.DOTALL)
@@ -29,7 +29,7 @@ def math(completions: Sequence[str], solution: Sequence[str | None], **_: Any) -
 def gsm8k(completions: Sequence[str], solution: Sequence[str | None], **_: Any) -> list[float]:
     """The final numbers are the same: that of the dataset follows ``####``, that of an answer is marked or the last."""
     pairs = ((final_number(said), final_number(right or "")) for said, right in zip(completions, solution, strict=True))
-    return [float(said is not None and right is not None and same_number(said, right)) for said, right in pairs]
+    return [float(said is not None and said == right) for said, right in pairs]
 
 
 def format_reward(completions: Sequence[str], **_: Any) -> list[float]:

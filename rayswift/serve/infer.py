@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import os
 import time
@@ -16,7 +15,7 @@ from rayswift.arguments import read_saved_arguments
 from rayswift.arguments.fields import specs_of
 from rayswift.cluster import address_of
 from rayswift.errors import UserError
-from rayswift.modeling.adapters import ADAPTER_CONFIG, check_adapter
+from rayswift.modeling.adapters import base_model_of, check_adapter
 from rayswift.serve.batch import Source, answer_rows, in_batches, shown, side_by_side
 from rayswift.serve.chat import chat
 from rayswift.serve.engines import load_engine, open_endpoint, seed_everything
@@ -88,15 +87,6 @@ def with_checkpoint(args: Checkpointed) -> Checkpointed:
     if args.model is None:
         args.model = base_model_of(where)
     return args
-
-
-def base_model_of(adapter_dir: str) -> str:
-    """The base model that PEFT noted in an adapter without ``args.json``."""
-    config = json.loads((Path(adapter_dir) / ADAPTER_CONFIG).read_text(encoding="utf-8"))
-    model = config.get("base_model_name_or_path")
-    if not model:
-        raise UserError(f"--adapters {adapter_dir}: does not say which model it belongs to; add --model")
-    return str(model)
 
 
 # --- engines ----------------------------------------------------------------------------------------------------

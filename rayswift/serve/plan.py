@@ -192,8 +192,7 @@ def plan_model(args: DeployArguments) -> ModelPlan:
 def with_adapters(args: DeployArguments) -> tuple[DeployArguments, dict[str, str], str | None]:
     """``--adapters`` as name → folder, the one without a name as default; the model is completed from its args.json."""
     from rayswift.arguments import read_saved_arguments
-    from rayswift.modeling.adapters import check_adapter
-    from rayswift.serve.infer import base_model_of
+    from rayswift.modeling.adapters import base_model_of, check_adapter
 
     adapters: dict[str, str] = {}
     default = None

@@ -141,6 +141,21 @@ def test_a_merged_model_and_its_base_give_the_adapter_back(
     assert (logits(load_adapter(load_model(base, torch_dtype="float32"), narrow)) - expected).abs().max() > 1e-3
 
 
+def test_from_a_merged_bfloat16_model_the_adapter_comes_back_but_for_rounding(
+    base_and_adapter: tuple[str, str], tmp_path: Path
+) -> None:
+    base, adapter = base_and_adapter
+    half = str(tmp_path / "half")
+    load_model(base, torch_dtype="bfloat16").save_pretrained(half)
+    load_tokenizer(base).save_pretrained(half)
+    merged = run(adapters=[adapter], merge_lora=True, model=half)
+    done = run(model=merged, base_model=half, to_peft_format=True)
+    expected = logits(load_adapter(load_model(half, torch_dtype="float32"), adapter))
+    found = logits(load_adapter(load_model(half, torch_dtype="float32"), done))
+    untuned = logits(load_model(half, torch_dtype="float32"))
+    assert (found - expected).norm() < 0.1 * (untuned - expected).norm()
+
+
 def test_models_whose_difference_is_no_adapter_are_refused(base_and_adapter: tuple[str, str], tmp_path: Path) -> None:
     base, _ = base_and_adapter
     other = load_model(base, torch_dtype="float32")
@@ -284,6 +299,7 @@ def test_a_system_text_of_the_flags_goes_into_the_modelfile(byte_level_model: st
         ("--model {base} --quant_method int8 --quant_sym false", "--quant_sym false"),
         ("--model {base} --quant_method int4", "--quant_method int4: choose from"),
         ("--model {base} --merge_lora true", "--merge_lora true needs --adapters"),
+        ("--adapters {adapter} --to_peft_format true --lora_rank 4", "--lora_rank is for --base_model"),
         ("--model {base} --to_peft_format true", "needs --adapters, or a merged --model and its --base_model"),
         ("--model {base} --base_model {base} --to_peft_format true", "--lora_rank: the model does not say the rank"),
         ("--adapters {adapter} {adapter} --merge_lora true", "takes one adapter"),
