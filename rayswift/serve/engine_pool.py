@@ -7,6 +7,7 @@ The Transformers engine is an actor here, vLLM comes from `ray.data.llm` (`raysw
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -27,6 +28,9 @@ if TYPE_CHECKING:
 Row = dict[str, Any]
 #: Rows per block: what one task takes to an engine, and what a dead engine has to do again.
 BLOCK_ROWS = 32
+#: How often a block of prompts is given to another engine when its engine died. One that kills every engine must not
+#: be tried for ever.
+BLOCK_RETRIES = 20
 #: CPUs that each of Ray Data's tasks before and after vLLM reserves: they must fit beside it on a small machine, or it
 #: would wait for ever.
 HELPER_CPUS = 0.1
@@ -100,6 +104,10 @@ class EnginePool:
         try:
             for found in self.answered(dataset, size * repeats).iter_rows():
                 yield int(found["index"]), read_answer(found)
+        except ray.exceptions.RayActorError:
+            raise UserError(f"--infer_backend {self.plan.engine}: engines died {BLOCK_RETRIES + 1} times of the same "
+                            "prompts; what they said is in Ray's log, and --num_workers, --max_batch_size or a smaller "
+                            "--max_model_len makes each need less") from None  # fmt: skip
         except ray.exceptions.RayError as error:
             raise UserError(f"--infer_backend {self.plan.engine}: the engine failed ({reason(error)})") from None
 
@@ -112,15 +120,18 @@ class EnginePool:
 
             return answered_by_vllm(dataset, self.args, self.plan, self.size, block_answers)
         bundle = self.plan.bundles[0]
-        return dataset.map_batches(
-            TransformersWorker,
-            fn_constructor_args=(self.args, self.size[1]),
-            batch_size=self.batch_size,
-            batch_format="pyarrow",
-            compute=ray.data.ActorPoolStrategy(min_size=self.size[0], max_size=self.size[1]),
-            num_cpus=bundle["CPU"],
-            num_gpus=bundle.get("GPU", 0),
-        )
+        with warnings.catch_warnings():  # Ray 2.60 wants named parameters and has none for the retries
+            warnings.simplefilter("ignore", DeprecationWarning)
+            return dataset.map_batches(
+                TransformersWorker,
+                fn_constructor_args=(self.args, self.size[1]),
+                batch_size=self.batch_size,
+                batch_format="pyarrow",
+                compute=ray.data.ActorPoolStrategy(min_size=self.size[0], max_size=self.size[1]),
+                num_cpus=bundle["CPU"],
+                num_gpus=bundle.get("GPU", 0),
+                max_task_retries=BLOCK_RETRIES,
+            )
 
     @property
     def batch_size(self) -> int:

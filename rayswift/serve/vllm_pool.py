@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from rayswift.data.encoding import Encoder
 from rayswift.errors import UserError
-from rayswift.serve.engine_pool import ERROR, HELPER_CPUS, NO_SEED, answer_row, each_answer
+from rayswift.serve.engine_pool import BLOCK_RETRIES, ERROR, HELPER_CPUS, NO_SEED, answer_row, each_answer
 from rayswift.serve.generation import Answer, GenerationSettings
 from rayswift.serve.plan import ModelPlan
 
@@ -76,6 +76,8 @@ def answered_by_vllm(
             preprocess_map_kwargs=helpers,
             postprocess_map_kwargs=helpers,
         )
+    # The processor's configuration has no place for it.
+    processor.get_stage_by_name("vLLMEngineStage").map_batches_kwargs["max_task_retries"] = BLOCK_RETRIES
     return processor(dataset.flat_map(each_answer, num_cpus=HELPER_CPUS))
 
 

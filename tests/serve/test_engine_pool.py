@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import threading
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from rayswift.arguments import make_arguments
 from rayswift.cluster import Cluster
 from rayswift.data.encoding import Encoder
 from rayswift.errors import UserError
+from rayswift.serve import engine_pool
 from rayswift.serve.engine_pool import EnginePool, answer_row, pool_size, read_answer
 from rayswift.serve.generation import Answer, GenerationSettings
 from rayswift.serve.infer import infer
@@ -20,6 +23,14 @@ from rayswift.serve.transformers_engine import TransformersEngine
 from rayswift.serve.vllm_pool import RequestMaker, openai_logprobs, sampling_params
 
 FRANCE = [{"role": "user", "content": "What is the capital of France?"}]
+
+
+def process_title(process: psutil.Process) -> str:
+    """``ray::MapWorker(MapBatches(TransformersWorker)).submit`` while such an engine answers."""
+    try:
+        return " ".join(process.cmdline())
+    except psutil.Error:
+        return ""
 
 
 @pytest.fixture
@@ -48,6 +59,38 @@ def test_a_pool_answers_as_one_engine_does(smollm2_dir: str, dataset: str, tmp_p
     assert [bool(row["response"]) for row in pooled] == [True, True, True, False, True, False]
     assert "tokens, the context holds" in pooled[5]["error"]
     assert (tmp_path / "pool.jsonl").read_text() == (tmp_path / "alone.jsonl").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("ray_cluster")
+def test_prompts_that_engine_after_engine_dies_of_end_the_run(
+    smollm2_dir: str, dataset: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine_pool, "BLOCK_RETRIES", 1)
+    args = make_arguments(
+        "infer", model=smollm2_dir, val_dataset=[dataset], num_workers=1, use_gpu=False, max_new_tokens=4000,
+        result_path=str(tmp_path / "out.jsonl"),
+    )  # fmt: skip
+    killed: set[int] = set()
+    ended = threading.Event()
+
+    def kill_engines() -> None:
+        while not ended.wait(0.5):
+            for one in psutil.Process().children(recursive=True):
+                title = process_title(one)
+                if "TransformersWorker" in title and ".submit" in title and one.pid not in killed:
+                    killed.add(one.pid)
+                    one.kill()
+
+    killer = threading.Thread(target=kill_engines)
+    killer.start()
+    try:
+        with pytest.raises(UserError, match="engines died 2 times of the same prompts"):
+            infer(args)
+    finally:
+        ended.set()
+        killer.join()
+    assert len(killed) >= 2
 
 
 @pytest.mark.slow

@@ -72,7 +72,7 @@ def test_vllm_answers_every_prompt_four_times_and_the_best_are_kept(smollm2_dir:
 
 def test_an_engine_killed_every_20_seconds_loses_and_repeats_nothing(smollm2_dir: str, tmp_path: Path) -> None:
     log, kills, dead_at = tmp_path / "log", 0, 0
-    process = start(*command(smollm2_dir, tmp_path, "--max_new_tokens", "32"), log=log, **VLLM)
+    process = start(*command(smollm2_dir, tmp_path, "--max_new_tokens", "96"), log=log, **VLLM)
     try:
         while process.poll() is None and kills < 3:
             wait_for(lambda dead=dead_at: answers_so_far(tmp_path) > dead or process.poll() is not None, 400, "answers")
