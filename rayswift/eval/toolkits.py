@@ -21,7 +21,7 @@ from rayswift.errors import UserError
 from rayswift.eval.backends import generation_flags
 from rayswift.eval.benchmarks import Benchmark
 from rayswift.eval.contenders import Contender, Serving
-from rayswift.eval.results import Question, Result
+from rayswift.eval.results import Question, Result, write_json
 from rayswift.serve.running import Endpoint
 
 if TYPE_CHECKING:
@@ -91,20 +91,17 @@ class Toolkit:
     def run(self, benchmark: Benchmark, contender: Contender, endpoint: Endpoint, folder: Path) -> Result:
         folder.mkdir(parents=True, exist_ok=True)
         config = folder.resolve() / "task.json"
-        # The key is in it: only for us, and only while it runs.
-        with open(os.open(config, os.O_CREAT | os.O_WRONLY | os.O_TRUNC, 0o600), "w", encoding="utf-8") as file:
-            json.dump(self._task(benchmark, endpoint, folder.resolve()), file)
-        environment = {**os.environ, "HF_HUB_OFFLINE": os.environ.get("HF_HUB_OFFLINE", "0")}
+        write_json(config, self._task(benchmark, endpoint, folder.resolve()))
+        # The key goes this way: what stands in the configuration, the toolkits copy into files and logs of their own.
+        environment = {**os.environ, "OPENAI_API_KEY": endpoint.api_key or "EMPTY",
+                       "HF_HUB_OFFLINE": os.environ.get("HF_HUB_OFFLINE", "0")}  # fmt: skip
         if benchmark.local_path:
             environment |= {"COMPASS_DATA_CACHE": benchmark.local_path, "LMUData": benchmark.local_path}
-        try:
-            with (folder / "log.txt").open("a", encoding="utf-8") as log:
-                done = subprocess.run(
-                    [self.python, "-c", _RUN, str(config)], cwd=benchmark.local_path or folder, env=environment,
-                    stdout=log, stderr=subprocess.STDOUT,
-                )  # fmt: skip
-        finally:
-            config.unlink(missing_ok=True)
+        with (folder / "log.txt").open("a", encoding="utf-8") as log:
+            done = subprocess.run(
+                [self.python, "-c", _RUN, str(config)], cwd=benchmark.local_path or folder, env=environment,
+                stdout=log, stderr=subprocess.STDOUT,
+            )  # fmt: skip
         read = _read_opencompass if self.kind == "OpenCompass" else _read_vlmeval
         scores, questions = read(folder) if not done.returncode else ({}, [])
         if not scores:
@@ -122,7 +119,7 @@ class Toolkit:
         generation = {**generation_flags(args), **args.eval_generation_config}
         if self.kind == "OpenCompass":
             model = {
-                "path": endpoint.model, "openai_api_base": url, "key": endpoint.api_key or "EMPTY",
+                "path": endpoint.model, "openai_api_base": url, "key": "ENV",
                 "is_chat": args.use_chat_template, "temperature": generation.get("temperature", 0.0),
                 "batch_size": args.eval_num_proc,
             }  # fmt: skip
@@ -130,10 +127,7 @@ class Toolkit:
                 model["max_out_len"] = generation["max_tokens"]
             own = {"datasets": [benchmark.name], "models": [model], "reuse": "latest" if _has_run(folder) else None}
         else:
-            model = {
-                "type": endpoint.model, "name": "CustomAPIModel", "api_base": url, "key": endpoint.api_key or "EMPTY",
-                **generation,
-            }  # fmt: skip
+            model = {"type": endpoint.model, "name": "CustomAPIModel", "api_base": url, **generation}
             own = {"data": [benchmark.name], "model": [model], "nproc": args.eval_num_proc, "reuse": True}
         own |= {"work_dir": str(folder), "limit": args.eval_limit, **benchmark.settings, **extra}
         return {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,34 @@ def run_folders(backend: str) -> list[Path]:
 
 def answers(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "answers.jsonl").read_text("utf-8").splitlines()]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif("RAYSWIFT_OPENCOMPASS" not in os.environ, reason="RAYSWIFT_OPENCOMPASS: a Python with OpenCompass")
+def test_opencompass_gives_score_and_answers_and_the_key_is_in_no_file(small_endpoint: str, tmp_path: Path) -> None:
+    """OpenCompass itself, in the environment of its own that docs/eval.md describes."""
+    data = tmp_path / "data/ARC/ARC-c/ARC-Challenge-Dev.jsonl"
+    data.parent.mkdir(parents=True)
+    with open(ARC, encoding="utf-8") as file:
+        data.write_text("".join(json.dumps(opencompass_row(json.loads(line))) + "\n" for line in file))
+    own = {"ARC_c": {"local_path": str(tmp_path)}}
+    python = {"python": os.environ["RAYSWIFT_OPENCOMPASS"]}
+    key = "sk-of-the-test"
+    scores = run(
+        small_endpoint, "ARC_c", backend="OpenCompass", eval_dataset_args=own, extra_eval_args=python, api_key=key
+    )
+    (folder,) = run_folders("opencompass")
+    found = answers(folder / "small" / "ARC_c")
+    assert len(found) == 2
+    assert all(one["answer"] and one["expected"] in "ABCD" and "\nA. " in one["prompt"] for one in found)
+    assert scores["small"]["ARC_c"] in (0.0, 0.5, 1.0)
+    assert [path for path in tmp_path.rglob("*") if path.is_file() and key.encode() in path.read_bytes()] == []
+
+
+def opencompass_row(row: dict[str, Any]) -> dict[str, Any]:
+    """A row of ARC as AI2 wrote it, which is how OpenCompass reads it."""
+    choices = [dict(zip(("text", "label"), pair, strict=True)) for pair in zip(*row["choices"].values(), strict=True)]
+    return {"question": {"stem": row["question"], "choices": choices}, "answerKey": row["answerKey"]}
 
 
 def test_evalscopes_benchmarks_end_in_table_json_page_and_swifts_line(
