@@ -104,7 +104,7 @@ class EnginePool:
         try:
             for found in self.answered(dataset, size * repeats).iter_rows():
                 yield int(found["index"]), read_answer(found)
-        except ray.exceptions.RayActorError:
+        except ray.exceptions.ActorUnavailableError:  # no retries left; not starting is below
             raise UserError(f"--infer_backend {self.plan.engine}: engines died {BLOCK_RETRIES + 1} times of the same "
                             "prompts; what they said is in Ray's log, and --num_workers, --max_batch_size or a smaller "
                             "--max_model_len makes each need less") from None  # fmt: skip
