@@ -10,7 +10,14 @@ from rayswift import cluster
 from rayswift.errors import UserError
 from rayswift.exporting.folder import building, copy_files
 from rayswift.exporting.quantizers import CALIBRATED, QuantJob, check_libraries, run_job
-from rayswift.modeling.loading import config_dtype, one_line, read_config, read_safetensors_header, weight_files
+from rayswift.modeling.loading import (
+    config_dtype,
+    one_line,
+    read_config,
+    read_safetensors_header,
+    supports_bfloat16,
+    weight_files,
+)
 
 if TYPE_CHECKING:
     import numpy as np
@@ -97,6 +104,9 @@ def quantize(args: Any, model_dir: str, target: str) -> str:
         max_shard_size=args.max_shard_size,
         trust_remote_code=args.trust_remote_code,
     )
+    if job.method == "awq" and job.device == "cpu" and found.embedded and not supports_bfloat16(use_gpu=False):
+        logger.warning("--quant_method awq computes in bfloat16, for which this CPU has no instructions: it takes "
+                       "minutes for each layer even of a small model; gptq is faster here")  # fmt: skip
     with building(target) as folder:
         run_in_task(job, rows, folder, options)
         copy_files(model_dir, folder, SIDE_FILES)

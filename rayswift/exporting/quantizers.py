@@ -33,6 +33,10 @@ _PRESETS = {"int8": "INT8", "fp8": "FP8_DYNAMIC"}
 _GPTQ_NORM = 2.4
 
 
+#: Tokens of a calibration row for AWQ, as in AutoAWQ.
+_AWQ_LENGTH = 512
+
+
 @dataclass(frozen=True)
 class QuantJob:
     """What a quantisation task needs beside its calibration rows.
@@ -97,6 +101,8 @@ def _gptqmodel(job: QuantJob, rows: list[np.ndarray], folder: str) -> None:
     model = GPTQModel.load(
         job.model_dir, config, device=job.device, dtype=dtype, trust_remote_code=job.trust_remote_code
     )
+    if job.method == "awq":
+        rows = rows_of_one_length(rows)
     samples = [{"input_ids": row.tolist(), "attention_mask": [1] * len(row)} for row in rows]
     # Left alone, GPTQModel packs AWQ weights with a CUDA kernel on every device.
     on_cpu = job.method == "awq" and job.device == "cpu"
@@ -106,6 +112,18 @@ def _gptqmodel(job: QuantJob, rows: list[np.ndarray], folder: str) -> None:
             if parameter.is_floating_point():
                 parameter.data = parameter.data.to(getattr(torch, job.dtype))
     model.save(folder, max_shard_size=job.max_shard_size)
+
+
+def rows_of_one_length(rows: list[np.ndarray]) -> list[np.ndarray]:
+    """Calibration rows joined and cut anew, as AutoAWQ does; what is left over at the end is dropped.
+
+    Of rows of different lengths GPTQModel's AWQ keeps the last batch alone, and rounds plainly where that is short.
+    """
+    import numpy as np
+
+    tokens = np.concatenate(rows)
+    length = min(_AWQ_LENGTH, len(tokens))
+    return list(tokens[: len(tokens) // length * length].reshape(-1, length))
 
 
 def _compressed_tensors(job: QuantJob, folder: str) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -86,6 +87,14 @@ def test_calibrated_methods_write_models_that_load_again(
     config = json.loads((Path(folder) / "config.json").read_text())["quantization_config"]
     assert (config["quant_method"], config["bits"], config["group_size"]) == (method, bits, 32)
     assert 0 < relative_error(folder, model_dir) < error
+
+
+def test_calibration_rows_for_awq_are_joined_and_cut_anew() -> None:
+    rows = [np.arange(300), np.arange(300, 1000), np.arange(1000, 1030)]
+    made = quantizers.rows_of_one_length(rows)
+    assert [len(row) for row in made] == [512, 512]
+    assert np.concatenate(made).tolist() == list(range(1024))
+    assert [row.tolist() for row in quantizers.rows_of_one_length(rows[2:])] == [list(range(1000, 1030))]
 
 
 @pytest.mark.skipif(not installed("bitsandbytes"), reason="the extra quant is not installed")
