@@ -125,9 +125,10 @@ def same_answer(said: str, right: str) -> bool:
 @functools.lru_cache(maxsize=1024)
 def parsed(answer: str) -> list[Any]:
     """What `math-verify` reads in an answer: SymPy's expression, and the text."""
-    from math_verify import parse
+    from math_verify import LatexExtractionConfig, parse
 
-    return parse(f"${_UNIT.sub('', answer)}$", parsing_timeout=timeout())
+    # As LaTeX only: what it takes for a plain expression goes through SymPy's parser, which evaluates Python.
+    return parse(f"${_UNIT.sub('', answer)}$", [LatexExtractionConfig()], parsing_timeout=timeout())
 
 
 def timeout() -> int | None:
