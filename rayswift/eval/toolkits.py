@@ -21,7 +21,7 @@ from rayswift.errors import UserError
 from rayswift.eval.backends import generation_flags
 from rayswift.eval.benchmarks import Benchmark
 from rayswift.eval.contenders import Contender, Serving
-from rayswift.eval.results import Question, Result, write_json
+from rayswift.eval.results import Question, Result
 from rayswift.serve.running import Endpoint
 
 if TYPE_CHECKING:
@@ -91,17 +91,23 @@ class Toolkit:
     def run(self, benchmark: Benchmark, contender: Contender, endpoint: Endpoint, folder: Path) -> Result:
         folder.mkdir(parents=True, exist_ok=True)
         config = folder.resolve() / "task.json"
-        write_json(config, self._task(benchmark, endpoint, folder.resolve()))
-        # The key goes this way: what stands in the configuration, the toolkits copy into files and logs of their own.
-        environment = {**os.environ, "OPENAI_API_KEY": endpoint.api_key or "EMPTY",
-                       "HF_HUB_OFFLINE": os.environ.get("HF_HUB_OFFLINE", "0")}  # fmt: skip
+        # --extra_eval_args can hold a judge's key: only for us, and only while it runs.
+        with open(os.open(config, os.O_CREAT | os.O_WRONLY | os.O_TRUNC, 0o600), "w", encoding="utf-8") as file:
+            json.dump(self._task(benchmark, endpoint, folder.resolve()), file)
+        # The endpoint's key goes this way: the toolkits copy their configuration into files and logs of their own.
+        # Without one the user's own stays, which is that of judges.
+        key = endpoint.api_key or os.environ.get("OPENAI_API_KEY") or "EMPTY"
+        environment = {**os.environ, "OPENAI_API_KEY": key, "HF_HUB_OFFLINE": os.environ.get("HF_HUB_OFFLINE", "0")}
         if benchmark.local_path:
             environment |= {"COMPASS_DATA_CACHE": benchmark.local_path, "LMUData": benchmark.local_path}
-        with (folder / "log.txt").open("a", encoding="utf-8") as log:
-            done = subprocess.run(
-                [self.python, "-c", _RUN, str(config)], cwd=benchmark.local_path or folder, env=environment,
-                stdout=log, stderr=subprocess.STDOUT,
-            )  # fmt: skip
+        try:
+            with (folder / "log.txt").open("a", encoding="utf-8") as log:
+                done = subprocess.run(
+                    [self.python, "-c", _RUN, str(config)], cwd=benchmark.local_path or folder, env=environment,
+                    stdout=log, stderr=subprocess.STDOUT,
+                )  # fmt: skip
+        finally:
+            config.unlink(missing_ok=True)
         read = _read_opencompass if self.kind == "OpenCompass" else _read_vlmeval
         scores, questions = read(folder) if not done.returncode else ({}, [])
         if not scores:

@@ -114,9 +114,9 @@ def same_answer(said: str, right: str) -> bool:
     said, right = " ".join(said.split()), " ".join(right.split())
     if said == right or max(len(said), len(right)) > _MOST_CHARACTERS:
         return bool(said) and said == right
-    numbers = to_number(said), to_number(right)
-    if None not in numbers:  # most answers are, and SymPy takes a thousand times as long
-        return numbers[0] == numbers[1]
+    if _NUMBER.fullmatch(said) and _NUMBER.fullmatch(right):  # most are, and SymPy takes a thousand times as long
+        number = to_number(said)
+        return number is not None and number == to_number(right)
     from math_verify import verify
 
     return verify(parsed(right), parsed(said), timeout_seconds=timeout())

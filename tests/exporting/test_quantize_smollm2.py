@@ -15,14 +15,16 @@ from typing import Any
 import pytest
 import torch
 
+from rayswift.modeling.loading import supports_bfloat16
+
 pytestmark = pytest.mark.slow
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SHARED = REPOSITORY.parent / "shared" / "data"
 PERPLEXITY = Path(__file__).with_name("perplexity.py")
 NF4 = pytest.mark.xfail(reason="so small a model loses 30 % (English) and 44 % (Chinese) with NF4", strict=True)
-#: Without bfloat16 instructions (AMX, AVX-512) AWQ takes four minutes for each of the 30 layers.
-BFLOAT16 = pytest.mark.skipif(torch.backends.cpu.get_cpu_capability() == "AVX2", reason="AWQ needs bfloat16 on CPUs")
+#: Without bfloat16 instructions AWQ takes four minutes for each of the 30 layers.
+BFLOAT16 = pytest.mark.skipif(not supports_bfloat16(use_gpu=False), reason="AWQ needs bfloat16 on CPUs")
 METHODS = [
     "gptq-4",
     "gptq-8",
