@@ -81,11 +81,11 @@ def lora_args(**changes: Any) -> Any:
     return SimpleNamespace(**(LORA_DEFAULTS | changes))
 
 
-def randomise_lora(model: Any) -> None:
+def randomise_lora(model: Any, std: float = 0.1) -> None:
     """Give the adapter an effect (LoRA starts as zero)."""
     import torch
 
     torch.manual_seed(1)
     for name, parameter in model.named_parameters():
         if "lora_" in name:
-            parameter.data.normal_(std=0.1)
+            parameter.data.normal_(std=std)
