@@ -2,8 +2,8 @@
 
 Tokenising: RaySwift goes from a jsonl file to token blocks (read, standardise, template, encode, store); the loop gets
 the rendered chat texts in memory and only encodes, 1,000 at a time on all cores. Ids must be equal for every row.
-Packing: ``rayswift.data.packing.pack`` against ``binpacking.to_constant_volume`` in windows of 1,000 rows, as ms-swift
-calls it; the number of bins stands beside the lower bound ``ceil(sum / limit)``. Every run is a fresh process.
+Packing: ``rayswift.data.tokens.packing.pack`` against ``binpacking.to_constant_volume`` in windows of 1,000 rows, as
+ms-swift calls it; the number of bins stands beside the lower bound ``ceil(sum / limit)``. Every run is a fresh process.
 
     python benchmarks/tokenize_vs_limit.py [--rows 200000] [--source FILE]
 """

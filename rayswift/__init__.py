@@ -26,7 +26,7 @@ def _run(command: str, overrides: Sequence[str] | None, settings: dict[str, Any]
     import sys
 
     from rayswift.arguments import make_arguments, parse_arguments
-    from rayswift.cli import log_to_stderr, report, run_command
+    from rayswift.cli.main import log_to_stderr, report, run_command
     from rayswift.errors import UserError
 
     if overrides is None:

@@ -2,6 +2,6 @@
 
 import sys
 
-from rayswift.cli import main
+from rayswift.cli.main import main
 
 sys.exit(main())

@@ -4,10 +4,17 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import socket
+import threading
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import pytest
+
+if TYPE_CHECKING:
+    from rayswift.generate.transformers import TransformersEngine
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -45,3 +52,71 @@ def ray_cluster() -> Iterator[None]:
     )
     yield
     ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def engine(smollm2_dir: str) -> TransformersEngine:
+    """The real small model, loaded once."""
+    from rayswift.data.tokens.encoder import Encoder
+    from rayswift.generate.transformers import TransformersEngine
+
+    return TransformersEngine.load(Encoder(smollm2_dir), use_gpu=False)
+
+
+@pytest.fixture(scope="session")
+def checkpoint(smollm2_dir: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A LoRA checkpoint as a run leaves it, with a random adapter strong enough to change every answer."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+
+    from rayswift.arguments import make_arguments
+    from rayswift.modeling.loading import load_model
+
+    torch.manual_seed(0)
+    config = LoraConfig(task_type="CAUSAL_LM", r=1, target_modules=r".*layers\.29\.mlp\.down_proj")
+    peft_model = get_peft_model(load_model(smollm2_dir), config)
+    for name, parameter in peft_model.named_parameters():
+        if "lora_" in name:
+            parameter.data.normal_(std=5)
+    folder = tmp_path_factory.mktemp("run") / "checkpoint-7"
+    peft_model.save_pretrained(folder)
+    make_arguments("sft", model=smollm2_dir, dataset=["x.jsonl"], system="Answer with one word.").save(
+        folder / "args.json"
+    )
+    return str(folder)
+
+
+SERVED_KEY = "sk-of-the-endpoint-tests"
+
+
+@pytest.fixture(scope="session")
+def served(engine: TransformersEngine) -> Iterator[ServedEngine]:
+    """The engine behind OpenAI's interface on a port of 127.0.0.1, with a key, as ``rayswift deploy`` serves it."""
+    import uvicorn
+    from starlette.responses import JSONResponse
+
+    from rayswift.serve.replica.transformers import TransformersServing
+
+    serving = TransformersServing(engine, "small")
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        allowed = scope["type"] != "http" or (b"authorization", f"Bearer {SERVED_KEY}".encode()) in scope["headers"]
+        refusal = JSONResponse({"error": {"message": "wrong key", "type": "authentication_error"}}, 401)
+        await (serving.app if allowed else refusal)(scope, receive, send)
+
+    listener = socket.create_server(("127.0.0.1", 0))
+    server = uvicorn.Server(uvicorn.Config(app, log_level="error"))
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
+    thread.start()
+    yield ServedEngine(f"http://127.0.0.1:{listener.getsockname()[1]}/v1", SERVED_KEY, serving)
+    server.should_exit = True
+    thread.join(20)
+
+
+@dataclass(frozen=True)
+class ServedEngine:
+    """Where the endpoint is, its key, and what runs behind it."""
+
+    base_url: str
+    api_key: str
+    serving: Any

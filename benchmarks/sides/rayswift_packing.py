@@ -17,7 +17,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
 
-    from rayswift.data.packing import pack
+    from rayswift.data.tokens.packing import pack
 
     lengths = np.load(options.lengths)
     started = time.perf_counter()

@@ -31,9 +31,9 @@ def main() -> None:
 
     from rayswift.arguments import make_arguments
     from rayswift.cluster import connect
-    from rayswift.data.encoding import Encoder
-    from rayswift.data.pipeline import load_train_data
-    from rayswift.data.registry import resolve_datasets
+    from rayswift.data.flow.prepare import load_train_data
+    from rayswift.data.names import resolve_datasets
+    from rayswift.data.tokens.encoder import Encoder
 
     args = make_arguments(
         "sft",
@@ -69,7 +69,7 @@ def main() -> None:
 
 def write_tokens(path: Path, train: Any, sample: int | None) -> None:
     """All lengths, and ids and labels of evenly spread rows, end to end."""
-    from rayswift.data.token_rows import TokenRows
+    from rayswift.data.tokens.table import TokenRows
 
     rows = TokenRows(train)
     numbers = np.linspace(0, len(rows) - 1, min(sample or len(rows), len(rows))).astype(int)

@@ -25,9 +25,9 @@ def main() -> None:
 
     from rayswift.arguments import make_arguments
     from rayswift.cluster import connect
-    from rayswift.data.encoding import Encoder
-    from rayswift.data.registry import resolve_datasets
-    from rayswift.data.streaming import plan_streams, read_stream, start_stream_readers
+    from rayswift.data.flow.stream import plan_streams, read_stream, start_stream_readers
+    from rayswift.data.names import resolve_datasets
+    from rayswift.data.tokens.encoder import Encoder
 
     args = make_arguments(
         "sft", model=options.model, dataset=[options.dataset], template="chatml", max_length=2048, streaming=True,

@@ -14,8 +14,8 @@ from pathlib import Path
 
 from rayswift_sample import ENGINE
 
-from rayswift.data.encoding import Encoder
-from rayswift.data.rows import standardise_row
+from rayswift.data.rows.standard import standardise_row
+from rayswift.data.tokens.encoder import Encoder
 
 
 def prompts(encoder: Encoder, rows: Path) -> list[list[int]]:

@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rayswift.data.rows import Drop
-from rayswift.data.sources import COMPRESSIONS, FORMATS, iter_raw_rows, locate
-from rayswift.data.token_cache import default_root
+from rayswift.data.files import COMPRESSIONS, FORMATS, iter_raw_rows, locate
+from rayswift.data.flow.cache import default_root
+from rayswift.data.rows.standard import Drop
 from rayswift.errors import UserError
 from rayswift.eval.benchmarks import Benchmark
 

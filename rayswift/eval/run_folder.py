@@ -14,7 +14,7 @@ from filelock import FileLock, Timeout
 
 from rayswift.errors import UserError
 from rayswift.eval.results import write_json
-from rayswift.serve.result_file import drop_half_row, run_identity
+from rayswift.journal import drop_half_row, run_identity
 
 RUN_FILE = "run.json"
 

@@ -28,7 +28,7 @@ def export(args: Any) -> str:
 
         return _said(export_cached_dataset(args))
     from rayswift.exporting.source import find_source
-    from rayswift.hub_push import Destination
+    from rayswift.hub.push import Destination
 
     destination = Destination.from_args(args) if args.push_to_hub else None
     source = find_source(args)
@@ -83,7 +83,7 @@ def _check_actions(args: Any, name: str) -> None:
 
         check_libraries(args.quant_method)
     if args.quant_method and args.dataset:
-        from rayswift.data.registry import resolve_datasets
+        from rayswift.data.names import resolve_datasets
 
         resolve_datasets(args)
     if args.merge_lora:
@@ -162,7 +162,7 @@ def _convert(args: Any, model_dir: str, name: str) -> str:
             weights = f"./{file_name(name, args.to_gguf)}"
             write_gguf(model_dir, os.path.join(folder, weights), args.to_gguf, os.path.basename(name))
         if args.to_ollama:
-            from rayswift.data.encoding import Encoder
+            from rayswift.data.tokens.encoder import Encoder
             from rayswift.exporting.ollama import modelfile
 
             encoder = Encoder.from_args(args, model_dir)

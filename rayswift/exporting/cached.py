@@ -16,12 +16,12 @@ def export_cached_dataset(args: Any) -> str:
         UserError: the folder is there already, or data that cannot be read.
     """
     from rayswift import cluster
-    from rayswift.data.cached_dataset import save_cached_dataset
-    from rayswift.data.encoding import Encoder
-    from rayswift.data.pipeline import first_usable_row, load_train_data
-    from rayswift.data.registry import resolve_datasets
-    from rayswift.data.stage_bars import StageBars
-    from rayswift.data.token_cache import TokenCache, default_root
+    from rayswift.data.flow.cache import TokenCache, default_root
+    from rayswift.data.flow.export import save_cached_dataset
+    from rayswift.data.flow.prepare import first_usable_row, load_train_data
+    from rayswift.data.flow.stage_bars import StageBars
+    from rayswift.data.names import resolve_datasets
+    from rayswift.data.tokens.encoder import Encoder
     from rayswift.hub import resolve_model
 
     folder = os.path.abspath(os.path.expanduser(args.output_dir or "cached_dataset"))

@@ -7,12 +7,12 @@ from typing import Any
 
 import numpy as np
 
-from rayswift.data.encoding import Encoder
-from rayswift.data.pipeline import first_usable_row, load_train_data
-from rayswift.data.registry import resolve_datasets
-from rayswift.data.stage_bars import StageBars
-from rayswift.data.token_cache import TokenCache, default_root
-from rayswift.data.token_rows import TokenRows
+from rayswift.data.flow.cache import TokenCache, default_root
+from rayswift.data.flow.prepare import first_usable_row, load_train_data
+from rayswift.data.flow.stage_bars import StageBars
+from rayswift.data.names import resolve_datasets
+from rayswift.data.tokens.encoder import Encoder
+from rayswift.data.tokens.table import TokenRows
 from rayswift.errors import UserError
 
 #: Tokens of a row where ``--max_length`` is not given: longer ones cost memory and change little.

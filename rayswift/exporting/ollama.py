@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from rayswift.data.encoding import Encoder
-from rayswift.data.templates import adds_bos, load_templates
+from rayswift.data.chat.families import adds_bos, load_templates
+from rayswift.data.tokens.encoder import Encoder
 
 #: Stand-ins for the parts of a conversation; plain words, so that no tokenizer or template changes them.
 _SYSTEM, _QUERY, _REPLY, _NEXT = "systemtexthere", "firstquestionhere", "firstanswerhere", "secondquestionhere"

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from rayswift.errors import UserError
 from rayswift.exporting.model_card import model_card, needs_card
-from rayswift.hub_push import IGNORED, Destination
+from rayswift.hub.push import IGNORED, Destination
 
 
 def publish(folder: str, destination: Destination, message: str, checkpoint: str) -> str:

@@ -62,7 +62,7 @@ def gathered(adapter: str) -> Iterator[str]:
 def _check_manifest(adapter: str) -> None:
     from pyarrow import fs
 
-    from rayswift.train.checkpoints import read_manifest, verify
+    from rayswift.train.checkpoints.manifest import read_manifest, verify
 
     manifest = read_manifest(fs.LocalFileSystem(), os.path.abspath(adapter))
     broken = verify(adapter, manifest) if manifest else "manifest.json"

@@ -11,12 +11,12 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from rayswift.errors import UserError
-from rayswift.serve.engine_pool import EnginePool, Request
-from rayswift.serve.generation import Answer, EngineUnusable, GenerationSettings
+from rayswift.generate.pool import EnginePool, Request
+from rayswift.generate.types import Answer, EngineUnusable, GenerationSettings
 
 if TYPE_CHECKING:
     from rayswift.arguments import SampleArguments
-    from rayswift.serve.endpoint import EndpointEngine
+    from rayswift.generate.endpoint import EndpointEngine
 
 #: Gets requests and answers each of their numbers once, in any order.
 Answers = Callable[[Sequence[Request]], Iterator[tuple[int, Answer]]]
@@ -34,7 +34,7 @@ def open_answers(args: SampleArguments) -> Iterator[Answers]:
     if args.sampler_engine != "client":
         yield EnginePool.start(args).answers
         return
-    from rayswift.serve.endpoint import EndpointEngine
+    from rayswift.generate.endpoint import EndpointEngine
 
     engine = EndpointEngine.connect(args.base_url or "", model=args.model, api_key=args.api_key, seed=args.seed)
     engine.parallel = args.max_parallel_requests
@@ -73,7 +73,7 @@ class Client:
 
     def answers(self, requests: Sequence[Request]) -> Iterator[tuple[int, Answer]]:
         """Answer every number of the requests, several requests at a time. EngineUnusable when the endpoint fails."""
-        from rayswift.serve.endpoint import in_parallel
+        from rayswift.generate.endpoint import in_parallel
 
         calls = ((request, partial(self.ask, request)) for request in requests)
         for request, answers in in_parallel(calls, self.engine.parallel):

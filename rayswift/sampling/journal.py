@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from rayswift.errors import UserError
-from rayswift.serve.result_file import drop_half_row
+from rayswift.journal import drop_half_row
 
 logger = logging.getLogger("rayswift.sampling")
 

@@ -10,12 +10,12 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from rayswift.errors import UserError
-from rayswift.serve.generation import EngineUnusable, GenerationSettings
+from rayswift.generate.types import EngineUnusable, GenerationSettings
 
 if TYPE_CHECKING:
     from rayswift.arguments import SampleArguments
+    from rayswift.generate.endpoint import EndpointEngine
     from rayswift.sampling.scoring import Task
-    from rayswift.serve.endpoint import EndpointEngine
 
 _DASHSCOPE = "https://dashscope.aliyuncs.com/compatible-mode/v1"
 #: name → what its endpoint, model and key are where the flags do not say.
@@ -60,7 +60,7 @@ class Judge:
 
     def score(self, tasks: Iterable[Task]) -> Iterator[tuple[int, list[float]]]:
         """Judge every answer of the tasks, several tasks at a time."""
-        from rayswift.serve.endpoint import EndpointEngine, in_parallel
+        from rayswift.generate.endpoint import EndpointEngine, in_parallel
 
         try:
             engine = EndpointEngine.connect(self.base_url, model=self.model, api_key=self.api_key).patient()

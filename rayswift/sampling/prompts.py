@@ -12,10 +12,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from rayswift.data.registry import resolve_dataset_files
-from rayswift.data.sources import iter_raw_rows, locate, split_format
+from rayswift.data.files import iter_raw_rows, locate, split_format
+from rayswift.data.names import resolve_dataset_files
 from rayswift.errors import UserError
-from rayswift.serve.result_rows import BAD_ROW, placed_rows, split_reference
+from rayswift.inference.rows import BAD_ROW, placed_rows, split_reference
 
 if TYPE_CHECKING:
     from rayswift.arguments import SampleArguments

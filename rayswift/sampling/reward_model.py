@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from rayswift import cluster, hub
-from rayswift.data.encoding import Dropped, Encoder
+from rayswift.data.tokens.encoder import Dropped, Encoder
 from rayswift.errors import UserError
+from rayswift.generate.pool import reason
 from rayswift.modeling.loading import read_config, resolve_dtype
-from rayswift.serve.engine_pool import reason
 
 if TYPE_CHECKING:
     from rayswift.arguments import SampleArguments

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 from rayswift.errors import UserError
+from rayswift.inference.run import progress_bar
 from rayswift.rewards import InferRequest, Reward, make_reward, orms, prms
 from rayswift.sampling.judge import JUDGES, Judge
 from rayswift.sampling.reward_model import RewardModel
-from rayswift.serve.batch import progress_bar
 
 if TYPE_CHECKING:
     from rayswift.arguments import SampleArguments

@@ -18,7 +18,7 @@ from rayswift import hub
 from rayswift.errors import UserError
 
 if TYPE_CHECKING:
-    from rayswift.serve.plan import ModelPlan
+    from rayswift.generate.model_spec import ModelPlan
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)*")
 _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"

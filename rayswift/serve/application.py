@@ -9,7 +9,7 @@ import hashlib
 import re
 from typing import TYPE_CHECKING, Any
 
-from rayswift.serve.plan import ModelPlan
+from rayswift.generate.model_spec import ModelPlan
 
 if TYPE_CHECKING:
     from ray.serve import Application
@@ -24,7 +24,7 @@ def build_model(args: dict[str, Any]) -> Application:
     from ray import serve
     from ray.serve.config import AutoscalingConfig
 
-    from rayswift.serve.replica import LLMServer
+    from rayswift.serve.replica.server import LLMServer
 
     plan = ModelPlan(**args)
     first = plan.bundles[0]
@@ -62,7 +62,7 @@ def build_gateway(args: dict[str, Any]) -> Application:
     """The application of the gateway. ``args``: the arguments of `Gateway`."""
     from ray import serve
 
-    from rayswift.serve.gateway import Gateway
+    from rayswift.serve.gateway.app import Gateway
 
     actor: dict[str, Any] = {"num_cpus": 0}
     if args.get("listen"):  # on the head node, where its port is looked for

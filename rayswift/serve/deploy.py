@@ -14,8 +14,8 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from rayswift.errors import UserError
+from rayswift.generate.model_spec import ModelPlan, plan_models
 from rayswift.serve.application import GATEWAY, app_name, serve_config
-from rayswift.serve.plan import ModelPlan, plan_models
 from rayswift.serve.ports import require_free_port
 
 if TYPE_CHECKING:

@@ -8,8 +8,8 @@ from typing import Any
 
 from starlette.requests import ClientDisconnect
 
+from rayswift.serve.lease import Receive, Scope
 from rayswift.serve.openai_errors import ApiError
-from rayswift.serve.tickets import Receive, Scope
 
 MAX_BODY_BYTES = 32 * 2**20
 MAX_DEPTH = 64

@@ -32,8 +32,8 @@ def running_deployment(args: Any) -> Iterator[Endpoint]:
     Raises:
         UserError: as `deploy`.
     """
+    from rayswift.generate.model_spec import plan_models
     from rayswift.serve.deploy import deployment
-    from rayswift.serve.plan import plan_models
     from rayswift.serve.ports import free_port
 
     settings = copy.copy(serving_settings(args))

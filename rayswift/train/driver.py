@@ -9,27 +9,27 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from rayswift import cluster as ray_cluster
-from rayswift.data.blocks import LazyRows
-from rayswift.data.encoding import Encoder
-from rayswift.data.pipeline import first_usable_row
-from rayswift.data.registry import ResolvedDatasets, resolve_datasets
-from rayswift.data.sources import filesystem_of
-from rayswift.data.stage_bars import StageBars
+from rayswift.data.files import filesystem_of
+from rayswift.data.flow.prepare import first_usable_row
+from rayswift.data.flow.stage_bars import StageBars
+from rayswift.data.names import ResolvedDatasets, resolve_datasets
+from rayswift.data.tokens.encoder import Encoder
+from rayswift.data.tokens.row_index import LazyRows
 from rayswift.errors import RunFailedError, UserError
-from rayswift.train import checkpoints
+from rayswift.plan.memory import memory_need, shortage
+from rayswift.train.checkpoints import manifest as checkpoints
 from rayswift.train.deepspeed import check_precision, deepspeed_config
-from rayswift.train.memory import memory_need, shortage
-from rayswift.train.plan import StepPlan, plan_steps
 from rayswift.train.run_directory import RunDirectory, check_writable, output_base
-from rayswift.train.warm_workers import start_warm_workers
+from rayswift.train.schedule import StepPlan, plan_steps
+from rayswift.train.start.warm_workers import start_warm_workers
 
 if TYPE_CHECKING:
     from rayswift.cluster import Cluster, Workers
-    from rayswift.data.blocks import BlockRows
-    from rayswift.data.packing import Packs
-    from rayswift.data.pipeline import TrainData
-    from rayswift.data.streaming import StreamMix
-    from rayswift.data.token_cache import TokenCache
+    from rayswift.data.flow.cache import TokenCache
+    from rayswift.data.flow.prepare import TrainData
+    from rayswift.data.flow.stream import StreamMix
+    from rayswift.data.tokens.packing import Packs
+    from rayswift.data.tokens.row_index import BlockRows
 
 logger = logging.getLogger("rayswift.train")
 
@@ -219,17 +219,17 @@ class _RunData:
 
 def _token_cache(args: Any, base: str, cluster: Cluster) -> TokenCache:
     """This machine's token cache; on a cluster one beside the runs, which every node reaches."""
-    from rayswift.data.token_cache import TokenCache, default_root
+    from rayswift.data.flow.cache import TokenCache, default_root
 
     return TokenCache(default_root() if cluster.embedded else f"{base}/.token_cache", args.load_from_cache_file)
 
 
 def _load_data(args: Any, datasets: ResolvedDatasets, encoder: Encoder, cache: TokenCache) -> _RunData:
     """Token rows, or for ``--streaming true`` the plan of a stream; and the validation rows."""
-    from rayswift.data.packing import pack
-    from rayswift.data.pipeline import load_train_data
-    from rayswift.data.streaming import plan_streams
-    from rayswift.data.token_cache import encoder_hash
+    from rayswift.data.flow.cache import encoder_hash
+    from rayswift.data.flow.prepare import load_train_data
+    from rayswift.data.flow.stream import plan_streams
+    from rayswift.data.tokens.packing import pack
 
     _say(f"template: {encoder.template_name}")
     length = (args.packing_length or encoder.max_length) if args.packing else None
@@ -255,8 +255,8 @@ def _load_data(args: Any, datasets: ResolvedDatasets, encoder: Encoder, cache: T
 
 def _print_sample(encoder: Encoder, data: _RunData, row: dict[str, Any] | None) -> None:
     """The first training sample as SWIFT prints it; of rows not encoded yet, what the first usable one becomes."""
-    from rayswift.data.encoding import Dropped, Encoded
-    from rayswift.data.token_rows import TokenRows
+    from rayswift.data.tokens.encoder import Dropped, Encoded
+    from rayswift.data.tokens.table import TokenRows
 
     first: Encoded | Dropped
     if data.train is not None and not isinstance(data.train, LazyRows):
@@ -358,7 +358,7 @@ def _torch_trainer(args: Any, run: RunDirectory, workers: Workers, config: Any, 
     from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig
 
-    from rayswift.train.ray_trainer import LeanTorchTrainer
+    from rayswift.train.start.lean_trainer import LeanTorchTrainer
     from rayswift.train.worker import train_loop
 
     folder, _, name = run.path.rpartition("/")

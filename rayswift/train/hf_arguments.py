@@ -9,7 +9,7 @@ from rayswift.train.deepspeed import deepspeed_config
 if TYPE_CHECKING:
     from transformers import TrainingArguments
 
-    from rayswift.train.plan import StepPlan
+    from rayswift.train.schedule import StepPlan
 
 #: Fields with the same name and meaning on both sides.
 _SAME = (

@@ -13,8 +13,8 @@ import time
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from rayswift.train.plan import StepPlan
     from rayswift.train.run_directory import RunDirectory
+    from rayswift.train.schedule import StepPlan
 
 logger = logging.getLogger("rayswift.train")
 

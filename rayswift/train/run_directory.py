@@ -14,9 +14,9 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rayswift.data.sources import filesystem_of
+from rayswift.data.files import filesystem_of
 from rayswift.errors import UserError
-from rayswift.train.checkpoints import run_versions
+from rayswift.train.checkpoints.manifest import run_versions
 
 if TYPE_CHECKING:
     from pyarrow.fs import FileSystem

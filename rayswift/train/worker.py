@@ -8,21 +8,21 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from rayswift.data.blocks import BlockRows, LazyRows
-from rayswift.data.packing import Packs
-from rayswift.data.token_rows import LazyUnits, StreamPlaces, StreamPosition, TokenRows, Units
+from rayswift.data.tokens.packing import Packs
+from rayswift.data.tokens.row_index import BlockRows, LazyRows
+from rayswift.data.tokens.table import LazyUnits, StreamPlaces, StreamPosition, TokenRows, Units
 from rayswift.errors import UserError
-from rayswift.train.batches import Collate, Collator, EpochLoader, PairCollator, Rank, StreamLoader
-from rayswift.train.plan import StepPlan
-from rayswift.train.store import CheckpointStore
+from rayswift.train.checkpoints.store import CheckpointStore
+from rayswift.train.loader import Collate, Collator, EpochLoader, PairCollator, Rank, StreamLoader
+from rayswift.train.schedule import StepPlan
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
-    from rayswift.data.encoding import Encoder
-    from rayswift.data.streaming import StreamMix
-    from rayswift.train.checkpoints import Position
-    from rayswift.train.trainer import StepTraining
+    from rayswift.data.flow.stream import StreamMix
+    from rayswift.data.tokens.encoder import Encoder
+    from rayswift.train.checkpoints.manifest import Position
+    from rayswift.train.trainers.sft import StepTraining
 
 logger = logging.getLogger("rayswift.train")
 
@@ -165,10 +165,10 @@ def _build_trainer(
         "collate": collate,
     }
     if config.encoder.pairs:
-        from rayswift.train.preference import PreferenceTrainer
+        from rayswift.train.trainers.dpo import PreferenceTrainer
 
         return PreferenceTrainer(ref_model=_reference_model(config, model_dir), **settings)
-    from rayswift.train.trainer import StepTrainer
+    from rayswift.train.trainers.sft import StepTrainer
 
     return StepTrainer(eval_dataset=val_rows, **settings)
 
@@ -268,7 +268,7 @@ def _loader(
         return EpochLoader(units, config.plan, rank, collate, start_step, args.data_seed, shuffle, bucket)
     from ray.train.collective import broadcast_from_rank_zero
 
-    from rayswift.data.streaming import read_stream, start_stream_readers
+    from rayswift.data.flow.stream import read_stream, start_stream_readers
 
     assert config.stream is not None
     readers = None

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 from test_templates import A, S, U, bound, chat, marked
 
-from rayswift.data.agent_formats import get_agent_format, load_agent_formats
-from rayswift.data.conversation import DropRow, read_conversation
-from rayswift.data.templates import RenderOptions, render_bare, text_of
+from rayswift.data.chat.agents import get_agent_format, load_agent_formats
+from rayswift.data.chat.conversation import DropRow, read_conversation
+from rayswift.data.chat.families import RenderOptions, render_bare, text_of
 from rayswift.errors import UserError
 
 WEATHER = {
@@ -194,6 +194,6 @@ def test_an_unknown_agent_template_is_answered_with_the_choices() -> None:
 
 
 def test_every_family_names_an_agent_template_that_exists() -> None:
-    from rayswift.data.templates import load_templates
+    from rayswift.data.chat.families import load_templates
 
     assert {template.agent for template in load_templates().values()} <= set(load_agent_formats())

@@ -11,10 +11,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from rayswift.data import sources
-from rayswift.data.registry import list_data_files
-from rayswift.data.rows import Drop, standardise_row
-from rayswift.data.sources import BadRow, iter_rows, locate, plan_chunks
+from rayswift.data import files as sources
+from rayswift.data.files import BadRow, iter_rows, locate, plan_chunks
+from rayswift.data.names import list_data_files
+from rayswift.data.rows.standard import Drop, standardise_row
 from rayswift.errors import UserError
 
 

@@ -9,14 +9,14 @@ from typing import Any
 import pytest
 
 from rayswift.arguments import make_arguments
-from rayswift.cli import main
-from rayswift.data import chunks
-from rayswift.data.blocks import BlockRows
-from rayswift.data.encoding import Encoder
-from rayswift.data.pipeline import TrainData, load_train_data
-from rayswift.data.registry import resolve_datasets
-from rayswift.data.token_cache import TokenCache
-from rayswift.data.token_rows import TokenRows
+from rayswift.cli.main import main
+from rayswift.data.flow import encode_tasks as chunks
+from rayswift.data.flow.cache import TokenCache
+from rayswift.data.flow.prepare import TrainData, load_train_data
+from rayswift.data.names import resolve_datasets
+from rayswift.data.tokens.encoder import Encoder
+from rayswift.data.tokens.row_index import BlockRows
+from rayswift.data.tokens.table import TokenRows
 from rayswift.errors import UserError
 
 GSM8K = Path(__file__).resolve().parents[1] / "data" / "gsm8k_40.jsonl"

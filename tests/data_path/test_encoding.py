@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from rayswift.data.encoding import IGNORED, Dropped, Encoded, Encoder
+from rayswift.data.tokens.encoder import IGNORED, Dropped, Encoded, Encoder
 from rayswift.errors import UserError
 
 # The row, ids and log lines of the ms-swift 3.3 run that this project was specified with.

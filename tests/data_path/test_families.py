@@ -15,9 +15,9 @@ from test_agent_formats import LOOP, WEATHER
 from test_agent_formats import layout as agent_layout
 from test_templates import LAYOUTS, ONE, TWO, A, S, U, chat
 
-from rayswift.data import segments
-from rayswift.data.encoding import IGNORED, Dropped, Encoded, Encoder
-from rayswift.data.segments import FAST_TOKENIZER, SegmentTokenizer
+from rayswift.data.tokens import segments
+from rayswift.data.tokens.encoder import IGNORED, Dropped, Encoded, Encoder
+from rayswift.data.tokens.segments import FAST_TOKENIZER, SegmentTokenizer
 
 DATA = Path(__file__).resolve().parents[1] / "data"
 SPECIAL = [

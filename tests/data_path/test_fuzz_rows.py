@@ -9,10 +9,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from rayswift.data.columns import COLUMN_ALIASES, KEPT_COLUMNS
 from rayswift.data.json_text import BadJson, has_half_surrogate, loads
-from rayswift.data.messages import ROLE_ALIASES, ROLES
-from rayswift.data.rows import Drop, RowRules, standardise_row, standardise_rows
+from rayswift.data.rows.columns import COLUMN_ALIASES, KEPT_COLUMNS
+from rayswift.data.rows.messages import ROLE_ALIASES, ROLES
+from rayswift.data.rows.standard import Drop, RowRules, standardise_row, standardise_rows
 
 FUZZ = settings(max_examples=120, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 

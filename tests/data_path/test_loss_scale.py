@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 from test_templates import A, U, bound, chat
 
-from rayswift.data.conversation import read_conversation
-from rayswift.data.loss_scale import read_loss_scale
-from rayswift.data.templates import RenderOptions
+from rayswift.data.chat.conversation import read_conversation
+from rayswift.data.chat.families import RenderOptions
+from rayswift.data.chat.loss_weights import read_loss_scale
 from rayswift.errors import UserError
 
 REACT = "Thought: t\nAction: f\nAction Input: {}\nObservation: ok\nFinal Answer: done"

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from rayswift.data.encoding import Encoded, Encoder
-from rayswift.data.packed_encoder import pack_encoder
-from rayswift.data.token_cache import encoder_hash
+from rayswift.data.flow.cache import encoder_hash
+from rayswift.data.tokens.encoder import Encoded, Encoder
+from rayswift.data.tokens.packed_encoder import pack_encoder
 
 ROW = {"messages": [{"role": "user", "content": "Where?"}, {"role": "assistant", "content": "Elsewhere."}]}
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rayswift.data.packing import pack
+from rayswift.data.tokens.packing import pack
 
 
 @given(

@@ -16,12 +16,10 @@ import pyarrow as pa
 import pytest
 
 from rayswift.arguments import Arguments, make_arguments
-from rayswift.data import sources, streaming
-from rayswift.data.blocks import BlockRows, LazyRows, blend, interleave, sample_rows, split_rows
-from rayswift.data.encoding import Encoder
-from rayswift.data.pipeline import TrainData, first_usable_row, load_train_data
-from rayswift.data.registry import resolve_datasets
-from rayswift.data.streaming import (
+from rayswift.data import files as sources
+from rayswift.data.flow import stream as streaming
+from rayswift.data.flow.prepare import TrainData, first_usable_row, load_train_data
+from rayswift.data.flow.stream import (
     StreamMix,
     StreamPlan,
     plan_stream,
@@ -31,7 +29,10 @@ from rayswift.data.streaming import (
     stream_tokens,
     task_tokens,
 )
-from rayswift.data.token_rows import LazyUnits, StreamPosition, TokenRows
+from rayswift.data.names import resolve_datasets
+from rayswift.data.tokens.encoder import Encoder
+from rayswift.data.tokens.row_index import BlockRows, LazyRows, blend, interleave, sample_rows, split_rows
+from rayswift.data.tokens.table import LazyUnits, StreamPosition, TokenRows
 from rayswift.errors import UserError
 from rayswift.train.events import start_event_queue
 

@@ -16,13 +16,13 @@ from typing import Any
 
 import pytest
 
-from rayswift.cli import main
+from rayswift.cli.main import main
 
 DATA = Path(__file__).resolve().parents[1] / "data"
 GSM8K = DATA / "gsm8k_40.jsonl"
 PROBE = """
 import sys
-from rayswift.cli import main
+from rayswift.cli.main import main
 status = main(sys.argv[1:])
 heavy = [name for name in ("torch", "ray", "transformers", "numpy", "pyarrow") if name in sys.modules]
 print("HEAVY", heavy, file=sys.stderr)
@@ -269,7 +269,7 @@ def test_the_page_has_the_drop_report(look: Look, tmp_path: Path) -> None:
 def test_pictures_of_local_files_are_in_the_page_and_others_are_named(
     look: Look, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from rayswift.data import preview_page
+    from rayswift.data.preview import page as preview_page
 
     monkeypatch.setenv("ROOT_IMAGE_DIR", str(tmp_path))
     pixel = png(tmp_path / "pixel.png")

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from rayswift.data.rows import Drop, RowRules, standardise_row
+from rayswift.data.rows.standard import Drop, RowRules, standardise_row
 
 DATA = Path(__file__).resolve().parents[1] / "data"
 LETTERS = {"system": "S", "user": "U", "assistant": "A", "tool_call": "C", "tool_response": "R"}

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from rayswift.data.rows import WARNINGS, Drop, RowRules, StandardRow, standardise_row
+from rayswift.data.rows.standard import WARNINGS, Drop, RowRules, StandardRow, standardise_row
 
 LETTERS = {"system": "S", "user": "U", "assistant": "A", "tool_call": "C", "tool_response": "R", "tool": "T"}
 U, A = {"role": "user", "content": "u"}, {"role": "assistant", "content": "a"}
@@ -353,7 +353,7 @@ def test_what_cannot_be_used_says_why(row: dict[str, Any], expected: str) -> Non
 
 
 def test_message_names_of_a_dataset() -> None:
-    from rayswift.data.messages import MessageNames
+    from rayswift.data.rows.messages import MessageNames
 
     names = MessageNames(
         role_key="who", content_key="said", user_role="student", assistant_role="teacher", system_role="rules"

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from rayswift.data.agent_formats import get_agent_format
-from rayswift.data.conversation import DropRow, read_conversation
-from rayswift.data.templates import (
+from rayswift.data.chat.agents import get_agent_format
+from rayswift.data.chat.conversation import DropRow, read_conversation
+from rayswift.data.chat.families import (
     Piece,
     RenderOptions,
     Template,
@@ -332,7 +332,7 @@ def test_a_template_that_ends_with_eos_needs_one() -> None:
 
 def test_importing_the_templates_loads_no_heavy_library() -> None:
     heavy = "{'torch', 'ray', 'transformers', 'numpy', 'pyarrow', 'tokenizers'}"
-    code = f"import sys, rayswift.data.templates; sys.exit(repr({heavy} & set(sys.modules)) != 'set()')"
+    code = f"import sys, rayswift.data.chat.families; sys.exit(repr({heavy} & set(sys.modules)) != 'set()')"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

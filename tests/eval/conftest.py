@@ -9,20 +9,20 @@ from collections.abc import Iterator
 
 import pytest
 
+from rayswift.generate.transformers import TransformersEngine
+
 # No test reaches a hub: a benchmark without local data has to fail at once.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 
 @pytest.fixture(scope="session")
-def small_endpoint(smollm2_dir: str) -> Iterator[str]:
+def small_endpoint(engine: TransformersEngine) -> Iterator[str]:
     """Base URL of SmolLM2-135M-Instruct on the Transformers engine, under the name ``small``."""
     import uvicorn
 
-    from rayswift.data.encoding import Encoder
-    from rayswift.serve.transformers_app import TransformersServing
-    from rayswift.serve.transformers_engine import TransformersEngine
+    from rayswift.serve.replica.transformers import TransformersServing
 
-    serving = TransformersServing(TransformersEngine.load(Encoder(smollm2_dir), use_gpu=False), "small")
+    serving = TransformersServing(engine, "small")
     listener = socket.create_server(("127.0.0.1", 0))
     server = uvicorn.Server(uvicorn.Config(serving.app, log_level="error"))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from rayswift import cli
+from rayswift.cli import main as cli
 
 JOB = Path(__file__).resolve().parents[2] / "jobs" / "sft_eval_deploy.py"
 

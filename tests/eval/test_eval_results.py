@@ -13,8 +13,8 @@ import pytest
 
 from rayswift.arguments import make_arguments
 from rayswift.errors import UserError
-from rayswift.eval.contenders import plan_servings
 from rayswift.eval.evaluate import deciding_settings
+from rayswift.eval.models import plan_servings
 from rayswift.eval.report import page, table
 from rayswift.eval.results import Question, Result, load_result
 from rayswift.eval.run_folder import open_run
@@ -151,7 +151,7 @@ def command(*words: str, **environment: str) -> subprocess.CompletedProcess[str]
 
 def test_help_and_mistakes_load_nothing_heavy() -> None:
     code = (
-        "import sys; from rayswift.cli import main; "
+        "import sys; from rayswift.cli.main import main; "
         "status = main(sys.argv[1:]); "
         "heavy = {'torch', 'ray', 'transformers', 'evalscope', 'lm_eval'} & set(sys.modules); "
         "assert not heavy, heavy; sys.exit(status)"
@@ -177,7 +177,7 @@ def test_a_missing_library_is_one_line_that_names_the_extra(
 ) -> None:
     import importlib.util
 
-    from rayswift.eval.backends import choose_backend
+    from rayswift.eval.backends.base import choose_backend
 
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     settings: dict[str, Any] = {} if library else {"extra_eval_args": {"python": sys.executable}}

@@ -90,7 +90,7 @@ def test_evalscopes_benchmarks_end_in_table_json_page_and_swifts_line(
 
 def test_a_stopped_evaluation_asks_only_what_is_left(small_endpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("evalscope")
-    from rayswift.eval.native import Native
+    from rayswift.eval.backends.evalscope import Native
 
     asked: list[str] = []
     real = Native.run

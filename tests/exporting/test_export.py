@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from rayswift.arguments import make_arguments
-from rayswift.cli import main
-from rayswift.data.encoding import Encoder
-from rayswift.data.templates import load_templates
+from rayswift.cli.main import main
+from rayswift.data.chat.families import load_templates
+from rayswift.data.tokens.encoder import Encoder
 from rayswift.errors import UserError
 from rayswift.exporting import export
 from rayswift.exporting.ollama import modelfile

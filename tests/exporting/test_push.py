@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 from hub_server import HubServer, Repo
 
-from rayswift import hub as downloads
 from rayswift.arguments import make_arguments
 from rayswift.errors import UserError
 from rayswift.exporting import export
+from rayswift.hub import models as downloads
 
 HUBS = pytest.mark.parametrize("use_hf", [False, True], ids=["modelscope", "huggingface"])
 SHARDS = {f"model-0000{part}-of-00003.safetensors": bytes([part]) * 100_000 for part in (1, 2, 3)}

@@ -22,7 +22,7 @@ def main(base: str, checkpoint: str, expected: str) -> None:
     from safetensors.torch import save_file
 
     from rayswift.modeling.loading import load_model
-    from rayswift.train.checkpoints import hash_files, write_manifest
+    from rayswift.train.checkpoints.manifest import hash_files, write_manifest
 
     deepspeed.init_distributed(dist_backend="gloo")
     config = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False)

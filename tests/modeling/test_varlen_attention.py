@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from rayswift.data.token_rows import Row
+from rayswift.data.tokens.table import Row
 from rayswift.modeling.loading import load_model, load_tokenizer
 from rayswift.modeling.varlen_attention import NAME
-from rayswift.train.batches import flatten, pad
+from rayswift.train.loader import flatten, pad
 
 TEXTS = [
     "The capital of France is Paris, and the capital of Italy is Rome.",

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from rayswift.arguments import make_arguments, parse_arguments
-from rayswift.cli import main
+from rayswift.cli.main import main
 from rayswift.errors import UserError
 from rayswift.sampling.prompts import Prompt, read_prompts
 from rayswift.sampling.scoring import check_references, make_scorers

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from rayswift.generate.model_spec import ModelPlan
 from rayswift.serve.adapters import AdapterBook, AdapterRefused, AdapterStore, check_name
-from rayswift.serve.plan import ModelPlan
 
 HIDDEN = 8
 TARGET = "model.layers.0.self_attn.q_proj"

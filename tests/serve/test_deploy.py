@@ -10,8 +10,8 @@ import openai
 import pytest
 from serving import Deployment, beyond_this_machine, deployed, listening
 
-from rayswift.serve.generation import GenerationSettings
-from rayswift.serve.transformers_engine import TransformersEngine
+from rayswift.generate.transformers import TransformersEngine
+from rayswift.generate.types import GenerationSettings
 
 MODEL, KEY = "SmolLM2-135M-Instruct", "sk-of-this-test"
 QUESTION = [{"role": "user", "content": "What is the capital of France?"}]

@@ -16,11 +16,12 @@ import aiohttp
 import pytest
 from aiohttp import web
 
-from rayswift.serve import forwarding, kept_tickets
-from rayswift.serve.forwarding import Forwarder, Request
-from rayswift.serve.gateway import Counters
+from rayswift.serve.gateway import forwarding
+from rayswift.serve.gateway import lease_cache as kept_tickets
+from rayswift.serve.gateway.app import Counters
+from rayswift.serve.gateway.forwarding import Forwarder, Request
+from rayswift.serve.lease import NO_TICKET, RESUME_HEADER
 from rayswift.serve.openai_errors import ApiError
-from rayswift.serve.tickets import NO_TICKET, RESUME_HEADER
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 PATH = "/v1/chat/completions"

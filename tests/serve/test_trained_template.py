@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
-from rayswift.data.agent_formats import load_agent_formats
-from rayswift.data.encoding import IGNORED, Encoded, Encoder
-from rayswift.data.rows import standardise_row
-from rayswift.data.templates import get_template, load_templates
-from rayswift.serve.trained_template import chat_prompt_ids, stop_strings, stop_token_ids
+from rayswift.data.chat.agents import load_agent_formats
+from rayswift.data.chat.families import get_template, load_templates
+from rayswift.data.rows.standard import standardise_row
+from rayswift.data.tokens.encoder import IGNORED, Encoded, Encoder
+from rayswift.serve.replica.trained_template import chat_prompt_ids, stop_strings, stop_token_ids
 
 U, A, S = "user", "assistant", "system"
 ANSWER = "The answer."
@@ -235,7 +235,7 @@ def online_renderer(smollm2_dir: str) -> Any:
     from vllm.renderers.online_renderer import OnlineRenderer
     from vllm.renderers.registry import renderer_from_config
 
-    from rayswift.serve.trained_template import use_trained_templates
+    from rayswift.serve.replica.trained_template import use_trained_templates
 
     config = EngineArgs(model=smollm2_dir, max_model_len=256, enforce_eager=True).create_engine_config()
     online = OnlineRenderer(

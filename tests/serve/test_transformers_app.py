@@ -15,10 +15,10 @@ import openai
 import pytest
 from starlette.testclient import TestClient
 
-from rayswift.data.encoding import Encoder
-from rayswift.serve.tickets import RESUME_HEADER, bind
-from rayswift.serve.transformers_app import TransformersServing
-from rayswift.serve.transformers_engine import TransformersEngine
+from rayswift.data.tokens.encoder import Encoder
+from rayswift.generate.transformers import TransformersEngine
+from rayswift.serve.lease import RESUME_HEADER, bind
+from rayswift.serve.replica.transformers import TransformersServing
 
 ASK = [{"role": "user", "content": "What is the capital of France?"}]
 CHAT, PLAIN = "/v1/chat/completions", "/v1/completions"

@@ -13,7 +13,7 @@ import pytest
 from command_line import run, start, wait_for
 from serving import ENGINE
 
-from rayswift.data.encoding import Encoder
+from rayswift.data.tokens.encoder import Encoder
 
 pytestmark = pytest.mark.slow
 

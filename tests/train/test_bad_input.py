@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from pyarrow.fs import LocalFileSystem
 
-from rayswift.cli import main
-from rayswift.train import checkpoints
+from rayswift.cli.main import main
+from rayswift.train.checkpoints import manifest as checkpoints
 
 
 def rows(path: Path, *lines: str) -> str:

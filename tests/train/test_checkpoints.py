@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from pyarrow.fs import LocalFileSystem
 
-from rayswift.train import checkpoints
+from rayswift.train.checkpoints import manifest as checkpoints
 
 LOCAL = LocalFileSystem()
 FILES = {"adapter_model.safetensors": b"\x00" * 4096, "deep/optim_0.pt": b"state", "args.json": b"{}", "empty": b""}

@@ -19,16 +19,17 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from rayswift.arguments import make_arguments
-from rayswift.data import sources, streaming
-from rayswift.data.encoding import Encoder
-from rayswift.data.packing import pack
-from rayswift.data.pipeline import load_train_data
-from rayswift.data.registry import resolve_datasets
-from rayswift.data.streaming import StreamMix, StreamPlan, plan_streams, task_tokens
-from rayswift.data.token_cache import TokenCache
-from rayswift.data.token_rows import Row, StreamPlaces, StreamPosition, Units
-from rayswift.train.batches import Collator, EpochLoader, Rank, StreamLoader
-from rayswift.train.plan import StepPlan
+from rayswift.data import files as sources
+from rayswift.data.flow import stream as streaming
+from rayswift.data.flow.cache import TokenCache
+from rayswift.data.flow.prepare import load_train_data
+from rayswift.data.flow.stream import StreamMix, StreamPlan, plan_streams, task_tokens
+from rayswift.data.names import resolve_datasets
+from rayswift.data.tokens.encoder import Encoder
+from rayswift.data.tokens.packing import pack
+from rayswift.data.tokens.table import Row, StreamPlaces, StreamPosition, Units
+from rayswift.train.loader import Collator, EpochLoader, Rank, StreamLoader
+from rayswift.train.schedule import StepPlan
 
 ROWS = 60
 PACK = 24

@@ -9,16 +9,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from modeling.tiny_models import llama
+from tiny_models import llama
 from transformers import PreTrainedTokenizerBase
 
 from rayswift.arguments import make_arguments
-from rayswift.data.token_rows import Row
+from rayswift.data.tokens.table import Row
 from rayswift.errors import UserError
 from rayswift.modeling.loading import load_tokenizer
-from rayswift.train.batches import PairCollator, Rank
 from rayswift.train.hf_arguments import hf_training_arguments
-from rayswift.train.plan import StepPlan
+from rayswift.train.loader import PairCollator, Rank
+from rayswift.train.schedule import StepPlan
 
 BETA = 0.3
 PAIR = PairCollator(0)
@@ -64,7 +64,7 @@ class Run:
         val: list[Row] | None = None,
         **flags: Any,
     ) -> None:
-        from rayswift.train.preference import PreferenceTrainer
+        from rayswift.train.trainers.dpo import PreferenceTrainer
 
         args = make_arguments(
             "rlhf", model="m/m", dataset=["d"], train_type="full", beta=BETA, learning_rate=1.0, optim="sgd",

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from rayswift.train.events import start_event_queue
-from rayswift.train.plan import StepPlan
 from rayswift.train.progress import Progress, format_seconds, plot_rows, read_log
 from rayswift.train.run_directory import RunDirectory
+from rayswift.train.schedule import StepPlan
 
 PLAN = StepPlan(global_batch_size=16, per_device_batch_size=1, max_steps=40, steps_per_epoch=20)
 

@@ -20,7 +20,7 @@ def fit(train_loop: Callable[..., Any], folder: Path, warm: list[Any]) -> Any:
     from ray.train import LoggingConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig
 
-    from rayswift.train.ray_trainer import LeanTorchTrainer
+    from rayswift.train.start.lean_trainer import LeanTorchTrainer
 
     trainer = LeanTorchTrainer(
         train_loop,
@@ -58,7 +58,7 @@ def sleep_after_saying_so() -> Callable[[dict[str, Any]], None]:
 def test_a_run_begins_in_the_process_that_has_imported(ray_cluster: None, smollm2_dir: str, tmp_path: Path) -> None:
     import ray
 
-    from rayswift.train.warm_workers import start_warm_workers
+    from rayswift.train.start.warm_workers import start_warm_workers
 
     warm = start_warm_workers(smollm2_dir, 1)
     pid = ray.get(warm[0].get_metadata.remote()).pid
@@ -68,7 +68,7 @@ def test_a_run_begins_in_the_process_that_has_imported(ray_cluster: None, smollm
 def test_a_process_that_died_early_is_replaced(ray_cluster: None, smollm2_dir: str, tmp_path: Path) -> None:
     import ray
 
-    from rayswift.train.warm_workers import start_warm_workers
+    from rayswift.train.start.warm_workers import start_warm_workers
 
     warm = start_warm_workers(smollm2_dir, 1)
     ray.kill(warm[0])

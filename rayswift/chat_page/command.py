@@ -1,0 +1,92 @@
+"""Start the page and what it talks to; stop both at the end."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import os
+import signal
+import threading
+from typing import TYPE_CHECKING, Any
+
+from rayswift.chat_page.messages import media_of
+from rayswift.errors import UserError
+from rayswift.generate.types import GenerationSettings
+from rayswift.serve.ports import require_free_port
+
+if TYPE_CHECKING:
+    from rayswift.arguments import AppArguments
+
+#: The browser then asks no other server: neither for a picture that an answer names, nor to share an upload.
+_SOURCES = "'self' 'unsafe-inline' 'unsafe-eval' data: blob:"
+ONLY_THIS_SERVER = f'<meta http-equiv="Content-Security-Policy" content="default-src {_SOURCES}">'
+
+logger = logging.getLogger("rayswift.chat_page")
+
+
+def app(args: AppArguments) -> None:
+    """Serve the chat page at ``--server_name:--server_port`` until Ctrl-C, over ``--base_url`` or an own deployment.
+
+    Raises:
+        UserError: Gradio is missing, the port is taken, or the model cannot be served or reached.
+    """
+    if importlib.util.find_spec("gradio") is None:
+        raise UserError("rayswift app needs Gradio, which is not installed: pip install 'rayswift[app]'")
+    require_free_port(args.server_name, args.server_port, "--server_port")
+    # Before Gradio is imported: the page tells nobody that it exists.
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+    from rayswift.generate.sources import open_endpoint
+
+    with open_endpoint(args) as engine:
+        from rayswift.chat_page.page import build_page
+
+        page = build_page(
+            engine,
+            GenerationSettings.from_arguments(args),
+            title=args.studio_title or engine.model,
+            lang=args.lang,
+            system=args.system,
+            media=media_offered(args),
+            stream=args.stream is not False,
+        )
+        serve(page, args)
+
+
+def media_offered(args: AppArguments) -> tuple[str, ...]:
+    """Which files can be uploaded: what the model's configuration says, unless ``--is_multimodal`` does."""
+    if args.is_multimodal is False:
+        return ()
+    found: tuple[str, ...] = ()
+    if args.model and not args.base_url:
+        from rayswift import hub
+        from rayswift.modeling.loading import read_config
+
+        model_dir = hub.resolve_model(
+            args.model, revision=args.model_revision, use_hf=args.use_hf, token=args.hub_token
+        )
+        found = media_of(read_config(model_dir))
+    return found or (("image",) if args.is_multimodal else ())
+
+
+def serve(page: Any, args: AppArguments) -> None:
+    """Show the page until Ctrl-C or SIGTERM."""
+    stopped = threading.Event()
+    signal.signal(signal.SIGTERM, lambda *_: stopped.set())
+    _, address, public = page.launch(
+        server_name=args.server_name,
+        server_port=args.server_port,
+        share=args.share,
+        inbrowser=False,
+        prevent_thread_lock=True,
+        quiet=True,
+        show_error=True,
+        footer_links=[],
+        head=ONLY_THIS_SERVER,
+    )
+    logger.info("The page is at %s (Ctrl-C stops it)", public or address)
+    try:
+        stopped.wait()
+    except KeyboardInterrupt:
+        logger.info("stopping")
+    finally:
+        page.close(verbose=False)

@@ -1,0 +1,194 @@
+"""``rayswift submit`` and ``rayswift status``: commands as jobs on a Ray cluster, through Ray's own job server."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import os
+import shlex
+import sys
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from rayswift.errors import UserError
+
+if TYPE_CHECKING:
+    from ray.job_submission import JobSubmissionClient
+
+_ADDRESS_HELP = "address of the cluster's dashboard (default: RAY_ADDRESS, else the cluster on this machine)"
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> Any:
+        raise UserError(f"{message}; {self.prog} --help explains")
+
+
+def submit(argv: Sequence[str]) -> int:
+    """Run ``rayswift COMMAND ...`` as a Ray job and follow its log.
+
+    Returns the job's exit status (0 at once with ``--no_wait``). Secrets travel as environment variables, so that the
+    job's command line, which Ray shows to everyone, does not hold them.
+    """
+    parser = _Parser(
+        prog="rayswift submit",
+        description="Run a command as a job on a Ray cluster.",
+        allow_abbrev=False,
+        usage="rayswift submit [--address URL] [--working_dir DIR] [--no_wait] COMMAND [--flag value ...]",
+    )
+    parser.add_argument("--address", metavar="URL", help=_ADDRESS_HELP)
+    parser.add_argument(
+        "--working_dir",
+        "--working-dir",
+        default=".",
+        metavar="DIR",
+        help="folder sent to the cluster, where the command runs (default: this folder); none sends nothing",
+    )
+    parser.add_argument("--no_wait", "--no-wait", action="store_true", help="return once the job is submitted")
+    parser.add_argument("words", nargs=argparse.REMAINDER, metavar="COMMAND ...", help="the command and its flags")
+    options = parser.parse_args(list(argv))
+    if not options.words:
+        raise UserError("name the command to run, for example rayswift submit sft --model M --dataset D")
+    command, rest = _checked(options.words, options.working_dir)
+    words, secrets = take_secrets(rest)
+
+    client = _client(options.address)
+    runtime_env: dict[str, Any] = {"env_vars": secrets} if secrets else {}
+    if options.working_dir.lower() != "none":
+        runtime_env["working_dir"] = options.working_dir
+    with _as_user_error("the cluster did not take the job"):
+        job = client.submit_job(entrypoint=shlex.join(["rayswift", command, *words]), runtime_env=runtime_env)
+    print(f"{job}: submitted. Log: ray job logs -f {job}; stop: ray job stop {job}", file=sys.stderr)
+    return 0 if options.no_wait else _follow(client, job)
+
+
+def _checked(words: Sequence[str], working_dir: str) -> tuple[str, list[str]]:
+    """The command and its flags, parsed here once, as the job will, so that a mistake costs no round trip."""
+    from rayswift.arguments import parse_arguments
+    from rayswift.cli.main import COMMANDS, find_command
+
+    command, rest = find_command(words)
+    if command not in COMMANDS:
+        raise UserError(f"{command} cannot be submitted; choose from {', '.join(COMMANDS)}")
+    if working_dir.lower() == "none":
+        return command, rest  # the files it names are on the cluster
+    if not os.path.isdir(working_dir):
+        raise UserError(f"--working_dir {working_dir}: no such folder")
+    with contextlib.chdir(working_dir):
+        parse_arguments(command, rest)
+    return command, rest
+
+
+def take_secrets(argv: Sequence[str]) -> tuple[list[str], dict[str, str]]:
+    """Move the secrets of a command line into the environment variables that RaySwift reads them from.
+
+    ``["--hub_token", "X", "--seed", "1"]`` gives ``["--seed", "1"]`` and ``{"RAYSWIFT_HUB_TOKEN": "X"}``.
+    """
+    from rayswift.arguments.redaction import SECRET_FLAGS
+
+    words: list[str] = []
+    secrets: dict[str, str] = {}
+    rest = list(argv)
+    while rest:
+        word = rest.pop(0)
+        name, equals, value = word.removeprefix("--").partition("=")
+        name = name.replace("-", "_")
+        full = [flag for flag in SECRET_FLAGS if flag == name] or [f for f in SECRET_FLAGS if f.startswith(name)]
+        if not word.startswith("--") or len(name) < 4 or len(full) != 1:
+            words.append(word)
+        elif equals or (rest and not rest[0].startswith("--")):
+            values = [value] if equals else []
+            while rest and not rest[0].startswith("--"):  # --api_key takes several
+                values.append(rest.pop(0))
+            secrets[f"RAYSWIFT_{full[0].upper()}"] = " ".join(values)
+    return words, secrets
+
+
+def _client(address: str | None) -> JobSubmissionClient:
+    if address:
+        if address.isdigit() or "://" not in address:
+            raise UserError(f"--address {address}: expected the dashboard's address, for example http://127.0.0.1:8265")
+        os.environ["RAY_API_SERVER_ADDRESS"] = address  # or Ray lets RAY_ADDRESS win over what was asked for
+    if _has_token():
+        os.environ.setdefault("RAY_AUTH_MODE", "token")  # as Ray's own commands do; its client library does not
+    from ray.job_submission import JobSubmissionClient
+
+    with _as_user_error("no Ray cluster answers; start one (ray start --head) or give --address http://HEAD:8265"):
+        return JobSubmissionClient(address)
+
+
+def _has_token() -> bool:
+    paths = (os.environ.get("RAY_AUTH_TOKEN_PATH", ""), os.path.expanduser("~/.ray/auth_token"))
+    return bool(os.environ.get("RAY_AUTH_TOKEN")) or any(map(os.path.isfile, paths))
+
+
+@contextlib.contextmanager
+def _as_user_error(message: str) -> Iterator[None]:
+    """Ray's client raises whatever its HTTP library does; none of it is worth a traceback here."""
+    try:
+        yield
+    except Exception as error:
+        first = str(error).strip().split("\n")[0]
+        if type(error).__name__ == "AuthenticationError":  # importing it would mean importing Ray
+            message = "the cluster wants its token; set RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH"
+        raise UserError(f"{message} ({type(error).__name__}: {first})") from error
+
+
+def _follow(client: JobSubmissionClient, job: str) -> int:
+    """Print the job's log until it ends; its exit status."""
+
+    async def tail() -> None:
+        async for text in client.tail_job_logs(job):
+            print(text, end="", flush=True)
+
+    try:
+        asyncio.run(tail())
+    except KeyboardInterrupt:
+        print(f"\n{job} goes on. Log: ray job logs -f {job}; stop: ray job stop {job}", file=sys.stderr)
+        return 130
+    details = client.get_job_info(job)
+    print(f"{job}: {details.status.lower()}", file=sys.stderr)
+    if details.status == "SUCCEEDED":
+        return 0
+    return details.driver_exit_code or 1
+
+
+def status(argv: Sequence[str]) -> int:
+    """Print a cluster's nodes with their resources, and its jobs. Returns 0."""
+    parser = _Parser(prog="rayswift status", description="Show a Ray cluster's nodes and jobs.", allow_abbrev=False)
+    parser.add_argument("--address", metavar="URL", help=_ADDRESS_HELP)
+    client = _client(parser.parse_args(list(argv)).address)
+    from ray.util.state import list_nodes
+
+    with _as_user_error("the cluster does not answer"):
+        nodes = list_nodes(address=client.get_address(), detail=True)
+        jobs = client.list_jobs()
+    alive = [node for node in nodes if node.state == "ALIVE"]
+    print(f"{len(alive)} nodes alive, {len(nodes) - len(alive)} dead")
+    for node in sorted(alive, key=lambda node: not node.is_head_node):
+        role = "head" if node.is_head_node else "worker"
+        print(f"  {node.node_ip:<15} {role:<6} {_resources(node.resources_total or {})}")
+    print(f"{len(jobs)} jobs")
+    for job in sorted(jobs, key=lambda job: job.start_time or 0):
+        print(f"  {job.submission_id or job.job_id or '-':<26} {job.status.lower():<9} {_entrypoint(job.entrypoint)}")
+    return 0
+
+
+def _resources(total: dict[str, float]) -> str:
+    shown = []
+    for name, amount in sorted(total.items()):
+        if name == "memory":
+            shown.append(f"memory {amount / 2**30:.0f} GiB")
+        elif not name.startswith(("node:", "object_store")):
+            shown.append(f"{name} {amount:g}")
+    return ", ".join(shown)
+
+
+def _entrypoint(text: str) -> str:
+    from rayswift.arguments.redaction import redact_argv, redact_text
+
+    try:
+        text = shlex.join(redact_argv(shlex.split(text)))
+    except ValueError:
+        text = redact_text(text)
+    return text if len(text) <= 80 else f"{text[:77]}..."

@@ -1,0 +1,20 @@
+"""Connect to Ray, count what it has, and plan the workers that a run asks for.
+
+No address: Ray starts embedded with this machine's cores. Inside a Ray job, with ``RAY_ADDRESS`` or ``--address``: that
+cluster. Nothing else changes.
+"""
+
+from rayswift.cluster.connection import Cluster, address_of, connect, cpu_count, has_nvidia_driver, most_cpus
+from rayswift.cluster.workers import Workers, check_before_start, plan_workers
+
+__all__ = [
+    "Cluster",
+    "Workers",
+    "address_of",
+    "check_before_start",
+    "connect",
+    "cpu_count",
+    "has_nvidia_driver",
+    "most_cpus",
+    "plan_workers",
+]

@@ -1,0 +1,162 @@
+"""Connect to Ray, and count what it has.
+
+No address: Ray starts embedded with this machine's cores. Inside a Ray job, with ``RAY_ADDRESS`` or ``--address``:
+that cluster. Nothing else changes.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+from rayswift.errors import UserError
+
+logger = logging.getLogger("rayswift.cluster")
+
+#: How often an embedded Ray is started.
+START_TRIES = 3
+_CLUSTER_VARIABLE = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """What the connected cluster has, counting the nodes its autoscaler may still start."""
+
+    embedded: bool
+    cpus: float
+    gpus: float
+    nodes: int
+    gpus_per_node: int = 0
+
+    def describe(self) -> str:
+        """For messages: ``this machine has 2 CPUs and no GPU``."""
+        subject = "this machine has" if self.embedded else f"the cluster ({self.nodes} nodes) has at most"
+        return f"{subject} {self.cpus:g} CPUs and {f'{self.gpus:g} GPUs' if self.gpus else 'no GPU'}"
+
+
+def cpu_count() -> int:
+    """CPUs this process may use (affinity and cgroup included where Python knows them)."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def has_nvidia_driver() -> bool:
+    """Whether an NVIDIA driver is loaded here."""
+    return os.path.exists("/proc/driver/nvidia/version") or os.path.exists("/dev/nvidiactl")
+
+
+def address_of(args: Any) -> str | None:
+    """The cluster to connect to: ``--address``, else ``RAY_ADDRESS`` (set inside a Ray job), else None."""
+    return args.address or os.environ.get("RAY_ADDRESS") or None
+
+
+def connect(args: Any) -> Cluster:
+    """Connect to the cluster, or start Ray embedded; a Ray that this process already uses is kept.
+
+    Raises:
+        UserError: the cluster at ``--address`` does not answer.
+    """
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # Ray warns that a future version will no longer clear CUDA_VISIBLE_DEVICES for actors without GPUs.
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    # A busy machine may take longer than Ray's 30 s to start its own processes.
+    os.environ.setdefault("RAY_raylet_start_wait_time_s", "120")
+    # RaySwift shows progress itself; Ray Data's full log stays in its file.
+    os.environ.setdefault("RAY_DATA_LOG_LEVEL", "ERROR")
+    import ray
+
+    address = address_of(args)
+    if not ray.is_initialized():
+        _start_ray(address)
+    resources = ray.cluster_resources()
+    limits = _autoscaler_limits()
+    return Cluster(
+        embedded=address is None,
+        cpus=most_cpus(),
+        gpus=max(resources.get("GPU", 0), limits.get("GPU", 0)),
+        nodes=sum(node["Alive"] for node in ray.nodes()),
+        gpus_per_node=_gpus_per_node(),
+    )
+
+
+def most_cpus() -> float:
+    """CPUs of the connected cluster, counting those that its autoscaler may still start."""
+    import ray
+
+    return max(ray.cluster_resources().get("CPU", 0), _autoscaler_limits().get("CPU", 0))
+
+
+def _start_ray(address: str | None) -> None:
+    """Connect this process to the cluster at ``address``, or to one that it starts itself."""
+    import ray
+
+    options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    if address is None:
+        options["include_dashboard"] = False
+    for left in reversed(range(START_TRIES)):
+        try:
+            with _small_ray() if address is None else nullcontext():
+                ray.init(address=address or "local", **options)
+            return
+        except (ConnectionError, ValueError) as error:
+            raise UserError(f"--address {address}: no Ray cluster answers there ({_first_line(error)})") from None
+        except Exception as error:
+            # On a busy machine Ray's own helper processes miss a deadline of 15 s that no setting moves.
+            if "timed out during startup" not in str(error):
+                raise
+            ray.shutdown()
+            if not left:
+                raise UserError("Ray could not start: this machine is too busy; stop something, or try again") from None
+            logger.warning("Ray did not start in time; trying again")
+
+
+@contextmanager
+def _small_ray() -> Iterator[None]:
+    """A Ray that starts here is for this process: on 127.0.0.1 alone, and without the processes that serve others.
+
+    Those count usage (switched off), follow log files (for drivers that print them) and watch a cluster's size: three
+    imports of Ray that would compete with the work. The variable is Ray's for Windows and macOS, where no other node
+    joins a Ray; ``1`` in the environment keeps all interfaces. Ray reads it once, when it is imported.
+    """
+    from ray._private import ray_constants
+    from ray._private.node import Node
+
+    before = ray_constants.ENABLE_RAY_CLUSTER
+    unneeded = {name: getattr(Node, name) for name in ("start_api_server", "start_log_monitor", "start_monitor")}
+    if os.environ.setdefault(_CLUSTER_VARIABLE, "0") == "0":
+        ray_constants.ENABLE_RAY_CLUSTER = False
+    for name in unneeded:
+        setattr(Node, name, lambda *_, **__: None)
+    try:
+        yield
+    finally:
+        for name, start in unneeded.items():
+            setattr(Node, name, start)
+        ray_constants.ENABLE_RAY_CLUSTER = before
+        if os.environ[_CLUSTER_VARIABLE] == "0":
+            del os.environ[_CLUSTER_VARIABLE]  # a Ray that a program starts later is its own affair
+
+
+def _autoscaler_limits() -> dict[str, float]:
+    """The most of each resource that the cluster's autoscaler may start; empty without an autoscaler."""
+    from ray._private.state import state
+
+    # Ray Train and Ray Data read the same table; there is no public way to it in Ray 2.60.
+    return state.get_max_resources_from_cluster_config() or {}
+
+
+def _gpus_per_node() -> int:
+    """GPUs of the largest node, counting the node types that the autoscaler may start."""
+    import ray
+    from ray._private.state import state
+
+    config = state.get_cluster_config()
+    startable = [group.resources.get("GPU", 0) for group in config.node_group_configs] if config else []
+    return int(max([node["Resources"].get("GPU", 0) for node in ray.nodes()] + startable, default=0))
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().split("\n", 1)[0]

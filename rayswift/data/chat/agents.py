@@ -1,0 +1,235 @@
+"""Agent templates as records: how tools enter the prompt, and what tool calls and tool results look like.
+
+The records are in `agents.json`; names and wording are SWIFT's (`--agent_template`). Where SWIFT prints
+arguments as a Python literal or leaves out the row's own system text, here they are JSON and the system text stays.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import json
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from importlib import resources
+from typing import Any, NamedTuple
+
+from rayswift.errors import UserError
+
+_MARK = re.compile(r"\{\{([A-Z_]+)\}\}")
+#: What special tokens of chat models begin with: record text that holds one is template text, the rest is content.
+_SPECIAL = re.compile(r"<[|｜]")
+
+
+class Stretch(NamedTuple):
+    """A text; `literal`: special tokens in it count."""
+
+    text: str
+    literal: bool
+
+
+class BadTool(Exception):
+    """A tool or a call that is not what it should be; the message says which and why."""
+
+
+@dataclass(frozen=True, slots=True)
+class AgentFormat:
+    """One agent template.
+
+    tools / tool / tool_separator: the text around `{{TOOLS}}`, each tool in it, and what stands between two.
+    tools_place: `after_system` (a paragraph after the system text), `instead_of_default` (the same, and the template's
+    default system text is left out) or `before_query` (in front of the first user text).
+    calls_start / call / call_separator / calls_end: an assistant turn that calls tools. call_ends_turn: the model stops
+    at calls_end, and the tools answer without an end-of-turn token in between.
+    result / result_separator / results_end: what the tools answer. result_place: `query` (a user turn), `reply` (the
+    same assistant turn goes on, the result in it is not trained) or `turn` (a turn of its own with special tokens, up
+    to where the reply starts).
+    """
+
+    name: str
+    tools: str
+    tool: str
+    call: str
+    result: str
+    tool_separator: str = "\n"
+    tools_place: str = "after_system"
+    calls_start: str = ""
+    call_separator: str = ""
+    calls_end: str = ""
+    call_ends_turn: bool = False
+    result_place: str = "query"
+    result_separator: str = ""
+    results_end: str = ""
+
+    def describe_tools(self, tools: Any) -> list[Stretch]:
+        """The text that tells the model of its tools (a list of definitions, or JSON text); empty if there are none.
+
+        Raises:
+            BadTool: not a list of definitions with names.
+        """
+        listed = _parse(tools) if isinstance(tools, str) else tools
+        if not isinstance(listed, list):
+            raise BadTool("tools is not a list of tool definitions")
+        if not listed:
+            return []
+        marks = [_tool_marks(_parse(tool) if isinstance(tool, str) else tool) for tool in listed]
+        described = self.tool_separator.join("".join(part.text for part in _fill(self.tool, each)) for each in marks)
+        return _fill(self.tools, {"TOOLS": described, "NAMES": ",".join(each["NAME"] for each in marks)})
+
+    def write_call(self, text: str, *, first: bool, last: bool) -> list[Stretch]:
+        """One call (a JSON object with name and arguments) of a row of calls, as the model writes it.
+
+        Raises:
+            BadTool: the text is no such object.
+        """
+        start = self.calls_start if first else self.call_separator
+        marks = {"CALL_TEXT": text} if "{{CALL_TEXT}}" in self.call else _call_marks(text)
+        return _fill(start + self.call + (self.calls_end if last else ""), marks)
+
+    def write_result(self, text: str, *, first: bool) -> list[Stretch]:
+        """One tool result of a row of results, without :attr:`results_end`."""
+        if self.result.endswith("{{RESULT}}\n"):
+            text = text.removesuffix("\n")
+        return _fill(("" if first else self.result_separator) + self.result, {"RESULT": text})
+
+    @property
+    def literals(self) -> tuple[str, ...]:
+        """All texts of the record in which special tokens count."""
+        texts = (self.tools, self.calls_start, self.call, self.call_separator, self.calls_end, self.result,
+                 self.result_separator, self.results_end)  # fmt: skip
+        return tuple(text for text in texts if _SPECIAL.search(text))
+
+
+def _fill(record: str, marks: Mapping[str, str]) -> list[Stretch]:
+    """A record text with its `{{MARKS}}` filled; what needs no special token is joined into one stretch of content."""
+    stretches: list[Stretch] = []
+    for number, part in enumerate(_parts(record)):
+        text, literal = (marks[part], False) if number % 2 else (part, bool(_SPECIAL.search(part)))
+        if stretches and not literal and not stretches[-1].literal:
+            stretches[-1] = Stretch(stretches[-1].text + text, False)
+        elif text:
+            stretches.append(Stretch(text, literal))
+    return stretches
+
+
+@functools.cache
+def _parts(record: str) -> list[str]:
+    return _MARK.split(record)
+
+
+def _tool_marks(tool: Any) -> dict[str, str]:
+    if not isinstance(tool, dict):
+        raise BadTool("a tool definition is not a JSON object")
+    wrapped = tool if "type" in tool or "function" in tool else {"type": "function", "function": tool}
+    function = tool["function"] if isinstance(tool.get("function"), dict) else tool
+    name = function.get("name_for_model") or function.get("name")
+    if not isinstance(name, str):
+        raise BadTool("a tool definition has no name")
+    description = function.get("description", function.get("description_for_model"))
+    parameters = function.get("parameters") or {}
+    return {
+        "NAME": name,
+        "HUMAN_NAME": str(function.get("name_for_human") or name),
+        "DESCRIPTION": "" if description is None else str(description),
+        "PARAMETERS": parameters if isinstance(parameters, str) else _json(parameters),
+        "TOOL_JSON": _json(wrapped),
+        "TOOL_JSON_INDENTED": _json(tool, 4),
+        "FUNCTION_JSON_INDENTED": _json(function, 4),
+        "FUNCTION_XML": _function_xml(function),
+    }
+
+
+def _function_xml(function: dict[str, Any]) -> str:
+    """A tool as Qwen3-Coder reads it."""
+    parameters = function.get("parameters")
+    parameters = parameters if isinstance(parameters, dict) else {}
+    properties = parameters.get("properties")
+    lines = ["<function>", f"<name>{function.get('name')}</name>"]
+    if "description" in function:
+        lines.append(f"<description>{str(function['description']).strip()}</description>")
+    lines.append("<parameters>")
+    for name, fields in properties.items() if isinstance(properties, dict) else ():
+        fields = fields if isinstance(fields, dict) else {}
+        lines += ["<parameter>", f"<name>{name}</name>"]
+        lines += [f"<{key}>{str(fields[key]).strip()}</{key}>" for key in ("type", "description") if key in fields]
+        lines += [*_other_xml(fields, ("name", "type", "description")), "</parameter>"]
+    lines += [*_other_xml(parameters, ("type", "properties")), "</parameters>"]
+    return "\n".join([*lines, *_other_xml(function, ("type", "name", "description", "parameters")), "</function>"])
+
+
+def _other_xml(record: dict[str, Any], written: tuple[str, ...]) -> list[str]:
+    return [f"<{key}>{_json(value)}</{key}>" for key, value in record.items() if key not in written]
+
+
+def _arguments_xml(arguments: Any) -> str:
+    """Arguments of a call as Qwen3-Coder writes them."""
+    spelled = {}
+    for name, value in arguments.items() if isinstance(arguments, dict) else ():
+        plain = isinstance(value, (str, int, float)) and not isinstance(value, bool)
+        spelled[name] = str(value) if plain else _json(value)
+    return "".join(f"<parameter={name}>\n{value}\n</parameter>\n" for name, value in spelled.items())
+
+
+def _call_marks(text: str) -> dict[str, str]:
+    call = _parse(text)
+    if not isinstance(call, dict) or not isinstance(call.get("name"), str):
+        raise BadTool("a tool_call is not a JSON object with name and arguments")
+    arguments = call.get("arguments", call.get("parameters", {}))
+    if isinstance(arguments, str):
+        arguments = _parse(arguments)
+    return {
+        "NAME": call["name"],
+        "NAME_JSON": _json(call["name"]),
+        "ARGUMENTS": _json(arguments),
+        "ARGUMENTS_XML": _arguments_xml(arguments),
+        "CALL_JSON": _json({"name": call["name"], "arguments": arguments}),
+    }
+
+
+def _json(value: Any, indent: int | None = None) -> str:
+    return json.dumps(value, ensure_ascii=False, indent=indent)
+
+
+def _parse(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        pass
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        raise BadTool("tools or a tool_call is not valid JSON") from None
+
+
+@functools.cache
+def load_agent_formats() -> Mapping[str, AgentFormat]:
+    """All agent templates by name."""
+    return {name: AgentFormat(name, **record) for name, record in read_records("agents.json").items()}
+
+
+def get_agent_format(name: str) -> AgentFormat:
+    """The agent template of this name.
+
+    Raises:
+        UserError: there is none; the message lists the names.
+    """
+    try:
+        return load_agent_formats()[name]
+    except KeyError:
+        raise UserError(f"--agent_template {name}: unknown; choose one of {', '.join(load_agent_formats())}") from None
+
+
+def read_records(file: str) -> dict[str, dict[str, Any]]:
+    """The records of a JSON file of this package, by name; what a record `extends` fills what it leaves out."""
+    records: dict[str, Any] = json.loads(
+        resources.files("rayswift.data.chat").joinpath(file).read_text(encoding="utf-8")
+    )
+    return {name: _extended(records, record) for name, record in records.items()}
+
+
+def _extended(records: Mapping[str, Any], record: Mapping[str, Any]) -> dict[str, Any]:
+    base: Iterable[tuple[str, Any]] = ()
+    if "extends" in record:
+        base = _extended(records, records[record["extends"]]).items()
+    return {**dict(base), **{key: value for key, value in record.items() if key != "extends"}}

@@ -1,0 +1,191 @@
+"""A standard row as a conversation: one system text and rounds of (query, reply), ready for any template.
+
+Reading a row merges consecutive messages of one side and turns tool messages into text. A row that cannot be a
+conversation raises :class:`DropRow` with the reason.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from rayswift.data.chat.agents import AgentFormat, BadTool, Stretch
+
+Message = Mapping[str, Any]
+
+
+class DropRow(Exception):
+    """This row cannot be trained on; the message is the reason that the drop report counts."""
+
+    @property
+    def reason(self) -> str:
+        return str(self.args[0])
+
+
+class ReplyPart(NamedTuple):
+    """Text of an assistant turn and the `loss` and `loss_scale` of its message (None: the flag decides).
+
+    `given`: a tool result inside the turn, which the model does not write. `literal`: special tokens in it count.
+    """
+
+    text: str
+    loss: bool | None = None
+    loss_scale: float | None = None
+    given: bool = False
+    literal: bool = False
+
+
+@dataclass(slots=True)
+class Round:
+    """What the model reads and what it answers.
+
+    `query` is None where the conversation starts with a reply; `reply` is None where a query is not answered (at the
+    end, or a user who writes after a tool result). `follows_user` is False for a round that continues a tool call: the
+    "last round" of SWIFT starts at the last query that a user wrote. `results`: tool results in a turn of their own,
+    instead of a query.
+    """
+
+    query: str | None
+    reply: list[ReplyPart] | None = None
+    follows_user: bool = True
+    results: list[Stretch] | None = None
+
+
+@dataclass(slots=True)
+class Conversation:
+    """`system` None: not given (a template may have a default); "": given as empty, no system block.
+
+    `tools`: the text that tells the model of its tools. `agent`: the format of tools and tool messages.
+    """
+
+    system: str | None = None
+    rounds: list[Round] = field(default_factory=list)
+    tools: list[Stretch] = field(default_factory=list)
+    agent: AgentFormat | None = None
+
+    @property
+    def last_round(self) -> int:
+        """Index of the round that the last user message opens."""
+        rounds = self.rounds
+        index = len(rounds) - 1
+        while index > 0 and not rounds[index].follows_user:
+            index -= 1
+        return max(index, 0)
+
+    def without_trailing_query(self) -> Conversation:
+        """The conversation up to its last reply: a query at the end teaches nothing."""
+        end = len(self.rounds)
+        while end and self.rounds[end - 1].reply is None:
+            end -= 1
+        return self if end == len(self.rounds) else Conversation(self.system, self.rounds[:end], self.tools, self.agent)
+
+
+def read_conversation(messages: Sequence[Message], tools: Any = None, agent: AgentFormat | None = None) -> Conversation:
+    """Read `messages` of a standard row.
+
+    Args:
+        messages: roles system (first only), user, assistant, tool_call, tool_response, tool.
+        tools: the row's tool definitions (list or JSON text), or None.
+        agent: how tools and tool messages become text; None: they are not supported.
+
+    Raises:
+        DropRow: no messages, content that is not text, a system message in the middle, tools without an agent format,
+            a tool or a call that cannot be read.
+    """
+    if not messages:
+        raise DropRow("no messages")
+    rounds: list[Round] = []
+    conversation = Conversation(None, rounds, _describe_tools(tools, agent) if tools else [], agent)
+    for number, message in enumerate(messages):
+        role, text = message["role"], message["content"]
+        if not isinstance(text, str):
+            raise DropRow("message content is not text")
+        if role == "user":
+            _add_query(rounds, text)
+        elif role == "assistant":
+            _add_reply(rounds, ReplyPart(text, message.get("loss"), message.get("loss_scale")))
+        elif role == "system":
+            if number:
+                raise DropRow("a system message that is not the first message")
+            conversation.system = text
+        elif agent is None:
+            raise DropRow("tool messages need the agent templates (--agent_template)")
+        elif role == "tool_call":
+            _add_call(rounds, messages, number, agent)
+        else:
+            _add_result(rounds, text, agent, first=not number or messages[number - 1]["role"] not in _RESULTS)
+    return conversation
+
+
+_RESULTS = ("tool_response", "tool")
+
+
+def _add_query(rounds: list[Round], text: str) -> None:
+    last = rounds[-1] if rounds else None
+    if last is not None and last.reply is None and last.follows_user:
+        last.query = (last.query or "") + text
+    else:
+        rounds.append(Round(text))
+
+
+def _add_reply(rounds: list[Round], part: ReplyPart, separator: str = "") -> None:
+    """Append to the reply of the open round; parts stay apart only where their flags differ."""
+    if not rounds:
+        rounds.append(Round(None))
+    reply = rounds[-1].reply
+    if reply is None:
+        rounds[-1].reply = [part]
+        return
+    last = reply[-1]
+    if separator and last.text and not last.given:
+        part = part._replace(text=separator + part.text)
+    if last[1:] == part[1:]:
+        reply[-1] = part._replace(text=last.text + part.text)
+    else:
+        reply.append(part)
+
+
+def _add_call(rounds: list[Round], messages: Sequence[Message], number: int, agent: AgentFormat) -> None:
+    """Append a call; of consecutive calls the first one's flags count, as in SWIFT."""
+    first = number == 0 or messages[number - 1]["role"] != "tool_call"
+    last = number + 1 == len(messages) or messages[number + 1]["role"] != "tool_call"
+    flagged = number
+    while flagged and messages[flagged - 1]["role"] == "tool_call":
+        flagged -= 1
+    loss, loss_scale = messages[flagged].get("loss"), messages[flagged].get("loss_scale")
+    try:
+        stretches = agent.write_call(messages[number]["content"], first=first, last=last)
+    except BadTool as bad:
+        raise DropRow(str(bad)) from None
+    for place, (text, literal) in enumerate(stretches):
+        # A thought and the call that follows it are two lines of one turn.
+        _add_reply(rounds, ReplyPart(text, loss, loss_scale, literal=literal), "\n" if first and not place else "")
+
+
+def _add_result(rounds: list[Round], text: str, agent: AgentFormat, *, first: bool) -> None:
+    stretches = agent.write_result(text, first=first)
+    if agent.result_place == "reply":
+        for text, literal in stretches:
+            _add_reply(rounds, ReplyPart(text, given=True, literal=literal))
+    elif agent.result_place == "turn":
+        if first:
+            rounds.append(Round(None, None, False, stretches))
+        else:
+            rounds[-1].results = [*(rounds[-1].results or ()), *stretches]
+    else:
+        joined = "".join(stretch.text for stretch in stretches)
+        last = rounds[-1] if rounds else None
+        if last is not None and last.reply is None:
+            last.query = (last.query or "") + (agent.result_separator if first and last.query else "") + joined
+        else:
+            rounds.append(Round(joined, None, False))
+
+
+def _describe_tools(tools: Any, agent: AgentFormat | None) -> list[Stretch]:
+    if agent is None:
+        raise DropRow("tools need the agent templates (--agent_template)")
+    try:
+        return agent.describe_tools(tools)
+    except BadTool as bad:
+        raise DropRow(str(bad)) from None

@@ -1,0 +1,336 @@
+"""Files to raw rows: which files a path holds, how they are cut into chunks, and one generator that reads a chunk.
+
+Formats: jsonl, json (an array, one object, or lines), csv, txt, parquet, each plain, ``.gz`` or ``.zst``, on any
+``pyarrow.fs`` file system. A row's position is kept so that an error can name ``file:line``. A row that can be read
+but not used comes as a :class:`~rayswift.data.rows.standard.Drop`, a broken line of jsonl or txt as a
+:class:`~rayswift.data.rows.standard.BrokenLine`; where reading cannot go on there is a :class:`BadRow`.
+"""
+
+from __future__ import annotations
+
+import io
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from rayswift.data.json_text import BadJson, has_half_surrogate, loads
+from rayswift.data.rows.messages import HALF_SURROGATE
+from rayswift.data.rows.standard import BrokenLine, Drop
+from rayswift.errors import UserError
+
+if TYPE_CHECKING:
+    from pyarrow.fs import FileSystem
+
+FORMATS = (".jsonl", ".json", ".csv", ".txt", ".parquet")
+COMPRESSIONS = ("", ".gz", ".zst")
+#: Uncompressed jsonl and txt are cut into pieces of this many bytes, so that one big file feeds every core.
+CHUNK_BYTES = 4 * 2**20
+#: Positions at and below the negative of this count elements (of a JSON array) or rows (of a table), not lines.
+ELEMENTS = 2**40
+_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+
+
+class BadRow(Exception):
+    """Where reading a file ends too early (broken table, truncated file); carries the position."""
+
+    def __init__(self, position: int, reason: str) -> None:
+        super().__init__(reason)
+        self.position = position
+        self.reason = reason
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """A piece of one data file: bytes ``[start, end)`` of a plain line file, or the whole file (``end`` is None)."""
+
+    path: str
+    start: int = 0
+    end: int | None = None
+
+
+def split_format(path: str) -> tuple[str, str] | None:
+    """``("…/x.jsonl.gz")`` → ``(".jsonl", ".gz")``; None when the name is no data file's."""
+    lowered = path.lower()
+    for compression in COMPRESSIONS:
+        for data_format in FORMATS:
+            if lowered.endswith(data_format + compression):
+                return data_format, compression
+    return None
+
+
+def filesystem_of(path: str) -> tuple[FileSystem, str]:
+    """The pyarrow file system of a path or URI, and the path inside it.
+
+    Raises:
+        UserError: a URI of no known kind.
+    """
+    import pyarrow
+    from pyarrow import fs
+
+    if "://" not in path:
+        return fs.LocalFileSystem(), path
+    from rayswift.hub import open_filesystem
+
+    try:
+        return open_filesystem(path)
+    except pyarrow.ArrowInvalid as error:
+        raise UserError(f"{path}: cannot be opened ({error}); s3://, oss://, gs:// and file:// are known") from None
+
+
+def plan_chunks(paths: list[str]) -> list[Chunk]:
+    """Cut data files into chunks that can be read independently, in order."""
+    chunks: list[Chunk] = []
+    for path in paths:
+        names = split_format(path)
+        if names is None:
+            raise UserError(f"--dataset {path}: not a data file ({', '.join(FORMATS)}, plain, .gz or .zst)")
+        filesystem, inner = filesystem_of(path)
+        size = filesystem.get_file_info(inner).size or 0
+        if names not in ((".jsonl", ""), (".txt", "")) or size <= CHUNK_BYTES:
+            chunks.append(Chunk(path))
+            continue
+        starts = range(0, size, CHUNK_BYTES)
+        chunks += [Chunk(path, start, min(start + CHUNK_BYTES, size)) for start in starts]
+    return chunks
+
+
+def chunk_bytes(chunk: Chunk) -> int:
+    """Bytes of text in a chunk; those of a compressed file are guessed from its size."""
+    if chunk.end is not None:
+        return chunk.end - chunk.start
+    filesystem, inner = filesystem_of(chunk.path)
+    size = filesystem.get_file_info(inner).size or 0
+    return size if chunk.path.lower().endswith((".jsonl", ".json", ".csv", ".txt")) else 4 * size
+
+
+def iter_rows(chunk: Chunk) -> Iterator[tuple[Any, int]]:
+    """Read one chunk: ``(row, position)``; position is what :func:`locate` turns into a line.
+
+    Raises:
+        BadRow: where reading cannot go on.
+    """
+    names = split_format(chunk.path)
+    assert names is not None, chunk.path
+    data_format, compression = names
+    if data_format == ".parquet":
+        return _iter_parquet(chunk.path, compression)
+    readers = {".jsonl": _iter_jsonl, ".json": _iter_json, ".csv": _iter_csv, ".txt": _iter_txt}
+    return readers[data_format](_iter_lines(chunk, compression))
+
+
+def locate(path: str, position: int) -> str:
+    """Where a row is: ``file:line``, or ``file, element N`` (row N of a table).
+
+    Args:
+        path: the data file.
+        position: a byte offset; or, negated, a line number from 1, or :data:`ELEMENTS` + an element number from 1.
+    """
+    if position <= -ELEMENTS:
+        names = split_format(path)
+        return f"{path}, {'row' if names and names[0] == '.parquet' else 'element'} {-position - ELEMENTS}"
+    if position < 0:
+        return f"{path}:{-position}"
+    filesystem, inner = filesystem_of(path)
+    line = 1
+    with filesystem.open_input_stream(inner, compression=None) as stream:
+        left = position
+        while left > 0 and (data := stream.read(min(left, 1 << 20))):
+            line += data.count(b"\n")
+            left -= len(data)
+    return f"{path}:{line}"
+
+
+def iter_raw_rows(paths: list[str]) -> Iterator[tuple[Any, str, int]]:
+    """Every row of some files with its file and position, read in this process (for small data: infer, preview)."""
+    for path in paths:
+        try:
+            for row, position in iter_rows(Chunk(path)):
+                if isinstance(row, BrokenLine):
+                    raise BadRow(position, row.reason)
+                yield row, path, position
+        except BadRow as error:
+            raise UserError(f"{locate(path, error.position)}: {error.reason}") from None
+
+
+def _open(path: str, compression: str) -> Any:
+    import pyarrow
+
+    filesystem, inner = filesystem_of(path)
+    codec = {"": None, ".gz": "gzip", ".zst": "zstd"}[compression]
+    try:
+        return filesystem.open_input_stream(inner, compression=codec, buffer_size=1 << 20)
+    except (OSError, pyarrow.ArrowInvalid) as error:
+        raise BadRow(-1, f"the file cannot be opened: {error}") from None
+
+
+def _iter_lines(chunk: Chunk, compression: str) -> Iterator[tuple[bytes, int]]:
+    """Lines whose first byte lies in the chunk, with their line ends but without a byte order mark.
+
+    Plain files give byte offsets, compressed ones negated line numbers.
+    """
+    if compression:
+        lines = _raw_lines(_open(chunk.path, compression))
+        yield from ((_without_mark(raw) if number == 1 else raw, -number) for number, raw in enumerate(lines, start=1))
+        return
+    filesystem, inner = filesystem_of(chunk.path)
+    offset = chunk.start
+    with filesystem.open_input_file(inner) as file:
+        stream = io.BufferedReader(file, 1 << 20)
+        if chunk.start:
+            # The line that the previous chunk began belongs to it.
+            stream.seek(chunk.start - 1)
+            offset += len(stream.readline()) - 1
+        end = float("inf") if chunk.end is None else chunk.end
+        for raw in stream if offset < end else ():
+            yield (raw if offset else _without_mark(raw)), offset
+            offset += len(raw)
+            if offset >= end:
+                return
+
+
+def _without_mark(raw: bytes) -> bytes:
+    return raw.removeprefix(_BYTE_ORDER_MARK)
+
+
+def _raw_lines(stream: Any) -> Iterator[bytes]:
+    """Lines of a compressed stream; a truncated or damaged one raises BadRow at the line it breaks in."""
+    with stream, io.BufferedReader(stream, 1 << 20) as lines:
+        for number in itertools.count(1):
+            try:
+                raw = lines.readline()
+            except OSError as error:
+                raise BadRow(-number, f"the compressed file is damaged or cut short: {error}") from None
+            if not raw:
+                return
+            yield raw
+
+
+def _decode(raw: bytes, position: int) -> str:
+    try:
+        return raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise _not_utf8(error.start, position) from None
+
+
+def _not_utf8(byte: int, position: int) -> BadRow:
+    return BadRow(position, f"not UTF-8 at byte {byte} of the line; convert the file to UTF-8")
+
+
+def _iter_jsonl(lines: Iterator[tuple[bytes, int]]) -> Iterator[tuple[Any, int]]:
+    for raw, position in lines:
+        try:
+            row = loads(raw)
+        except UnicodeDecodeError as error:
+            yield BrokenLine(_not_utf8(error.start, position).reason), position
+        except BadJson as error:
+            if raw.strip():  # a blank line holds no row
+                column = "" if error.column is None else f" at column {error.column}"
+                reason = "null bytes in the line" if b"\0" in raw else f"broken JSON: {error}{column}"
+                yield BrokenLine(f"{reason}; mend or remove the line"), position
+        else:
+            yield (Drop(HALF_SURROGATE) if _has_half_surrogate(row, raw) else row), position
+
+
+def _has_half_surrogate(row: Any, raw: bytes) -> bool:
+    # Only a text with such an escape can hold half a pair.
+    return (b"\\ud" in raw or b"\\uD" in raw) and has_half_surrogate(row)
+
+
+def _iter_txt(lines: Iterator[tuple[bytes, int]]) -> Iterator[tuple[Any, int]]:
+    for raw, position in lines:
+        try:
+            text = _decode(raw, position).rstrip("\r\n")
+        except BadRow as error:
+            yield BrokenLine(error.reason), position
+        else:
+            yield ({"text": text} if text.strip() else Drop("a blank line")), position
+
+
+def _iter_json(lines: Iterator[tuple[bytes, int]]) -> Iterator[tuple[Any, int]]:
+    """A ``.json`` file: an array of rows, one object, or (as SWIFT accepts) one object a line."""
+    data = b"".join(raw for raw, _ in lines)
+    try:
+        value = loads(data)
+    except UnicodeDecodeError as error:
+        start = data.rfind(b"\n", 0, error.start) + 1
+        raise _not_utf8(error.start - start, -1 - data.count(b"\n", 0, start)) from None
+    except BadJson as error:
+        if _is_json(data.strip().partition(b"\n")[0]):
+            yield from _iter_jsonl((raw, -number) for number, raw in enumerate(data.split(b"\n"), start=1))
+        elif data.strip():
+            column = "" if error.column is None else f" at column {error.column}"
+            raise BadRow(-(error.line or 1), f"broken JSON: {error}{column}; mend the file") from None
+        return
+    if not isinstance(value, list):
+        yield (Drop(HALF_SURROGATE) if _has_half_surrogate(value, data) else value), -1
+        return
+    check = _has_half_surrogate(value, data)
+    for number, row in enumerate(value, start=1):
+        yield (Drop(HALF_SURROGATE) if check and has_half_surrogate(row) else row), -(ELEMENTS + number)
+
+
+def _is_json(raw: bytes) -> bool:
+    try:
+        return isinstance(loads(raw), dict)
+    except ValueError:
+        return False
+
+
+def _iter_csv(lines: Iterator[tuple[bytes, int]]) -> Iterator[tuple[Any, int]]:
+    import csv
+
+    csv.field_size_limit(2**31 - 1)
+    # Without `strict` a quote that is never closed would swallow the rest of the file.
+    reader = csv.reader((_decode(raw, position) for raw, position in _numbered(lines)), strict=True)
+    start, header = 1, None
+    try:
+        for cells in reader:
+            if header is None:
+                header = _csv_header(cells)
+            elif len(cells) != len(header) and cells:
+                more = "more" if len(cells) > len(header) else "fewer"
+                raise BadRow(-start, f"{more} fields than the header has columns; mend the line")
+            elif cells:
+                yield dict(zip(header, cells, strict=True)), -start
+            start = reader.line_num + 1
+    except csv.Error as error:
+        raise BadRow(-start, f"broken CSV: {error}; mend the row that begins here") from None
+
+
+def _numbered(lines: Iterator[tuple[bytes, int]]) -> Iterator[tuple[bytes, int]]:
+    return ((raw, -number) for number, (raw, _) in enumerate(lines, start=1))
+
+
+def _csv_header(cells: list[str]) -> list[str]:
+    twice = next((name for number, name in enumerate(cells) if name in cells[:number]), None)
+    if twice is not None:
+        raise BadRow(-1, f"two columns are named {twice!r}; rename one")
+    return cells
+
+
+def _iter_parquet(path: str, compression: str) -> Iterator[tuple[Any, int]]:
+    import pyarrow
+    import pyarrow.parquet as pq
+
+    filesystem, inner = filesystem_of(path)
+    number = 0
+    try:
+        # Parquet is read from its end: a compressed file has to be unpacked as a whole.
+        source = pyarrow.BufferReader(_open(path, compression).read()) if compression else None
+        file = pq.ParquetFile(source) if source else pq.ParquetFile(inner, filesystem=filesystem)
+        nested = [column.name for column in file.schema_arrow if pyarrow.types.is_nested(column.type)]
+        for batch in file.iter_batches(batch_size=1024):
+            for row in batch.to_pylist(maps_as_pydicts="strict"):
+                number += 1
+                row.update({name: _without_nulls(row[name]) for name in nested})
+                yield row, -(ELEMENTS + number)
+    except (OSError, ValueError, KeyError, pyarrow.ArrowException) as error:
+        raise BadRow(-(ELEMENTS + number + 1), f"the parquet file cannot be read: {error}") from None
+
+
+def _without_nulls(value: Any) -> Any:
+    """A nested value without the null fields that a table gives an object for every key its neighbours have."""
+    if isinstance(value, dict):
+        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+    return [_without_nulls(item) for item in value] if isinstance(value, list) else value

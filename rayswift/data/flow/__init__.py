@@ -1,0 +1,1 @@
+"""What is read in which order, and where it goes: map-style data through the cache, streams through Ray Data."""

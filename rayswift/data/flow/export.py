@@ -1,0 +1,114 @@
+"""An encoded dataset as a folder: ``export --to_cached_dataset true`` writes it, ``--cached_dataset`` reads it.
+
+The folder holds the token rows of the training and validation part in their order (Arrow files ``train-*.arrow``,
+``val-*.arrow``, schema of :func:`rayswift.data.flow.encode_tasks.token_schema`) and ``cached_dataset.json``, written
+last: the settings they were encoded with. SWIFT's cached datasets hold rows and lengths; these hold the token ids.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rayswift.data.flow.cache import encoder_hash, read_columns
+from rayswift.data.tokens.row_index import BlockRows, all_rows, concat
+from rayswift.data.tokens.table import TokenRows
+from rayswift.errors import UserError
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+    from rayswift.data.flow.prepare import TrainData
+    from rayswift.data.tokens.encoder import Encoder
+
+_SETTINGS = "cached_dataset.json"
+#: Rows of a file, and of a record batch in it.
+ROWS_PER_FILE = 1 << 18
+ROWS_PER_BATCH = 4096
+
+
+def save_cached_dataset(folder: str, data: TrainData, encoder: Encoder) -> None:
+    """Write the token rows of a dataset into a new folder."""
+    os.makedirs(folder)
+    for part, rows in (("train", data.train), ("val", data.val)):
+        if rows is not None:
+            _write_part(folder, part, rows)
+    settings = {**dataclasses.asdict(encoder), "model_dir": os.path.basename(encoder.model_dir)}
+    text = json.dumps({"encoder": settings, "encoder_hash": encoder_hash(encoder)}, ensure_ascii=False, indent=2)
+    (Path(folder) / _SETTINGS).write_text(text, encoding="utf-8")
+
+
+def _write_part(folder: str, part: str, rows: BlockRows) -> None:
+    import pyarrow as pa
+
+    from rayswift.data.flow.encode_tasks import token_schema
+
+    read = TokenRows(rows)
+    for number, first in enumerate(range(0, len(rows), ROWS_PER_FILE)):
+        with pa.ipc.new_file(os.path.join(folder, f"{part}-{number:05}.arrow"), token_schema()) as file:
+            last = min(first + ROWS_PER_FILE, len(rows))
+            for start in range(first, last, ROWS_PER_BATCH):
+                file.write_batch(_batch(read, range(start, min(start + ROWS_PER_BATCH, last))))
+
+
+def _batch(read: TokenRows, numbers: range) -> pa.RecordBatch:
+    import pyarrow as pa
+
+    from rayswift.data.flow.encode_tasks import token_schema
+
+    rows = [read[number] for number in numbers]
+    columns = [[row.input_ids for row in rows], [row.labels for row in rows], [row.loss_scale for row in rows],
+               [row.rejected_start for row in rows], list(numbers), [len(row.input_ids) for row in rows]]  # fmt: skip
+    schema = token_schema()
+    arrays = [pa.array(column, field.type) for column, field in zip(columns, schema, strict=True)]
+    return pa.record_batch(arrays, schema)
+
+
+def load_cached_datasets(folders: list[str], encoder: Encoder) -> tuple[BlockRows, BlockRows]:
+    """The training and validation rows of ``--cached_dataset``, each empty where there are none.
+
+    Raises:
+        UserError: no such folder, or it was encoded with other settings.
+    """
+    trains, vals = [], []
+    for folder in folders:
+        _check(folder, encoder)
+        trains.append(_read_part(folder, "train"))
+        vals.append(_read_part(folder, "val"))
+    return concat(trains), concat(vals)
+
+
+def _check(folder: str, encoder: Encoder) -> None:
+    try:
+        saved = json.loads((Path(folder) / _SETTINGS).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        raise UserError(
+            f"--cached_dataset {folder}: no cached dataset there (its {_SETTINGS} is missing); "
+            "rayswift export --to_cached_dataset true writes one"
+        ) from None
+    if saved["encoder_hash"] == encoder_hash(encoder):
+        return
+    if saved["encoder"].get("pairs", False) != encoder.pairs:
+        mode = "rlhf" if encoder.pairs else "train"
+        raise UserError(f"--cached_dataset {folder}: export it with --template_mode {mode} for this command")
+    now: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(encoder)))
+    differing = [
+        f"--{name} {saved['encoder'].get(name)} (now {now[name]})"
+        for name in now
+        if name != "model_dir" and saved["encoder"].get(name) != now[name]
+    ]
+    raise UserError(
+        f"--cached_dataset {folder}: it was encoded with {', '.join(differing) or 'another tokenizer'}; "
+        "train with the same settings, or export it again"
+    )
+
+
+def _read_part(folder: str, part: str) -> BlockRows:
+    import numpy as np
+
+    files = sorted(str(file) for file in Path(folder).glob(f"{part}-*.arrow"))
+    lengths = [np.zeros(0, np.int32), *(read_columns(file, ["length"])[0] for file in files)]
+    return BlockRows(files, all_rows([len(found) for found in lengths[1:]]), np.concatenate(lengths))

@@ -1,0 +1,422 @@
+"""Dataset names to files: SWIFT's ``--dataset`` syntax, ``dataset_info.json`` entries, local paths and hub ids.
+
+An entry comes from :func:`register_dataset` (in a file of ``--external_plugins``, or a script), from a file of
+``--custom_dataset_info``, or from the ``dataset_info.json`` beside this module; in this order.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from rayswift.data.files import filesystem_of, split_format
+from rayswift.data.plugins import PluginFile, note_entry, shippable
+from rayswift.data.rows.messages import MessageNames
+from rayswift.data.rows.standard import Preprocess, RowRules
+from rayswift.errors import UserError
+
+_BUILTIN_INFO = Path(__file__).with_name("dataset_info.json")
+_HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+$")
+
+
+@dataclass(frozen=True)
+class DatasetSpec:
+    """One ``--dataset`` value taken apart: ``[HF::|MS::]name[:subset1/subset2][#N]`` (SWIFT 1.3)."""
+
+    text: str
+    name: str
+    subsets: tuple[str, ...] = ()
+    num_samples: int | None = None
+    use_hf: bool | None = None
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How the rows of a dataset or of one of its subsets are read; None: not said here."""
+
+    split: tuple[str, ...] | None = None
+    columns: Mapping[str, str] | None = None
+    messages: Mapping[str, str] | None = None
+    strip_input_prefix: str | None = None
+    remove_text: str | None = None
+    query_suffix: str | None = None
+    response_prefix: str | None = None
+    preprocess: Preprocess | None = None
+
+    def over(self, base: Reading) -> Reading:
+        """These settings, and the base's where they say nothing; columns add up."""
+        values = {f.name: getattr(self, f.name) for f in fields(Reading)}
+        merged = {key: getattr(base, key) if value is None else value for key, value in values.items()}
+        return Reading(**{**merged, "columns": {**(base.columns or {}), **(self.columns or {})}})
+
+
+@dataclass(frozen=True)
+class Subset:
+    """One subset: ``name`` chooses it on the command line, ``subset`` is its name on the hub."""
+
+    name: str
+    subset: str
+    is_weak_subset: bool = False
+    reading: Reading = Reading()
+
+
+@dataclass(frozen=True)
+class DatasetInfo:
+    """One registered dataset, in SWIFT's keys; ``reading`` holds those that a subset may set for itself."""
+
+    dataset_name: str | None = None
+    ms_dataset_id: str | None = None
+    hf_dataset_id: str | None = None
+    dataset_path: str | None = None
+    subsets: tuple[Subset, ...] = (Subset("default", "default"),)
+    reading: Reading = Reading()
+    tags: tuple[str, ...] = ()
+    help: str = ""
+    huge_dataset: bool = False
+
+    def names(self) -> tuple[list[str], list[str], list[str]]:
+        """Every name this entry answers to: its own, its ids and path, the last parts of its ids."""
+        ids = [name for name in (self.ms_dataset_id, self.hf_dataset_id) if name]
+        paths = [self.dataset_path] if self.dataset_path else []
+        return [self.dataset_name] if self.dataset_name else [], ids + paths, [name.rsplit("/", 1)[-1] for name in ids]
+
+
+@dataclass(frozen=True)
+class ResolvedDataset:
+    """A dataset ready to be read: its files in order and the rules that turn its rows into standard rows."""
+
+    spec: DatasetSpec
+    files: list[str]
+    rules: RowRules
+
+
+@dataclass(frozen=True)
+class ResolvedDatasets:
+    """Everything a run reads: ``--dataset`` and ``--val_dataset``."""
+
+    train: list[ResolvedDataset]
+    val: list[ResolvedDataset]
+
+
+def resolve_datasets(args: Any) -> ResolvedDatasets:
+    """Find every dataset before the first is read: a typing error in the last one costs nothing.
+
+    Raises:
+        UserError: as :func:`resolve_dataset_files`.
+    """
+    train = [resolve_dataset_files(text, args) for text in args.dataset]
+    return ResolvedDatasets(train, [resolve_dataset_files(text, args) for text in args.val_dataset])
+
+
+def parse_spec(text: str) -> DatasetSpec:
+    """Take one ``--dataset`` value apart; an existing local path wins at each split, so ``#`` and ``:`` may be in it.
+
+    Raises:
+        UserError: when ``#N`` is no positive number.
+    """
+    name, use_hf, num_samples = text, None, None
+    prefix = re.match(r"^(HF|MS)::", name, re.IGNORECASE)
+    if prefix:
+        name, use_hf = name[prefix.end() :], prefix.group(1).upper() == "HF"
+    if not _exists(name) and "#" in name:
+        name, _, count = name.rpartition("#")
+        if not count.isdigit() or int(count) == 0:
+            raise UserError(f"--dataset {text}: '#{count}' is no number of rows; write for example {name}#500")
+        num_samples = int(count)
+    subsets: tuple[str, ...] = ()
+    if "://" not in name and not _exists(name) and ":" in name:
+        name, _, listed = name.partition(":")
+        subsets = tuple(part for part in listed.split("/") if part)
+    return DatasetSpec(text, name, subsets, num_samples, use_hf)
+
+
+def register_dataset(
+    dataset_name: str | None = None,
+    *,
+    ms_dataset_id: str | None = None,
+    hf_dataset_id: str | None = None,
+    dataset_path: str | None = None,
+    subsets: Sequence[str | Mapping[str, Any]] = ("default",),
+    preprocess: Preprocess | None = None,
+    **settings: Any,
+) -> None:
+    """Give a dataset a name and say how its rows are read; for files of ``--external_plugins`` and for scripts.
+
+    Args:
+        dataset_name: what ``--dataset`` calls it (its ids and the last parts of them work as well).
+        ms_dataset_id: its id on ModelScope.
+        hf_dataset_id: its id on Hugging Face.
+        dataset_path: a file, folder or URI instead; relative to the working directory.
+        subsets: names, or objects with ``subset`` and optionally ``name``, ``is_weak_subset`` and any of ``settings``.
+        preprocess: called with each raw row (a dict, columns renamed); returns a row of any schema, a list of rows,
+            or None to leave the row out. It runs in Ray tasks, many rows at a time, and must not keep state.
+        **settings: the other keys of a ``dataset_info.json`` entry: ``split``, ``columns``, ``messages``, ``tags``,
+            ``help``, ``huge_dataset``, ``strip_input_prefix``, ``remove_text``, ``query_suffix``, ``response_prefix``.
+
+    Raises:
+        UserError: an unknown key, or a value of the wrong kind.
+    """
+    named = {"dataset_name": dataset_name, "ms_dataset_id": ms_dataset_id, "hf_dataset_id": hf_dataset_id}
+    given = {**named, "dataset_path": dataset_path, "subsets": list(subsets), "preprocess": preprocess, **settings}
+    info = _parse_info(
+        {key: value for key, value in given.items() if value is not None}, "register_dataset", Path.cwd()
+    )
+    if not note_entry(info):
+        _SCRIPT_ENTRIES.insert(0, info)  # what was registered last wins
+
+
+def resolve_dataset_files(text: str, args: Any) -> ResolvedDataset:
+    """Find the files of one ``--dataset`` value: local path, registered name, or hub id (in this order).
+
+    Args:
+        text: the value as typed.
+        args: arguments with ``columns``, ``model_name``, ``model_author``, ``use_hf``, ``hub_token``,
+            ``remove_unused_columns``, ``custom_dataset_info`` and ``external_plugins``.
+
+    Raises:
+        UserError: unknown dataset, empty folder, unknown subset, a broken plugin; nothing has been read yet.
+    """
+    spec = parse_spec(text)
+    entries = _registered(args)
+    info = None if _exists(spec.name) else _lookup(spec.name, entries)
+    if info:
+        subsets = _chosen_subsets(info, spec)
+        readings = [subset.reading.over(info.reading) for subset in subsets]
+        if any(_rules(reading, args) != _rules(readings[0], args) for reading in readings):
+            each = " ".join(f"{spec.name}:{subset.name}" for subset in subsets)
+            raise UserError(f"--dataset {spec.text}: its subsets are read differently; give each by itself: {each}")
+        pairs = list(zip(subsets, readings, strict=True))
+        return ResolvedDataset(spec, _files_of_info(info, spec, pairs, args), _rules(readings[0], args))
+    rules = _rules(Reading(), args)
+    if _exists(spec.name) or "://" in spec.name:
+        return ResolvedDataset(spec, list_data_files(spec.name), rules)
+    # data/train.jsonl has the form of a hub id, but is a path with a typing error in it.
+    if split_format(spec.name) or not _HUB_ID.match(spec.name):
+        raise UserError(_unknown(spec, entries))
+    subsets_named: list[str | None] = [s for s in spec.subsets if s not in ("default", "all")]
+    return ResolvedDataset(
+        spec, _hub_files(spec, spec.name, [(s, ("train",)) for s in subsets_named or [None]], args), rules
+    )
+
+
+def list_data_files(path: str) -> list[str]:
+    """The data files of a path or URI: itself, or every data file below a folder, sorted by name.
+
+    Raises:
+        UserError: nothing there, or a folder without any data file.
+    """
+    from pyarrow import fs
+
+    local = "://" not in path
+    filesystem, inner = filesystem_of(os.path.abspath(os.path.expanduser(path)) if local else path)
+    try:
+        info = filesystem.get_file_info(inner)
+    except OSError as error:
+        raise UserError(f"--dataset {path}: cannot be read ({str(error).splitlines()[0]})") from None
+    if info.type == fs.FileType.NotFound:
+        raise UserError(f"--dataset {path}: no such file or folder")
+    if info.type == fs.FileType.File:
+        found = [inner] if split_format(inner) else []
+    else:
+        listed = filesystem.get_file_info(fs.FileSelector(inner, recursive=True))
+        names = sorted(entry.path for entry in listed if entry.type == fs.FileType.File and split_format(entry.path))
+        found = [name for name in names if not os.path.basename(name).startswith((".", "dataset_info"))]
+    if not found:
+        raise UserError(f"--dataset {path}: no data file there (.jsonl .json .csv .txt .parquet, plain, .gz or .zst)")
+    return found if local else [path.split("://", 1)[0] + "://" + name for name in found]
+
+
+def _exists(path: str) -> bool:
+    return bool(path) and "://" not in path and os.path.exists(os.path.expanduser(path))
+
+
+#: What scripts registered in this process.
+_SCRIPT_ENTRIES: list[DatasetInfo] = []
+
+
+def _registered(args: Any) -> list[DatasetInfo]:
+    """Every registered dataset, what the user gave before what ships."""
+    entries = [entry for path in args.external_plugins for entry in PluginFile.read(path).registered().entries]
+    entries += _SCRIPT_ENTRIES
+    for source in args.custom_dataset_info:
+        entries += _read_info(source)
+    return entries + _builtin()
+
+
+@cache
+def _builtin() -> list[DatasetInfo]:
+    from rayswift.data.builtin.recipes import ENTRIES
+
+    return _read_info(str(_BUILTIN_INFO)) + [_parse_info(entry, "recipes", Path.cwd()) for entry in ENTRIES]
+
+
+def _read_info(source: str) -> list[DatasetInfo]:
+    """The entries of one ``--custom_dataset_info`` (a file, or literal JSON)."""
+    literal = source.lstrip().startswith(("[", "{"))
+    shown = "the JSON" if literal else source
+    try:
+        listed = json.loads(source if literal else Path(source).read_text(encoding="utf-8-sig"))
+    except OSError as error:
+        raise UserError(f"--custom_dataset_info {shown}: {error.strerror}") from None
+    except json.JSONDecodeError as error:
+        raise UserError(f"--custom_dataset_info {shown}:{error.lineno}: broken JSON: {error.msg}") from None
+    except UnicodeDecodeError:
+        raise UserError(f"--custom_dataset_info {shown}: not UTF-8 text") from None
+    base = Path.cwd() if literal else Path(source).resolve().parent
+    listed = [listed] if isinstance(listed, dict) else listed
+    if not isinstance(listed, list):
+        raise UserError(f"--custom_dataset_info {shown}: not a list of objects")
+    return [_parse_info(entry, f"--custom_dataset_info {shown}, entry {n}", base) for n, entry in enumerate(listed, 1)]
+
+
+_READING_KEYS = tuple(f.name for f in fields(Reading))
+_INFO_KEYS = (*(f.name for f in fields(DatasetInfo) if f.name != "reading"), *_READING_KEYS)
+_SUBSET_KEYS = ("name", "subset", "is_weak_subset", *_READING_KEYS)
+_MESSAGE_KEYS = tuple(f.name for f in fields(MessageNames))
+
+
+def _parse_info(entry: Any, where: str, base: Path) -> DatasetInfo:
+    """One entry of a ``dataset_info.json``; paths are relative to ``base``."""
+    _check_keys(entry, _INFO_KEYS, where)
+    path = entry.get("dataset_path")
+    if not path and not any(entry.get(key) for key in ("ms_dataset_id", "hf_dataset_id")):
+        raise UserError(f"{where}: no ms_dataset_id, hf_dataset_id or dataset_path says where the data is")
+    if path and "://" not in path:
+        path = str(base / os.path.expanduser(path))
+    subsets = tuple(_parse_subset(subset, where) for subset in _listed(entry.get("subsets") or ["default"]))
+    return DatasetInfo(
+        **{key: entry[key] for key in ("dataset_name", "ms_dataset_id", "hf_dataset_id") if entry.get(key)},
+        dataset_path=path,
+        subsets=subsets,
+        reading=_parse_reading(entry, where),
+        tags=tuple(_listed(entry.get("tags") or [])),
+        help=" ".join(_listed(entry.get("help") or [])),
+        huge_dataset=str(entry.get("huge_dataset", False)).lower() == "true",
+    )
+
+
+def _parse_subset(subset: Any, where: str) -> Subset:
+    if isinstance(subset, str):
+        return Subset(subset, subset)
+    _check_keys(subset, _SUBSET_KEYS, f"{where}, subset")
+    on_hub = subset.get("subset") or "default"
+    return Subset(
+        subset.get("name") or on_hub, on_hub, bool(subset.get("is_weak_subset")), _parse_reading(subset, where)
+    )
+
+
+def _parse_reading(entry: Mapping[str, Any], where: str) -> Reading:
+    values = {key: entry[key] for key in _READING_KEYS if entry.get(key) is not None}
+    if "split" in values:
+        values["split"] = tuple(_listed(values["split"]))
+    for key in ("columns", "messages"):
+        if key in values and not _is_text_table(values[key]):
+            raise UserError(f"{where}: {key} is not an object of names")
+    if "messages" in values:
+        _check_keys(values["messages"], _MESSAGE_KEYS, f"{where}, messages")
+    if "preprocess" in values:
+        if not callable(values["preprocess"]):
+            raise UserError(f"{where}: preprocess is a function, which only register_dataset can take")
+        values["preprocess"] = shippable(values["preprocess"])
+    return Reading(**values)
+
+
+def _is_text_table(value: Any) -> bool:
+    return isinstance(value, Mapping) and all(isinstance(text, str) for item in value.items() for text in item)
+
+
+def _listed(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, (list, tuple)) else [value]
+
+
+def _check_keys(entry: Any, known: Sequence[str], where: str) -> None:
+    if not isinstance(entry, Mapping):
+        raise UserError(f"{where}: not an object")
+    unknown = next((key for key in entry if key not in known), None)
+    if unknown is not None:
+        close = difflib.get_close_matches(str(unknown), known, n=1)
+        hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(known)}"
+        raise UserError(f"{where}: no key {unknown!r}; {hint}")
+
+
+def _lookup(name: str, entries: list[DatasetInfo]) -> DatasetInfo | None:
+    """SWIFT's order: a dataset's own name, then ids and paths, then the last part of an id."""
+    for kind in range(3):
+        for entry in entries:
+            if name in entry.names()[kind]:
+                return entry
+    return None
+
+
+def _rules(reading: Reading, args: Any) -> RowRules:
+    """How rows become standard rows; what the command line says comes last and wins."""
+    names = ("strip_input_prefix", "remove_text", "query_suffix", "response_prefix", "preprocess")
+    return RowRules(
+        columns={**(reading.columns or {}), **(args.columns or {})},
+        model_name=tuple(args.model_name),
+        model_author=tuple(args.model_author),
+        message_names=MessageNames(**(reading.messages or {})),
+        keep_extra=not args.remove_unused_columns,
+        **{name: getattr(reading, name) for name in names if getattr(reading, name) is not None},
+    )
+
+
+def _chosen_subsets(info: DatasetInfo, spec: DatasetSpec) -> list[Subset]:
+    """The subsets a value names; without a name the only one, else ``default``; ``all``: every one that is not weak."""
+    known = {subset.name: subset for subset in info.subsets}
+    if not spec.subsets:
+        if len(known) > 1 and "default" not in known:
+            raise UserError(f"--dataset {spec.text}: choose a subset: {', '.join(f'{spec.name}:{n}' for n in known)}")
+        return [known.get("default") or next(iter(known.values()))]
+    if spec.subsets == ("all",):
+        return [subset for subset in info.subsets if not subset.is_weak_subset]
+    unknown = next((name for name in spec.subsets if name not in known), None)
+    if unknown is not None and list(known) != ["default"]:
+        raise UserError(f"--dataset {spec.text}: no subset {unknown!r}; there are {', '.join(known)}")
+    # An entry that lists none leaves them to the hub.
+    return [known.get(name) or Subset(name, name) for name in spec.subsets]
+
+
+def _files_of_info(info: DatasetInfo, spec: DatasetSpec, subsets: list[tuple[Subset, Reading]], args: Any) -> list[str]:
+    if info.dataset_path:
+        return list_data_files(info.dataset_path)
+    use_hf = args.use_hf if spec.use_hf is None else spec.use_hf
+    dataset_id = info.hf_dataset_id if use_hf else info.ms_dataset_id
+    if dataset_id is None:
+        only, mend = ("ModelScope", "leave out --use_hf true") if use_hf else ("Hugging Face", "add --use_hf true")
+        raise UserError(f"--dataset {spec.text}: this dataset is on {only} only; {mend}")
+    wanted = [
+        (None if subset.subset == "default" else subset.subset, reading.split or ("train",))
+        for subset, reading in subsets
+    ]
+    return _hub_files(spec, dataset_id, wanted, args)
+
+
+def _hub_files(
+    spec: DatasetSpec, dataset_id: str, wanted: list[tuple[str | None, tuple[str, ...]]], args: Any
+) -> list[str]:
+    """The files of subsets (None: the hub's default) and their splits."""
+    from rayswift import hub
+
+    use_hf = args.use_hf if spec.use_hf is None else spec.use_hf
+    files = [
+        file
+        for subset, splits in wanted
+        for split in splits
+        for file in hub.resolve_dataset(dataset_id, use_hf=use_hf, subset=subset, split=split, token=args.hub_token)
+    ]
+    return list(dict.fromkeys(files))
+
+
+def _unknown(spec: DatasetSpec, entries: list[DatasetInfo]) -> str:
+    names = [name for entry in entries for kind in entry.names() for name in kind]
+    close = difflib.get_close_matches(spec.name, names, n=1)
+    hint = f"; did you mean {close[0]}?" if close else "; give a file, a folder or a hub id such as org/name"
+    return f"--dataset {spec.text}: no such local path or registered dataset{hint}"

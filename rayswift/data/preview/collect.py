@@ -1,0 +1,280 @@
+"""``rayswift data preview``: what becomes of a dataset's first rows on their way to the model.
+
+One process and no Ray, through the functions that training calls for each row. :func:`collect` gathers what there is
+to see; :mod:`~rayswift.data.preview.text` prints it, :mod:`~rayswift.data.preview.page` makes an HTML page of it.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import os
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+
+from rayswift.arguments import PreviewArguments
+from rayswift.data.files import BadRow, filesystem_of, iter_rows, locate, plan_chunks
+from rayswift.data.flow.encode_tasks import ENCODE_BATCH, refuse_bad_rows
+from rayswift.data.names import ResolvedDataset, resolve_datasets
+from rayswift.data.rows.standard import WARNINGS, BrokenLine, Drop, StandardRow, standardise_rows
+from rayswift.data.tokens.encoder import IGNORED, Dropped, Encoded, Encoder
+from rayswift.data.tokens.row_index import FATAL, DropReport
+from rayswift.errors import UserError
+from rayswift.hub import resolve_model
+
+logger = logging.getLogger("rayswift.data.preview.collect")
+
+#: A preview needs the tokenizer, not the weights.
+_WEIGHTS = ["*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf"]
+#: Tokens of a sample that are shown; it may have a million.
+MAX_SHOWN_TOKENS = 4096
+#: No character of any tokenizer takes more tokens than it has bytes; a few are left for combined ones.
+_MAX_TOKENS_PER_CHARACTER = 8
+
+
+@dataclass(frozen=True)
+class TokenText:
+    """One token and its text; several where only together they are whole characters. `weight` is 0 if untrained."""
+
+    ids: tuple[int, ...]
+    text: str
+    weight: float
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One encoded sample: how many ids, how many of them are trained, and the texts of the first ones."""
+
+    num_ids: int
+    num_trained: int
+    texts: list[TokenText]
+
+    @property
+    def num_hidden(self) -> int:
+        """Ids beyond the ones whose texts are here."""
+        return self.num_ids - sum(len(text.ids) for text in self.texts)
+
+
+@dataclass(frozen=True)
+class ShownRow:
+    """A row at each stage; `samples` is empty without a model, and has several entries if the row was split."""
+
+    place: str
+    raw: Any
+    standard: StandardRow
+    samples: list[Sample]
+
+
+@dataclass
+class DatasetPreview:
+    """Everything there is to see of one dataset.
+
+    `files`: paths and sizes in bytes. `whole`: every row was read. `standard_rows`, `samples`: what came out of the
+    stages. `lengths`: int64, tokens of each row before `--max_length`. `warnings`: columns that were not used.
+    """
+
+    name: str
+    num_samples: int | None
+    files: list[tuple[str, int]]
+    encoder: Encoder | None
+    shown: list[ShownRow] = field(default_factory=list)
+    whole: bool = True
+    standard_rows: int = 0
+    samples: int = 0
+    ids: int = 0
+    trained: int = 0
+    drops: DropReport = field(default_factory=DropReport)
+    warnings: DropReport = field(default_factory=DropReport)
+    row_lengths: list[int] = field(default_factory=list)
+
+    @property
+    def lengths(self) -> np.ndarray:
+        return np.array(self.row_lengths, dtype=np.int64)
+
+
+@dataclass(frozen=True)
+class _Read:
+    """A standard row with what it came from."""
+
+    path: str
+    position: int
+    raw: Any
+    standard: StandardRow
+
+
+def preview(args: PreviewArguments) -> None:
+    """Print a preview of every dataset, and write it as a page if ``--output`` names one.
+
+    Raises:
+        UserError: unknown dataset or model, a file that is broken among the rows read (names file:line), a dataset
+            without a usable row, a page that cannot be written.
+    """
+    from rayswift.data.preview.page import render_page
+    from rayswift.data.preview.text import print_preview
+
+    if args.output:
+        _check_folder(args.output)
+    datasets = resolve_datasets(args)
+    encoder = make_encoder(args) if args.model else None
+    previews = [collect(dataset, encoder, args) for dataset in [*datasets.train, *datasets.val]]
+    for shown in previews:
+        print_preview(shown, sys.stdout)
+    if args.output:
+        _write_page(args.output, render_page(previews, args.model))
+
+
+def make_encoder(args: PreviewArguments) -> Encoder:
+    """The encoder that ``rayswift sft`` would use; of the model, all but the weights is downloaded."""
+    model_dir = resolve_model(
+        args.model or "",
+        revision=args.model_revision,
+        use_hf=args.use_hf,
+        token=args.hub_token,
+        ignore_patterns=_WEIGHTS,
+    )
+    return Encoder.for_training(args, model_dir)
+
+
+def collect(dataset: ResolvedDataset, encoder: Encoder | None, args: PreviewArguments) -> DatasetPreview:
+    """Read the first ``--preview_rows`` rows of a dataset and take them through every stage.
+
+    Raises:
+        UserError: a broken file, ``--strict true`` and a bad row, or no usable row.
+    """
+    files = [(path, _size(path)) for path in dataset.files]
+    result = DatasetPreview(dataset.spec.text, dataset.spec.num_samples, files, encoder)
+    rows = _standard_rows(dataset, args.preview_rows, result)
+    while batch := list(itertools.islice(rows, ENCODE_BATCH)):
+        result.standard_rows += len(batch)
+        samples = _encode(batch, encoder, result) if encoder else [[] for _ in batch]
+        for row, encoded in zip(batch, samples, strict=True):
+            if len(result.shown) < args.num_shown and (encoded or encoder is None):
+                result.shown.append(_show(row, encoded, encoder))
+        refuse_bad_rows(result.drops, args.strict)
+    refuse_bad_rows(result.drops, args.strict)
+    if not (result.samples if encoder else result.standard_rows):
+        reasons = "; ".join(result.drops.lines()) or "it is empty"
+        raise UserError(f"--dataset {dataset.spec.text}: no usable row: {reasons}")
+    return result
+
+
+def _standard_rows(dataset: ResolvedDataset, limit: int | None, result: DatasetPreview) -> Iterator[_Read]:
+    """Standard rows of the first ``limit`` raw rows; what is dropped is counted in ``result``."""
+    for path, position, raw in _raw_rows(dataset.files, limit, result):
+        result.drops.rows_in += 1
+        for standard in standardise_rows(raw, dataset.rules):
+            if isinstance(standard, Drop):
+                result.drops.add(standard.reason, 1, path, position)
+                continue
+            for warning in standard.pop(WARNINGS, ()):
+                result.warnings.add(warning, 1, path, position)
+            yield _Read(path, position, raw, standard)
+
+
+def _raw_rows(files: list[str], limit: int | None, result: DatasetPreview) -> Iterator[tuple[str, int, Any]]:
+    """Path, position and row. One row more is looked for, to say whether these are all; it may be a broken one."""
+    for chunk in plan_chunks(files):
+        try:
+            for raw, position in iter_rows(chunk):
+                if result.drops.rows_in == limit:
+                    result.whole = False
+                    return
+                if isinstance(raw, BrokenLine):
+                    raise BadRow(position, raw.reason)
+                yield chunk.path, position, raw
+        except BadRow as error:
+            result.whole = False
+            if result.drops.rows_in != limit:
+                result.drops.add(FATAL + error.reason, 1, chunk.path, error.position)
+            return
+
+
+def _encode(batch: list[_Read], encoder: Encoder, result: DatasetPreview) -> list[list[Encoded]]:
+    """The samples of each row. Rows are encoded without a limit first, so that every length is known."""
+    rows = [row.standard for row in batch]
+    outcomes: list[Encoded | Dropped] = replace(encoder, max_length=None).encode_batch(rows)
+    result.row_lengths += [len(outcome.input_ids) for outcome in outcomes if isinstance(outcome, Encoded)]
+    limit = encoder.max_length
+    if limit is not None:
+        long = [outcome.row for outcome in outcomes if isinstance(outcome, Encoded) and len(outcome.input_ids) > limit]
+        outcomes = [outcome for outcome in outcomes if outcome.row not in set(long)]
+        limited = encoder.encode_batch([rows[row] for row in long])
+        outcomes += [replace(outcome, row=long[outcome.row]) for outcome in limited]
+    samples: list[list[Encoded]] = [[] for _ in batch]
+    for outcome in outcomes:
+        if isinstance(outcome, Dropped):
+            result.drops.add(outcome.reason, 1, batch[outcome.row].path, batch[outcome.row].position)
+            continue
+        samples[outcome.row].append(outcome)
+        result.samples += 1
+        result.ids += len(outcome.input_ids)
+        result.trained += int((outcome.labels != IGNORED).sum())
+    return samples
+
+
+def _show(row: _Read, encoded: list[Encoded], encoder: Encoder | None) -> ShownRow:
+    samples = [
+        Sample(len(one.input_ids), int((one.labels != IGNORED).sum()), token_texts(encoder.tokenizer, one))
+        for one in encoded
+        if encoder is not None
+    ]
+    return ShownRow(locate(row.path, row.position), row.raw, row.standard, samples)
+
+
+def token_texts(tokenizer: Any, sample: Encoded, limit: int = MAX_SHOWN_TOKENS) -> list[TokenText]:
+    """The first ``limit`` tokens of a sample as texts that add up to the decoded sample.
+
+    Tokens that are parts of one character stand together, unless one is trained and the other is not.
+    """
+    ids = sample.input_ids[:limit].tolist()
+    trained = (sample.labels[:limit] != IGNORED).tolist()
+    scale = trained if sample.loss_scale is None else sample.loss_scale[:limit].tolist()
+    weights = [float(weight) if is_trained else 0.0 for weight, is_trained in zip(scale, trained, strict=True)]
+
+    def text_of(start: int, end: int) -> str:
+        # Decoded behind its neighbour: some tokenizers leave out the blank in front of the first word.
+        before = tokenizer.decode(ids[start - 1 : start], skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        both = tokenizer.decode(
+            ids[max(start - 1, 0) : end], skip_special_tokens=False, clean_up_tokenization_spaces=False
+        )
+        return str(both[len(before) :] if start else both)
+
+    texts: list[TokenText] = []
+    start = 0
+    while start < len(ids):
+        ends = range(start + 1, min(start + _MAX_TOKENS_PER_CHARACTER, len(ids)) + 1)
+        same = [end for end in ends if weights[start:end] == [weights[start]] * (end - start)]
+        whole = (end for end in same if "\ufffd" not in text_of(start, end))
+        end = next(whole, start + 1)
+        texts.append(TokenText(tuple(ids[start:end]), text_of(start, end), weights[start]))
+        start = end
+    return texts
+
+
+# --- files ------------------------------------------------------------------------------------------------------
+
+
+def _size(path: str) -> int:
+    filesystem, inner = filesystem_of(path)
+    return filesystem.get_file_info(inner).size or 0
+
+
+def _check_folder(output: str) -> None:
+    """A page that cannot be written is refused before anything is read."""
+    folder = os.path.dirname(os.path.abspath(output))
+    if not os.path.isdir(folder):
+        raise UserError(f"--output {output}: no folder {folder}; make it first")
+
+
+def _write_page(output: str, page: str) -> None:
+    try:
+        # What is no text (half a surrogate pair) is shown as its number.
+        with open(output, "w", encoding="utf-8", errors="backslashreplace") as file:
+            file.write(page)
+    except OSError as error:
+        raise UserError(f"--output {output}: cannot be written ({error.strerror})") from None
+    logger.info("%s: written, open it in a browser", output)

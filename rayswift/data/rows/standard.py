@@ -1,0 +1,458 @@
+"""Raw rows to standard rows: pure functions, one row in, :class:`StandardRow` or :class:`Drop` out.
+
+A standard row is ``{"messages": [{"role", "content", ...}], ...}`` with the columns of
+:data:`rayswift.data.rows.columns.KEPT_COLUMNS` beside it. The schemas and their precedence are SWIFT's (messages,
+alpaca, query/response, plain text); where SWIFT loses a row or a column in silence, the reason is returned
+(:class:`Drop`) or noted in the row (:data:`WARNINGS`).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields, replace
+from decimal import Decimal
+from functools import cached_property
+from typing import Any
+
+from rayswift.data.rows.columns import MEDIA, Layout, new_name, plan_layout
+from rayswift.data.rows.messages import (
+    MessageNames,
+    Reading,
+    Unusable,
+    is_message,
+    media_file,
+    parse_text,
+    plain_messages,
+    read_messages,
+    refuse_half_surrogates,
+)
+
+#: Key of a standard row: a list of texts that say which of its columns were not used. Taken out by whoever counts.
+WARNINGS = "_warnings"
+_PLACEHOLDER = re.compile(r"\{\{(NAME|AUTHOR|name|author)\}\}")
+_CJK = re.compile(r"[一-鿿]")
+#: Distinct sets of columns whose reading is remembered; more than this is no table but free-form JSON.
+_MAX_LAYOUTS = 1000
+
+StandardRow = dict[str, Any]
+#: What a user registers for a dataset: a raw row (columns renamed) to a row of any schema, several rows, or None.
+Preprocess = Callable[[dict[str, Any]], dict[str, Any] | list[dict[str, Any]] | None]
+
+
+@dataclass(frozen=True)
+class Drop:
+    """A row that cannot be trained on, and why, in words a user can act on."""
+
+    reason: str
+
+
+@dataclass(frozen=True)
+class BrokenLine(Drop):
+    """A line that cannot be read, in a file that can be read on behind it: a stream goes on, other reading stops."""
+
+
+@dataclass(frozen=True)
+class RowRules:
+    """How the rows of one dataset become standard rows. Plain data: it travels to every reading task.
+
+    Args:
+        columns: renames applied before detection (``--columns`` and ``dataset_info.json``), matched
+            case-insensitively; ``"_"`` hides a column.
+        model_name: values for ``{{NAME}}``: Chinese rows take the first, others the second; one value serves both.
+        model_author: the same for ``{{AUTHOR}}``.
+        message_names: keys and roles of messages that are not the usual ones.
+        keep_extra: columns that are not part of the prompt stay in the row for reward functions
+            (``--remove_unused_columns false``), the answer's column among them.
+        strip_input_prefix: text removed from the front of alpaca's ``input`` (alpaca-gpt4-data-zh has ``输入：``).
+        remove_text: text removed wherever it stands in a message or a rejected response.
+        query_suffix: text put behind the last query, response_prefix: in front of the last response.
+        preprocess: called with each row before detection; see :data:`Preprocess`.
+    """
+
+    columns: Mapping[str, str] = field(default_factory=dict)
+    model_name: tuple[str, ...] = ()
+    model_author: tuple[str, ...] = ()
+    message_names: MessageNames = field(default_factory=MessageNames)
+    keep_extra: bool = False
+    strip_input_prefix: str = ""
+    remove_text: str = ""
+    query_suffix: str = ""
+    response_prefix: str = ""
+    preprocess: Preprocess | None = None
+
+    @cached_property
+    def _layouts(self) -> dict[tuple[str, ...], Layout]:
+        """What the columns mean, found once for each distinct set of them."""
+        return {}
+
+    @cached_property
+    def _renames(self) -> dict[str, str]:
+        return {key.lower(): name for key, name in self.columns.items()}
+
+    @cached_property
+    def _edits_text(self) -> bool:
+        return bool(self.remove_text or self.query_suffix or self.response_prefix)
+
+    @cached_property
+    def _after_preprocess(self) -> RowRules:
+        """The rules for what ``preprocess`` returns: its columns have their final names."""
+        return replace(self, columns={}, preprocess=None)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Without what was remembered: equal rules are equal bytes wherever they are sent.
+        return {item.name: getattr(self, item.name) for item in fields(self)}
+
+    def layout_of(self, columns: tuple[str, ...]) -> Layout:
+        """What these columns mean (remembered)."""
+        layout = self._layouts.get(columns)
+        if layout is None:
+            if len(self._layouts) >= _MAX_LAYOUTS:
+                self._layouts.clear()
+            layout = self._layouts[columns] = plan_layout(columns, self._renames)
+        return layout
+
+
+_NO_RULES = RowRules()
+
+
+def standardise_rows(row: Any, rules: RowRules | None = None) -> list[StandardRow | Drop]:
+    """One raw row to standard rows: one, unless the dataset's ``preprocess`` makes it several."""
+    rules = rules or _NO_RULES
+    if rules.preprocess is None or not isinstance(row, Mapping):
+        return [standardise_row(row, rules)]
+    named = {new_name(key, rules._renames): value for key, value in row.items() if new_name(key, rules._renames) != "_"}
+    try:
+        made = rules.preprocess(named)
+    except Exception as error:  # whatever a user's function raises concerns this row alone
+        return [Drop(f"the dataset's preprocess function failed: {type(error).__name__}: {str(error)[:200]}")]
+    if made is None:
+        return [Drop("the dataset's preprocess function returned None")]
+    made = made if isinstance(made, list) else [made]
+    try:
+        refuse_half_surrogates(made)
+    except Unusable as unusable:
+        return [Drop(str(unusable))]
+    return [standardise_row(item, rules._after_preprocess) for item in made] or [
+        Drop("the dataset's preprocess function gave no row")
+    ]
+
+
+def standardise_row(row: Any, rules: RowRules | None = None) -> StandardRow | Drop:
+    """One raw row to a standard row, or the reason it is dropped. ``rules.preprocess`` is not called."""
+    rules = rules or _NO_RULES
+    if isinstance(row, Drop):
+        return row
+    if not isinstance(row, Mapping):
+        return Drop(f"the row is a JSON {type(row).__name__}, not an object with columns")
+    try:
+        return _standardise(row, rules)
+    except Unusable as unusable:
+        return Drop(str(unusable))
+
+
+def _standardise(row: Mapping[str, Any], rules: RowRules) -> StandardRow:
+    layout = rules.layout_of(tuple(row))
+    if layout.messages and row[layout.messages[0]] is None and all(row[key] is None for key in layout.messages):
+        # A table gives every row every column: null is a column that this row does not have.
+        layout = rules.layout_of(tuple(key for key in row if row[key] is not None))
+    standard = (_from_messages if layout.messages else _from_columns)(row, layout, rules)
+    for key, target in layout.kept:
+        if row[key] is not None:
+            standard[target] = _kept_value(target, row[key], standard, rules)
+    for target in layout.media:
+        _add_media(standard, target, _choose(row, target, layout, standard, rules))
+    if "rejected_response" in layout.sources:
+        _add_rejected(standard, _choose(row, "rejected_response", layout, standard, rules), rules)
+    if rules.keep_extra:
+        standard.update({key: row[key] for key in layout.extra if key not in standard})
+    if rules._edits_text:
+        _edit_texts(standard, rules)
+    for message in standard["messages"]:
+        if "{{" in message["content"]:
+            _fill_placeholders(standard, row[layout.tag] if layout.tag else None, rules)
+            break
+    return standard
+
+
+def _choose(row: Mapping[str, Any], target: str, layout: Layout, standard: StandardRow, rules: RowRules) -> Any:
+    """The value of a target: the one column that fills it; of several, the one that is certain (and a warning)."""
+    keys = layout.sources.get(target, ())
+    if len(keys) < 2:
+        return row[keys[0]] if keys else None
+    filled = [key for key in keys if row[key] is not None and row[key] != ""]
+    if len(filled) < 2:
+        return next((row[key] for key in (*filled, *keys) if row[key] is not None), None)
+    listed = ", ".join(sorted(filled))
+    if filled[0] in layout.certain:
+        if not rules.keep_extra:
+            warning = f"columns {listed} could all be the {target}: used {filled[0]} (--columns chooses another)"
+            standard.setdefault(WARNINGS, []).append(warning)
+        return row[filled[0]]
+    if target == "response" and rules.keep_extra:
+        return None  # as SWIFT: a prompt whose other columns go to the reward functions
+    raise Unusable(f"several columns ({listed}) could be the {target}; choose with --columns")
+
+
+def _from_messages(row: Mapping[str, Any], layout: Layout, rules: RowRules) -> StandardRow:
+    standard: StandardRow = {}
+    value = _choose(row, "messages", layout, standard, rules)
+    messages = plain_messages(value, rules.message_names)
+    if messages is not None:
+        standard["messages"] = messages
+    else:
+        reading = read_messages(value, rules.message_names)
+        messages = reading.messages
+        _add_reading(standard, "", reading)
+    if "system" in layout.sources and messages[0]["role"] != "system":
+        system = _text(_choose(row, "system", layout, standard, rules), "system")
+        if system is not None:
+            messages.insert(0, {"role": "system", "content": system})
+    if layout.chosen is not None and row[layout.chosen] is not None:
+        reply = _read_reply(row[layout.chosen], "chosen", rules)
+        if messages[-1]["role"] != "assistant":
+            _add_reply(standard, reply)
+        elif messages[-1]["content"] != reply.messages[-1]["content"]:
+            raise Unusable("messages already end with another answer than chosen; hide one of them with --columns")
+    return standard
+
+
+def _from_columns(row: Mapping[str, Any], layout: Layout, rules: RowRules) -> StandardRow:
+    """query/response, alpaca and plain text."""
+    standard: StandardRow = {"messages": []}
+    messages = standard["messages"]
+    if "system" in layout.sources:
+        system = _text(_choose(row, "system", layout, standard, rules), "system")
+        if system is not None:
+            messages.append({"role": "system", "content": system})
+    if "history" in layout.sources:
+        messages += _history(row[layout.sources["history"][0]])
+    if layout.alpaca:
+        query: Any = _alpaca_query(row, layout, rules)
+    else:
+        query = _choose(row, "query", layout, standard, rules)
+    before = len(messages)
+    if type(query) is str:
+        messages.append({"role": "user", "content": query})
+    elif query is not None:
+        _add_query(standard, query, rules)
+    response = _choose(row, "response", layout, standard, rules)
+    if type(response) is str:
+        messages.append({"role": "assistant", "content": response})
+    elif response is not None:
+        _add_reply(standard, _read_reply(response, "response", rules))
+    if len(messages) == before:
+        listed = ", ".join(sorted(map(str, row)))
+        raise Unusable(f"no column holds text (columns: {listed[:500]}); name it with --columns")
+    return standard
+
+
+def _alpaca_query(row: Mapping[str, Any], layout: Layout, rules: RowRules) -> str:
+    instruction, extra = (row[key] for key in layout.sources["query"])
+    if rules.strip_input_prefix and isinstance(extra, str):
+        extra = extra.removeprefix(rules.strip_input_prefix)
+    if type(instruction) is not str or type(extra) is not str:
+        instruction, extra = _text(instruction, "instruction"), _text(extra, "input")
+    if not instruction and not extra:
+        raise Unusable("both instruction and input are empty")
+    return f"{instruction}\n{extra}" if instruction and extra else instruction or extra or ""
+
+
+def _add_query(standard: StandardRow, query: Any, rules: RowRules) -> None:
+    """A query that is no plain text: a list of messages (TRL's conversational prompts) or a number."""
+    if isinstance(query, (list, tuple)) and query and is_message(query[0], rules.message_names):
+        _add_reading(standard, "", read_messages(query, rules.message_names))
+    else:
+        standard["messages"].append({"role": "user", "content": _text(query, "query")})
+
+
+def _read_reply(response: Any, what: str, rules: RowRules) -> Reading:
+    """A response that is no plain text: a message, messages, several texts (SWIFT takes the first) or a number."""
+    response = _first_of_list(response, what, rules)
+    if isinstance(response, list):
+        return read_messages(response, rules.message_names)
+    return Reading([{"role": "assistant", "content": _text(response, what)}])
+
+
+def _add_reply(standard: StandardRow, reply: Reading) -> None:
+    """End the messages with a reply; a whole conversation (TRL's ``chosen``) replaces the prompt that it repeats."""
+    if reply.messages[0]["role"] in ("system", "user"):
+        standard["messages"].clear()
+    _add_reading(standard, "", reply)
+
+
+def _first_of_list(value: Any, what: str, rules: RowRules) -> Any:
+    """Of several texts the first (SWIFT); messages as a list of messages."""
+    if is_message(value, rules.message_names):
+        return [value]
+    if isinstance(value, (list, tuple)):
+        if not value or value[0] is None:
+            raise Unusable(f"the {what} is a list without a first text")
+        return list(value) if is_message(value[0], rules.message_names) else value[0]
+    return value
+
+
+def _add_reading(standard: StandardRow, side: str, reading: Reading) -> None:
+    """Put what a conversation held into the row; ``side`` is a prefix such as ``rejected_``."""
+    known = standard.setdefault(f"{side}messages", reading.messages)
+    if known is not reading.messages:
+        known += reading.messages
+    for column, files in reading.media.items():
+        standard.setdefault(f"{side}{column}", []).extend(files)
+    if reading.warnings:
+        standard.setdefault(WARNINGS, []).extend(reading.warnings)
+
+
+def _text(value: Any, what: str) -> str | None:
+    """A cell as text: numbers are spelled, bytes are UTF-8, null is None; anything else has no one spelling."""
+    if value is None or isinstance(value, str):
+        return value
+    if isinstance(value, (int, float, Decimal)) and not isinstance(value, bool):
+        return str(value)
+    if isinstance(value, bytes):
+        try:
+            return value.decode("utf-8")
+        except UnicodeDecodeError:
+            raise Unusable(f"the {what} is bytes that are not UTF-8 text") from None
+    kinds = {bool: "true or false", dict: "an object", list: "a list", tuple: "a list"}
+    raise Unusable(f"the {what} is {kinds.get(type(value), type(value).__name__)}, not text")
+
+
+def _history(value: Any) -> list[dict[str, Any]]:
+    if isinstance(value, str) and value.strip():
+        value = parse_text(value)
+        value = "?" if value is None else value
+    if value is None or value == "" or value == [] or (isinstance(value, str) and not value.strip()):
+        return []
+    if not isinstance(value, (list, tuple)) or not all(
+        isinstance(turn, (list, tuple)) and len(turn) == 2 for turn in value
+    ):
+        raise Unusable("history is not a list of [user, assistant] pairs")
+    turns = [
+        (role, _text(text, "history")) for turn in value for role, text in zip(("user", "assistant"), turn, strict=True)
+    ]
+    return [{"role": role, "content": text} for role, text in turns if text is not None]
+
+
+def _add_media(standard: StandardRow, target: str, value: Any) -> None:
+    if value is None or value == []:
+        return
+    if target in standard:
+        raise Unusable(f"{target} are both in a column and inside the messages")
+    standard[target] = [media_file(item) for item in (value if isinstance(value, (list, tuple)) else [value])]
+
+
+def _add_rejected(standard: StandardRow, value: Any, rules: RowRules) -> None:
+    """A reply as ``rejected_response``, messages as ``rejected_messages``; null is no rejected response."""
+    if value is None:
+        return
+    messages = standard["messages"]
+    reading = _read_reply(value, "rejected response", rules)
+    first = reading.messages[0]
+    if len(reading.messages) == 1 and first["role"] == "assistant" and not reading.media:
+        standard["rejected_response"] = first["content"]
+        same = first["content"] == messages[-1]["content"]
+    else:
+        if first["role"] not in ("system", "user"):
+            prompt = messages[:-1] if messages[-1]["role"] == "assistant" else messages
+            reading.messages[:0] = [dict(message) for message in prompt]
+        _add_reading(standard, "rejected_", reading)
+        same = reading.messages == messages
+    if same:
+        raise Unusable("the rejected response is the same as the answer")
+
+
+def _kept_value(target: str, value: Any, standard: StandardRow, rules: RowRules) -> Any:
+    """A kept column in its standard form; most are carried as they are."""
+    if target == "rejected_messages":
+        reading = read_messages(value, rules.message_names)
+        _add_reading(standard, "rejected_", reading)
+        if reading.messages == standard["messages"]:
+            raise Unusable("rejected_messages are the same as messages")
+        return reading.messages
+    if target in ("positive_messages", "negative_messages"):
+        return _conversations(target, value, standard, rules)
+    if target.endswith(MEDIA):
+        listed = value if isinstance(value, (list, tuple)) else [value]
+        return [media_file(item) for item in listed]
+    if target.endswith("objects"):
+        return _objects(value)
+    if target == "chat_template_kwargs":
+        value = parse_text(value) if isinstance(value, str) else value
+        if not isinstance(value, dict):
+            raise Unusable("chat_template_kwargs is not a JSON object")
+    return value
+
+
+def _conversations(target: str, value: Any, standard: StandardRow, rules: RowRules) -> list[Any]:
+    """``positive_messages`` and ``negative_messages``: a list of conversations (one alone may stand without a list)."""
+    value = parse_text(value) if isinstance(value, str) else value
+    if not isinstance(value, (list, tuple)):
+        raise Unusable(f"{target} is not a list of conversations")
+    if value and is_message(value[0], rules.message_names):
+        value = [value]
+    readings = [read_messages(item, rules.message_names) for item in value]
+    side = target.removesuffix("messages")
+    for column in MEDIA:
+        if any(column in reading.media for reading in readings):
+            standard[f"{side}{column}"] = [reading.media.get(column, []) for reading in readings]
+    return [reading.messages for reading in readings]
+
+
+def _objects(value: Any) -> dict[str, Any]:
+    """Grounding objects; a box is [x, y] or [x1, y1, x2, y2] with the smaller corner first."""
+    value = parse_text(value) if isinstance(value, str) else value
+    if not isinstance(value, Mapping):
+        raise Unusable("objects is not an object with ref and bbox")
+    boxes = value.get("bbox") or []
+    if not isinstance(boxes, (list, tuple)) or not all(_is_box(box) for box in boxes):
+        raise Unusable("objects.bbox holds a box that is not [x, y] or [x1, y1, x2, y2]")
+    objects = {key: value[key] for key in ("ref", "bbox", "bbox_type", "image_id") if value.get(key) is not None}
+    if "bbox" in objects:
+        objects["bbox"] = [
+            list(box) if len(box) == 2 else
+            [min(box[0], box[2]), min(box[1], box[3]), max(box[0], box[2]), max(box[1], box[3])]
+            for box in boxes
+        ]  # fmt: skip
+    return objects
+
+
+def _is_box(box: Any) -> bool:
+    numbers = isinstance(box, (list, tuple)) and all(type(number) in (int, float) for number in box)
+    return numbers and len(box) in (2, 4)
+
+
+def _edit_texts(standard: StandardRow, rules: RowRules) -> None:
+    messages = standard["messages"]
+    if rules.remove_text:
+        for message in messages:
+            message["content"] = message["content"].replace(rules.remove_text, "")
+        if "rejected_response" in standard:
+            standard["rejected_response"] = standard["rejected_response"].replace(rules.remove_text, "")
+    for role, before, after in (("user", "", rules.query_suffix), ("assistant", rules.response_prefix, "")):
+        last = next((message for message in reversed(messages) if message["role"] == role), None)
+        if last is not None:
+            last["content"] = f"{before}{last['content']}{after}"
+
+
+def _fill_placeholders(standard: StandardRow, tag: Any, rules: RowRules) -> None:
+    """``{{NAME}}`` and ``{{AUTHOR}}`` of self-cognition rows (either case) from --model_name and --model_author."""
+    messages = standard["messages"]
+    found = {match for message in messages for match in _PLACEHOLDER.findall(message["content"])}
+    if not found:
+        return
+    values = {"name": rules.model_name, "author": rules.model_author}
+    missing = sorted({f"--model_{key.lower()}" for key in found if not values[key.lower()]})
+    if missing:
+        # Lower-case {{name}} is also ordinary template text (Jinja, Vue): only SWIFT's own spelling is a mistake.
+        if not any(key.isupper() for key in found):
+            return
+        raise Unusable(f"the text holds {{{{NAME}}}} or {{{{AUTHOR}}}} and {' and '.join(missing)} is not given")
+    chinese = tag == "zh" if tag else any(_CJK.search(message["content"]) for message in messages)
+
+    def value(match: re.Match[str]) -> str:
+        choices = values[match.group(1).lower()]
+        return choices[0] if chinese else choices[-1]
+
+    for message in messages:
+        message["content"] = _PLACEHOLDER.sub(value, message["content"])

@@ -1,0 +1,215 @@
+"""Rows of Arrow files by number, what was dropped of them, and the arithmetic on row numbers.
+
+The driver never holds rows: sampling, splitting, blending and shuffling are operations on row numbers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from rayswift.data import json_text
+from rayswift.data.files import locate
+from rayswift.data.flow.cache import open_arrow
+
+if TYPE_CHECKING:
+    import numpy as np
+
+
+@dataclass
+class DropReport:
+    """Rows in, rows out, and for each reason its count and the first ``file:line``.
+
+    ``notes`` counts rows that were kept, but not with everything that was in them.
+    """
+
+    rows_in: int = 0
+    counts: Counter[str] = field(default_factory=Counter)
+    notes: Counter[str] = field(default_factory=Counter)
+    first: dict[str, tuple[str, int]] = field(default_factory=dict)
+
+    def add(self, reason: str, count: int, path: str, position: int) -> None:
+        """Count rows dropped for one reason; the first place seen is kept."""
+        self.counts[reason] += count
+        self.first.setdefault(reason, (path, position))
+
+    def note(self, text: str, count: int, path: str, position: int) -> None:
+        """Count rows that something was left out of."""
+        self.notes[text] += count
+        self.first.setdefault(text, (path, position))
+
+    def merge(self, other: DropReport) -> None:
+        """Add the drops of another stage over the same rows."""
+        for reason, count in other.counts.items():
+            self.add(reason, count, *other.first[reason])
+        for text, count in other.notes.items():
+            self.note(text, count, *other.first[text])
+
+    def place(self, reason: str) -> str:
+        """``file:line`` of the first row dropped for this reason."""
+        return locate(*self.first[reason])
+
+    def lines(self) -> list[str]:
+        """One line per reason and note, most frequent first."""
+        dropped = [("rows dropped", reason, count) for reason, count in self.counts.most_common()]
+        noted = [("rows", text, count) for text, count in self.notes.most_common()]
+        return [f"{count} {what}: {text} (first at {self.place(text)})" for what, text, count in dropped + noted]
+
+    def as_json(self) -> dict[str, dict[str, list[int]]]:
+        """Counts and first positions, without the path: what a file's summary keeps of it."""
+        parts = {"drops": self.counts, "notes": self.notes}
+        return {name: {text: [count, self.first[text][1]] for text, count in found.items()}
+                for name, found in parts.items()}  # fmt: skip
+
+    def add_json(self, summary: dict[str, dict[str, list[int]]], path: str) -> None:
+        """Add what :meth:`as_json` kept, for the file at ``path``."""
+        for reason, (count, position) in summary["drops"].items():
+            self.add(reason, count, path, position)
+        for text, (count, position) in summary["notes"].items():
+            self.note(text, count, path, position)
+
+
+@dataclass
+class BlockRows:
+    """Rows of the token cache's files: paths and, per row, its file and its row in that file.
+
+    ``index`` is int32 of shape (rows, 2); its order is the order of the dataset. ``lengths`` (int32) is the number of
+    tokens of each row, 0 before encoding. Small numbers, as the driver holds them for every row there is.
+    """
+
+    files: list[str]
+    index: np.ndarray
+    lengths: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def select(self, rows: np.ndarray) -> BlockRows:
+        """The rows with these numbers, in this order."""
+        return BlockRows(self.files, self.index[rows], self.lengths[rows])
+
+    def fingerprint(self) -> str:
+        """A hash of which rows these are, and in which order: their contents, as file names are hashes of theirs."""
+        digest = hashlib.sha256(repr([file.rsplit("/", 1)[-1] for file in self.files]).encode())
+        digest.update(self.index.tobytes())
+        return digest.hexdigest()[:40]
+
+
+@dataclass
+class LazyRows(BlockRows):
+    """Standard rows that are encoded when they are trained (``--lazy_tokenize true``); ``lengths`` says nothing.
+
+    ``origins``: the data file that each of ``files`` was read from.
+    """
+
+    origins: list[str]
+
+
+def all_rows(counts: list[int]) -> np.ndarray:
+    """Every row of files with so many rows, one file after the other: ``BlockRows.index``."""
+    import numpy as np
+
+    index = np.empty((sum(counts), 2), np.int32)
+    start = 0
+    for file, count in enumerate(counts):
+        index[start : start + count, 0] = file
+        index[start : start + count, 1] = np.arange(count)
+        start += count
+    return index
+
+
+def sample_rows(rows: BlockRows, num_samples: int | None, args: Any, rng: np.random.RandomState) -> BlockRows:
+    """``#N`` as SWIFT does it: N rows without replacement; above the size, whole repeats and a random rest."""
+    import numpy as np
+
+    if num_samples is None:
+        return rows
+    repeats, rest = divmod(num_samples, len(rows))
+    tail = rng.permutation(len(rows))[:rest] if args.dataset_shuffle else np.arange(rest)
+    return rows.select(np.concatenate([np.tile(np.arange(len(rows)), repeats), tail]).astype(np.int64))
+
+
+def split_rows(rows: BlockRows, ratio: float, rng: np.random.RandomState) -> tuple[BlockRows, BlockRows]:
+    """Hold out ``max(int(rows · ratio), 1)`` random rows for validation (SWIFT 2.9); a single row is never held out."""
+    import numpy as np
+
+    if not ratio or len(rows) < 2:
+        return rows, rows.select(np.arange(0))
+    order = rng.permutation(len(rows))
+    held_out = max(int(len(rows) * ratio), 1)
+    return rows.select(np.sort(order[held_out:])), rows.select(np.sort(order[:held_out]))
+
+
+def concat(parts: list[BlockRows]) -> BlockRows:
+    """Several datasets one after the other."""
+    import numpy as np
+
+    if len(parts) == 1:
+        return parts[0]
+    files: list[str] = []
+    indices = [np.zeros((0, 2), np.int32)]
+    for part in parts:
+        indices.append(part.index + np.array([len(files), 0], np.int32) if files else part.index)
+        files += part.files
+    lengths = [np.zeros(0, np.int32), *(part.lengths for part in parts)]
+    return BlockRows(files, np.concatenate(indices), np.concatenate(lengths))
+
+
+def blend(parts: list[BlockRows], args: Any, rng: np.random.RandomState) -> BlockRows:
+    """Concatenate, or interleave with ``--interleave_prob``, then shuffle once if ``--dataset_shuffle``."""
+    import numpy as np
+
+    rows = concat(parts)
+    if args.interleave_prob and parts:
+        weights = list(args.interleave_prob)
+        if args.interleave_by == "tokens":
+            weights = [weight / part.lengths.mean() for weight, part in zip(weights, parts, strict=True)]
+        order = interleave([len(part) for part in parts], weights, args.stopping_strategy, rng)
+        return rows.select(order)
+    return rows.select(rng.permutation(len(rows)).astype(np.int64)) if args.dataset_shuffle else rows
+
+
+def interleave(sizes: list[int], weights: list[float], strategy: str, rng: np.random.RandomState) -> np.ndarray:
+    """Row numbers of several datasets drawn in these proportions until the first (or every) one is exhausted."""
+    import numpy as np
+
+    starts = np.cumsum([0, *sizes[:-1]])
+    drawn = np.asarray(weights) > 0
+    probabilities = np.asarray(weights, np.float64) / sum(weights)
+    taken = np.zeros(len(sizes), np.int64)
+    order: list[int] = []
+    while True:
+        for source in rng.choice(len(sizes), size=1024, p=probabilities):
+            order.append(int(starts[source] + taken[source] % sizes[source]))
+            taken[source] += 1
+            done = (taken >= np.asarray(sizes))[drawn]
+            if done.any() if strategy == "first_exhausted" else done.all():
+                return np.asarray(order, np.int64)
+
+
+def iter_standard_rows(rows: BlockRows) -> Iterator[dict[str, Any]]:
+    """The standard rows themselves, one record batch in memory at a time where neighbours lie together."""
+    import numpy as np
+
+    for number, file in enumerate(rows.files):
+        wanted = rows.index[rows.index[:, 0] == number, 1]
+        reader, start = open_arrow(file), 0
+        for batch_number in range(reader.num_record_batches if len(wanted) else 0):
+            batch = reader.get_batch(batch_number)
+            here = wanted[(wanted >= start) & (wanted < start + len(batch))] - start
+            yield from (json_text.loads(text) for text in batch["row"].take(np.sort(here)).to_pylist())
+            start += len(batch)
+
+
+#: Starts a reason that stops the run whatever --strict says: the file itself is broken …
+FATAL = "!"
+#: … in one line, behind which a stream reads on.
+FATAL_LINE = FATAL + "line "
+
+
+def plain_reason(reason: str) -> str:
+    """A reason in the words of whoever gave it."""
+    return reason.removeprefix(FATAL_LINE).removeprefix(FATAL)

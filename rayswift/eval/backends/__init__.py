@@ -1,0 +1,1 @@
+"""What scores answers: EvalScope, lm-eval, OpenCompass and VLMEvalKit behind one protocol."""

@@ -1,0 +1,100 @@
+"""What runs benchmarks: the interface of a backend, and which one ``--eval_backend`` means."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import io
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from rayswift.errors import UserError
+from rayswift.eval.benchmarks import Benchmark
+from rayswift.eval.models import Contender, Serving
+from rayswift.eval.results import Result
+from rayswift.serve.running import Endpoint
+
+if TYPE_CHECKING:
+    from rayswift.arguments import EvalArguments
+
+#: Environment of the extra, as the Makefile makes it.
+_INSTALL = "install the extra `eval` in an environment of its own: make install SET=eval VENV=.venv-eval"
+
+
+class Backend(Protocol):
+    """Runs benchmarks on an endpoint with its own prompts and scorers."""
+
+    folder: str  # below --eval_output_dir, and the key in eval_result.jsonl; SWIFT's names
+
+    def prepare(self, benchmark: Benchmark) -> None:
+        """Load and check its data. Raises UserError. Called for every benchmark before any model starts."""
+
+    def check(self, benchmark: Benchmark, serving: Serving) -> None:
+        """Raises UserError where the engine cannot do what the benchmark needs."""
+
+    def run(self, benchmark: Benchmark, contender: Contender, endpoint: Endpoint, folder: Path) -> Result:
+        """Ask and score every question. Answers are kept in ``folder``; called again there, it asks for the rest."""
+
+
+def choose_backend(args: EvalArguments) -> Backend:
+    """The backend of ``--eval_backend``. Raises UserError when its library is not installed."""
+    if args.eval_backend == "lm-eval":
+        require("lm_eval", "--eval_backend lm-eval")
+        from rayswift.eval.backends.lm_eval import Harness
+
+        return Harness(args)
+    if args.eval_backend == "Native":
+        require("evalscope", "--eval_backend Native")
+        from rayswift.eval.backends.evalscope import Native
+
+        return Native(args)
+    from rayswift.eval.backends.opencompass_vlmeval import Toolkit
+
+    return Toolkit(args)
+
+
+def require(module: str, flag: str) -> None:
+    """UserError naming the extra when a library is missing."""
+    if importlib.util.find_spec(module) is None:
+        raise UserError(f"{flag} needs the library {module.replace('_', '-')}: {_INSTALL}")
+
+
+@contextlib.contextmanager
+def own_logging() -> Iterator[None]:
+    """Importing EvalScope replaces the root logger's handlers; our lines stay as they were."""
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    try:
+        yield
+    finally:
+        root.handlers[:] = handlers
+        root.setLevel(level)
+
+
+@contextlib.contextmanager
+def without_bars() -> Iterator[None]:
+    """Progress bars of reading a few files are not worth the lines."""
+    with contextlib.redirect_stderr(io.StringIO()):
+        yield
+
+
+def is_debugging() -> bool:
+    """Whether the libraries' own logs are wanted in the terminal (``LOG_LEVEL=debug``)."""
+    return logging.getLogger("rayswift").getEffectiveLevel() <= logging.DEBUG
+
+
+def one_line(error: BaseException) -> str:
+    """A library's error as one line."""
+    text = " ".join(str(error).split())
+    return text[:400] or type(error).__name__
+
+
+def generation_flags(args: EvalArguments) -> dict[str, Any]:
+    """The flags of generation that the user set (temperature is 0 by default), under OpenAI's names."""
+    flags = {
+        "max_tokens": args.max_new_tokens, "temperature": args.temperature, "top_p": args.top_p, "top_k": args.top_k,
+        "repetition_penalty": args.repetition_penalty, "stop": list(args.stop_words) or None,
+    }  # fmt: skip
+    return {name: value for name, value in flags.items() if value is not None}

@@ -1,0 +1,255 @@
+"""An engine over an endpoint with OpenAI's interface: RaySwift's own, vLLM's, SWIFT's, anyone's.
+
+What goes wrong comes back as one line that says what to do. ``EngineUnusable`` is about the endpoint (not there, wrong
+key, no such model) and ends a run; any other ``UserError`` is about one conversation.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any, TypeVar
+
+import openai
+
+from rayswift.errors import UserError
+from rayswift.generate.types import Answer, EngineUnusable, GenerationSettings, Messages
+
+Key = TypeVar("Key")
+Result = TypeVar("Result")
+
+NO_KEY = "none"  # the client insists on a key; a server without one ignores it
+CONNECT_SECONDS = 10.0
+# An answer may take long to start, behind others in the queue.
+READ_SECONDS = 600.0
+RETRIES = 2  # of a request that somebody waits for: about 2 s
+BATCH_RETRIES = 8  # of one among many: about 40 s, which spans a server's restart
+
+
+@dataclass
+class EndpointEngine:
+    """A served model. Make one with :meth:`connect`.
+
+    ``seed``: sent with each request, so that a sampled answer can be repeated; None leaves it to the server.
+    ``system``: system prompt of conversations that have none; None leaves it to the server.
+    ``parallel``: conversations under way at a time. ``with_thoughts``: what the server sends as the model's reasoning
+    becomes part of the answer, as ``<think>…</think><answer>…</answer>``.
+    """
+
+    client: openai.OpenAI
+    model: str
+    seed: int | None = None
+    system: str | None = None
+    parallel: int = 32
+    with_thoughts: bool = False
+    last_stream: Answer = field(default_factory=Answer)
+
+    @classmethod
+    def connect(
+        cls,
+        base_url: str,
+        *,
+        model: str | None = None,
+        api_key: str | None = None,
+        seed: int | None = None,
+        system: str | None = None,
+    ) -> EndpointEngine:
+        """Check that ``base_url`` serves ``model`` (None: the first it lists) and the key is right.
+
+        ``api_key`` None takes the environment's ``OPENAI_API_KEY``.
+
+        Raises:
+            EngineUnusable: nothing answers there, it wants another key, it has no such model.
+        """
+        client = openai.OpenAI(
+            base_url=base_url,
+            api_key=api_key or os.environ.get("OPENAI_API_KEY") or NO_KEY,
+            timeout=openai.Timeout(READ_SECONDS, connect=CONNECT_SECONDS),
+            max_retries=0,
+        )
+        names = model_names(client)
+        if not names and model is None:
+            raise EngineUnusable(f"--base_url {base_url}: it serves no model yet; name one with --model")
+        engine = cls(client.with_options(max_retries=RETRIES), model or names[0], seed, system)
+        if model is not None and model not in names:
+            engine._probe()
+        return engine
+
+    def models(self) -> list[str]:
+        """Names that the endpoint lists now: models and adapters."""
+        return model_names(self.client)
+
+    def _probe(self) -> None:
+        """Ask for one token: a server may know more models (adapters loaded on demand) than it lists."""
+        with translated(self.client, self.model):
+            self.client.chat.completions.create(
+                model=self.model, messages=[{"role": "user", "content": "hi"}], max_tokens=1
+            )
+
+    # --- the engine interface -----------------------------------------------------------------------------------
+
+    def stream(self, messages: Messages, settings: GenerationSettings, tools: Any = None) -> Iterator[str]:
+        """Answer one conversation in pieces. Closing the iterator closes the connection, which stops the model."""
+        self.last_stream = answer = Answer()
+        request = {**self.request(messages, settings, tools), "stream": True, "stream_options": {"include_usage": True}}
+        with translated(self.client, self.model), self.client.chat.completions.create(**request) as chunks:
+            for chunk in chunks:
+                if chunk.usage is not None:
+                    answer.num_prompt_tokens = chunk.usage.prompt_tokens
+                    answer.num_generated_tokens = chunk.usage.completion_tokens
+                piece = chunk.choices[0].delta.content if chunk.choices else None
+                if piece:
+                    answer.text += piece
+                    yield piece
+
+    def generate(
+        self, conversations: Sequence[Messages], settings: GenerationSettings, tools: Sequence[Any] | None = None
+    ) -> list[Answer]:
+        """Answer several conversations side by side, in their order. EngineUnusable when the endpoint itself fails."""
+        each_tools = tools or [None] * len(conversations)
+        numbered = zip(range(len(conversations)), conversations, each_tools, strict=True)
+        found = dict(self.answers(numbered, settings))
+        return [found[index] for index in range(len(conversations))]
+
+    def answers(
+        self, conversations: Iterable[tuple[int, Messages, Any]], settings: GenerationSettings
+    ) -> Iterator[tuple[int, Answer]]:
+        """Answer numbered conversations (number, messages, tools), ``parallel`` at a time, in the order they finish."""
+        answer = self.patient().answer
+        calls = ((number, partial(answer, messages, settings, tools)) for number, messages, tools in conversations)
+        return in_parallel(calls, self.parallel)
+
+    def patient(self) -> EndpointEngine:
+        """The same engine for work that can wait for a server that restarts or is busy."""
+        return replace(self, client=self.client.with_options(max_retries=BATCH_RETRIES))
+
+    def answer(self, messages: Messages, settings: GenerationSettings, tools: Any = None) -> Answer:
+        """Answer one conversation; what is wrong with it alone is the answer's ``error``."""
+        try:
+            return self.complete(messages, settings, tools)
+        except EngineUnusable:
+            raise
+        except UserError as error:
+            return Answer(error=str(error))
+
+    def complete(self, messages: Messages, settings: GenerationSettings, tools: Any = None) -> Answer:
+        """Answer one conversation, whole. UserError when it cannot be answered."""
+        return self.choices(messages, settings, tools)[0]
+
+    def choices(
+        self, messages: Messages, settings: GenerationSettings, tools: Any = None, **fields: Any
+    ) -> list[Answer]:
+        """The answers of one request; ``fields`` of its body, such as ``n``, go before those of the settings.
+
+        The tokens of the request count with the first answer. UserError when it cannot be answered.
+        """
+        body = self.request(messages, settings, tools)
+        body["extra_body"] = {**body.get("extra_body", {}), **fields}  # the client refuses fields that OpenAI lacks
+        with translated(self.client, self.model):
+            reply = self.client.chat.completions.create(**body)
+        answers = [self._answer_of(choice) for choice in reply.choices]
+        if not answers:
+            raise UserError("the server's reply has no answer in it")
+        if reply.usage:
+            answers[0].num_prompt_tokens = reply.usage.prompt_tokens
+            answers[0].num_generated_tokens = reply.usage.completion_tokens
+        return answers
+
+    def _answer_of(self, choice: Any) -> Answer:
+        logprobs = choice.logprobs.model_dump(include={"content"}) if choice.logprobs else None
+        text, thought = choice.message.content or "", getattr(choice.message, "reasoning_content", None)
+        if self.with_thoughts and thought:
+            text = f"<think>{thought}</think>\n\n<answer>{text}</answer>"
+        return Answer(text, logprobs=logprobs)
+
+    def request(self, messages: Messages, settings: GenerationSettings, tools: Any) -> dict[str, Any]:
+        """The body of a chat completion; what is None is left to the server."""
+        if settings.num_beams > 1:
+            raise UserError("--num_beams: an endpoint has no beam search; use --infer_backend transformers")
+        beyond_openai = {"top_k": settings.top_k, "repetition_penalty": settings.repetition_penalty}
+        has_own = not messages or messages[0]["role"] == "system" or self.system is None
+        body = {
+            "model": self.model,
+            "messages": [*([] if has_own else [{"role": "system", "content": self.system}]), *messages],
+            "tools": tools,
+            "max_tokens": settings.max_new_tokens,
+            "temperature": settings.temperature,
+            "top_p": settings.top_p,
+            "stop": list(settings.stop_words),
+            "seed": self.seed,
+            "logprobs": settings.logprobs or None,
+            "top_logprobs": settings.top_logprobs if settings.logprobs else None,
+            "extra_body": {name: value for name, value in beyond_openai.items() if value is not None},
+        }
+        return {name: value for name, value in body.items() if value not in (None, [], {})}
+
+
+def in_parallel(calls: Iterable[tuple[Key, Callable[[], Result]]], most: int) -> Iterator[tuple[Key, Result]]:
+    """Make the calls in threads, ``most`` at a time; their results in the order they finish."""
+    running: dict[Future[Result], Key] = {}
+    with ThreadPoolExecutor(max_workers=most) as threads:
+        try:
+            for key, call in calls:
+                if len(running) >= most:
+                    yield from _finished(running)
+                running[threads.submit(call)] = key
+            while running:
+                yield from _finished(running)
+        finally:
+            threads.shutdown(wait=False, cancel_futures=True)
+
+
+def _finished(running: dict[Future[Result], Key]) -> Iterator[tuple[Key, Result]]:
+    """Wait for at least one result; takes those that are there out of ``running``."""
+    for future in wait(running, return_when=FIRST_COMPLETED).done:
+        yield running.pop(future), future.result()
+
+
+def model_names(client: openai.OpenAI) -> list[str]:
+    """What ``/v1/models`` lists."""
+    with translated(client, None):
+        return [model.id for model in client.models.list()]
+
+
+# --- errors -----------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def translated(client: openai.OpenAI, model: str | None) -> Iterator[None]:
+    """Turn the client's errors into UserErrors; ``model`` None while the models are listed."""
+    try:
+        yield
+    except openai.OpenAIError as error:
+        raise explain(error, client, model) from None
+
+
+def explain(error: openai.OpenAIError, client: openai.OpenAI, model: str | None) -> UserError:
+    """What the user should know and do about an error of the client."""
+    where = f"--base_url {str(client.base_url).rstrip('/')}"
+    if isinstance(error, openai.APITimeoutError):
+        return EngineUnusable(f"{where}: no answer in time; the server is overloaded or stuck")
+    if isinstance(error, openai.APIConnectionError):
+        reason = f" ({error.__cause__})" if error.__cause__ else ""
+        return EngineUnusable(f"{where}: no server answers there{reason}; start one with rayswift deploy")
+    if isinstance(error, (openai.AuthenticationError, openai.PermissionDeniedError)):
+        return EngineUnusable(f"{where}: the key is not accepted; give --api_key, or set OPENAI_API_KEY")
+    if isinstance(error, openai.NotFoundError):
+        if model is None:
+            return EngineUnusable(f"{where}: no OpenAI endpoint there; the address usually ends in /v1")
+        return EngineUnusable(f"--model {model}: {where} has no such model; it has {', '.join(model_names(client))}")
+    text = one_line_message(error)
+    if isinstance(error, openai.RateLimitError) or getattr(error, "status_code", None) in (502, 503, 504):
+        return EngineUnusable(f"{where}: the server has no capacity now ({text}); try again later")
+    return EngineUnusable(f"{where}: {text}") if model is None else UserError(text)
+
+
+def one_line_message(error: openai.OpenAIError) -> str:
+    """The server's own message; OpenAI's shape, SWIFT's (``message`` at the top) or plain text."""
+    body = getattr(error, "body", None)
+    message = body.get("message") if isinstance(body, dict) else None
+    text = message or getattr(error, "message", None) or str(error)
+    return " ".join(str(text).split())[:500]

@@ -1,0 +1,343 @@
+"""From the arguments of ``rayswift deploy`` to what is deployed: one `ModelPlan` per model, checked before Ray starts.
+
+A plan is plain data: it travels in the Serve configuration (``--dry_run`` prints it) to the replicas.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from rayswift import hub
+from rayswift.errors import UserError
+from rayswift.generate.preflight import (
+    check_context,
+    check_engine,
+    check_kernels,
+    check_memory,
+    cpu_cache_gib,
+    wants_gpu,
+)
+from rayswift.generate.vllm_plugin import SWITCH
+
+if TYPE_CHECKING:
+    from rayswift.arguments import DeployArguments
+    from rayswift.data.tokens.encoder import Encoder
+
+#: Ranks that vLLM's LoRA layers come in.
+LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+_CPU_TARGET = 8
+
+
+@dataclass(frozen=True)
+class ModelPlan:
+    """One model to serve.
+
+    ``model``: folder, id or URI. ``engine_kwargs``: vLLM's. ``adapters``: name → folder, given at start;
+    ``default_adapter`` answers for the model's own name. ``template``: fields of :class:`Encoder`. ``bundles``: Ray
+    resources of a replica, the first with the replica itself. ``local``: gateway and replicas share this machine.
+    """
+
+    name: str
+    model: str
+    engine: str
+    use_hf: bool = False
+    revision: str | None = None
+    torch_dtype: str | None = None
+    attn_impl: str | None = None
+    use_gpu: bool = False
+    max_model_len: int | None = None
+    engine_kwargs: dict[str, Any] = field(default_factory=dict)
+    model_kwargs: dict[str, Any] = field(default_factory=dict)
+    template: dict[str, Any] = field(default_factory=dict)
+    adapters: dict[str, str] = field(default_factory=dict)
+    default_adapter: str | None = None
+    adapter_root: str | None = None
+    max_adapters: int = 16
+    max_lora_rank: int = 16
+    min_replicas: int = 1
+    max_replicas: int = 1
+    target_ongoing_requests: int = 64
+    max_ongoing_requests: int = 256
+    max_queued_requests: int = 512
+    upscale_delay: int = 10
+    downscale_delay: int = 300
+    drain_timeout: int = 600
+    bundles: list[dict[str, float]] = field(default_factory=lambda: [{"CPU": 1.0}])
+    env_vars: dict[str, str] = field(default_factory=dict)
+    local: bool = True
+
+    @property
+    def takes_adapters(self) -> bool:
+        """Whether the engine has to be ready for LoRA."""
+        return bool(self.adapters or self.adapter_root)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON-able values; what is at its default is left out."""
+        default = ModelPlan(self.name, self.model, self.engine)
+        return {k: v for k, v in asdict(self).items() if k in ("name", "model", "engine") or v != getattr(default, k)}
+
+    def resolve_model(self) -> str:
+        """The model's local folder on this node; downloads it."""
+        return hub.resolve_model(self.model, revision=self.revision, use_hf=self.use_hf)
+
+    def encoders(self, model_dir: str) -> dict[str, Encoder]:
+        """How prompts are laid out: under ``""`` and the served name for the model itself."""
+        from rayswift.data.tokens.encoder import Encoder
+
+        own = Encoder(model_dir=model_dir, **self.template)
+        if self.default_adapter is not None:
+            own = self.adapter_encoder(self.adapters[self.default_adapter], own)
+        return {"": own, self.name: own}
+
+    def adapter_encoder(self, folder: str, own: Encoder) -> Encoder:
+        """As `own`, with template and system prompt that the adapter was trained with (its ``args.json``)."""
+        from rayswift.arguments import read_saved_arguments
+
+        saved = read_saved_arguments(folder) or {}
+        wanted = ("template", "system", "use_chat_template", "agent_template", "response_prefix", "template_backend")
+        known = {key: saved[key] for key in wanted if saved.get(key) is not None and key not in self.template}
+        return replace(own, **known)
+
+    def llm_config(self, model_dir: str) -> dict[str, Any]:
+        """The arguments of ``ray.serve.llm.LLMConfig``."""
+        from rayswift.modeling.loading import resolve_dtype
+
+        kwargs = dict(self.engine_kwargs)
+        kwargs.setdefault("dtype", resolve_dtype(self.torch_dtype, model_dir, self.use_gpu, training=False))
+        if self.max_model_len:
+            kwargs.setdefault("max_model_len", self.max_model_len)
+        lora = {"enable_lora": True, "max_lora_rank": self.max_lora_rank, "max_loras": min(4, self.max_adapters)}
+        if self.takes_adapters:
+            kwargs = {**lora, "max_cpu_loras": max(self.max_adapters, lora["max_loras"]), **kwargs}
+        return {
+            "model_loading_config": {"model_id": self.name, "model_source": model_dir},
+            "engine_kwargs": kwargs,
+            "placement_group_config": {"bundles": self.bundles},
+            "accelerator_config": {"kind": "gpu" if self.use_gpu else "cpu"},
+            # vLLM's own metrics stay on; Ray's copy of them costs a call per metric and step.
+            "log_engine_metrics": False,
+        }
+
+
+def plan_models(args: DeployArguments) -> list[ModelPlan]:
+    """The models of one ``rayswift deploy``: ``--models``, or the one of ``--model``/``--adapters``.
+
+    Raises:
+        UserError: a model, adapter or engine that is not there, or that this machine cannot run.
+    """
+    if not args.models:
+        return [plan_model(args)]
+    from rayswift.arguments import make_arguments
+
+    shared = {name: getattr(args, name) for name in args.given if name not in ("models", "model", "adapters")}
+    plans = []
+    for name, flags in args.models.items():
+        try:
+            one = make_arguments("deploy", **{**shared, **flags, "served_model_name": name})
+            plans.append(plan_model(cast("DeployArguments", one)))
+        except UserError as error:
+            raise UserError("\n".join(f"--models {name}: {line}" for line in str(error).split("\n"))) from None
+    return plans
+
+
+def plan_model(args: DeployArguments) -> ModelPlan:
+    """The plan of one model."""
+    check_engine(args.infer_backend)
+    args, adapters, default_adapter = with_adapters(args)
+    if args.merge_lora and default_adapter is not None:
+        args, adapters, default_adapter = merged(args, adapters[default_adapter]), {}, None
+    model = args.model or ""
+    use_gpu = wants_gpu(args)
+    is_local = not args.address and not os.environ.get("RAY_ADDRESS")
+    if is_local or os.path.isdir(model):
+        model = hub.resolve_model(model, revision=args.model_revision, use_hf=args.use_hf, token=args.hub_token)
+        check_context(args, model)
+        check_kernels(args, model, use_gpu)
+        check_memory(args, model, use_gpu)
+    ongoing = args.max_ongoing_requests or args.vllm_max_num_seqs
+    target = args.target_ongoing_requests or (max(1, args.vllm_max_num_seqs // 4) if use_gpu else _CPU_TARGET)
+    max_replicas = max(args.max_replicas or 1, args.vllm_data_parallel_size)
+    queued = args.max_queued_requests
+    return ModelPlan(
+        name=args.served_model_name or args.model_suffix,
+        model=model,
+        engine=args.infer_backend,
+        use_hf=args.use_hf,
+        revision=args.model_revision,
+        torch_dtype=args.torch_dtype,
+        attn_impl=args.attn_impl,
+        use_gpu=use_gpu,
+        max_model_len=args.vllm_max_model_len or args.max_length,
+        engine_kwargs=engine_kwargs(args, use_gpu),
+        model_kwargs=args.model_kwargs,
+        template=template_fields(args),
+        adapters=adapters,
+        default_adapter=default_adapter,
+        adapter_root=_absolute(args.adapter_root),
+        max_adapters=max(args.max_adapters, len(adapters)),
+        max_lora_rank=_lora_rank(args, adapters),
+        min_replicas=max(args.min_replicas, args.vllm_data_parallel_size if args.vllm_data_parallel_size > 1 else 0),
+        max_replicas=max_replicas,
+        target_ongoing_requests=target,
+        max_ongoing_requests=ongoing,
+        max_queued_requests=2 * ongoing * max_replicas if queued is None else queued,
+        upscale_delay=args.upscale_delay,
+        downscale_delay=args.downscale_delay,
+        drain_timeout=args.drain_timeout,
+        bundles=bundles(args, use_gpu),
+        env_vars=environment(args, use_gpu, max_replicas),
+        local=is_local,
+    )
+
+
+# --- pieces of a plan -------------------------------------------------------------------------------------------
+
+
+def with_adapters(args: DeployArguments) -> tuple[DeployArguments, dict[str, str], str | None]:
+    """``--adapters`` as name → folder, the one without a name as default; the model is completed from its args.json."""
+    from rayswift.arguments import read_saved_arguments
+    from rayswift.modeling.adapters import base_model_of, check_adapter
+
+    adapters: dict[str, str] = {}
+    default = None
+    for text in args.adapters:
+        name, has_name, path = text.rpartition("=")
+        folder = hub.resolve_adapter(path, use_hf=args.use_hf, token=args.hub_token)
+        check_adapter(folder)
+        name = name or os.path.basename(folder.rstrip("/"))
+        if name in adapters:
+            raise UserError(f"--adapters {text}: the name {name} is taken; write NAME={path}")
+        adapters[name] = os.path.abspath(folder)
+        default = default if has_name else name
+    where = next(iter(adapters.values()), args.model)
+    saved = read_saved_arguments(where) if where and os.path.isdir(where) else None
+    if saved is not None:
+        args = args.with_saved(saved)
+    if args.model is None and where is not None:
+        args.model = base_model_of(where)
+    if default is not None and len(args.adapters) > 1:
+        raise UserError("--adapters: several adapters need names, for example --adapters a=DIR b=DIR")
+    return args, adapters, default
+
+
+def merged(args: DeployArguments, adapter: str) -> DeployArguments:
+    """The arguments with the model that base and adapter make (``--merge_lora true``)."""
+    from rayswift.modeling.merging import merge_adapter
+
+    name = args.model_suffix
+    base = hub.resolve_model(args.model or "", revision=args.model_revision, use_hf=args.use_hf, token=args.hub_token)
+    args.model = merge_adapter(
+        adapter, base, torch_dtype=args.torch_dtype, new_special_tokens=args.new_special_tokens,
+        trust_remote_code=args.trust_remote_code,
+    )  # fmt: skip
+    args.served_model_name = args.served_model_name or name
+    return args
+
+
+def template_fields(args: DeployArguments) -> dict[str, Any]:
+    """The fields of :class:`Encoder` that flags or the checkpoint set."""
+    from rayswift.data.tokens.encoder import Encoder
+
+    names = [f.name for f in fields(Encoder) if f.name not in ("model_dir", "max_length", "truncation_strategy")]
+    return {name: getattr(args, name) for name in names if args.is_set(name) and hasattr(args, name)}
+
+
+#: How vLLM runs a model that gives vectors or scores instead of text, by ``--task_type``.
+_POOLING = {
+    "embedding": {"runner": "pooling", "convert": "embed"},
+    "seq_cls": {"runner": "pooling", "convert": "classify"},
+    "reranker": {"runner": "pooling", "convert": "classify"},
+}
+
+
+def engine_kwargs(args: DeployArguments, use_gpu: bool) -> dict[str, Any]:
+    """vLLM's settings from the ``--vllm_*`` flags, ``--vllm_engine_kwargs`` last."""
+    if args.infer_backend != "vllm":
+        return {}
+    sampling = {
+        "temperature": args.temperature, "top_p": args.top_p, "top_k": args.top_k,
+        "repetition_penalty": args.repetition_penalty, "max_new_tokens": args.max_new_tokens,
+    }  # fmt: skip
+    defaults = {name: value for name, value in sampling.items() if value is not None and args.is_set(name)}
+    kwargs: dict[str, Any] = {
+        "enforce_eager": args.vllm_enforce_eager,
+        "max_num_seqs": args.vllm_max_num_seqs,
+        "max_logprobs": args.max_logprobs,
+        "trust_remote_code": args.trust_remote_code,
+        "seed": args.seed,
+        "enable_log_requests": args.verbose,
+        "enable_auto_tool_choice": True,
+        "tool_call_parser": args.vllm_engine_kwargs.get("tool_call_parser", "hermes"),
+    }
+    kwargs |= _POOLING.get(args.task_type, {})
+    if use_gpu:
+        kwargs |= {
+            "tensor_parallel_size": args.vllm_tensor_parallel_size,
+            "pipeline_parallel_size": args.vllm_pipeline_parallel_size,
+            "gpu_memory_utilization": args.vllm_gpu_memory_utilization,
+            "disable_custom_all_reduce": args.vllm_disable_custom_all_reduce,
+        }
+    else:
+        # On CPUs vLLM (0.32) dies when a prompt is computed in parts and the answer has a seed: "CPU Generator does
+        # not use offset". Whole prompts need a batch that holds the longest: vLLM's default then.
+        kwargs["enable_chunked_prefill"] = False
+    optional = {
+        "enable_prefix_caching": args.vllm_enable_prefix_caching,
+        "quantization": args.vllm_quantization,
+        "limit_mm_per_prompt": args.vllm_limit_mm_per_prompt or None,
+        "speculative_config": args.vllm_speculative_config or None,
+        "reasoning_parser": args.vllm_reasoning_parser,
+        "enable_expert_parallel": args.vllm_enable_expert_parallel or None,
+        "override_generation_config": defaults or None,
+    }
+    kwargs |= {name: value for name, value in optional.items() if value is not None}
+    return {**kwargs, **args.vllm_engine_kwargs}
+
+
+def bundles(args: DeployArguments, use_gpu: bool) -> list[dict[str, float]]:
+    """Ray resources of one replica: a bundle per GPU of tensor × pipeline parallelism, else CPUs."""
+    asked = {key: float(value) for key, value in args.resources_per_worker.items()}
+    if not use_gpu:
+        return [{"CPU": 1.0, **asked}]
+    count = args.vllm_tensor_parallel_size * args.vllm_pipeline_parallel_size if args.infer_backend == "vllm" else 1
+    rest = {"GPU": 1.0, "CPU": 1.0, **asked}
+    # The first also holds the replica itself.
+    return [{**rest, "CPU": rest["CPU"] + 1}, *[dict(rest) for _ in range(count - 1)]]
+
+
+def environment(args: DeployArguments, use_gpu: bool, max_replicas: int) -> dict[str, str]:
+    """Environment of a replica. On CPUs vLLM needs the size of its cache (GiB), its threads and `vllm_plugin`."""
+    from rayswift.cluster import cpu_count
+
+    env = {"VLLM_NO_USAGE_STATS": "1", "RAY_USAGE_STATS_ENABLED": "0", "RAYLLM_ENABLE_REQUEST_PROMPT_LOGS": "0"}
+    if args.verbose:
+        env["RAYLLM_ENABLE_REQUEST_PROMPT_LOGS"] = "1"
+    if not use_gpu:
+        # Ray sets OMP_NUM_THREADS to the CPUs of the actor, 1; the engine's threads would be that one.
+        threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, cpu_count() // max_replicas))
+        env |= {"OMP_NUM_THREADS": threads, "VLLM_CPU_KVCACHE_SPACE": str(cpu_cache_gib(max_replicas)), SWITCH: "1"}
+        if max_replicas > 1:
+            env["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"  # replicas that pin threads would pin them to the same cores
+    for name in ("VLLM_CPU_KVCACHE_SPACE", "VLLM_CPU_OMP_THREADS_BIND", SWITCH, "HF_HUB_OFFLINE", "HF_ENDPOINT"):
+        if os.environ.get(name):
+            env[name] = os.environ[name]
+    return env
+
+
+def _lora_rank(args: DeployArguments, adapters: dict[str, str]) -> int:
+    """The engine's rank: ``--vllm_max_lora_rank``, more where an adapter given at start has more."""
+    from rayswift.serve.adapters import lora_rank
+
+    needed = max([args.vllm_max_lora_rank, *(lora_rank(folder) for folder in adapters.values())])
+    return next((rank for rank in LORA_RANKS if rank >= needed), needed)
+
+
+def _absolute(root: str | None) -> str | None:
+    if root is None or hub.is_remote_uri(root):
+        return root
+    if not Path(root).is_dir():
+        raise UserError(f"--adapter_root {root}: no such folder")
+    return str(Path(root).resolve())

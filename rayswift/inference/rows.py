@@ -1,0 +1,90 @@
+"""Rows of ``rayswift infer``: from the datasets to standard rows, and from answers to SWIFT's result rows."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Any
+
+from rayswift.data.files import iter_raw_rows, locate
+from rayswift.data.names import resolve_dataset_files
+from rayswift.data.rows.standard import WARNINGS, Drop, standardise_rows
+from rayswift.errors import UserError
+from rayswift.generate.types import Answer
+
+if TYPE_CHECKING:
+    from rayswift.arguments import InferArguments
+
+Row = dict[str, Any]
+BAD_ROW = "error"  # key of a row that could not be read or answered: why
+
+
+def read_rows(args: InferArguments) -> list[Row]:
+    """The standard rows of ``--val_dataset`` (else ``--dataset``), each with its dataset's name as ``dataset``.
+
+    ``NAME#N`` takes the first N rows, ``--val_dataset_sample`` the first N of all; with ``--val_dataset_shuffle true``
+    N random ones (``--data_seed``). A row that is no conversation becomes ``{"error": why, "dataset": …}``, or with
+    ``--strict true`` a UserError that names file and line.
+    """
+    rows: list[Row] = []
+    flag = "--val_dataset" if args.val_dataset else "--dataset"
+    for text in args.val_dataset or args.dataset:
+        try:
+            resolved = resolve_dataset_files(text, args)
+        except UserError as error:  # it speaks of --dataset whichever flag named the data
+            raise UserError(str(error).replace("--dataset", flag, 1)) from None
+        found = dataset_rows(resolved, args.strict)
+        rows += take(found, resolved.spec.num_samples, args)
+    if not rows:
+        raise UserError(f"{flag} {' '.join(args.val_dataset or args.dataset)}: no rows in it")
+    return take(rows, args.val_dataset_sample, args)
+
+
+def dataset_rows(resolved: Any, strict: bool) -> Iterator[Row]:
+    """Standard rows of one dataset, bad ones as ``{"error": …}``."""
+    for row, _, _ in placed_rows(resolved, strict):
+        yield row | {"dataset": resolved.spec.name}
+
+
+def placed_rows(resolved: Any, strict: bool) -> Iterator[tuple[Row, str, int]]:
+    """As :func:`dataset_rows`, each with its file and its position there (for :func:`locate`)."""
+    for raw, path, position in iter_raw_rows(resolved.files):
+        for row in standardise_rows(raw, resolved.rules):
+            if isinstance(row, Drop):
+                where = locate(path, position)
+                if strict:
+                    raise UserError(f"{where}: {row.reason} (--strict true stops at the first bad row)")
+                row = {"messages": [], BAD_ROW: f"{where}: {row.reason}"}
+            row.pop(WARNINGS, None)
+            yield row, path, position
+
+
+def take(rows: Iterable[Row], count: int | None, args: InferArguments) -> list[Row]:
+    """The first ``count`` rows (None: all), of the shuffled rows with ``--val_dataset_shuffle true``."""
+    if args.val_dataset_shuffle:
+        rows = list(rows)
+        random.Random(args.data_seed).shuffle(rows)
+    return list(itertools.islice(rows, count))
+
+
+def split_reference(messages: list[Row]) -> tuple[list[Row], str | None]:
+    """The messages to answer, and the reference answer that stood at their end (None where there is none)."""
+    if messages and messages[-1]["role"] == "assistant":
+        return messages[:-1], messages[-1]["content"]
+    return messages, None
+
+
+def prompt_of(row: Row) -> list[Row]:
+    """The messages of a row that are to be answered."""
+    return split_reference(row["messages"])[0]
+
+
+def result_row(row: Row, answer: Answer) -> Row:
+    """One row of the result file (SWIFT's keys in SWIFT's order, then the row's other columns)."""
+    messages, labels = split_reference(row["messages"])
+    if answer.error is None:
+        messages = [*messages, {"role": "assistant", "content": answer.text}]
+    result = {"response": answer.text, "labels": labels, "logprobs": answer.logprobs, "messages": messages}
+    result |= {key: value for key, value in row.items() if key not in result and key != BAD_ROW}
+    return result if answer.error is None else result | {BAD_ROW: answer.error}

@@ -1,0 +1,302 @@
+"""One request from the gateway to a replica and back, whatever replicas do meanwhile.
+
+A replica that dies before its first byte: the request goes to another. One that dies in the middle of a stream: another
+goes on from the tokens that the client has (`sent_stream`). A replica that answers with an error of its own (its engine
+died) counts as dead; an error that a second replica repeats is the request's and is passed on.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import json
+import logging
+import re
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing, asynccontextmanager, suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+import aiohttp
+from ray.exceptions import RayActorError
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
+
+from rayswift.serve.gateway.lease_cache import KeptTickets, Ticket
+from rayswift.serve.gateway.stream_resume import ERROR, Diverged, Resumed, SentStream, can_carry_on, longest_stop
+from rayswift.serve.lease import NO_TICKET, RESUME_HEADER, TICKET_HEADER
+from rayswift.serve.openai_errors import ApiError, error_event
+
+logger = logging.getLogger("rayswift.serve.gateway.forwarding")
+
+#: How often one request is tried when replicas answer with 5xx; connections that break do not count.
+ERROR_TRIES = 3
+#: Tries in all.
+MAX_TRIES = 6
+#: Replicas that may die while they work on one request; it may be what kills them, and must not go through them all.
+MAX_DEATHS = 2
+#: Seconds before the second try; it grows with each.
+RETRY_SECONDS = 0.25
+_USAGE = re.compile(rb'"completion_tokens":\s*(\d+)')
+
+
+class ReplicaDied(Exception):
+    """The connection broke, or the replica said that its engine is dead."""
+
+
+class ReplicaFailed(ReplicaDied):
+    """The replica answered with 5xx; it may live on."""
+
+
+_DEAD = (ReplicaDied, RayActorError, aiohttp.ClientError, ConnectionError)
+
+
+@dataclass
+class Request:
+    """What a client asked. ``body`` is the JSON object of a POST; ``raw`` its bytes; ``adapter`` a key or ``""``."""
+
+    method: str
+    path: str
+    raw: bytes = b""
+    body: dict[str, Any] = field(default_factory=dict)
+    adapter: str = ""
+    request_id: str = ""
+    deaths: int = 0
+
+    @property
+    def streams(self) -> bool:
+        """Whether the answer comes in pieces."""
+        return bool(self.body.get("stream"))
+
+
+@dataclass
+class Response:
+    """Head of an answer; ``pieces`` are its bytes."""
+
+    status: int
+    content_type: str
+    pieces: AsyncIterator[bytes]
+    length: int | None = None  # bytes in all; None for a stream
+
+
+class Forwarder:
+    """Sends requests to the replicas behind one deployment handle.
+
+    Args:
+        handle: Serve's handle of the deployment.
+        session: connections to the replicas.
+        queue_timeout: seconds a request may wait for a replica.
+        counters: the gateway's.
+    """
+
+    def __init__(self, handle: Any, session: aiohttp.ClientSession, queue_timeout: float, counters: Any) -> None:
+        self.handle, self._session, self._queue_timeout, self.counters = handle, session, queue_timeout, counters
+        self._kept, self._waiting = KeptTickets(), 0
+        # A handle with options costs a look-up in Serve: one per adapter is kept.
+        self._ticket_calls = functools.lru_cache(maxsize=1024)(self._ticket_call)
+
+    def _ticket_call(self, adapter: str) -> Any:
+        options = {"multiplexed_model_id": adapter} if adapter else {}
+        return self.handle.options(method_name="ticket", stream=True, **options)
+
+    async def send(self, request: Request) -> AsyncGenerator[Response]:
+        """Yields the one response; leaving the generator early drops the request at the replica.
+
+        Raises:
+            ApiError: no replica in time, too many waiting, an adapter that cannot be used.
+        """
+        tries = errors = 0
+        while True:
+            tries += 1
+            try:
+                async with self._connection(request) as upstream:
+                    if upstream.status == NO_TICKET or (
+                        upstream.status >= 500 and (errors := errors + 1) < ERROR_TRIES
+                    ):
+                        raise ReplicaFailed(f"status {upstream.status}")
+                    if is_event_stream(upstream):
+                        yield Response(upstream.status, upstream.content_type, self._stream(request, upstream))
+                    else:
+                        whole = await upstream.read()
+                        self.counters.tokens += sum(int(count) for count in _USAGE.findall(whole[-2000:]))
+                        if upstream.status >= 400:
+                            raise refusal(upstream.status, whole)
+                        yield Response(upstream.status, upstream.content_type, _once(whole), len(whole))
+                return
+            except _DEAD as error:
+                request.deaths += cost_a_replica(error)
+                if tries >= MAX_TRIES or request.deaths >= MAX_DEATHS:
+                    raise ApiError(503, "no replica could answer the request", retry_after=5) from error
+                await self._before_retry(error, tries)
+
+    async def touch(self, adapter: str) -> None:
+        """Have one replica load an adapter. Raises ApiError when it cannot be used."""
+        await self._whole(Request("GET", "/health", adapter=adapter))
+
+    async def get_json(self, path: str) -> Any:
+        """The JSON that a replica's own app has at ``path``."""
+        return json.loads(await self._whole(Request("GET", path)))
+
+    async def _whole(self, request: Request) -> bytes:
+        async with aclosing(self.send(request)) as responses:
+            async for response in responses:
+                return b"".join([piece async for piece in response.pieces])
+        raise ApiError(503, "no replica could answer the request", retry_after=5)
+
+    async def _before_retry(self, error: BaseException, tries: int) -> None:
+        self.counters.retries += 1
+        logger.warning("a replica did not answer (%s); trying another", type(error).__name__)
+        await asyncio.sleep(RETRY_SECONDS * tries)
+
+    async def _stream(self, request: Request, upstream: aiohttp.ClientResponse) -> AsyncIterator[bytes]:
+        """The pieces of a stream, carried on at another replica when one dies."""
+        stream = SentStream()
+        try:
+            async for piece in self._pass(stream, upstream):
+                yield piece
+            return
+        except _DEAD as error:
+            self._kept.replica_failed(str(upstream.url.origin()))
+            request.deaths += cost_a_replica(error)
+            await self._before_retry(error, 0)
+        ids: list[int] = []
+        for tries in range(1, MAX_TRIES + 1):
+            ids = max(ids, self._ids(request, stream), key=len)
+            stream.token_ids.clear()
+            stream.reset()
+            try:
+                async with self._connection(request, ids) as upstream:
+                    if not is_event_stream(upstream):
+                        raise ReplicaFailed(f"status {upstream.status}")
+                    async for piece in self._pass(stream, upstream, Resumed(stream.events)):
+                        yield piece
+                self.counters.resumed += 1
+                return
+            except _DEAD as error:
+                request.deaths += cost_a_replica(error)
+                if request.deaths >= MAX_DEATHS:
+                    break
+                await self._before_retry(error, tries)
+            except (Diverged, ApiError) as error:
+                logger.warning("a stream could not be carried on: %s", error)
+                break
+        yield error_event(503, "the replica that wrote this answer stopped, and no other could go on with it")
+
+    def _ids(self, request: Request, stream: SentStream) -> list[int]:
+        return stream.ids_to_carry_on(longest_stop(request.body)) if can_carry_on(request.body) else []
+
+    async def _pass(
+        self, stream: SentStream, upstream: aiohttp.ClientResponse, resumed: Resumed | None = None
+    ) -> AsyncIterator[bytes]:
+        """Pieces for the client. Raises ReplicaDied for a stream without an end or with the engine's death in it."""
+        async for chunk in upstream.content.iter_any():
+            out: list[bytes] = []
+            for event in stream.take(chunk):
+                if event.startswith(ERROR) and is_engine_error(event):
+                    raise ReplicaDied("the engine died")
+                passed = event if resumed is None else resumed.pass_on(event)
+                if passed is not None:
+                    stream.sent(passed)
+                    out += (passed, b"\n\n")
+            if out:
+                self.counters.tokens += len(out) // 2
+                yield b"".join(out)
+        if not stream.finished:
+            raise ReplicaDied("the stream has no end")
+
+    @asynccontextmanager
+    async def _connection(self, request: Request, resume: list[int] | None = None) -> AsyncIterator[Any]:
+        """A connection to the replica that Serve chooses, which counts the request until this ends."""
+        ticket = None if request.adapter else self._kept.take()  # an adapter may have been unloaded since
+        ticket = ticket or await self._ask_for_ticket(request.adapter)
+        headers = {TICKET_HEADER: ticket.word, "content-type": "application/json"}
+        if request.request_id:
+            headers["x-request-id"] = request.request_id
+        if resume:
+            headers[RESUME_HEADER] = ",".join(map(str, resume))
+        is_answered = False
+        try:
+            async with self._session.request(
+                request.method, ticket.url + request.path, data=request.raw or None, headers=headers
+            ) as upstream:
+                try:
+                    yield upstream
+                finally:
+                    is_answered = was_read(upstream)
+        except _DEAD:
+            self._kept.replica_failed(ticket.url)
+            raise
+        finally:
+            # While others wait for one of Serve's places, this one is theirs.
+            if is_answered and not request.adapter and not self._waiting:
+                self._kept.keep(ticket)
+            else:
+                ticket.end()
+
+    async def _ask_for_ticket(self, adapter: str) -> Ticket:
+        """A ticket through Serve. Raises ApiError when there is none."""
+        call = self._ticket_calls(adapter).remote()
+        self.counters.waiting += 1
+        self._waiting += 1
+        try:
+            given = await asyncio.wait_for(anext(aiter(call)), self._queue_timeout)
+            if "message" in given:
+                raise ApiError(given["status"], given["message"], code="adapter_refused", param="model")
+            return Ticket(call, given["url"], given["ticket"])
+        except BaseException as error:
+            with suppress(Exception):  # cancelling a call that failed raises its error once more
+                call.cancel()
+            if isinstance(error, BackPressureError):
+                raise ApiError(429, "too many requests are waiting; try again later", retry_after=5) from None
+            if isinstance(error, (TimeoutError, DeploymentUnavailableError, StopAsyncIteration)):
+                raise ApiError(503, "no replica is free; try again later", retry_after=30) from None
+            raise
+        finally:
+            self.counters.waiting -= 1
+            self._waiting -= 1
+
+
+def was_read(upstream: aiohttp.ClientResponse) -> bool:
+    """Whether an answer came to its end and was read to it."""
+    return upstream.content.at_eof() and upstream.content.exception() is None
+
+
+def cost_a_replica(error: BaseException) -> bool:
+    """Whether a replica died with the request in its hands, rather than before it had it."""
+    return not isinstance(error, (ReplicaFailed, RayActorError, aiohttp.ClientConnectorError))
+
+
+def is_event_stream(upstream: aiohttp.ClientResponse) -> bool:
+    """Whether an answer is a stream of events."""
+    return upstream.content_type == "text/event-stream"
+
+
+def refusal(status: int, body: bytes) -> ApiError:
+    """A replica's error as the client's, in OpenAI's shape.
+
+    A 5xx comes here when replicas repeated it: the request is what they fail on, and they live on.
+    """
+    try:
+        content = json.loads(body)
+        error = content.get("error") if isinstance(content.get("error"), dict) else content
+        message, param, code = error.get("message") or error.get("detail"), error.get("param"), error.get("code")
+    except (ValueError, AttributeError):
+        message, param, code = None, None, None
+    if status >= 500:
+        return ApiError(422, f"every replica failed on this request: {message or status}", code="engine_failed")
+    if status == 404 and code is None:
+        message = "this model does not do that: the engine has no such path for it"
+    code = code if isinstance(code, str) else None
+    return ApiError(status, str(message or f"refused with status {status}"), param=param, code=code)
+
+
+def is_engine_error(event: bytes) -> bool:
+    """Whether an error event says that the replica failed, rather than the request."""
+    try:
+        error = json.loads(event[len(b"data: ") :])["error"]
+        return int(error.get("code") or 500) >= 500
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return True
+
+
+async def _once(body: bytes) -> AsyncIterator[bytes]:
+    yield body

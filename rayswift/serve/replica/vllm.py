@@ -1,0 +1,147 @@
+"""vLLM in a replica: `ray.serve.llm`'s server starts the engine; its OpenAI app gets the trained template and resuming.
+
+Imported in replicas only: it loads vLLM.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+from collections.abc import AsyncIterator
+from typing import Any, cast
+
+from ray._common.usage import usage_lib
+from ray.llm._internal.serve.core.configs.llm_config import DiskMultiplexConfig
+from ray.llm._internal.serve.core.server import llm_server
+from ray.serve.llm import LLMConfig
+from ray.serve.llm.deployment import LLMServer
+from vllm.outputs import CompletionOutput, RequestOutput
+from vllm.platforms import current_platform
+from vllm.sampling_params import SamplingParams
+
+from rayswift.data.tokens.encoder import Encoder
+from rayswift.serve.lease import App, TokenNotes, current_notes
+from rayswift.serve.replica.trained_template import use_trained_templates
+
+logger = logging.getLogger("rayswift.serve.replica.vllm")
+
+#: Seconds between looks at the engine.
+WATCH_SECONDS = 0.25
+
+
+class VllmServing:
+    """One vLLM engine and its OpenAI app. ``encoders``: served name or adapter name → how its prompts are laid out."""
+
+    def __init__(self, llm_config: dict[str, Any], encoders: dict[str, Encoder]) -> None:
+        if not usage_lib.usage_stats_enabled():
+            # Its report would start a process of 400 MB that has nothing to send.
+            llm_server.push_telemetry_report_for_all_models = lambda all_models: None
+        self._server: Any = LLMServer.sync_init(LLMConfig(**llm_config))
+        self.encoders = encoders
+        self.app: App | None = None
+        self._number = 0
+
+    async def start(self) -> None:
+        """Start the engine and build its app."""
+        await self._server.start()
+        engine = self._server.engine
+        client = engine._engine_client
+        client.generate = resuming(client.generate, client)
+        app = await engine.build_asgi_app()
+        if (chat := getattr(app.state, "openai_serving_chat", None)) is not None:  # a pooling model has none
+            use_trained_templates(chat.online_renderer, lambda name: self.encoders.get(name or ""))
+        self.app = app
+        self._watch = asyncio.ensure_future(self._end_with_engine(client))
+
+    def metrics(self) -> str:
+        """vLLM's metrics as Prometheus text."""
+        from prometheus_client import generate_latest
+
+        return generate_latest().decode()
+
+    async def check_health(self) -> None:
+        """Raises when the engine is dead."""
+        await self._server.check_health()
+
+    async def _end_with_engine(self, client: Any) -> None:
+        """A replica whose engine died ends at once: its connections break and the gateway asks another one.
+
+        Serve would notice at its next health check, seconds later, and until then every request would fail.
+        """
+        while not client.errored:
+            await asyncio.sleep(WATCH_SECONDS)
+        logger.error("the engine died; this replica ends")
+        os._exit(1)
+
+    async def load_adapter(self, name: str, folder: str) -> None:
+        """Make the adapter in ``folder`` answer requests for the model ``name``. Raises ValueError with the reason."""
+        self._number += 1
+        await self._server.engine.resolve_lora(
+            DiskMultiplexConfig(
+                model_id=name, max_total_tokens=None, local_path=folder, lora_assigned_int_id=self._number
+            )
+        )
+
+    async def unload_adapter(self, name: str) -> None:
+        """Forget an adapter; requests that are running finish."""
+        from vllm.entrypoints.serve.lora.protocol import UnloadLoRAAdapterRequest
+
+        await self._server.engine._oai_models.unload_lora_adapter(UnloadLoRAAdapterRequest(lora_name=name))
+
+
+def resuming(generate: Any, client: Any) -> Any:
+    """vLLM's ``generate`` that notes token ids and goes on after ids of another replica.
+
+    Callers see one whole answer: the first output of a resumed request holds the earlier tokens.
+    """
+
+    def generating(prompt: Any, sampling_params: Any, request_id: str, **options: Any) -> AsyncIterator[RequestOutput]:
+        notes = current_notes.get()
+        if not isinstance(sampling_params, SamplingParams):
+            return cast("AsyncIterator[RequestOutput]", generate(prompt, sampling_params, request_id, **options))
+        if sampling_params.prompt_logprobs is not None and client.vllm_config.lora_config and current_platform.is_cpu():
+            # vLLM's LoRA for CPUs ends the whole engine on them when requests share a batch (punica_cpu, 0.32).
+            raise ValueError("log probabilities of the prompt (echo, prompt_logprobs) need a server without adapters")
+        if notes is not None and notes.resume:
+            return _after(notes, generate, client, prompt, sampling_params, request_id, options)
+        outputs = generate(prompt, sampling_params, request_id, **options)
+        return outputs if notes is None else _noting(notes, outputs)
+
+    return generating
+
+
+async def _noting(notes: TokenNotes, outputs: AsyncIterator[RequestOutput]) -> AsyncIterator[RequestOutput]:
+    async for output in outputs:
+        if output.outputs:
+            notes.add(list(output.outputs[0].token_ids))
+        yield output
+
+
+async def _after(
+    notes: TokenNotes,
+    generate: Any,
+    client: Any,
+    prompt: Any,
+    params: SamplingParams,
+    request_id: str,
+    options: dict[str, Any],
+) -> AsyncIterator[RequestOutput]:
+    """Outputs of a request whose first tokens came from another replica."""
+    earlier, own_prompt = notes.resume, list(prompt["prompt_token_ids"])
+    text = client.renderer.tokenizer.decode(earlier, skip_special_tokens=params.skip_special_tokens)
+    room = None if params.max_tokens is None else params.max_tokens - len(earlier)
+    done = room is not None and room <= 0
+    first = CompletionOutput(0, text, list(earlier), None, None, finish_reason="length" if done else None)
+    notes.add(list(earlier))
+    yield RequestOutput(request_id, None, own_prompt, None, [first], finished=done, num_cached_tokens=0)
+    if done:
+        return
+    params.max_tokens = room
+    params.min_tokens = max(0, params.min_tokens - len(earlier))
+    longer = {**prompt, "prompt_token_ids": own_prompt + list(earlier)}
+    longer.pop("prompt", None)
+    async for output in generate(longer, params, request_id, **options):
+        output.prompt_token_ids = own_prompt
+        notes.add(list(output.outputs[0].token_ids))
+        yield output

@@ -1,0 +1,141 @@
+"""How checkpoints get to the run directory and back, from inside the workers."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from typing import TYPE_CHECKING, Any
+
+from rayswift.data.files import filesystem_of
+from rayswift.train.checkpoints import manifest as checkpoints
+
+if TYPE_CHECKING:
+    from rayswift.train.loader import Rank
+    from rayswift.train.trainers.sft import StepTraining
+    from rayswift.train.worker import WorkerConfig
+
+
+class CheckpointStore:
+    """Brings checkpoints to the run directory and back.
+
+    On a file system the Trainer writes straight into the run directory; for a bucket it writes into a local folder
+    of this node, which ``ray.train.report`` uploads.
+    """
+
+    def __init__(self, config: WorkerConfig, rank: Rank, local_rank: int, local_world_size: int) -> None:
+        self.config, self.rank = config, rank
+        self.local_rank, self.local_world_size = local_rank, local_world_size
+        self.remote = "://" in config.run_uri
+        self.filesystem, self.run_path = filesystem_of(config.run_uri)
+        name = os.path.basename(config.run_uri)
+        self.local_dir = os.path.join(tempfile.gettempdir(), f"rayswift-{name}") if self.remote else self.run_path
+        os.makedirs(self.local_dir, exist_ok=True)
+
+    def resume_from(self) -> tuple[str | None, int]:
+        """The newest whole checkpoint of this run, else the one the run was told to start from; rank 0 decides."""
+        found: list[Any] = [None]
+        if self.rank.rank == 0:
+            whole = checkpoints.list_checkpoints(self.filesystem, self.run_path)
+            found = [(whole[-1].path, whole[-1].step) if whole else None]
+            checkpoints.clean_unfinished(self.filesystem, self.run_path, whole[-1].step if whole else -1)
+            if not whole and self.config.resume:
+                found = [(self.config.resume, _step_of(self.config.resume))]
+        if self.rank.world_size > 1:
+            import torch
+
+            torch.distributed.broadcast_object_list(found, src=0)
+        if found[0] is None:
+            return None, 0
+        path, step = found[0]
+        return self._fetch(path), step
+
+    def position(self, checkpoint: str | None) -> checkpoints.Position | None:
+        """The position in a checkpoint that :meth:`resume_from` gave."""
+        from pyarrow import fs
+
+        return checkpoints.read_position(fs.LocalFileSystem(), checkpoint) if checkpoint else None
+
+    def history(self, checkpoint: str | None) -> list[dict[str, Any]]:
+        """The logged rows up to a checkpoint that :meth:`resume_from` gave."""
+        if checkpoint is None or not os.path.exists(os.path.join(checkpoint, "trainer_state.json")):
+            return []
+        with open(os.path.join(checkpoint, "trainer_state.json"), encoding="utf-8") as file:
+            rows = json.load(file)["log_history"]
+        return [row for row in rows if "global_step" in row]
+
+    def _fetch(self, path: str) -> str:
+        from pyarrow import fs
+
+        if not self.remote or os.path.isdir(path):
+            return path
+        local = os.path.join(self.local_dir, "resume", os.path.basename(path))
+        if self.local_rank == 0:
+            shutil.rmtree(local, ignore_errors=True)
+            fs.copy_files(path, local, source_filesystem=self.filesystem)
+        if self.rank.world_size > 1:
+            import torch
+
+            torch.distributed.barrier()
+        return local
+
+    def commit(self, trainer: StepTraining) -> None:
+        """Make the checkpoint of this step whole: hash, report, then the manifest; then remove surplus ones."""
+        import ray.train
+        import torch
+        from ray.train import Checkpoint, CheckpointUploadMode
+
+        step = trainer.state.global_step
+        name = f"checkpoint-{step}"
+        local = os.path.join(self.local_dir, name)
+        if self.rank.rank == 0:
+            self.config.args.save(os.path.join(local, "args.json"))
+            stream = trainer.loader.stream_places(step)
+            batch = self.config.plan.global_batch_size
+            checkpoints.Position(batch, self.config.data_fingerprint, stream).write(local)
+        if self.rank.world_size > 1:
+            torch.distributed.barrier()
+        shares = [checkpoints.hash_files(local, self.local_rank, self.local_world_size)]
+        if self.rank.world_size > 1:
+            gathered: list[Any] = [None] * self.rank.world_size
+            torch.distributed.all_gather_object(gathered, shares[0])
+            shares = gathered
+        # One worker per node uploads the node's folder; on a shared file system the files are in place already.
+        carries = self.local_rank == 0 if self.remote else True
+        mode = CheckpointUploadMode.SYNC if self.remote else CheckpointUploadMode.NO_UPLOAD
+        filesystem = None if self.remote else self.filesystem
+        ray.train.report(
+            {"step": step},
+            checkpoint=Checkpoint(local, filesystem) if carries else None,
+            checkpoint_dir_name=name,
+            checkpoint_upload_mode=mode,
+        )
+        if self.rank.rank == 0:
+            files = {file: entry for share in shares for file, entry in share.items()}
+            self._finish(name, files, trainer.state)
+        if self.remote and self.local_rank == 0:
+            shutil.rmtree(local, ignore_errors=True)
+        if self.rank.world_size > 1:
+            torch.distributed.barrier()
+
+    def _finish(self, name: str, files: dict[str, dict[str, Any]], state: Any) -> None:
+        """Rank 0, last: the manifest, what it replaces, and the news."""
+        args, step = self.config.args, state.global_step
+        checkpoints.write_manifest(self.filesystem, f"{self.run_path}/{name}", step, files)
+        checkpoints.keep_only(self.filesystem, self.run_path, args.save_total_limit, state.best_model_checkpoint)
+        if args.create_checkpoint_symlink and not self.remote:
+            for link, target in (("last", step), ("best", state.best_global_step or step)):
+                temporary = os.path.join(self.run_path, f".{link}")
+                os.symlink(f"checkpoint-{target}", temporary)
+                os.replace(temporary, os.path.join(self.run_path, link))
+        self.config.events.push.remote({"event": "checkpoint", "step": step, "best": state.best_global_step})
+
+    def close(self) -> None:
+        """Remove this node's staging folder."""
+        if self.remote and self.local_rank == 0:
+            shutil.rmtree(self.local_dir, ignore_errors=True)
+
+
+def _step_of(path: str) -> int:
+    return int(path.rstrip("/").rsplit("-", 1)[1])

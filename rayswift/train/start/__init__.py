@@ -1,0 +1,1 @@
+"""Fewer processes and warm workers for a run on one machine."""

@@ -1,0 +1,168 @@
+"""Ray Train's ``TorchTrainer`` with the processes that a run needs, and no others.
+
+Each process imports Ray before it does anything: seconds of a small machine's time before the first step.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import ray
+from ray._private.log import PlainRayHandler
+from ray.exceptions import RayActorError
+from ray.train.torch import TorchTrainer
+from ray.train.v2._internal.callbacks import DatasetsCallback
+from ray.train.v2._internal.callbacks.metrics import ControllerMetricsCallback, WorkerMetricsCallback
+from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
+from ray.train.v2._internal.callbacks.preemption_callback import PreemptionCallback
+from ray.train.v2._internal.execution.controller import TrainController
+from ray.train.v2._internal.execution.scaling_policy import FixedScalingPolicy
+from ray.train.v2._internal.execution.worker_group import Worker, WorkerGroup
+
+from rayswift.train.start.warm_workers import wait_until_warm
+
+#: What nobody needs on a Ray that ends with this process: a watch over placement groups that a dead controller leaves
+#: behind, and numbers for a dashboard.
+_UNNEEDED_HERE = (PlacementGroupCleanerCallback, ControllerMetricsCallback, WorkerMetricsCallback)
+
+
+class LeanTorchTrainer(TorchTrainer):
+    """A trainer whose workers get their data from the token cache or from a stream of their own.
+
+    Without ``datasets`` no process deals them out. On an ``embedded`` Ray the controller runs in this process: neither
+    of them could outlive the other. ``alone``: nothing else, Ray Data for one, shares the CPUs while the workers run.
+    ``warm``: workers for the first start (see :mod:`rayswift.train.start.warm_workers`).
+    """
+
+    def __init__(self, *args: Any, embedded: bool, alone: bool, warm: list[Any], **options: Any) -> None:
+        super().__init__(*args, **options)
+        self._embedded = embedded
+        self._alone = alone
+        self._warm = warm
+        self._unneeded: tuple[type, ...] = () if self.datasets else (DatasetsCallback,)
+        if embedded:
+            self._unneeded += _UNNEEDED_HERE
+
+    def _create_default_callbacks(self) -> list[Any]:
+        return [one for one in super()._create_default_callbacks() if not isinstance(one, self._unneeded)]
+
+    def _initialize_and_run_controller(self, **options: Any) -> Any:
+        if not self._embedded or _in_event_loop():
+            self._warm.clear()  # they wait for a controller in this process
+            return super()._initialize_and_run_controller(**options)
+        if self._alone and type(options["scaling_policy"]) is FixedScalingPolicy:
+            options["scaling_policy"] = _UncoordinatedScaling(self.scaling_config)
+        # The group's other process, which makes ranks wait for each other, would take the CPU from their imports.
+        wait_until_warm(self._warm)
+        controller = _ControllerHere(self._warm, **options)
+        try:
+            with _interrupted_at_once():
+                asyncio.run(controller.run())
+        except BaseException:
+            controller.stop_workers()
+            raise
+        return controller.get_result()
+
+
+class _WorkerGroupHere(WorkerGroup):
+    """Workers of a controller that is no actor; they would ask it for reported checkpoints, which RaySwift has none of
+    (its manifests are what counts)."""
+
+    #: Workers that the first group begins with.
+    warm: list[Any]
+
+    def _create_workers(
+        self, num_workers: int, placement_group: Any, resources_per_worker: dict[str, float], **options: Any
+    ) -> list[Worker]:
+        actors = list(self.warm)
+        self.warm.clear()
+        try:
+            found = ray.get([actor.get_metadata.remote() for actor in actors])
+        except RayActorError:
+            found = []  # one did not live to see its work: all anew
+        if len(found) != num_workers:
+            return super()._create_workers(num_workers, placement_group, resources_per_worker, **options)
+        workers = [
+            Worker(actor, metadata, resources_per_worker, placement_group_bundle_index=bundle)
+            for bundle, (actor, metadata) in enumerate(zip(actors, found, strict=True))
+        ]
+        return WorkerGroup._assign_worker_ranks(workers)
+
+    def _init_train_context_on_workers(
+        self, workers: list[Worker], sync_actor: Any, train_context_args: dict[str, list[Any]]
+    ) -> None:
+        waiting = [
+            worker.actor.init_train_context.remote(
+                train_run_context=self._train_run_context,
+                distributed_context=worker.distributed_context,
+                synchronization_actor=sync_actor,
+                storage_context=self._storage_context,
+                worker_callbacks=self._worker_callbacks_to_propagate,
+                controller_actor=None,
+                **{name: values[number] for name, values in train_context_args.items()},
+            )
+            for number, worker in enumerate(workers)
+        ]
+        ray.get(waiting)
+        self._decorate_worker_log_file_paths(workers)
+
+
+class _ControllerHere(TrainController):
+    """Ray Train's controller in the driver's process. Nobody takes this machine away: no watch for that either."""
+
+    def __init__(self, warm: list[Any], **options: Any) -> None:
+        self.worker_group_cls = type("WarmWorkerGroup", (_WorkerGroupHere,), {"warm": warm})
+        super().__init__(**options)
+        # What it says about failures belongs into its files, as on a cluster; the terminal gets one line at the end.
+        log = logging.getLogger("ray.train")
+        for handler in [one for one in log.handlers if isinstance(one, PlainRayHandler)]:
+            log.removeHandler(handler)
+        callbacks: list[Any] = self._worker_group_callbacks_to_propagate  # type: ignore[has-type]
+        self._worker_group_callbacks_to_propagate = [c for c in callbacks if not isinstance(c, PreemptionCallback)]
+
+    def stop_workers(self) -> None:
+        """End the workers that still run, without waiting for what they do."""
+        if self._worker_group:
+            self._worker_group.abort()
+
+
+class _UncoordinatedScaling(FixedScalingPolicy):
+    """A fixed number of workers where nobody else asks for CPUs: neither an autoscaler nor Ray Data has to know."""
+
+    def after_controller_start(self, train_run_context: Any) -> None:
+        """Register nowhere."""
+
+    def _maybe_send_resource_request(self) -> None:
+        pass
+
+
+def _in_event_loop() -> bool:
+    """Whether this thread runs an event loop, as notebooks do: no second one can run in it."""
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return False
+    return True
+
+
+@contextmanager
+def _interrupted_at_once() -> Iterator[None]:
+    """Ctrl-C ends what runs; asyncio's own way is to wait for what blocks, which may be a worker's start."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)

@@ -1,0 +1,1 @@
+"""What changes of the libraries' trainers, one file a stage."""

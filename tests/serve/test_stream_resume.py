@@ -1,0 +1,142 @@
+"""A stream that another replica carries on: the client gets each character once."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rayswift.serve.gateway.stream_resume import Diverged, Resumed, SentStream, can_carry_on, longest_stop
+
+
+def chat_events(pieces: list[str], *, ids: bool = False, role: bool = True, finish: str | None = "stop") -> list[bytes]:
+    """A chat stream as a replica writes it."""
+    deltas: list[tuple[dict, str | None]] = [({"role": "assistant", "content": ""}, None)] if role else []
+    deltas += [({"content": piece}, None) for piece in pieces]
+    if finish:
+        deltas.append(({}, finish))
+    events = []
+    for number, (delta, reason) in enumerate(deltas):
+        if ids and number:
+            events.append(f": {number * 10},{number * 10 + 1}".encode())
+        chunk = {"id": "x", "created": 1, "choices": [{"index": 0, "delta": delta, "finish_reason": reason}]}
+        events.append(b"data: " + json.dumps(chunk).encode())
+    return [*events, b"data: [DONE]"]
+
+
+def text_of(events: list[bytes]) -> str:
+    chunks = [json.loads(event[6:]) for event in events if event.startswith(b"data: {")]
+    return "".join(choice["delta"].get("content") or "" for chunk in chunks for choice in chunk["choices"])
+
+
+def test_events_are_found_however_the_bytes_are_cut_and_ids_are_taken_out() -> None:
+    wire = b"".join(event + b"\n\n" for event in chat_events(["Hel", "lo"], ids=True))
+    for size in (1, 7, 64, len(wire)):
+        stream = SentStream()
+        events = [e for i in range(0, len(wire), size) for e in stream.take(wire[i : i + size])]
+        for event in events:
+            stream.sent(event)
+        assert events == chat_events(["Hel", "lo"])
+        assert stream.finished
+        assert stream.ids_to_carry_on(held_back=0) == [10, 11, 20, 21, 30]
+        assert stream.ids_to_carry_on(held_back=4) == [10, 11]
+        assert stream.ids_to_carry_on(held_back=50) == []
+
+
+def test_a_stream_that_was_cut_has_no_end() -> None:
+    stream = SentStream()
+    for event in stream.take(b"".join(event + b"\n\n" for event in chat_events(["a"])[:-1])):
+        stream.sent(event)
+    assert not stream.finished
+
+
+@settings(deadline=None)
+@given(
+    pieces=st.lists(st.text(min_size=1, max_size=5), min_size=1, max_size=8),
+    cut=st.integers(min_value=0, max_value=9),
+    data=st.data(),
+)
+def test_the_client_gets_each_character_once_wherever_the_first_replica_died(pieces, cut, data) -> None:
+    whole = "".join(pieces)
+    sent = chat_events(pieces)[: min(cut, len(pieces) + 2)]
+    again: list[str] = []  # the second replica cuts the same text elsewhere
+    rest = whole
+    while rest:
+        size = data.draw(st.integers(min_value=1, max_value=len(rest)))
+        again.append(rest[:size])
+        rest = rest[size:]
+    resumed = Resumed(sent)
+    passed = [event for event in map(resumed.pass_on, chat_events(again)) if event is not None]
+    assert text_of(sent + passed) == whole
+    choices = [json.loads(event[6:])["choices"][0] for event in (sent + passed)[:-1]]
+    assert [choice["delta"].get("role") for choice in choices].count("assistant") == 1
+    assert [choice["finish_reason"] for choice in choices].count("stop") == 1
+    assert (sent + passed)[-1] == b"data: [DONE]"
+
+
+def test_a_different_text_is_noticed_and_not_sent() -> None:
+    resumed = Resumed(chat_events(["Paris", " is"])[:3])
+    role, same, other, *_ = chat_events(["Paris", " was"])
+    assert resumed.pass_on(role) is None
+    assert resumed.pass_on(same) is None
+    with pytest.raises(Diverged):
+        resumed.pass_on(other)
+
+
+def test_an_answer_that_ends_before_what_was_sent_is_noticed() -> None:
+    resumed = Resumed(chat_events(["Paris", " is"])[:3])
+    role, same, finish, _ = chat_events(["Paris"])
+    assert resumed.pass_on(role) is None
+    assert resumed.pass_on(same) is None
+    with pytest.raises(Diverged):
+        resumed.pass_on(finish)
+
+
+def test_tool_calls_and_completions_are_carried_on_too() -> None:
+    def event(choice: dict) -> bytes:
+        return b"data: " + json.dumps({"choices": [{"index": 0, "finish_reason": None, **choice}]}).encode()
+
+    def arguments(text: str) -> dict:
+        return {"delta": {"tool_calls": [{"index": 0, "function": {"arguments": text}}]}}
+
+    call = {"index": 0, "id": "call-1", "type": "function", "function": {"name": "f", "arguments": ""}}
+    first = [event({"delta": {"tool_calls": [call]}}), event(arguments('{"a"'))]
+    resumed = Resumed(first)
+    other = {**call, "id": "call-2"}
+    assert resumed.pass_on(event({"delta": {"tool_calls": [other]}})) is None
+    rest = resumed.pass_on(event(arguments('{"a": 1}')))
+    assert rest is not None
+    assert json.loads(rest[6:])["choices"][0]["delta"]["tool_calls"][0]["function"]["arguments"] == ": 1}"
+
+    resumed = Resumed([event({"text": "one two"})])
+    assert resumed.pass_on(event({"text": "one"})) is None
+    rest = resumed.pass_on(event({"text": " two three"}))
+    assert rest is not None
+    assert json.loads(rest[6:])["choices"][0]["text"] == " three"
+
+
+@pytest.mark.parametrize(
+    ("body", "expected"),
+    [
+        ({"messages": []}, True),
+        ({"temperature": 0.7, "seed": 3, "stop": ["x"]}, True),
+        ({"n": 2}, False),
+        ({"logprobs": True}, False),
+        ({"presence_penalty": 0.5}, False),
+        ({"response_format": {"type": "json_object"}}, False),
+        ({"tool_choice": "required"}, False),
+        ({"prompt": "one"}, True),
+        ({"prompt": [1, 2, 3]}, True),
+        ({"prompt": ["one", "two"]}, False),
+    ],
+)
+def test_only_requests_whose_state_is_in_their_tokens_go_on_from_tokens(body: dict, expected: bool) -> None:
+    assert can_carry_on(body) is expected
+
+
+def test_the_longest_stop_text_counts() -> None:
+    assert longest_stop({"stop": "ab"}) == 2
+    assert longest_stop({"stop": ["a", "abc"]}) == 3
+    assert longest_stop({}) == 0
