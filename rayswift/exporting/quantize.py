@@ -7,12 +7,11 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from rayswift import cluster
-from rayswift.errors import UserError
+from rayswift.errors import UserError, one_line
 from rayswift.exporting.folder import building, copy_files
 from rayswift.exporting.quantizers import CALIBRATED, QuantJob, check_libraries, run_job
 from rayswift.modeling.loading import (
     config_dtype,
-    one_line,
     read_config,
     read_safetensors_header,
     supports_bfloat16,

@@ -15,10 +15,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from rayswift.errors import UserError
+from rayswift.errors import UserError, one_line
 from rayswift.exporting.peft_format import peft_name
 from rayswift.modeling.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS
-from rayswift.modeling.loading import one_line, read_safetensors_header
+from rayswift.modeling.loading import read_safetensors_header
 
 logger = logging.getLogger("rayswift.exporting")
 

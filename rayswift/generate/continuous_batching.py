@@ -16,11 +16,11 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
+from rayswift.errors import one_line
 from rayswift.generate.text_stream import TextStream
 from rayswift.generate.token_choice import Choice, Sampling, choose_tokens
 from rayswift.generate.transformers import TransformersEngine
 from rayswift.generate.types import GenerationSettings
-from rayswift.modeling.loading import one_line
 
 logger = logging.getLogger("rayswift.generate.continuous_batching")
 

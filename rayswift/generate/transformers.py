@@ -15,18 +15,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from rayswift.data.tokens.encoder import Encoder
-from rayswift.errors import UserError
+from rayswift.errors import UserError, one_line
 from rayswift.generate.text_stream import TextStream, TokenQueue, cut_at_stop_word
 from rayswift.generate.types import Answer, GenerationSettings, Messages
 from rayswift.modeling.adapters import load_adapter
-from rayswift.modeling.loading import (
-    add_special_tokens,
-    load_model,
-    one_line,
-    read_config,
-    resolve_dtype,
-    supports_bfloat16,
-)
+from rayswift.modeling.loading import add_special_tokens, load_model, read_config, resolve_dtype, supports_bfloat16
 
 logger = logging.getLogger("rayswift.generate.transformers")
 

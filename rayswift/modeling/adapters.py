@@ -12,8 +12,8 @@ from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rayswift.errors import UserError
-from rayswift.modeling.loading import one_line, read_safetensors_header
+from rayswift.errors import UserError, one_line
+from rayswift.modeling.loading import read_safetensors_header
 
 if TYPE_CHECKING:
     import torch

@@ -11,7 +11,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from rayswift.errors import UserError
+from rayswift.errors import UserError, one_line
 
 logger = logging.getLogger("rayswift.modeling.loading")
 
@@ -188,12 +188,6 @@ def load_error(error: Exception, model_dir: str, attn_impl: str | None) -> Excep
     if "trust_remote_code" in text:
         return UserError(f"--model {model_dir}: needs its own code; if you trust it, add --trust_remote_code true")
     return UserError(f"--model {model_dir}: cannot be loaded ({text})")
-
-
-def one_line(error: BaseException, limit: int = 300) -> str:
-    """The message of ``error`` on one line of at most ``limit`` characters."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= limit else text[: limit - 1] + "…"
 
 
 def weight_files(model_dir: str) -> list[Path]:

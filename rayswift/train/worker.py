@@ -68,7 +68,7 @@ def train_loop(loop_config: dict[str, Any]) -> dict[str, Any]:
     """The ``train_loop_per_worker`` of Ray Train; every rank returns the run's outcome."""
     import ray.train
 
-    from rayswift.modeling.loading import one_line
+    from rayswift.errors import one_line
 
     config: WorkerConfig = loop_config["config"]
     context = ray.train.get_context()
