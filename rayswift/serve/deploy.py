@@ -53,15 +53,17 @@ def deploy(args: DeployArguments) -> None:
 @contextmanager
 def deployment(args: DeployArguments, plans: list[ModelPlan]) -> Iterator[None]:
     """A running deployment; left, it lets its requests finish and stops."""
+    import ray
+
     from rayswift import cluster
 
+    own_ray = not ray.is_initialized()
     if plans[0].local:
         require_free_port(args.host, args.port, "--port")
         for name, value in _QUIET_RAY.items():
             os.environ.setdefault(name, value)
     connected = cluster.connect(args)
     check_room(plans, connected)
-    import ray
     from ray import serve
 
     logging.getLogger("ray.serve").setLevel(logging.WARNING)  # this command says what happens itself
@@ -83,7 +85,7 @@ def deployment(args: DeployArguments, plans: list[ModelPlan]) -> Iterator[None]:
                 serve.delete(name, _blocking=True)
             except TimeoutError:
                 logger.warning("%s: its requests did not end in time and are cut off", name)
-        if connected.embedded:
+        if connected.embedded and own_ray:
             ray.shutdown()
 
 
