@@ -350,6 +350,12 @@ def test_the_first_usable_row(tmp_path: Path) -> None:
 # --- streamed ---------------------------------------------------------------------------------------------------
 
 
+@pytest.fixture(autouse=True)
+def few_epochs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A plan of ten thousand epochs takes seconds."""
+    monkeypatch.setattr(streaming, "MAX_PLANNED_EPOCHS", 100)
+
+
 @pytest.fixture
 def stream_dir(tmp_path: Path) -> Path:
     """Three files of 20 rows, each row with its name."""
