@@ -111,7 +111,8 @@ class Encoder(TemplateSettings):
     def settings(self) -> dict[str, Any]:
         """The settings by name, as hashes and files hold them: there `preference` is `pairs`, its name before."""
         values = asdict(self)
-        return {**values, "pairs": values.pop("preference")}
+        values["pairs"] = values.pop("preference")
+        return values
 
     def encode_batch(self, rows: Sequence[Mapping[str, Any]]) -> list[Encoded | Dropped]:
         """Encode standard rows.
