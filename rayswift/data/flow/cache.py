@@ -13,7 +13,6 @@ Schemas:
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
 import hashlib
 import json
@@ -154,7 +153,7 @@ def tokens_key(rows_key: str, encoder: Encoder, picked: Any = None) -> str:
 @functools.lru_cache(maxsize=16)
 def encoder_hash(encoder: Encoder) -> str:
     """A hash of the settings of an encoder and of the tokenizer's files; where the model lies does not count."""
-    settings = {**dataclasses.asdict(encoder), "model_dir": ""}
+    settings = {**encoder.settings(), "model_dir": ""}
     files = [file for file in tokenizer_files(encoder.model_dir) if file.name != _CONFIGURATION]
     digests = [(file.name, hashlib.sha256(file.read_bytes()).hexdigest()) for file in files]
     return _hash(sorted(settings.items()), digests)

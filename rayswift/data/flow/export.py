@@ -7,7 +7,6 @@ last: the settings they were encoded with. SWIFT's cached datasets hold rows and
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 from pathlib import Path
@@ -36,7 +35,7 @@ def save_cached_dataset(folder: str, data: TrainData, encoder: Encoder) -> None:
     for part, rows in (("train", data.train), ("val", data.val)):
         if rows is not None:
             _write_part(folder, part, rows)
-    settings = {**dataclasses.asdict(encoder), "model_dir": os.path.basename(encoder.model_dir)}
+    settings = {**encoder.settings(), "model_dir": os.path.basename(encoder.model_dir)}
     text = json.dumps({"encoder": settings, "encoder_hash": encoder_hash(encoder)}, ensure_ascii=False, indent=2)
     (Path(folder) / _SETTINGS).write_text(text, encoding="utf-8")
 
@@ -91,10 +90,10 @@ def _check(folder: str, encoder: Encoder) -> None:
         ) from None
     if saved["encoder_hash"] == encoder_hash(encoder):
         return
-    if saved["encoder"].get("pairs", False) != encoder.pairs:
-        mode = "rlhf" if encoder.pairs else "train"
+    if saved["encoder"].get("pairs", False) != encoder.preference:
+        mode = "rlhf" if encoder.preference else "train"
         raise UserError(f"--cached_dataset {folder}: export it with --template_mode {mode} for this command")
-    now: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(encoder)))
+    now: dict[str, Any] = json.loads(json.dumps(encoder.settings()))
     differing = [
         f"--{name} {saved['encoder'].get(name)} (now {now[name]})"
         for name in now

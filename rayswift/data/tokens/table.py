@@ -32,7 +32,7 @@ class Row(NamedTuple):
     loss_scale: np.ndarray | None = None
     rejected_start: int | None = None
 
-    def sides(self) -> tuple[Row, Row]:
+    def chosen_and_rejected(self) -> tuple[Row, Row]:
         """A pair as the row with the chosen answer and the one with the rejected answer."""
         cut = self.rejected_start
         return Row(self.input_ids[:cut], self.labels[:cut]), Row(self.input_ids[cut:], self.labels[cut:])
