@@ -17,8 +17,8 @@ from rayswift.sampling.reward_model import RewardModel
 
 if TYPE_CHECKING:
     from rayswift.arguments import SampleArguments
+    from rayswift.journal import Journal
     from rayswift.sampling.choice import AnswersByPrompt
-    from rayswift.sampling.journal import Journal
     from rayswift.sampling.prompts import Prompt
 
 logger = logging.getLogger("rayswift.sampling")
