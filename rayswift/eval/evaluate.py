@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rayswift.arguments.fields import specs_of
-from rayswift.eval.backends.base import Backend, choose_backend
+from rayswift.eval.backends import choose_backend
+from rayswift.eval.backends.base import Backend
 from rayswift.eval.benchmarks import Benchmark, read_benchmarks
 from rayswift.eval.models import Contender, Serving, api_key, check_servings, plan_servings
 from rayswift.eval.report import table, write_page

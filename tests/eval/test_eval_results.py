@@ -177,7 +177,7 @@ def test_a_missing_library_is_one_line_that_names_the_extra(
 ) -> None:
     import importlib.util
 
-    from rayswift.eval.backends.base import choose_backend
+    from rayswift.eval.backends import choose_backend
 
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     settings: dict[str, Any] = {} if library else {"extra_eval_args": {"python": sys.executable}}
