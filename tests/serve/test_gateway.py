@@ -14,7 +14,7 @@ from starlette.testclient import TestClient
 
 from rayswift.serve.gateway import app as gateway_app
 from rayswift.serve.gateway.app import FORWARDED, Gateway
-from rayswift.serve.gateway.forwarding import Forwarder, Request, Response
+from rayswift.serve.gateway.forwarding import Forwarder, GatewayRequest, Response
 from rayswift.serve.openai_errors import ApiError
 
 KEY = "sk-of-this-test"
@@ -31,15 +31,14 @@ class Replicas:
     """Stands for the replicas of a model: what was asked of them, what they answer."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.asked: list[Request] = []
+        self.asked: list[GatewayRequest] = []
         self.broadcasts: list[tuple[Any, ...]] = []
         self.fails: Exception | None = None
         monkeypatch.setattr(Forwarder, "send", self._send)
-        monkeypatch.delattr(Gateway, "__del__")  # Serve awaits it
         monkeypatch.setattr(gateway_app, "keep_replica_ports_inside", lambda: None)
         monkeypatch.setattr(gateway_app.serve, "get_deployment_handle", lambda deployment, app: self)
 
-    async def _send(self, request: Request) -> AsyncIterator[Response]:
+    async def _send(self, request: GatewayRequest) -> AsyncIterator[Response]:
         self.asked.append(request)
         if self.fails is not None:
             raise self.fails
@@ -79,7 +78,7 @@ def make(replicas: Replicas, tmp_path: Path) -> Callable[..., tuple[Gateway, Tes
         model = {"name": "m", "app": "a", "deployment": "d", "adapters": {"start": "/x"}, "adapter_root": str(root)}
 
         async def build() -> tuple[Gateway, Any]:
-            gateway = object.__new__(Gateway)
+            gateway = object.__new__(type("Gateway", (Gateway,), {"__del__": lambda self: None}))  # Serve awaits it
             await Gateway.__init__(gateway, [model], **options)  # type: ignore[misc]  # a coroutine
             await gateway._session.close()
             return gateway, await gateway.__serve_build_asgi_app__()
