@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
@@ -50,23 +51,28 @@ class ApiError(Exception):
 
     def body(self) -> bytes:
         """The JSON body."""
-        return error_body(self.status, self.message, code=self.code, param=self.param)
+        kind = _TYPES.get(self.status, "server_error")
+        error = {"message": self.message, "type": kind, "param": self.param, "code": self.code}
+        return json.dumps({"error": error}, ensure_ascii=True).encode()
+
+    def event(self) -> bytes:
+        """The same as an event of a stream that had already begun."""
+        return b"data: " + self.body() + b"\n\n"
 
 
-def error_body(status: int, message: str, *, code: str | None = None, param: str | None = None) -> bytes:
-    """One error as the JSON body of a response with ``status``."""
-    error: dict[str, Any] = {
-        "message": message,
-        "type": _TYPES.get(status, "server_error"),
-        "param": param,
-        "code": code,
-    }
-    return json.dumps({"error": error}, ensure_ascii=True).encode()
+class RefusalBody(BaseModel):
+    """What is wrong."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | int | None
 
 
-def error_event(status: int, message: str) -> bytes:
-    """The same as the last event of a stream that had already begun."""
-    return b"data: " + error_body(status, message, code="stream_interrupted") + b"\n\ndata: [DONE]\n\n"
+class Refusal(BaseModel):
+    """The request cannot be served; for schemas of OpenAPI."""
+
+    error: RefusalBody
 
 
 def add_error_handlers(app: FastAPI, failure: str) -> None:

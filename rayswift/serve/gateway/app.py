@@ -32,7 +32,7 @@ from rayswift.serve.gateway.adapters import AdapterRegistry
 from rayswift.serve.gateway.forwarding import Forwarder, GatewayRequest
 from rayswift.serve.gateway.metrics import as_prometheus
 from rayswift.serve.node_address import keep_replica_ports_inside
-from rayswift.serve.openai_errors import ApiError, add_error_handlers
+from rayswift.serve.openai_errors import ApiError, Refusal, add_error_handlers
 from rayswift.serve.ports import bind, run_http
 from rayswift.serve.replica.adapters import split_key
 from rayswift.serve.request_body import check_roles, client_left, read_object
@@ -52,21 +52,6 @@ class AdapterRequest(BaseModel):
     lora_name: str
     lora_path: str | None = None
     model: str | None = None
-
-
-class ErrorBody(BaseModel):
-    """What is wrong."""
-
-    message: str
-    type: str
-    param: str | None
-    code: str | int | None
-
-
-class RequestRefused(BaseModel):
-    """The request cannot be served."""
-
-    error: ErrorBody
 
 
 async def _read_body(request: Request) -> dict[str, Any]:
@@ -266,22 +251,15 @@ class Gateway:
     def _make_own_app(self) -> FastAPI:
         """The app of every path that is not forwarded."""
         app = FastAPI(
-            title="RaySwift",
-            version=__version__,
-            openapi_url=None,
-            redirect_slashes=False,
-            responses={"4XX": {"model": RequestRefused}},
-        )
+            title="RaySwift", version=__version__, openapi_url=None, redirect_slashes=False,
+            responses={"4XX": {"model": Refusal}},
+        )  # fmt: skip
         add_error_handlers(app, FAILURE)
         app.add_api_route("/v1/models", self.list_models)
         app.add_api_route("/v1/models/{model:path}", self.get_model)
         app.add_api_route("/v1/adapters", self.list_adapters)
-        body = {
-            "requestBody": {
-                "required": True,
-                "content": {"application/json": {"schema": AdapterRequest.model_json_schema()}},
-            }
-        }
+        content = {"application/json": {"schema": AdapterRequest.model_json_schema()}}
+        body = {"requestBody": {"required": True, "content": content}}
         app.add_api_route("/v1/load_lora_adapter", self.load_adapter, methods=["POST"], openapi_extra=body)
         app.add_api_route("/v1/unload_lora_adapter", self.unload_adapter, methods=["POST"], openapi_extra=body)
         app.add_api_route("/health", self.health)
@@ -367,10 +345,9 @@ class Gateway:
             engine = json.loads(await forwarder.whole(GatewayRequest("GET", "/openapi.json")))
             own = self._own.openapi()
             refused = own["paths"]["/health"]["get"]["responses"]["4XX"]
-            for path in set(FORWARDED) & set(engine["paths"]):
-                own["paths"][path] = engine["paths"][path]
-                for operation in own["paths"][path].values():
-                    operation["responses"] = {**operation.get("responses", {}), "4XX": refused, "503": refused}
+            own["paths"] |= {path: engine["paths"][path] for path in FORWARDED if path in engine["paths"]}
+            for operation in (one for path in FORWARDED for one in own["paths"].get(path, {}).values()):
+                operation["responses"] = {**operation.get("responses", {}), "4XX": refused, "503": refused}
             own["components"]["schemas"] |= engine.get("components", {}).get("schemas", {})
             self._schema = own
         return JSONResponse(self._schema)

@@ -21,9 +21,18 @@ import aiohttp
 from ray.exceptions import RayActorError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 
-from rayswift.serve.gateway.stream_resume import ERROR, Mismatch, ResumedStream, StreamLog, can_resume, longest_stop
+from rayswift.serve.gateway.stream_resume import (
+    DONE,
+    ERROR,
+    EVENT_END,
+    Mismatch,
+    ResumedStream,
+    StreamLog,
+    can_resume,
+    longest_stop,
+)
 from rayswift.serve.lease import LEASE_HEADER, NO_LEASE, RESUME_HEADER, Lease, LeaseCache
-from rayswift.serve.openai_errors import ApiError, error_event
+from rayswift.serve.openai_errors import ApiError
 
 logger = logging.getLogger("rayswift.serve.gateway.forwarding")
 
@@ -174,7 +183,8 @@ class Forwarder:
             except (Mismatch, ApiError) as error:
                 logger.warning("a stream could not be resumed: %s", error)
                 break
-        yield error_event(503, "the replica that wrote this answer stopped, and no other could go on with it")
+        message = "the replica that wrote this answer stopped, and no other could go on with it"
+        yield ApiError(503, message, code="stream_interrupted").event() + DONE + EVENT_END
 
     async def _pass(
         self, log: StreamLog, upstream: aiohttp.ClientResponse, resumed: ResumedStream | None = None
@@ -188,7 +198,7 @@ class Forwarder:
                 passed = event if resumed is None else resumed.pass_on(event)
                 if passed is not None:
                     log.events.append(passed)
-                    out += (passed, b"\n\n")
+                    out += (passed, EVENT_END)
             if out:
                 self.counters.tokens += len(out) // 2
                 yield b"".join(out)

@@ -43,7 +43,15 @@ class LLMServer:
         model_dir = await asyncio.to_thread(self.plan.resolve_model)
         self.adapters.read_base(model_dir)
         self.encoders = self.plan.encoders(model_dir)
-        self.serving = self._make_serving(model_dir)
+        self.serving: Any
+        if self.plan.engine == "vllm":
+            from rayswift.serve.replica.vllm import VllmServing
+
+            self.serving = VllmServing(self.plan.llm_config(model_dir), self.encoders)
+        else:
+            from rayswift.serve.replica.transformers import TransformersServing
+
+            self.serving = TransformersServing.from_plan(self.plan, model_dir, self.encoders)
         await self.serving.start()
 
         async def load(key: str) -> LoadedAdapter:  # a function: Serve sets attributes on it
@@ -53,15 +61,6 @@ class LLMServer:
         self._socket = bind("127.0.0.1" if self.plan.local else node_ip())
         self.url = "http://{}:{}".format(*self._socket.getsockname()[:2])
         self._http = await run_http(LeaseMiddleware(self.serving.app, self.leases), self._socket)
-
-    def _make_serving(self, model_dir: str) -> Any:
-        if self.plan.engine == "vllm":
-            from rayswift.serve.replica.vllm import VllmServing
-
-            return VllmServing(self.plan.llm_config(model_dir), self.encoders)
-        from rayswift.serve.replica.transformers import TransformersServing
-
-        return TransformersServing.from_plan(self.plan, model_dir, self.encoders)
 
     async def lease(self) -> AsyncIterator[dict[str, Any]]:
         """Where requests go and the token of a new lease; then nothing until the lease has ended.
@@ -78,11 +77,6 @@ class LLMServer:
         token = self.leases.open()
         yield {"url": self.url, "token": token}
         await self.leases.ended(token)
-
-    @property
-    def replica_id(self) -> str:
-        """Serve's name of this replica."""
-        return serve.get_replica_context().replica_id.unique_id
 
     async def _load_adapter(self, key: str) -> LoadedAdapter:
         name, _ = split_key(key)
@@ -101,7 +95,7 @@ class LLMServer:
 
     async def engine_metrics(self) -> tuple[str, str]:
         """Name of the replica and the Prometheus text of its engine."""
-        return self.replica_id, await asyncio.to_thread(self.serving.metrics)
+        return serve.get_replica_context().replica_id.unique_id, await asyncio.to_thread(self.serving.metrics)
 
     async def check_health(self) -> None:
         """Serve replaces the replica when this raises."""

@@ -199,22 +199,19 @@ class TransformersServing:
             own = getattr(body, name)
             chosen[name] = getattr(config, name, None) if own is None else own
         chosen |= {name: getattr(body, name) for name in ("presence_penalty", "frequency_penalty", "seed")}
+        if not all(key.isascii() and key.isdigit() and len(key) < 10 for key in body.logit_bias or ()):
+            raise ApiError(400, "logit_bias: keys are token ids", param="logit_bias")
+        bias = {int(key): value for key, value in (body.logit_bias or {}).items()}
+        self.check_ids(list(bias), "logit_bias")
         skips = body.skip_special_tokens
         return Sampling(
             max_tokens=wanted or room,
-            logit_bias=self._bias(body.logit_bias or {}),
+            logit_bias=bias,
             logprobs=body.alternatives,
             skip_special_tokens=True if skips is None else skips,
             index=index,
             **{name: value for name, value in chosen.items() if value is not None},
         )
-
-    def _bias(self, given: dict[str, float]) -> dict[int, float]:
-        if not all(key.isascii() and key.isdigit() and len(key) < 10 for key in given):
-            raise ApiError(400, "logit_bias: keys are token ids", param="logit_bias")
-        bias = {int(key): value for key, value in given.items()}
-        self.check_ids(list(bias), "logit_bias")
-        return bias
 
     def rows(
         self, body: GenerationRequest, prompts: list[Prompt], adapter: str, encoder: Encoder,
@@ -298,7 +295,7 @@ class TransformersServing:
             if body.stream_options is not None and body.stream_options.include_usage:
                 yield shape.usage_event(usage_of(prompts, sum(len(row.generated) for row in rows)))
         except ApiError as error:
-            yield b"data: " + error.body() + b"\n\n"
+            yield error.event()
         yield DONE
 
 
