@@ -21,7 +21,7 @@ from vllm.platforms import current_platform
 from vllm.sampling_params import SamplingParams
 
 from rayswift.data.tokens.encoder import Encoder
-from rayswift.serve.lease import App, TokenNotes, current_notes
+from rayswift.serve.lease import TokenNotes, current_notes
 from rayswift.serve.replica.trained_template import use_trained_templates
 
 logger = logging.getLogger("rayswift.serve.replica.vllm")
@@ -39,7 +39,7 @@ class VllmServing:
             llm_server.push_telemetry_report_for_all_models = lambda all_models: None
         self._server: Any = LLMServer.sync_init(LLMConfig(**llm_config))
         self.encoders = encoders
-        self.app: App | None = None
+        self.app: Any = None
         self._number = 0
 
     async def start(self) -> None:
