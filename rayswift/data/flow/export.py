@@ -1,7 +1,7 @@
 """An encoded dataset as a folder: ``export --to_cached_dataset true`` writes it, ``--cached_dataset`` reads it.
 
 The folder holds the token rows of the training and validation part in their order (Arrow files ``train-*.arrow``,
-``val-*.arrow``, schema of :func:`rayswift.data.flow.encode_tasks.token_schema`) and ``cached_dataset.json``, written
+``val-*.arrow``, schema of :func:`rayswift.data.flow.stage.token_schema`) and ``cached_dataset.json``, written
 last: the settings they were encoded with. SWIFT's cached datasets hold rows and lengths; these hold the token ids.
 """
 
@@ -12,7 +12,9 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rayswift.data.flow.cache import encoder_hash, read_columns
+from rayswift.data.flow.cache import encoder_hash
+from rayswift.data.flow.stage import token_schema
+from rayswift.data.tokens.arrow_files import read_columns
 from rayswift.data.tokens.row_index import BlockRows, all_rows, concat
 from rayswift.data.tokens.table import TokenRows
 from rayswift.errors import UserError
@@ -43,8 +45,6 @@ def save_cached_dataset(folder: str, data: TrainData, encoder: Encoder) -> None:
 def _write_part(folder: str, part: str, rows: BlockRows) -> None:
     import pyarrow as pa
 
-    from rayswift.data.flow.encode_tasks import token_schema
-
     read = TokenRows(rows)
     for number, first in enumerate(range(0, len(rows), ROWS_PER_FILE)):
         with pa.ipc.new_file(os.path.join(folder, f"{part}-{number:05}.arrow"), token_schema()) as file:
@@ -55,8 +55,6 @@ def _write_part(folder: str, part: str, rows: BlockRows) -> None:
 
 def _batch(read: TokenRows, numbers: range) -> pa.RecordBatch:
     import pyarrow as pa
-
-    from rayswift.data.flow.encode_tasks import token_schema
 
     rows = [read[number] for number in numbers]
     columns = [[row.input_ids for row in rows], [row.labels for row in rows], [row.loss_scale for row in rows],

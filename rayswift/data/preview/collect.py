@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 
 from rayswift.arguments import PreviewArguments
-from rayswift.data.files import BadRow, filesystem_of, iter_rows, locate, plan_chunks
-from rayswift.data.flow.encode_tasks import ENCODE_BATCH, refuse_bad_rows
+from rayswift.data.files import Position, filesystem_of, locate, plan_chunks
+from rayswift.data.flow.stage import ENCODE_BATCH, read_rows, refuse_bad_rows
 from rayswift.data.names import ResolvedDataset
-from rayswift.data.rows.standard import WARNINGS, BrokenLine, Drop, StandardRow, standardise_rows
+from rayswift.data.rows.standard import WARNINGS, Drop, StandardRow
 from rayswift.data.tokens.encoder import IGNORED, Dropped, Encoded, Encoder
-from rayswift.data.tokens.row_index import FATAL, DropReport
+from rayswift.data.tokens.row_index import DropReport
 from rayswift.errors import UserError
 from rayswift.hub import resolve_model
 
@@ -92,7 +92,7 @@ class _Read:
     """A standard row with what it came from."""
 
     path: str
-    position: int
+    position: Position
     raw: Any
     standard: StandardRow
 
@@ -133,34 +133,26 @@ def collect(dataset: ResolvedDataset, encoder: Encoder | None, args: PreviewArgu
 
 
 def _standard_rows(dataset: ResolvedDataset, limit: int | None, result: DatasetPreview) -> Iterator[_Read]:
-    """Standard rows of the first ``limit`` raw rows; what is dropped is counted in ``result``."""
-    for path, position, raw in _raw_rows(dataset.files, limit, result):
-        result.drops.rows_in += 1
-        for standard in standardise_rows(raw, dataset.rules):
-            if isinstance(standard, Drop):
-                result.drops.add(standard.reason, 1, path, position)
-                continue
-            for warning in standard.pop(WARNINGS, ()):
-                result.warnings.add(warning, 1, path, position)
-            yield _Read(path, position, raw, standard)
+    """Standard rows of the first ``limit`` raw rows; what is dropped is counted in ``result``.
 
-
-def _raw_rows(files: list[str], limit: int | None, result: DatasetPreview) -> Iterator[tuple[str, int, Any]]:
-    """Path, position and row. One row more is looked for, to say whether these are all; it may be a broken one."""
-    for chunk in plan_chunks(files):
-        try:
-            for raw, position in iter_rows(chunk):
-                if result.drops.rows_in == limit:
-                    result.whole = False
-                    return
-                if isinstance(raw, BrokenLine):
-                    raise BadRow(position, raw.reason)
-                yield chunk.path, position, raw
-        except BadRow as error:
-            result.whole = False
-            if result.drops.rows_in != limit:
-                result.drops.add(FATAL + error.reason, 1, chunk.path, error.position)
-            return
+    One row more is looked for, to say whether these are all; it may be a broken one.
+    """
+    for chunk in plan_chunks(dataset.files):
+        for raw, standard, position in read_rows(chunk, dataset.rules):
+            if result.drops.rows_in == limit:
+                result.whole = False
+                return
+            result.drops.rows_in += 1
+            for row in standard:
+                if isinstance(row, Drop):
+                    result.drops.drop(row, chunk.path, position)
+                    if row.broken:
+                        result.whole = False
+                        return
+                    continue
+                for warning in row.pop(WARNINGS, ()):
+                    result.warnings.add(warning, 1, chunk.path, position)
+                yield _Read(chunk.path, position, raw, row)
 
 
 def _encode(batch: list[_Read], encoder: Encoder, result: DatasetPreview) -> list[list[Encoded]]:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from decimal import Decimal
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 from rayswift.data.rows.columns import MEDIA, Layout, new_name, plan_layout
 from rayswift.data.rows.messages import (
@@ -42,14 +42,14 @@ Preprocess = Callable[[dict[str, Any]], dict[str, Any] | list[dict[str, Any]] | 
 
 @dataclass(frozen=True)
 class Drop:
-    """A row that cannot be trained on, and why, in words a user can act on."""
+    """A row that cannot be trained on, and why, in words a user can act on.
+
+    ``broken``: what cannot be read, which stops a run whatever ``--strict`` says: the ``line`` alone (a stream reads on
+    behind it), or the ``file`` from here on. None for a row that is merely of no use.
+    """
 
     reason: str
-
-
-@dataclass(frozen=True)
-class BrokenLine(Drop):
-    """A line that cannot be read, in a file that can be read on behind it: a stream goes on, other reading stops."""
+    broken: Literal["line", "file"] | None = None
 
 
 @dataclass(frozen=True)
