@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from rayswift import private
 from rayswift.data.files import Chunk, Position, chunk_bytes, plan_chunks
 from rayswift.data.flow.cache import encoder_hash, rules_hash
 from rayswift.data.flow.ray_data import one_task_each
@@ -408,9 +409,8 @@ class StreamReader:
         try:
             dataset = stream_tokens(*stream)
             with DataContext.current(dataset.context):
-                for bundle in dataset.iter_internal_ref_bundles():
-                    for entry in bundle.blocks:
-                        self._add(entry.ref, entry.metadata.size_bytes or 0)
+                for ref, size in private.iter_block_refs(dataset):
+                    self._add(ref, size)
         except BaseException as error:
             self._error = error
         with self._changed:

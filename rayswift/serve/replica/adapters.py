@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rayswift import hub
+from rayswift import hub, private
 from rayswift.errors import UserError
 from rayswift.modeling.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS, check_adapter
 from rayswift.modeling.loading import read_safetensors_header, weight_files
@@ -107,10 +107,6 @@ class AdapterLoader:
 
 def _contradictions(config: dict[str, Any], shapes: dict[str, dict[str, Any]]) -> Iterator[str]:
     """Where configuration and weights do not belong together: an engine would scale or apply them wrongly."""
-    from peft import LoraConfig
-    from peft.tuners.tuners_utils import check_target_module_exists
-    from peft.utils.other import get_pattern_key
-
     rank, patterns, wanted = config.get("r"), config.get("rank_pattern") or {}, config.get("target_modules")
     if type(rank) is not int or rank < 1:
         yield f"its {ADAPTER_CONFIG}: r is {str(rank)[:20]!r}, expected a whole number above 0"
@@ -121,13 +117,13 @@ def _contradictions(config: dict[str, Any], shapes: dict[str, dict[str, Any]]) -
     if not (wanted is None or _is_pattern(wanted) or (isinstance(wanted, list) and all(map(_is_pattern, wanted)))):
         yield f"its {ADAPTER_CONFIG}: target_modules is a list of names or one pattern"
         return
-    targets = None if wanted in (None, "all-linear") else LoraConfig(target_modules=wanted)
+    targets = None if wanted in (None, "all-linear") else private.lora_targets(wanted)
     for key, entry in shapes.items():
         module = _base_name(key).removesuffix(".weight")
-        said = patterns.get(get_pattern_key(list(patterns), module), rank)
+        said = patterns.get(private.lora_pattern(list(patterns), module), rank)
         if ".lora_A" in key and entry["shape"][0] != said:
             yield f"its {ADAPTER_CONFIG} says rank {said}, its weights have {entry['shape'][0]}"
-        if targets is not None and not check_target_module_exists(targets, module):
+        if targets is not None and not targets(module):
             yield f"its {ADAPTER_CONFIG} does not name {module} in target_modules, its weights have it"
 
 

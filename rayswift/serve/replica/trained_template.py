@@ -12,6 +12,7 @@ from contextvars import ContextVar
 from dataclasses import replace
 from typing import Any
 
+from rayswift import private
 from rayswift.data.rows.messages import Unusable, read_messages
 from rayswift.data.tokens.encoder import Encoder
 from rayswift.errors import UserError
@@ -133,7 +134,7 @@ def use_trained_templates(online_renderer: Any, encoder_of: EncoderOf) -> None:
     chat request that gets such a prompt also stops at the template's stop words.
     """
     renderer, config = online_renderer.renderer, online_renderer.model_config
-    render_messages, preprocess_chat = renderer.render_messages_async, online_renderer.preprocess_chat
+    preprocess_chat, render_messages = private.rendering(online_renderer)
     engine_stops = _engine_stops(renderer, config)
 
     async def preprocess(request: Any, messages: list[Any], **settings: Any) -> Any:
@@ -161,7 +162,7 @@ def use_trained_templates(online_renderer: Any, encoder_of: EncoderOf) -> None:
         conversation, _, _ = await parse_chat_messages_async(messages, config, content_format="string")
         return conversation, TokensPrompt(prompt_token_ids=ids)
 
-    online_renderer.preprocess_chat, renderer.render_messages_async = preprocess, render
+    private.replace_rendering(online_renderer, preprocess, render)
 
 
 def _as_mapping(request: Any, messages: list[Any], settings: Mapping[str, Any]) -> dict[str, Any] | None:
