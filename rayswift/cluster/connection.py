@@ -24,13 +24,17 @@ _CLUSTER_VARIABLE = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
 
 @dataclass(frozen=True)
 class Cluster:
-    """What the connected cluster has, counting the nodes its autoscaler may still start."""
+    """What the connected cluster has, counting the nodes its autoscaler may still start.
+
+    ``embedded``: no address was given. ``started``: this connection started the Ray, so whoever asked for it may end it.
+    """
 
     embedded: bool
     cpus: float
     gpus: float
     nodes: int
     gpus_per_node: int = 0
+    started: bool = False
 
     def describe(self) -> str:
         """For messages: ``this machine has 2 CPUs and no GPU``."""
@@ -68,8 +72,8 @@ def connect(args: Any) -> Cluster:
     os.environ.setdefault("RAY_DATA_LOG_LEVEL", "ERROR")
     import ray
 
-    address = address_of(args)
-    if not ray.is_initialized():
+    address, is_new = address_of(args), not ray.is_initialized()
+    if is_new:
         _start_ray(address)
     resources = ray.cluster_resources()
     limits = _autoscaler_limits()
@@ -79,6 +83,7 @@ def connect(args: Any) -> Cluster:
         gpus=max(resources.get("GPU", 0), limits.get("GPU", 0)),
         nodes=sum(node["Alive"] for node in ray.nodes()),
         gpus_per_node=_gpus_per_node(),
+        started=is_new and address is None,
     )
 
 

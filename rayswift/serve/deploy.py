@@ -65,8 +65,8 @@ def deployment(args: DeployArguments, plans: list[ModelPlan]) -> Iterator[None]:
     from ray import serve
 
     logging.getLogger("ray.serve").setLevel(logging.WARNING)  # this command says what happens itself
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, _interrupt)
+    is_main = threading.current_thread() is threading.main_thread()
+    sigterm = signal.signal(signal.SIGTERM, _interrupt) if is_main else None
     names = [args.app_name, *(app_name(args.app_name, plan) for plan in plans)]
     apply(serve_config(plans, args, listen=True))
     deployed = _deploy_times(names)
@@ -83,8 +83,10 @@ def deployment(args: DeployArguments, plans: list[ModelPlan]) -> Iterator[None]:
                 serve.delete(name, _blocking=True)
             except TimeoutError:
                 logger.warning("%s: its requests did not end in time and are cut off", name)
-        if connected.embedded:
+        if connected.started:
             ray.shutdown()
+        if is_main:
+            signal.signal(signal.SIGTERM, sigterm)
 
 
 def _interrupt(*_: Any) -> None:

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import json
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
 import openai
 import pytest
+import ray
 from serving import Deployment, beyond_this_machine, deployed, listening
 
+from rayswift.arguments import make_arguments
+from rayswift.generate.model_spec import plan_models as model_plans
 from rayswift.generate.transformers import TransformersEngine
 from rayswift.generate.types import GenerationSettings
+from rayswift.serve import deploy
+from rayswift.serve.ports import free_port
 
 MODEL, KEY = "SmolLM2-135M-Instruct", "sk-of-this-test"
 QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
@@ -68,3 +74,19 @@ def test_its_ports_are_this_machines_own(server: Deployment) -> None:
     assert ("127.0.0.1", server.port) in found
     assert not beyond_this_machine(found)
     assert Path(server.log).read_text().count("ready:") == 1
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_ray_that_the_caller_had_started_runs_on(smollm2_dir: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a deployment: what is looked at is whose Ray it is."""
+    for name in ("apply", "wait_until_ready"):
+        monkeypatch.setattr(deploy, name, lambda *_: None)
+    monkeypatch.setattr(deploy, "_deploy_times", lambda _: {})
+    args = make_arguments(
+        "deploy", model=smollm2_dir, infer_backend="transformers", use_gpu=False, port=free_port("127.0.0.1", 20000)
+    )
+    before = signal.getsignal(signal.SIGTERM)
+    with deploy.deployment(args, model_plans(args)):
+        pass
+    assert ray.is_initialized()
+    assert signal.getsignal(signal.SIGTERM) is before
