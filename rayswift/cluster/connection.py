@@ -26,7 +26,7 @@ _CLUSTER_VARIABLE = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
 class Cluster:
     """What the connected cluster has, counting the nodes its autoscaler may still start.
 
-    ``embedded``: no address was given. ``started``: this connection started the Ray, so whoever asked for it may end it.
+    ``embedded``: no address was given. ``started``: this connection started the Ray, so its caller may end it.
     """
 
     embedded: bool
