@@ -54,22 +54,20 @@ def deploy(args: DeployArguments) -> None:
 @contextmanager
 def deployment(args: DeployArguments, plans: list[ModelPlan]) -> Iterator[None]:
     """A running deployment; left, it lets its requests finish and stops."""
-    import ray
-
     from rayswift import cluster
 
-    own_ray = not ray.is_initialized()
     if plans[0].local:
         require_free_port(args.host, args.port, "--port")
         for name, value in _QUIET_RAY.items():
             os.environ.setdefault(name, value)
     connected = cluster.connect(args)
     check_room(plans, connected)
+    import ray
     from ray import serve
 
     logging.getLogger("ray.serve").setLevel(logging.WARNING)  # this command says what happens itself
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, _interrupt)
+    is_main = threading.current_thread() is threading.main_thread()
+    sigterm = signal.signal(signal.SIGTERM, _interrupt) if is_main else None
     names = [args.app_name, *(app_name(args.app_name, plan) for plan in plans)]
     apply(serve_config(plans, args, listen=True))
     deployed = _deploy_times(names)
@@ -86,8 +84,10 @@ def deployment(args: DeployArguments, plans: list[ModelPlan]) -> Iterator[None]:
                 serve.delete(name, _blocking=True)
             except TimeoutError:
                 logger.warning("%s: its requests did not end in time and are cut off", name)
-        if connected.embedded and own_ray:
+        if connected.started:
             ray.shutdown()
+        if is_main:
+            signal.signal(signal.SIGTERM, sigterm)
 
 
 def _interrupt(*_: Any) -> None:

@@ -59,9 +59,9 @@ def server(ray_cluster: None, tiny_dir: str) -> Iterator[httpx.Client]:
                 yield client
         assert "stopping: running requests finish first" in lines[-1]
     assert ray.is_initialized()
+    assert signal.getsignal(signal.SIGTERM) is on_sigterm
     assert not serve.status().applications
     serve.shutdown()
-    signal.signal(signal.SIGTERM, on_sigterm)
 
 
 @pytest.fixture(scope="module")
