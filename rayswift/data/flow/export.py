@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from rayswift.data.flow.cache import encoder_hash
 from rayswift.data.flow.stage import token_schema
 from rayswift.data.tokens.arrow_files import read_columns
-from rayswift.data.tokens.row_index import BlockRows, all_rows, concat
+from rayswift.data.tokens.row_index import BlockRows, TrainData, all_rows, concat
 from rayswift.data.tokens.table import TokenRows
 from rayswift.errors import UserError
 from rayswift.files import atomic_folder
@@ -24,7 +24,6 @@ from rayswift.files import atomic_folder
 if TYPE_CHECKING:
     import pyarrow as pa
 
-    from rayswift.data.flow.prepare import TrainData
     from rayswift.data.tokens.encoder import Encoder
 
 _SETTINGS = "cached_dataset.json"
