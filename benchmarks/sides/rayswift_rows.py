@@ -51,8 +51,8 @@ def main() -> None:
     )
     datasets = resolve_datasets(args)
     if options.where:
-        encode_tasks.RAY_DATA_BYTES = 0 if options.where == "ray_data" else 2**63
-        encode_tasks.FEW_CPUS = 0
+        encode_tasks.RAY_DATA_START_BYTES = -1 if options.where == "ray_data" else 2**63
+        encode_tasks.CPUS_HERE = 0
     if options.nodes > 1:
         from ray.cluster_utils import Cluster
 

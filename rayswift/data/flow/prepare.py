@@ -166,9 +166,10 @@ class _Load:
                 chosen[file].append(rows)
         for file, found in chosen.items():
             task, numbers = self.tasks[file], np.unique(np.concatenate(found))
-            subset = None if len(numbers) == self._summary(task.rows_key)["rows"] else numbers
-            key = tokens_key(task.rows_key, self.encoder, subset)
-            self.tasks[file] = replace(task, tokens_key=key, row_subset=subset)
+            every = self._summary(task.rows_key)["rows"]
+            subset = None if len(numbers) == every else numbers
+            key, size = tokens_key(task.rows_key, self.encoder, subset), task.size * len(numbers) // every
+            self.tasks[file] = replace(task, tokens_key=key, row_subset=subset, size=size)
         self._build([self.tasks[file] for file in chosen], "encode")
         tasks = [self.tasks[file] for file in wanted]
         self.drops.merge(report_of(tasks, [self._summary(task.key) for task in tasks]))
