@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from rayswift.data.files import COMPRESSIONS, FORMATS, iter_raw_rows, locate
-from rayswift.data.flow.cache import default_root
 from rayswift.data.rows.standard import Drop
+from rayswift.data.tokens.arrow_files import default_root
 from rayswift.errors import UserError
 from rayswift.eval.benchmarks import Benchmark
 

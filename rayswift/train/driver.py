@@ -28,8 +28,8 @@ from rayswift.train.start.warm_workers import start_warm_workers
 if TYPE_CHECKING:
     from rayswift.cluster import Cluster, Workers
     from rayswift.data.flow.cache import TokenCache
+    from rayswift.data.flow.plan import StreamMix
     from rayswift.data.flow.prepare import TrainData
-    from rayswift.data.flow.stream import StreamMix
     from rayswift.data.tokens.packing import Packs
     from rayswift.data.tokens.row_index import BlockRows
 
@@ -221,7 +221,8 @@ class _RunData:
 
 def _token_cache(args: Any, base: str, cluster: Cluster) -> TokenCache:
     """This machine's token cache; on a cluster one beside the runs, which every node reaches."""
-    from rayswift.data.flow.cache import TokenCache, default_root
+    from rayswift.data.flow.cache import TokenCache
+    from rayswift.data.tokens.arrow_files import default_root
 
     return TokenCache(default_root() if cluster.embedded else f"{base}/.token_cache", args.load_from_cache_file)
 
@@ -229,8 +230,8 @@ def _token_cache(args: Any, base: str, cluster: Cluster) -> TokenCache:
 def _load_data(args: Any, datasets: ResolvedDatasets, encoder: Encoder, cache: TokenCache) -> _RunData:
     """Token rows, or for ``--streaming true`` the plan of a stream; and the validation rows."""
     from rayswift.data.flow.cache import encoder_hash
+    from rayswift.data.flow.plan import plan_streams
     from rayswift.data.flow.prepare import load_train_data
-    from rayswift.data.flow.stream import plan_streams
     from rayswift.data.tokens.packing import pack
 
     _say(f"template: {encoder.template_name}")

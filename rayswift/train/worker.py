@@ -19,7 +19,7 @@ from rayswift.train.schedule import StepPlan
 if TYPE_CHECKING:
     import pyarrow as pa
 
-    from rayswift.data.flow.stream import StreamMix
+    from rayswift.data.flow.plan import StreamMix
     from rayswift.data.tokens.encoder import Encoder
     from rayswift.train.checkpoints.manifest import Position
     from rayswift.train.trainers.sft import StepTraining

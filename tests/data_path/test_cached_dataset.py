@@ -91,3 +91,22 @@ def test_an_existing_folder_is_not_overwritten(
     words = ["--dataset", str(GSM8K), "--model", smollm2_dir, "--output_dir", str(cached)]
     assert main(["export", "--to_cached_dataset", "true", *words]) == 2
     assert "exists already" in capsys.readouterr().err
+
+
+def test_an_export_that_fails_leaves_the_folder_that_was_there(
+    cached: Path, smollm2_dir: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = {file.name: file.read_bytes() for file in cached.iterdir()}
+
+    def full_disk(*_: Any) -> Any:
+        raise OSError("No space left on device")
+
+    words = ["--dataset", str(GSM8K), "--model", smollm2_dir, "--output_dir", str(cached), "--exist_ok", "true"]
+    with monkeypatch.context() as patched:
+        patched.setattr("rayswift.data.flow.export._batch", full_disk)
+        with pytest.raises(OSError, match="No space left"):
+            main(["export", "--to_cached_dataset", "true", *words])
+    assert {file.name: file.read_bytes() for file in cached.iterdir()} == before
+    assert [path.name for path in tmp_path.iterdir()] == ["cached"]
+    assert main(["export", "--to_cached_dataset", "true", *words]) == 0
+    assert {file.name: file.read_bytes() for file in cached.iterdir()} != before

@@ -17,18 +17,10 @@ import pytest
 
 from rayswift.arguments import Arguments, make_arguments
 from rayswift.data import files as sources
-from rayswift.data.flow import stream as streaming
+from rayswift.data.flow import plan as planning
+from rayswift.data.flow.plan import StreamMix, StreamPlan, plan_stream, plan_streams
 from rayswift.data.flow.prepare import TrainData, first_usable_row, load_train_data
-from rayswift.data.flow.stream import (
-    StreamMix,
-    StreamPlan,
-    plan_stream,
-    plan_streams,
-    read_stream,
-    start_stream_readers,
-    stream_tokens,
-    task_tokens,
-)
+from rayswift.data.flow.stream import read_stream, start_stream_readers, stream_tokens, task_tokens
 from rayswift.data.names import resolve_datasets
 from rayswift.data.tokens.encoder import Encoder
 from rayswift.data.tokens.row_index import BlockRows, LazyRows, blend, interleave, sample_rows, split_rows
@@ -353,7 +345,7 @@ def test_the_first_usable_row(tmp_path: Path) -> None:
 @pytest.fixture(autouse=True)
 def few_epochs(monkeypatch: pytest.MonkeyPatch) -> None:
     """A plan of ten thousand epochs takes seconds."""
-    monkeypatch.setattr(streaming, "MAX_PLANNED_EPOCHS", 100)
+    monkeypatch.setattr(planning, "MAX_PLANNED_EPOCHS", 100)
 
 
 @pytest.fixture
@@ -406,11 +398,11 @@ def test_an_unshuffled_stream_is_in_file_order(plain: Encoder, stream_dir: Path)
 def test_the_shuffle_buffer_loses_no_row(
     plain: Encoder, stream_dir: Path, buffer: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # Small pieces too: a dataset of many pieces is shuffled piece by piece.
+    # Small shards too: a dataset of many shards is shuffled shard by shard.
     monkeypatch.setattr(sources, "CHUNK_BYTES", 100)
-    monkeypatch.setattr(streaming, "PIECE_BYTES", 150)
+    monkeypatch.setattr(planning, "SHARD_BYTES", 150)
     plan = stream_plan(stream_dir, shuffle_buffer_size=buffer)
-    assert len(plan.pieces) > 3
+    assert len(plan.shards) > 3
     assert sorted(epoch_texts(plan, plain, 0)) == EVERY_ROW
 
 
@@ -423,8 +415,8 @@ def test_number_of_samples_in_a_stream(plain: Encoder, stream_dir: Path) -> None
 def test_a_stream_through_ray_data_is_the_plan_exactly(
     ray_cluster: None, plain: Encoder, stream_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(streaming, "PIECE_BYTES", 300)
-    monkeypatch.setattr(streaming, "MAX_PLANNED_TASKS", 5)
+    monkeypatch.setattr(planning, "SHARD_BYTES", 300)
+    monkeypatch.setattr(planning, "MAX_PLANNED_TASKS", 5)
     plan = stream_plan(stream_dir)
     epochs = len({epoch for task in plan.tasks for epoch, _ in task})
     assert epochs >= 2
@@ -439,8 +431,8 @@ def test_streams_are_read_side_by_side_by_every_worker_at_its_own_pace(
 ) -> None:
     import ray
 
-    monkeypatch.setattr(streaming, "PIECE_BYTES", 300)
-    monkeypatch.setattr(streaming, "MAX_PLANNED_TASKS", 5)
+    monkeypatch.setattr(planning, "SHARD_BYTES", 300)
+    monkeypatch.setattr(planning, "MAX_PLANNED_TASKS", 5)
     names = [f"{stream_dir}/{name}.jsonl" for name in "ab"]
     args = arguments(names, streaming=True, max_steps=10, interleave_prob=[0.5, 0.5])
     mix = plan_streams(args, resolve_datasets(args).train, None)
@@ -462,7 +454,7 @@ def test_which_stream_gives_the_next_unit_is_a_function_of_its_number(tmp_path: 
     names = [write(tmp_path / f"{name}.jsonl", [{"text": name}]) for name in "abc"]
     args = arguments(names, streaming=True, max_steps=10, interleave_prob=[0.7, 0.0, 0.3])
     mix = plan_streams(args, resolve_datasets(args).train, None)
-    assert [plan.pieces[0].chunks[0].path for plan in mix.plans] == [names[0], names[2]]
+    assert [plan.shards[0].chunks[0].path for plan in mix.plans] == [names[0], names[2]]
     order = list(itertools.islice(mix.order(0), 5000))
     assert order.count(0) / 5000 == pytest.approx(0.7, abs=0.03)
     for first in (1, 1023, 1024, 3000):

@@ -20,10 +20,12 @@ from hypothesis import strategies as st
 
 from rayswift.arguments import make_arguments
 from rayswift.data import files as sources
+from rayswift.data.flow import plan as planning
 from rayswift.data.flow import stream as streaming
 from rayswift.data.flow.cache import TokenCache
+from rayswift.data.flow.plan import plan_streams
 from rayswift.data.flow.prepare import load_train_data
-from rayswift.data.flow.stream import plan_streams, task_tokens
+from rayswift.data.flow.stream import task_tokens
 from rayswift.data.names import resolve_datasets
 from rayswift.data.tokens.encoder import Encoder
 from rayswift.data.tokens.packing import pack
@@ -167,7 +169,7 @@ def test_any_kill_and_any_worker_count(
     tmp_path_factory: pytest.TempPathFactory,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    small_pieces(monkeypatch)
+    small_shards(monkeypatch)
     if streaming_:
         source = stream_source((dataset,), encoder, packing, seed, None)
         plan = StepPlan(BATCH, 1, 10**6, None)
@@ -185,13 +187,13 @@ def test_any_kill_and_any_worker_count(
     check_undisturbed(found, source, plan, attempts, encoder)
 
 
-def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A stream of several tasks of several pieces, over two epochs."""
+def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stream of several tasks of several shards, over two epochs."""
     monkeypatch.setattr(sources, "CHUNK_BYTES", 500)
-    monkeypatch.setattr(streaming, "PIECE_BYTES", 700)
+    monkeypatch.setattr(planning, "SHARD_BYTES", 700)
     monkeypatch.setattr(streaming, "STREAM_PACKING_WINDOW", 20)
-    monkeypatch.setattr(streaming, "MAX_PLANNED_TASKS", 10**6)
-    monkeypatch.setattr(streaming, "MAX_PLANNED_EPOCHS", 2)
+    monkeypatch.setattr(planning, "MAX_PLANNED_TASKS", 10**6)
+    monkeypatch.setattr(planning, "MAX_PLANNED_EPOCHS", 2)
 
 
 def check_undisturbed(
@@ -223,7 +225,7 @@ def test_mixed_streams_resume_each_at_its_place(
     encoder: Encoder,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    small_pieces(monkeypatch)
+    small_shards(monkeypatch)
     # Rows 0 to 14, 15 to 29 and 30 to 44, a file each.
     files = tuple(f"{dataset}/{file}.jsonl" for file in range(3))
     source = stream_source(files, encoder, packing, seed, (0.6, 0.3, 0.1))

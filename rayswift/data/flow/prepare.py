@@ -8,7 +8,7 @@ and the seed, never of timing. Rows that cannot be used are counted with reason 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from rayswift.data.files import chunk_bytes, plan_chunks
@@ -22,6 +22,7 @@ from rayswift.data.tokens.row_index import (
     BlockRows,
     DropReport,
     LazyRows,
+    TrainData,
     all_rows,
     blend,
     concat,
@@ -41,17 +42,6 @@ ORDER_PIECE = 2**16
 
 
 OnProgress = Callable[[str, int], None]
-
-
-@dataclass
-class TrainData:
-    """What the data path hands to training: token rows for training (None for a stream, standard rows under
-    ``--lazy_tokenize``) and validation, and what was dropped."""
-
-    train: BlockRows | None
-    val: BlockRows | None
-    drops: DropReport
-    val_rows: list[dict[str, Any]] = field(default_factory=list)
 
 
 def first_usable_row(datasets: list[ResolvedDataset], strict: bool) -> dict[str, Any] | None:
@@ -170,16 +160,17 @@ class _Load:
         import numpy as np
 
         wanted = dict.fromkeys(file for part in parts for file in _files_of(part))
-        unencoded = [file for file in wanted if self.tasks[file].tokens_key is None]
-        picks: dict[str, list[np.ndarray]] = {}
-        for file, rows in ((file, rows) for part in parts if unencoded for file, rows in _rows_by_file(part)):
-            picks.setdefault(file, []).append(rows)
-        for file in unencoded:
-            task, numbers = self.tasks[file], np.unique(np.concatenate(picks[file]))
-            subset = None if len(numbers) == self._summary(task.rows_key)["rows"] else numbers
-            key = tokens_key(task.rows_key, self.encoder, subset)
-            self.tasks[file] = replace(task, tokens_key=key, row_subset=subset)
-        self._build([self.tasks[file] for file in unencoded], "encode")
+        chosen: dict[str, list[np.ndarray]] = {file: [] for file in wanted if self.tasks[file].tokens_key is None}
+        for file, rows in ((file, rows) for part in parts if chosen for file, rows in _rows_by_file(part)):
+            if file in chosen:
+                chosen[file].append(rows)
+        for file, found in chosen.items():
+            task, numbers = self.tasks[file], np.unique(np.concatenate(found))
+            every = self._summary(task.rows_key)["rows"]
+            subset = None if len(numbers) == every else numbers
+            key, size = tokens_key(task.rows_key, self.encoder, subset), task.size * len(numbers) // every
+            self.tasks[file] = replace(task, tokens_key=key, row_subset=subset, size=size)
+        self._build([self.tasks[file] for file in chosen], "encode")
         tasks = [self.tasks[file] for file in wanted]
         self.drops.merge(report_of(tasks, [self._summary(task.key) for task in tasks]))
 

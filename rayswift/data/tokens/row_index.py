@@ -121,6 +121,17 @@ class LazyRows(BlockRows):
     origins: list[str]
 
 
+@dataclass
+class TrainData:
+    """What the data path hands to training: token rows for training (None for a stream, standard rows under
+    ``--lazy_tokenize``) and validation, and what was dropped."""
+
+    train: BlockRows | None
+    val: BlockRows | None
+    drops: DropReport
+    val_rows: list[dict[str, Any]] = field(default_factory=list)
+
+
 def all_rows(counts: list[int]) -> np.ndarray:
     """Every row of files with so many rows, one file after the other: ``BlockRows.index``."""
     import numpy as np

@@ -42,15 +42,11 @@ class TokenBatch:
     """A record batch of token rows as numpy views."""
 
     def __init__(self, batch: pa.RecordBatch) -> None:
-        self._columns = [self._views(batch.column(name)) for name in ("input_ids", "labels", "loss_scale")]
+        columns = [batch.column(name) for name in ("input_ids", "labels", "loss_scale")]
+        self._columns = [None if column.null_count == len(column) else
+                         (column.values.to_numpy(), column.offsets.to_numpy()) for column in columns]  # fmt: skip
         rejected = batch.column("rejected_start")
         self._rejected = None if rejected.null_count == len(rejected) else rejected.to_numpy()
-
-    @staticmethod
-    def _views(column: Any) -> tuple[np.ndarray, np.ndarray] | None:
-        if column.null_count == len(column):
-            return None
-        return column.values.to_numpy(), column.offsets.to_numpy()
 
     def __getitem__(self, number: int) -> Row:
         ids, labels, weights = (self._cut(column, number) for column in self._columns)
@@ -67,54 +63,44 @@ class TokenBatch:
 
 
 class ArrowRows:
-    """The rows of one cache entry by number."""
-
-    def __init__(self, path: str) -> None:
-        self._reader = open_arrow(path)
-        self._starts = [0]
-        for number in range(self._reader.num_record_batches):
-            self._starts.append(self._starts[-1] + len(self._reader.get_batch(number)))
-
-    def place(self, number: int) -> tuple[int, int]:
-        """The record batch of a row, and the row in it."""
-        batch = bisect.bisect_right(self._starts, number) - 1
-        return batch, number - self._starts[batch]
-
-    def batch(self, number: int) -> pa.RecordBatch:
-        """A record batch."""
-        return self._reader.get_batch(number)
-
-
-class TokenFile:
-    """The token rows of one cache entry by number."""
-
-    def __init__(self, path: str) -> None:
-        self._rows = ArrowRows(path)
-        self._batches: dict[int, TokenBatch] = {}
-
-    def __getitem__(self, number: int) -> Row:
-        place, row = self._rows.place(number)
-        batch = self._batches.get(place)
-        if batch is None:
-            batch = self._batches[place] = TokenBatch(self._rows.batch(place))
-        return batch[row]
-
-
-class TokenRows:
-    """The rows of a dataset by number, each out of its memory-mapped file."""
+    """The rows of an index by number, each in a record batch of its memory-mapped file."""
 
     def __init__(self, rows: BlockRows) -> None:
         self._rows = rows
-        self._files: dict[int, TokenFile] = {}
+        self._files: dict[int, tuple[Any, list[int]]] = {}  # by place in `rows.files`: reader, first row of each batch
 
     def __len__(self) -> int:
         return len(self._rows)
 
+    def find(self, number: int) -> tuple[int, int, int]:
+        """A row's file, the record batch there, and its row in that."""
+        file, row = self._rows.index[number].tolist()
+        if file not in self._files:
+            reader = open_arrow(self._rows.files[file])
+            sizes = (len(reader.get_batch(batch)) for batch in range(reader.num_record_batches))
+            self._files[file] = (reader, [0, *itertools.accumulate(sizes)])
+        starts = self._files[file][1]
+        batch = bisect.bisect_right(starts, row) - 1
+        return file, batch, row - starts[batch]
+
+    def batch(self, file: int, batch: int) -> pa.RecordBatch:
+        """A record batch of a file that a row was found in."""
+        return self._files[file][0].get_batch(batch)
+
+
+class TokenRows(ArrowRows):
+    """The token rows of a dataset by number."""
+
+    def __init__(self, rows: BlockRows) -> None:
+        super().__init__(rows)
+        self._batches: dict[tuple[int, int], TokenBatch] = {}
+
     def __getitem__(self, number: int) -> Row:
-        place, row = (int(value) for value in self._rows.index[number])
-        if place not in self._files:
-            self._files[place] = TokenFile(self._rows.files[place])
-        return self._files[place][row]
+        file, place, row = self.find(number)
+        batch = self._batches.get((file, place))
+        if batch is None:
+            batch = self._batches[file, place] = TokenBatch(self.batch(file, place))
+        return batch[row]
 
 
 class Units:
@@ -132,12 +118,8 @@ class Units:
     def __len__(self) -> int:
         return len(self.rows) if self.packs is None else len(self.packs)
 
-    def row_numbers(self, unit: int) -> list[int]:
-        """The rows of one unit."""
-        return [unit] if self.packs is None else self.packs[unit].tolist()
-
     def __getitem__(self, unit: int) -> list[Row]:
-        return [self.rows[number] for number in self.row_numbers(unit)]
+        return [self.rows[number] for number in ([unit] if self.packs is None else self.packs[unit].tolist())]
 
 
 class LazyUnits:
@@ -151,22 +133,19 @@ class LazyUnits:
 
     def __init__(self, rows: LazyRows, encoder: Encoder, report: Callable[[str], None]) -> None:
         self._rows, self._encoder, self._report = rows, encoder, report
-        self._files: dict[int, ArrowRows] = {}
+        self._stored = ArrowRows(rows)
         self.lengths = rows.lengths
 
     def __len__(self) -> int:
         return len(self._rows)
 
     def __getitem__(self, unit: int) -> list[Row]:
-        place, number = (int(value) for value in self._rows.index[unit])
-        if place not in self._files:
-            self._files[place] = ArrowRows(self._rows.files[place])
-        at, row = self._files[place].place(number)
-        batch = self._files[place].batch(at)
+        file, place, row = self._stored.find(unit)
+        batch = self._stored.batch(file, place)
         samples = self._encoder.encode_batch([json_text.loads(batch["row"][row].as_py())])
         for dropped in (sample for sample in samples if isinstance(sample, Dropped)):
             position = Position(batch["kind"][row].as_py(), batch["number"][row].as_py())
-            where = locate(self._rows.origins[place], position)
+            where = locate(self._rows.origins[file], position)
             self._report(f"{where}: {dropped.reason}: the row trains nothing")
         return [Row(one.input_ids, one.labels, one.loss_scale, one.rejected_start)
                 for one in samples if isinstance(one, Encoded)]  # fmt: skip
