@@ -7,7 +7,6 @@ apply.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from rayswift import hub, private
 from rayswift.errors import UserError
-from rayswift.modeling.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS, check_adapter
+from rayswift.modeling.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS, check_adapter, read_adapter_config
 from rayswift.modeling.loading import read_safetensors_header, weight_files
 from rayswift.serve.openai_errors import ApiError
 
@@ -85,7 +84,7 @@ class AdapterLoader:
             shapes = read_safetensors_header(Path(folder) / ADAPTER_WEIGHTS)
         except UserError as error:
             raise AdapterRefused(422, f"adapter {name}: {str(error).partition(': ')[2] or error}") from None
-        for problem in self._problems(json.loads((Path(folder) / ADAPTER_CONFIG).read_text(encoding="utf-8")), shapes):
+        for problem in self._problems(read_adapter_config(folder), shapes):
             raise AdapterRefused(422, f"adapter {name}: {problem}")
 
     def _problems(self, config: dict[str, Any], shapes: dict[str, dict[str, Any]]) -> Iterator[str]:

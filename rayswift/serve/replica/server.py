@@ -23,7 +23,7 @@ logger = logging.getLogger("rayswift.serve.replica.server")
 
 
 class LoadedAdapter:
-    """An adapter that Serve's multiplexing keeps; leaving the cache unloads it from the engine."""
+    """An adapter in the cache of Serve's multiplexing, which awaits ``__del__`` when it drops one."""
 
     def __init__(self, name: str, serving: Any) -> None:
         self.name, self._serving = name, serving

@@ -254,11 +254,10 @@ class TransformersServing:
         self.prompt_tokens += sum(len(prompt.ids) for prompt in prompts)
         texts = [prompt.text for prompt in prompts for _ in range(body.n or 1)] if echo else []
         shape = Shape(name, isinstance(body, ChatRequest), bool(body.return_token_ids), texts)
-        answers = pieces_of(rows, pieces)
+        answers, ids = pieces_of(rows, pieces), [prompt.ids for prompt in prompts]
         if body.stream:
-            events = self._events(body, shape, rows, [prompt.ids for prompt in prompts], answers)
-            return EventStream(events, rows)
-        return await self._whole(request, shape, rows, [prompt.ids for prompt in prompts], answers)
+            return EventStream(self._events(body, shape, rows, ids, answers), rows)
+        return await self._whole(request, shape, rows, ids, answers)
 
     async def _whole(
         self, request: Request, shape: Shape, rows: list[Row], prompts: list[list[int]],
