@@ -28,8 +28,9 @@ from rayswift.data.names import resolve_datasets
 from rayswift.data.tokens.encoder import Encoder
 from rayswift.data.tokens.packing import pack
 from rayswift.data.tokens.table import Row, StreamPlaces, StreamPosition, Units
-from rayswift.train.loader import Collator, EpochLoader, Rank, StreamLoader
-from rayswift.train.schedule import StepPlan
+from rayswift.train.collate import Collator
+from rayswift.train.loader import EpochLoader, Rank, StreamLoader
+from rayswift.train.schedule import StepSchedule
 
 ROWS = 60
 PACK = 24
@@ -42,7 +43,7 @@ CHECK = settings(
 class Source:
     """A dataset as loaders see it; ``loader(rank, plan, step, places)`` makes the loader of one worker."""
 
-    loader: Callable[[Rank, StepPlan, int, StreamPlaces], Any]
+    loader: Callable[[Rank, StepSchedule, int, StreamPlaces], Any]
     steps_per_epoch: int | None
     start: StreamPlaces = ()
 
@@ -77,7 +78,7 @@ def epoch_source(dataset: str, encoder: Encoder, cache: str, packing: bool, seed
     units = Units(data.train, pack(data.train.lengths, PACK) if packing else None)
     steps = -(-len(units) // BATCH) if packing else len(units) // BATCH
 
-    def loader(rank: Rank, plan: StepPlan, step: int, _: StreamPlaces) -> EpochLoader:
+    def loader(rank: Rank, plan: StepSchedule, step: int, _: StreamPlaces) -> EpochLoader:
         return EpochLoader(units, plan, rank, Collator(0, packing), step, seed, shuffle=True)
 
     return Source(loader, steps)
@@ -92,7 +93,7 @@ def stream_source(datasets: list[str], encoder: Encoder, packing: bool, seed: in
     for plan in streams.plans:
         assert len({epoch for task in plan.tasks for epoch, _ in task}) == 2
 
-    def loader(rank: Rank, steps: StepPlan, step: int, places: StreamPlaces) -> StreamLoader:
+    def loader(rank: Rank, steps: StepSchedule, step: int, places: StreamPlaces) -> StreamLoader:
         order = streams.order(step * steps.global_batch_size)
         opened = partial(tables, streams, encoder, places)
         return StreamLoader(opened, places, order, steps, rank, Collator(0, packing), step)
@@ -113,7 +114,7 @@ def _tables(plan: StreamPlan, encoder: Encoder, start: StreamPosition) -> Iterat
 Attempt = tuple[int, int]  # (workers, steps until they are killed)
 
 
-def run(source: Source, plan: StepPlan, attempts: list[Attempt], encoder: Encoder) -> list[list[list[int]]]:
+def run(source: Source, plan: StepSchedule, attempts: list[Attempt], encoder: Encoder) -> list[list[list[int]]]:
     """Row numbers as [step][micro-batch in the order of the world]; the last attempt goes on to the end."""
     trained: list[list[list[int]]] = []
     places = source.start
@@ -166,12 +167,12 @@ def test_any_kill_and_any_worker_count(
     small_pieces(monkeypatch)
     if streaming_:
         source = stream_source([dataset], encoder, packing, seed, None)
-        plan = StepPlan(BATCH, 1, 10**6, None)
+        plan = StepSchedule(BATCH, 1, 10**6, None)
     else:
         cache = str(tmp_path_factory.getbasetemp() / "cache")
         source = epoch_source(dataset, encoder, cache, packing, seed)
         assert source.steps_per_epoch is not None
-        plan = StepPlan(BATCH, 1, 2 * source.steps_per_epoch, source.steps_per_epoch)
+        plan = StepSchedule(BATCH, 1, 2 * source.steps_per_epoch, source.steps_per_epoch)
     found = run(source, plan, attempts, encoder)
     rows = [n for step in found for micro in step for n in micro]
     # Two epochs, each of them the whole dataset. A stream's step may hold the end of one and the start of the next.
@@ -191,7 +192,7 @@ def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def check_undisturbed(
-    found: list[list[list[int]]], source: Source, plan: StepPlan, attempts: list[Attempt], encoder: Encoder
+    found: list[list[list[int]]], source: Source, plan: StepSchedule, attempts: list[Attempt], encoder: Encoder
 ) -> None:
     """Each step's rows are those of a run that nothing disturbs, with the same number of workers in the same order."""
     undisturbed = run(source, plan, [attempts[-1]], encoder)
@@ -218,7 +219,7 @@ def test_mixed_streams_resume_each_at_its_place(
     # Rows 0 to 14, 15 to 29 and 30 to 44, a file each.
     files = [f"{dataset}/{file}.jsonl" for file in range(3)]
     source = stream_source(files, encoder, packing, seed, [0.6, 0.3, 0.1])
-    plan = StepPlan(BATCH, 1, 10**6, None)
+    plan = StepSchedule(BATCH, 1, 10**6, None)
     found = run(source, plan, attempts, encoder)
     trained = [[n for step in found for micro in step for n in micro if n // 15 == file] for file in range(3)]
     for file, rows in enumerate(trained):
