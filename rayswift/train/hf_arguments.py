@@ -19,11 +19,6 @@ _SAME = (
 )  # fmt: skip
 
 
-def default_learning_rate(args: Any) -> float:
-    """``--learning_rate``, else SWIFT's: 1e-4 for adapters, 1e-5 for full training."""
-    return args.learning_rate or (1e-5 if args.train_type == "full" else 1e-4)
-
-
 def hf_training_arguments(
     args: Any, schedule: StepSchedule, world_size: int, output_dir: str, dtype: str, use_gpu: bool, has_val: bool
 ) -> TrainingArguments:
@@ -39,14 +34,16 @@ def hf_training_arguments(
         has_val: whether there are validation rows.
     """
     save_strategy, save_steps = strategy_steps(args.save_strategy, args.save_steps, schedule)
-    wanted = args.eval_strategy or args.save_strategy
-    eval_strategy, eval_steps = strategy_steps(
-        wanted if has_val else "no", args.eval_steps or args.save_steps, schedule
-    )
+    wanted = (args.eval_strategy or args.save_strategy) if has_val else "no"
+    eval_strategy, eval_steps = strategy_steps(wanted, args.eval_steps or args.save_steps, schedule)
+    deepspeed = deepspeed_config(args.deepspeed)
+    if deepspeed and args.zero_hpz_partition_size:
+        deepspeed["zero_optimization"]["zero_hpz_partition_size"] = args.zero_hpz_partition_size
     values: dict[str, Any] = {name: getattr(args, name) for name in _SAME}
     values |= {
         "output_dir": output_dir,
-        "learning_rate": default_learning_rate(args),
+        # SWIFT's defaults.
+        "learning_rate": args.learning_rate or (1e-5 if args.train_type == "full" else 1e-4),
         "lr_scheduler_kwargs": args.lr_scheduler_kwargs or None,
         # Transformers 5 reads a fraction in warmup_steps as a ratio.
         "warmup_steps": args.warmup_steps or args.warmup_ratio,
@@ -62,7 +59,7 @@ def hf_training_arguments(
         "eval_strategy": eval_strategy,
         "eval_steps": eval_steps,
         "logging_steps": args.logging_steps,
-        "deepspeed": _deepspeed(args),
+        "deepspeed": deepspeed,
         "ddp_find_unused_parameters": False,
         # The loader starts at the step to resume at: there is nothing to skip.
         "ignore_data_skip": True,
@@ -95,13 +92,6 @@ def _preference_values(args: Any) -> dict[str, Any]:
         # Rows come encoded and within --max_length.
         "max_length": None,
     }
-
-
-def _deepspeed(args: Any) -> dict[str, Any] | None:
-    config = deepspeed_config(args.deepspeed)
-    if config and args.zero_hpz_partition_size:
-        config["zero_optimization"]["zero_hpz_partition_size"] = args.zero_hpz_partition_size
-    return config
 
 
 def strategy_steps(strategy: str, steps: float, schedule: StepSchedule) -> tuple[str, float]:

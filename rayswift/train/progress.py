@@ -161,7 +161,11 @@ class Progress:
         skipped = {"global_step", "epoch", "tokens/s"}
         names = [name for name in _ROW_ORDER if name in values] if "loss" in row else []
         names += [name for name in row if name not in names and name not in skipped]
-        formatted: dict[str, Any] = {name: _rounded(name, values[name]) for name in names}
+        digits = {"memory(GiB)": 2, "train_speed(iter/s)": 6}
+        formatted: dict[str, Any] = {name: values[name] for name in names}
+        formatted |= {
+            name: round(value, digits.get(name, 8)) for name, value in formatted.items() if isinstance(value, float)
+        }
         if "tokens/s" in row:
             formatted["tokens/s"] = round(row["tokens/s"], 2)
         formatted["epoch"] = round(row["epoch"], 8)
@@ -190,12 +194,6 @@ def read_log(run: RunDirectory) -> list[dict[str, Any]]:
 
 def _step_of(row: dict[str, Any]) -> int:
     return int(row["global_step/max_steps"].split("/")[0])
-
-
-def _rounded(name: str, value: Any) -> Any:
-    if not isinstance(value, float):
-        return value
-    return round(value, {"memory(GiB)": 2, "train_speed(iter/s)": 6}.get(name, 8))
 
 
 def _postfix(row: dict[str, Any]) -> str:
