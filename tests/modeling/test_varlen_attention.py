@@ -11,7 +11,7 @@ import torch
 from rayswift.data.tokens.table import Row
 from rayswift.modeling.loading import load_model, load_tokenizer
 from rayswift.modeling.varlen_attention import NAME
-from rayswift.train.loader import flatten, pad
+from rayswift.train.collate import flatten, pad
 
 TEXTS = [
     "The capital of France is Paris, and the capital of Italy is Rome.",

@@ -30,8 +30,9 @@ from rayswift.data.names import resolve_datasets
 from rayswift.data.tokens.encoder import Encoder
 from rayswift.data.tokens.packing import pack
 from rayswift.data.tokens.table import Row, StreamPlaces, StreamPosition, Units
-from rayswift.train.loader import Collator, EpochLoader, Rank, StreamLoader
-from rayswift.train.schedule import StepPlan
+from rayswift.train.collate import Collator
+from rayswift.train.loader import EpochLoader, Rank, StreamLoader
+from rayswift.train.schedule import StepSchedule
 
 ROWS = 60
 PACK = 24
@@ -44,7 +45,7 @@ CHECK = settings(
 class Source:
     """A dataset as loaders see it; ``loader(rank, plan, step, places)`` makes the loader of one worker."""
 
-    loader: Callable[[Rank, StepPlan, int, StreamPlaces], Any]
+    loader: Callable[[Rank, StepSchedule, int, StreamPlaces], Any]
     steps_per_epoch: int | None
     start: StreamPlaces = ()
 
@@ -80,7 +81,7 @@ def epoch_source(dataset: str, encoder: Encoder, cache_dir: str, packing: bool, 
     units = Units(data.train, pack(data.train.lengths, PACK) if packing else None)
     steps = -(-len(units) // BATCH) if packing else len(units) // BATCH
 
-    def loader(rank: Rank, plan: StepPlan, step: int, _: StreamPlaces) -> EpochLoader:
+    def loader(rank: Rank, plan: StepSchedule, step: int, _: StreamPlaces) -> EpochLoader:
         return EpochLoader(units, plan, rank, Collator(0, packing), step, seed, shuffle=True)
 
     return Source(loader, steps)
@@ -108,7 +109,7 @@ def stream_source(
         for task in range(start.task, len(streams.plans[stream].tasks)):
             yield from task_tables(stream, task, start.unit if task == start.task else 0)
 
-    def loader(rank: Rank, steps: StepPlan, step: int, places: StreamPlaces) -> StreamLoader:
+    def loader(rank: Rank, steps: StepSchedule, step: int, places: StreamPlaces) -> StreamLoader:
         order = streams.order(step * steps.global_batch_size)
         return StreamLoader(lambda: list(map(tables, range(len(places)), places)), places, order, steps, rank,
                             Collator(0, packing), step)  # fmt: skip
@@ -119,7 +120,7 @@ def stream_source(
 Attempt = tuple[int, int]  # (workers, steps until they are killed)
 
 
-def run(source: Source, plan: StepPlan, attempts: list[Attempt], encoder: Encoder) -> list[list[list[int]]]:
+def run(source: Source, plan: StepSchedule, attempts: list[Attempt], encoder: Encoder) -> list[list[list[int]]]:
     """Row numbers as [step][micro-batch in the order of the world]; the last attempt goes on to the end."""
     trained: list[list[list[int]]] = []
     places = source.start
@@ -172,12 +173,12 @@ def test_any_kill_and_any_worker_count(
     small_shards(monkeypatch)
     if streaming_:
         source = stream_source((dataset,), encoder, packing, seed, None)
-        plan = StepPlan(BATCH, 1, 10**6, None)
+        plan = StepSchedule(BATCH, 1, 10**6, None)
     else:
         cache_dir = str(tmp_path_factory.getbasetemp() / "cache")
         source = epoch_source(dataset, encoder, cache_dir, packing, seed)
         assert source.steps_per_epoch is not None
-        plan = StepPlan(BATCH, 1, 2 * source.steps_per_epoch, source.steps_per_epoch)
+        plan = StepSchedule(BATCH, 1, 2 * source.steps_per_epoch, source.steps_per_epoch)
     found = run(source, plan, attempts, encoder)
     rows = [n for step in found for micro in step for n in micro]
     # Two epochs, each of them the whole dataset. A stream's step may hold the end of one and the start of the next.
@@ -197,7 +198,7 @@ def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def check_undisturbed(
-    found: list[list[list[int]]], source: Source, plan: StepPlan, attempts: list[Attempt], encoder: Encoder
+    found: list[list[list[int]]], source: Source, plan: StepSchedule, attempts: list[Attempt], encoder: Encoder
 ) -> None:
     """Each step's rows are those of a run that nothing disturbs, with the same number of workers in the same order."""
     expected = undisturbed(source, plan, attempts[-1][0], encoder)
@@ -209,7 +210,7 @@ def check_undisturbed(
 
 
 @cache
-def undisturbed(source: Source, plan: StepPlan, workers: int, encoder: Encoder) -> list[list[list[int]]]:
+def undisturbed(source: Source, plan: StepSchedule, workers: int, encoder: Encoder) -> list[list[list[int]]]:
     return run(source, plan, [(workers, 0)], encoder)
 
 
@@ -229,7 +230,7 @@ def test_mixed_streams_resume_each_at_its_place(
     # Rows 0 to 14, 15 to 29 and 30 to 44, a file each.
     files = tuple(f"{dataset}/{file}.jsonl" for file in range(3))
     source = stream_source(files, encoder, packing, seed, (0.6, 0.3, 0.1))
-    plan = StepPlan(BATCH, 1, 10**6, None)
+    plan = StepSchedule(BATCH, 1, 10**6, None)
     found = run(source, plan, attempts, encoder)
     trained = [[n for step in found for micro in step for n in micro if n // 15 == file] for file in range(3)]
     for file, rows in enumerate(trained):

@@ -16,9 +16,10 @@ from rayswift.arguments import make_arguments
 from rayswift.data.tokens.table import Row
 from rayswift.errors import UserError
 from rayswift.modeling.loading import load_tokenizer
+from rayswift.train.collate import PairCollator
 from rayswift.train.hf_arguments import hf_training_arguments
-from rayswift.train.loader import PairCollator, Rank
-from rayswift.train.schedule import StepPlan
+from rayswift.train.loader import Rank
+from rayswift.train.schedule import StepSchedule
 
 BETA = 0.3
 PAIR = PairCollator(0)
@@ -59,7 +60,7 @@ class Run:
         self,
         tokenizer: PreTrainedTokenizerBase,
         folder: Path,
-        cells: list[list[Row]],
+        micro_batches: list[list[Row]],
         accumulation: int = 1,
         val: list[Row] | None = None,
         **flags: Any,
@@ -71,8 +72,8 @@ class Run:
             lr_scheduler_type="constant", warmup_ratio=0, weight_decay=0, save_strategy="no", logging_steps=1,
             max_grad_norm=1e9, split_dataset_ratio=0, **flags,
         )  # fmt: skip
-        steps = len(cells) // accumulation
-        plan = StepPlan(accumulation, 1, steps, steps)
+        steps = len(micro_batches) // accumulation
+        plan = StepSchedule(accumulation, 1, steps, steps)
         events: list[dict[str, Any]] = []
         model = llama(vocab_size=49152)
         self.reference = copy.deepcopy(model)
@@ -81,8 +82,8 @@ class Run:
             ref_model=copy.deepcopy(model),
             args=hf_training_arguments(args, plan, 1, str(folder), "float32", False, False),
             processing_class=tokenizer,
-            loader=[PAIR(rows) for rows in cells],
-            step_plan=plan,
+            loader=[PAIR(rows) for rows in micro_batches],
+            schedule=plan,
             val_rows=val,
             rank=Rank(0, 1),
             push=events.append,
@@ -119,11 +120,11 @@ def dpo(model: Any, reference: Any, rows: list[Row]) -> dict[str, float]:
 
 
 def test_losses_and_rewards_are_those_of_the_paper(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
-    cells = [[pair(0), pair(1)], [pair(2), pair(3)]]
-    run = Run(tokenizer, tmp_path / "two", cells)
+    micro_batches = [[pair(0), pair(1)], [pair(2), pair(3)]]
+    run = Run(tokenizer, tmp_path / "two", micro_batches)
     assert run.rows[0]["loss"] == pytest.approx(np.log(2), abs=1e-6)
-    first = Run(tokenizer, tmp_path / "one", cells[:1])
-    expected = dpo(first.trainer.model, first.reference, cells[1])
+    first = Run(tokenizer, tmp_path / "one", micro_batches[:1])
+    expected = dpo(first.trainer.model, first.reference, micro_batches[1])
     assert abs(expected["rewards/margins"]) > 1e-2, "the first step changed nothing"
     assert {name: run.rows[1][name] for name in expected} == pytest.approx(expected, rel=1e-3, abs=1e-5)
 

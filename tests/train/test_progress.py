@@ -11,9 +11,9 @@ import pytest
 from rayswift.train.events import start_event_queue
 from rayswift.train.progress import Progress, format_seconds, plot_rows, read_log
 from rayswift.train.run_directory import RunDirectory
-from rayswift.train.schedule import StepPlan
+from rayswift.train.schedule import StepSchedule
 
-PLAN = StepPlan(global_batch_size=16, per_device_batch_size=1, max_steps=40, steps_per_epoch=20)
+PLAN = StepSchedule(global_batch_size=16, per_device_batch_size=1, max_steps=40, steps_per_epoch=20)
 
 
 @pytest.mark.parametrize(
