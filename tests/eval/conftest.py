@@ -6,6 +6,7 @@ import os
 import socket
 import threading
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -13,6 +14,24 @@ from rayswift.generate.transformers import TransformersEngine
 
 # No test reaches a hub: a benchmark without local data has to fail at once.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_index_of_tasks() -> None:
+    """lm-eval reads all its task files for each TaskManager, for seconds: once is enough here."""
+    try:
+        from lm_eval.tasks import TaskManager
+    except ImportError:
+        return
+    real, read = TaskManager.__init__, {}
+
+    def once(self: TaskManager, **settings: Any) -> None:
+        if not read:
+            real(self, **settings)
+            read.update(vars(self))
+        vars(self).update(read)
+
+    TaskManager.__init__ = once
 
 
 @pytest.fixture(scope="session")

@@ -17,8 +17,8 @@ def choose_backend(args: EvalArguments) -> Backend:
     kind = args.eval_backend
     library = {"Native": "evalscope", "lm-eval": "lm_eval"}.get(kind)
     if library and importlib.util.find_spec(library) is None:
-        raise UserError(f"--eval_backend {kind} needs the library {library.replace('_', '-')}: install the extra `eval` "
-                        "in an environment of its own: make install SET=eval VENV=.venv-eval")  # fmt: skip
+        raise UserError(f"--eval_backend {kind} needs the library {library.replace('_', '-')}: install the extra "
+                        "`eval` in an environment of its own: make install SET=eval VENV=.venv-eval")  # fmt: skip
     if kind == "lm-eval":
         from rayswift.eval.backends.lm_eval import Harness
 
