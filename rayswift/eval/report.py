@@ -22,13 +22,13 @@ def by_benchmark(results: Iterable[Result]) -> dict[str, list[Result]]:
 
 
 def table(results: Sequence[Result]) -> str:
-    """One line per benchmark, one column per contender; the difference to the first behind those after it."""
-    contenders = list(dict.fromkeys(result.contender for result in results))
-    rows = [["benchmark", "questions", "examples", "metric", *contenders]]
+    """One line per benchmark, one column per model; the difference to the first behind those after it."""
+    models = list(dict.fromkeys(result.model for result in results))
+    rows = [["benchmark", "questions", "examples", "metric", *models]]
     for benchmark, group in by_benchmark(results).items():
-        found = {result.contender: result for result in group}
+        found = {result.model: result for result in group}
         first = group[0]
-        cells = [_score(found.get(name), first) for name in contenders]
+        cells = [_score(found.get(name), first) for name in models]
         shots = "–" if first.shots is None else str(first.shots)
         rows.append([benchmark, str(len(first.questions) or "–"), shots, first.main, *cells])
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
@@ -37,7 +37,7 @@ def table(results: Sequence[Result]) -> str:
 
 
 def _score(result: Result | None, first: Result) -> str:
-    """``0.2534 ± 0.0127``, and against the first contender ``(+0.0120)``."""
+    """``0.2534 ± 0.0127``, and against the first model ``(+0.0120)``."""
     if result is None or math.isnan(result.score):
         return "–"
     text = f"{result.score:.4f}"
@@ -63,7 +63,7 @@ th,td{border-color:#30363d}.right{background:#12301a}.wrong{background:#3b1618}.
 
 def page(results: Sequence[Result], title: str) -> str:
     """The report as one HTML file without scripts."""
-    contenders = list(dict.fromkeys(result.contender for result in results))
+    models = list(dict.fromkeys(result.model for result in results))
     sections = "".join(
         _section(f"b{number}", name, group) for number, (name, group) in enumerate(by_benchmark(results).items())
     )
@@ -74,16 +74,16 @@ def page(results: Sequence[Result], title: str) -> str:
     return (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width='
         f'device-width"><title>{_e(title)}</title><style>{_STYLE}</style></head><body><h1>{_e(title)}</h1>'
-        f"{_summary(results, contenders)}{filters}{sections}</body></html>\n"
+        f"{_summary(results, models)}{filters}{sections}</body></html>\n"
     )
 
 
-def _summary(results: Sequence[Result], contenders: list[str]) -> str:
-    head = "".join(f"<th>{_e(name)}</th>" for name in ("benchmark", "questions", "examples", "metric", *contenders))
+def _summary(results: Sequence[Result], models: list[str]) -> str:
+    head = "".join(f"<th>{_e(name)}</th>" for name in ("benchmark", "questions", "examples", "metric", *models))
     body = ""
     for number, (benchmark, group) in enumerate(by_benchmark(results).items()):
-        found, first = {result.contender: result for result in group}, group[0]
-        cells = "".join(f'<td class="number">{_e(_score(found.get(name), first))}</td>' for name in contenders)
+        found, first = {result.model: result for result in group}, group[0]
+        cells = "".join(f'<td class="number">{_e(_score(found.get(name), first))}</td>' for name in models)
         shots = "–" if first.shots is None else first.shots
         body += (
             f'<tr><td><a href="#b{number}">{_e(benchmark)}</a></td><td class="number">{len(first.questions)}</td>'
@@ -93,18 +93,18 @@ def _summary(results: Sequence[Result], contenders: list[str]) -> str:
 
 
 def _section(anchor: str, benchmark: str, group: list[Result]) -> str:
-    """One benchmark: the other scores, then a row per question with each contender's answer."""
+    """One benchmark: the other scores, then a row per question with each model's answer."""
     answers = [{question.key: question for question in result.questions} for result in group]
     keys = list(dict.fromkeys(question.key for result in group for question in result.questions))
     others = "".join(
-        f"<li>{_e(result.contender)}: {_e(', '.join(f'{n} {v:.4f}' for n, v in result.scores.items()))}</li>"
+        f"<li>{_e(result.model)}: {_e(', '.join(f'{n} {v:.4f}' for n, v in result.scores.items()))}</li>"
         for result in group
     )
     rows = "".join(
         _row(number, [found.get(key) for found in answers], group) for number, key in enumerate(keys[:MAX_SHOWN], 1)
     )
     cut = f'<p class="note">The first {MAX_SHOWN} of {len(keys)} questions.</p>' if len(keys) > MAX_SHOWN else ""
-    head = "".join(f"<th>{_e(result.contender)}</th>" for result in group)
+    head = "".join(f"<th>{_e(result.model)}</th>" for result in group)
     return (
         f'<h2 id="{anchor}">{_e(benchmark)}</h2><ul>{others}</ul>{cut}<table><thead><tr><th>#</th>'
         f"<th>question</th><th>expected</th>{head}</tr></thead><tbody>{rows}</tbody></table>"

@@ -171,13 +171,13 @@ class OneQuestion:
 
     def prepare(self, benchmark: Any) -> None: ...
 
-    def check(self, benchmark: Any, serving: Any) -> None: ...
+    def check(self, benchmark: Any, endpoint: Any) -> None: ...
 
-    def run(self, benchmark: Any, contender: Any, endpoint: Any, folder: Path) -> Result:
+    def run(self, benchmark: Any, model: Any, endpoint: Any, folder: Path) -> Result:
         engine = EndpointEngine.connect(endpoint.base_url, model=endpoint.model)
         answer = engine.complete([{"role": "user", "content": "2+2?"}], GenerationSettings(max_new_tokens=4)).text
         question = Question("q/0", "2+2?", answer, answer, "4", {"accuracy": 0.25})
-        return Result(benchmark.asked, contender.label, "Native", "accuracy", {"accuracy": 0.25}, 0, [question])
+        return Result(benchmark.asked, model.label, "Native", "accuracy", {"accuracy": 0.25}, 0, [question])
 
 
 @pytest.mark.parametrize("backend", ["OneQuestion", "Native"])

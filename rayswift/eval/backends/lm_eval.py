@@ -17,7 +17,7 @@ from rayswift.errors import UserError, one_line
 from rayswift.eval.backends.base import generation_flags, is_debugging, own_logging, without_bars
 from rayswift.eval.benchmarks import QUESTION_SETS, Benchmark, require_known
 from rayswift.eval.local_data import LocalData, data_line, lay_out
-from rayswift.eval.models import Contender, Serving
+from rayswift.eval.models import EvalEndpoint, EvalModel
 from rayswift.eval.question_sets import SPLITS, lay_out_questions
 from rayswift.eval.results import Question, Result
 from rayswift.serve.running import Endpoint
@@ -134,9 +134,9 @@ class Harness:
             tasks[name] = ConfigurableTask(config=config)
         return {"tasks": tasks, "groups": {}, "group_map": {}}
 
-    def check(self, benchmark: Benchmark, serving: Serving) -> None:
-        args = serving.args
-        if not self._by_likelihood(benchmark) or not serving.is_own:
+    def check(self, benchmark: Benchmark, endpoint: EvalEndpoint) -> None:
+        args = endpoint.args
+        if not self._by_likelihood(benchmark) or not endpoint.is_own:
             return
         need = f"--eval_dataset {benchmark.asked}: lm-eval's {benchmark.name} needs log probabilities of the prompt"
         if args.infer_backend != "vllm":
@@ -149,7 +149,7 @@ class Harness:
     def _by_likelihood(self, benchmark: Benchmark) -> bool:
         return any(t.OUTPUT_TYPE in _ANSWERED_BY_LIKELIHOOD for t in self.tasks[benchmark.asked]["tasks"].values())
 
-    def run(self, benchmark: Benchmark, contender: Contender, endpoint: Endpoint, folder: Path) -> Result:
+    def run(self, benchmark: Benchmark, model: EvalModel, endpoint: Endpoint, folder: Path) -> Result:
         from lm_eval.evaluator import simple_evaluate
 
         args, loaded = self.args, self.tasks[benchmark.asked]
@@ -161,7 +161,7 @@ class Harness:
             extra.setdefault("system_instruction", args.system)
         try:
             found = simple_evaluate(
-                model=self._model(benchmark, contender, endpoint),
+                model=self._model(benchmark, model, endpoint),
                 tasks=_outermost(loaded),
                 task_manager=self.manager,
                 limit=args.eval_limit,
@@ -177,7 +177,7 @@ class Harness:
                 f"--eval_dataset {benchmark.asked}: lm-eval stopped ({one_line(error)}); the same command goes on with "
                 "the questions that are left"
             ) from None
-        return _result(benchmark, contender, found)
+        return _result(benchmark, model, found)
 
     def _generation(self) -> dict[str, Any]:
         """Settings of generation over the task's own, in the harness's words."""
@@ -188,12 +188,12 @@ class Harness:
             merged.setdefault("do_sample", True)
         return {names.get(key, key): value for key, value in merged.items()}
 
-    def _model(self, benchmark: Benchmark, contender: Contender, endpoint: Endpoint) -> Any:
+    def _model(self, benchmark: Benchmark, model: EvalModel, endpoint: Endpoint) -> Any:
         """The harness's client of the endpoint."""
         from lm_eval.models.openai_completions import LocalCompletionsAPI
 
         extra = self.args.extra_eval_args
-        tokenizer = extra.get("tokenizer") or contender.tokenizer
+        tokenizer = extra.get("tokenizer") or model.tokenizer
         if tokenizer is None and self._by_likelihood(benchmark):
             raise UserError(
                 f"--eval_dataset {benchmark.asked}: lm-eval's {benchmark.name} needs the model's tokenizer; name its "
@@ -279,7 +279,7 @@ def _outermost(loaded: Any) -> list[Any]:
     return [group for name, group in loaded["groups"].items() if name not in inner] or list(loaded["tasks"].values())
 
 
-def _result(benchmark: Benchmark, contender: Contender, found: Any) -> Result:
+def _result(benchmark: Benchmark, model: EvalModel, found: Any) -> Result:
     """The harness's results as ours. ``acc,none`` is written ``acc``; other filters keep their name.
 
     A benchmark of several tasks without a score of their own together gets the mean over their questions.
@@ -299,7 +299,7 @@ def _result(benchmark: Benchmark, contender: Contender, found: Any) -> Result:
     if len(per_task) > 1:
         scores |= {f"{task} {name}": value for task, own in per_task.items() for name, value in own.items()}
     shots = next(iter(found["n-shot"].values()), 0)
-    return Result(benchmark.asked, contender.label, "lm-eval", main, scores, int(shots or 0), questions)
+    return Result(benchmark.asked, model.label, "lm-eval", main, scores, int(shots or 0), questions)
 
 
 def _scores(values: Any) -> dict[str, float]:
