@@ -18,8 +18,9 @@ from rayswift.eval.backends import choose_backend
 from rayswift.eval.backends.base import Backend
 from rayswift.eval.benchmarks import Benchmark, read_benchmarks
 from rayswift.eval.models import EvalEndpoint, EvalModel, api_key, check_endpoints, plan_endpoints
-from rayswift.eval.report import table, write_page
+from rayswift.eval.report import page, table
 from rayswift.eval.results import Result, load_result, write_json
+from rayswift.files import write_whole
 from rayswift.journal import RunFolder, open_run, run_identity
 from rayswift.serve.running import Endpoint
 
@@ -99,8 +100,8 @@ def _running(endpoint: EvalEndpoint) -> Iterator[Endpoint]:
     if own.target_ongoing_requests is None and (own.max_replicas or 1) > 1:
         # Deploy's target is meant for many clients: these requests would never reach it, and no replica be added.
         own.target_ongoing_requests = max(1, own.eval_num_proc // (own.max_replicas or 1))
-    with running_deployment(own) as endpoint:
-        yield endpoint
+    with running_deployment(own) as running:
+        yield running
 
 
 def deciding_settings(args: EvalArguments, benchmarks: list[Benchmark]) -> dict[str, Any]:
@@ -129,7 +130,8 @@ def _report(
         "eval_generation_config": args.eval_generation_config,
     }  # fmt: skip
     write_json(folder / "results.json", content)
-    write_page(folder / "report.html", results, f"rayswift eval: {', '.join(dict.fromkeys(args.eval_dataset))}")
+    title = f"rayswift eval: {', '.join(dict.fromkeys(args.eval_dataset))}"
+    write_whole(folder / "report.html", page(results, title))
     print(table(results), flush=True)
     print(f"every answer: {folder / 'report.html'}   scores: {folder / 'results.json'}", flush=True)
     for model in models:
