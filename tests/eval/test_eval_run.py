@@ -1,4 +1,4 @@
-"""``rayswift eval`` over a real small model: answers, files, going on after a stop, and what is refused."""
+"""``rayswift eval`` over a small model: answers, files, going on after a stop, and what is refused."""
 
 from __future__ import annotations
 

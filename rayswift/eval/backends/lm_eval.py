@@ -54,7 +54,7 @@ class Harness:
     def prepare(self, benchmark: Benchmark) -> None:
         if benchmark.name not in QUESTION_SETS:
             require_known(benchmark, "lm-eval", self.manager.all_tasks)
-        settings = {**benchmark.settings}
+        settings = dict(benchmark.settings)
         if "few_shot_num" in settings:  # EvalScope's and SWIFT's word
             settings["num_fewshot"] = settings.pop("few_shot_num")
         try:
@@ -153,6 +153,7 @@ class Harness:
         from lm_eval.evaluator import simple_evaluate
 
         args, loaded = self.args, self.tasks[benchmark.asked]
+        inner = {child for children in loaded["group_map"].values() for child in children}
         for task in loaded["tasks"].values():  # a task keeps the requests and answers of its last run
             task._instances = None
         folder.mkdir(parents=True, exist_ok=True)
@@ -162,7 +163,8 @@ class Harness:
         try:
             found = simple_evaluate(
                 model=self._model(benchmark, model, endpoint),
-                tasks=_outermost(loaded),
+                tasks=[group for name, group in loaded["groups"].items() if name not in inner]  # the outermost
+                or list(loaded["tasks"].values()),
                 task_manager=self.manager,
                 limit=args.eval_limit,
                 use_cache=str(folder / "requests"),
@@ -273,12 +275,6 @@ def _context_length(endpoint: Endpoint, args: EvalArguments) -> int:
     return args.vllm_max_model_len or 2048
 
 
-def _outermost(loaded: Any) -> list[Any]:
-    """The groups that are in no other, else the tasks."""
-    inner = {child for children in loaded["group_map"].values() for child in children}
-    return [group for name, group in loaded["groups"].items() if name not in inner] or list(loaded["tasks"].values())
-
-
 def _result(benchmark: Benchmark, model: EvalModel, found: Any) -> Result:
     """The harness's results as ours. ``acc,none`` is written ``acc``; other filters keep their name.
 
@@ -295,7 +291,9 @@ def _result(benchmark: Benchmark, model: EvalModel, found: Any) -> Result:
         names = dict.fromkeys(name for question in questions for name in question.scores)
         each = {name: [q.scores[name] for q in questions if name in q.scores] for name in names}
         scores = {name: sum(values) / len(values) for name, values in each.items()}
-    main = _main(scores)
+    # What stands for the task: the first of the metrics that leaderboards show.
+    leading = ("acc", "exact_match-flexible-extract", "exact_match", *scores)
+    main = next((name for name in leading if name in scores), "score")
     if len(per_task) > 1:
         scores |= {f"{task} {name}": value for task, own in per_task.items() for name, value in own.items()}
     shots = next(iter(found["n-shot"].values()), 0)
@@ -316,14 +314,6 @@ def _named(metric: str, kind: str) -> str:
     return metric if kind in ("none", "") else f"{metric}-{kind}"
 
 
-def _main(scores: dict[str, float]) -> str:
-    """The metric that stands for a task: the first of those that leaderboards show."""
-    for wanted in ("acc", "exact_match-flexible-extract", "exact_match"):
-        if found := next((name for name in scores if name == wanted), None):
-            return found
-    return next(iter(scores), "score")
-
-
 def _questions(task: str, samples: list[dict[str, Any]]) -> list[Question]:
     """The harness's samples, one per question (it writes one per filter)."""
     merged: dict[int, Question] = {}
@@ -337,16 +327,11 @@ def _questions(task: str, samples: list[dict[str, Any]]) -> list[Question]:
         if known is None:
             answer, read, expected = _read(sample)
             prompt = sample["arguments"][0][0]
-            merged[sample["doc_id"]] = Question(
-                f"{task}/{sample['doc_id']}", _prompt(prompt), answer, read, expected, scores
-            )
+            shown = prompt if isinstance(prompt, str) else json.dumps(prompt, ensure_ascii=False)
+            merged[sample["doc_id"]] = Question(f"{task}/{sample['doc_id']}", shown, answer, read, expected, scores)
         else:
             known.scores.update(scores)
     return list(merged.values())
-
-
-def _prompt(prompt: Any) -> str:
-    return prompt if isinstance(prompt, str) else json.dumps(prompt, ensure_ascii=False)
 
 
 def _read(sample: dict[str, Any]) -> tuple[str, str, str]:
