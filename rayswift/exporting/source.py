@@ -15,7 +15,7 @@ SWIFT_ADAPTER = "default"
 
 
 @dataclass(frozen=True)
-class Source:
+class ExportSource:
     """One model or adapter to export.
 
     Args:
@@ -43,7 +43,7 @@ class Source:
         return lower if os.path.isfile(os.path.join(lower, ADAPTER_CONFIG)) else folder
 
 
-def find_source(args: Any) -> Source:
+def find_source(args: Any) -> ExportSource:
     """Resolve ``--adapters`` or ``--model`` and complete ``args`` from the ``args.json`` there.
 
     Raises:
@@ -61,7 +61,7 @@ def find_source(args: Any) -> Source:
         args = args.with_saved({name: value for name, value in saved.items() if not name.startswith("quant_")})
     local = os.path.exists(os.path.expanduser(given))
     name = os.path.abspath(os.path.expanduser(given)) if local else os.path.abspath(os.path.basename(given.rstrip("/")))
-    return Source(args, adapter, where, name)
+    return ExportSource(args, adapter, where, name)
 
 
 def _adapter_folder(args: Any) -> str:

@@ -27,6 +27,7 @@ CONNECT_SECONDS = 10.0
 # An answer may take long to start, behind others in the queue.
 READ_SECONDS = 600.0
 RETRIES = 2  # of a request that somebody waits for: about 2 s
+MOST_CHOICES = 128  # OpenAI's limit
 BATCH_RETRIES = 8  # of one among many: about 40 s, which spans a server's restart
 
 
@@ -37,7 +38,8 @@ class EndpointEngine:
     ``seed``: sent with each request, so that a sampled answer can be repeated; None leaves it to the server.
     ``system``: system prompt of conversations that have none; None leaves it to the server.
     ``parallel``: conversations under way at a time. ``with_thoughts``: what the server sends as the model's reasoning
-    becomes part of the answer, as ``<think>…</think><answer>…</answer>``.
+    becomes part of the answer, as ``<think>…</think><answer>…</answer>``. ``turn``: returns when the next request of
+    :meth:`several` may go. ``most_choices``: answers that one request asks for.
     """
 
     client: openai.OpenAI
@@ -46,6 +48,8 @@ class EndpointEngine:
     system: str | None = None
     parallel: int = 32
     with_thoughts: bool = False
+    turn: Callable[[], None] = lambda: None
+    most_choices: int = MOST_CHOICES
     last_stream: Answer = field(default_factory=Answer)
 
     @classmethod
@@ -157,6 +161,32 @@ class EndpointEngine:
         if reply.usage:
             answers[0].num_prompt_tokens = reply.usage.prompt_tokens
             answers[0].num_generated_tokens = reply.usage.completion_tokens
+        return answers
+
+    def several(
+        self, messages: Messages, settings: GenerationSettings, tools: Any, seeds: Sequence[int], **fields: Any
+    ) -> list[Answer]:
+        """One answer for each seed, with one request where the server gives several; ``error`` says what failed.
+
+        A server that gives fewer is asked again, one that does not know ``n`` for each answer alone.
+        """
+        answers: list[Answer] = []
+        most = self.most_choices
+        while left := len(seeds) - len(answers):
+            count = min(left, most)
+            body = {**fields, "seed": seeds[len(answers)], **({"n": count} if count > 1 else {})}
+            self.turn()
+            try:
+                answers += self.choices(messages, settings, tools, **body)[:count]
+            except EngineUnusable:
+                raise
+            except UserError as error:
+                if count == 1:
+                    answers += [Answer(error=str(error))] * left
+                most = 1  # perhaps it is n that the server does not like
+                continue
+            if most == 1:
+                self.most_choices = 1
         return answers
 
     def _answer_of(self, choice: Any) -> Answer:

@@ -14,7 +14,7 @@ from rayswift.generate.types import Answer
 from rayswift.inference.command import deciding_settings, with_checkpoint
 from rayswift.inference.run import Tally, progress_bar
 from rayswift.journal import Journal, open_journal, run_identity
-from rayswift.sampling.choice import Counts, Rules, chosen_rows
+from rayswift.sampling.choice import SampleStats, SelectionRules, chosen_rows
 from rayswift.sampling.engines import Answers, open_answers
 from rayswift.sampling.output import Files, write_rows
 from rayswift.sampling.prompts import Prompt, read_prompts
@@ -51,10 +51,10 @@ def sample(args: SampleArguments) -> Row:
     check_references(scorers, prompts)
     identity = run_identity(answer_settings(args), [{"id": prompt.id, **prompt.row} for prompt in prompts])
     files = Files.of(args, identity)
-    if files.is_done(override=args.override_exist_file):
+    if files.result.exists() and not args.override_exist_file:
         logger.info("%s is there already: nothing to do; --override_exist_file true writes it anew", files.result)
         return {"output_file": str(files.result)}
-    counts = Counts(prompts=len(prompts))
+    counts = SampleStats(prompts=len(prompts))
     with (
         told_how_to_resume(files),
         open_journal(files.answers, identity, override=args.override_exist_file) as journal,
@@ -63,8 +63,9 @@ def sample(args: SampleArguments) -> Row:
         tally = answer_prompts(args, prompts, journal)
         candidates = Candidates(prompts, journal, args.num_return_sequences)
         score_prompts(scorers, prompts, candidates, scores)
-        write_rows(files.result, chosen_rows(Rules.of(args), prompts, candidates, scores, counts))
-    files.remove_journals()
+        write_rows(files.result, chosen_rows(SelectionRules.of(args), prompts, candidates, scores, counts))
+    for journal_file in (files.answers, files.scores):  # the result is whole
+        journal_file.unlink(missing_ok=True)
     return report(args, files, counts, tally)
 
 
@@ -159,7 +160,7 @@ def record_of(answer: Answer) -> Row:
     return {"text": answer.text, "tokens": answer.num_generated_tokens, "error": answer.error}
 
 
-def report(args: SampleArguments, files: Files, counts: Counts, tally: Tally) -> Row:
+def report(args: SampleArguments, files: Files, counts: SampleStats, tally: Tally) -> Row:
     """Print what was done and what can be done next.
 
     The ``tokens/s`` that is returned leaves out the start of the engines; in the printed statistics, which are infer's,
