@@ -112,10 +112,10 @@ def test_what_cannot_work_is_one_line(smollm2_dir: str, settings: dict, says: st
     ],
 )
 def test_packed_weights_are_refused_where_vllm_cannot_multiply_them(
-    smollm2_dir: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capability: str, found: dict, says: str | None
+    tiny_dir: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capability: str, found: dict, says: str | None
 ) -> None:
     model = tmp_path / "model"
-    shutil.copytree(smollm2_dir, model)
+    shutil.copytree(tiny_dir, model)
     config = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps({**config, "quantization_config": found}))
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)

@@ -44,11 +44,11 @@ def dataset(tmp_path: Path) -> str:
 
 
 @pytest.mark.usefixtures("ray_cluster")
-def test_a_pool_answers_as_one_engine_does(smollm2_dir: str, dataset: str, tmp_path: Path) -> None:
+def test_a_pool_answers_as_one_engine_does(tiny_dir: str, dataset: str, tmp_path: Path) -> None:
     def run(name: str, **settings: Any) -> list[dict[str, Any]] | None:
         return infer(
             make_arguments(
-                "infer", model=smollm2_dir, val_dataset=[dataset], max_new_tokens=8, temperature=0, use_gpu=False,
+                "infer", model=tiny_dir, val_dataset=[dataset], max_new_tokens=8, temperature=0, use_gpu=False,
                 logprobs=True, result_path=str(tmp_path / name), **settings,
             )
         )  # fmt: skip
