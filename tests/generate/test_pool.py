@@ -56,6 +56,7 @@ def test_a_pool_answers_as_one_engine_does(tiny_dir: str, dataset: str, tmp_path
     alone, pooled = run("alone.jsonl"), run("pool.jsonl", num_workers=1, max_batch_size=1)
     assert pooled is not None
     assert pooled == alone
+    assert len({row["response"] for row in pooled}) == 5
     assert [bool(row["response"]) for row in pooled] == [True, True, True, False, True, False]
     assert "tokens, the context holds" in pooled[5]["error"]
     assert (tmp_path / "pool.jsonl").read_text() == (tmp_path / "alone.jsonl").read_text()
