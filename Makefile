@@ -33,7 +33,7 @@ $(STAMP): pyproject.toml constraints/$(SET).txt
 	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed: make PYTHON=python3.11 ...") if sys.version_info < (3, 11) else None'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip uv
-	$(BIN)/uv pip install --quiet --python $(BIN)/python $(TORCH_BACKEND) -c constraints/$(SET).txt -e '.[$(EXTRAS_$(SET)),dev]'
+	$(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python $(TORCH_BACKEND) -c constraints/$(SET).txt -e '.[$(EXTRAS_$(SET)),dev]'
 	touch $@
 
 $(MODEL)/config.json: $(STAMP) tools/smollm2.py
@@ -42,6 +42,8 @@ $(MODEL)/config.json: $(STAMP) tools/smollm2.py
 quickstart: $(STAMP) $(MODEL)/config.json ## fine-tune SmolLM2-135M to a new name with 2 workers and ZeRO-2, then ask it
 	$(BIN)/python jobs/quickstart.py --model $(MODEL)
 
+# No test is long (tests/time_limit.py), but a slow machine is no fault of the installation.
+test: export RAYSWIFT_TEST_SECONDS ?= 30
 test: $(STAMP) $(MODEL)/config.json ## the default test suite
 	$(BIN)/python -m pytest -q --durations=10
 

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+from in_process import rayswift
 
 from rayswift.arguments import make_arguments
 from rayswift.errors import UserError
@@ -124,17 +122,12 @@ def test_a_dataset_is_answered_in_its_order(served: Any, tmp_path: Path) -> None
     assert [bool(row["response"]) for row in results] == [True, True, False, True, True]
 
 
-def test_the_command_answers_a_pipe_through_an_endpoint(served: Any) -> None:
-    command = [sys.executable, "-m", "rayswift", "infer", "--base_url", served.base_url, "--model", "small"]
-    done = subprocess.run(
-        [*command, "--temperature", "0", "--max_new_tokens", "10"],
-        check=False, input="What is the capital of France?\n", capture_output=True, text=True, timeout=120,
-        env={**os.environ, "OPENAI_API_KEY": served.api_key},
-    )  # fmt: skip
+def test_the_command_answers_a_pipe_through_an_endpoint(served: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", served.api_key)
+    command = ["infer", "--base_url", served.base_url, "--model", "small"]
+    done = rayswift(*command, "--temperature", "0", "--max_new_tokens", "10", stdin="What is the capital of France?\n")
     assert (done.returncode, done.stdout) == (0, "The capital of France is Paris.\n"), done.stderr
-    wrong = subprocess.run(
-        [*command, "--api_key", "sk-wrong"], check=False, input="hi\n", capture_output=True, text=True, timeout=120
-    )
+    wrong = rayswift(*command, "--api_key", "sk-wrong", stdin="hi\n")
     assert (wrong.returncode, wrong.stderr.count("\n"), "sk-wrong" in wrong.stderr) == (2, 1, False), wrong.stderr
 
 

@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 import shutil
 import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from in_process import rayswift
 
 from rayswift.arguments import make_arguments
 from rayswift.errors import UserError
@@ -113,10 +112,10 @@ def test_what_cannot_work_is_one_line(smollm2_dir: str, settings: dict, says: st
     ],
 )
 def test_packed_weights_are_refused_where_vllm_cannot_multiply_them(
-    smollm2_dir: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capability: str, found: dict, says: str | None
+    tiny_dir: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capability: str, found: dict, says: str | None
 ) -> None:
     model = tmp_path / "model"
-    shutil.copytree(smollm2_dir, model)
+    shutil.copytree(tiny_dir, model)
     config = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps({**config, "quantization_config": found}))
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
@@ -132,7 +131,7 @@ def test_dry_run_prints_what_serve_takes(smollm2_dir: str) -> None:
     from ray.serve.schema import ServeDeploySchema
 
     words = ["deploy", "--model", smollm2_dir, "--infer_backend", "vllm", "--use_gpu", "false", "--dry_run", "true"]
-    done = subprocess.run([sys.executable, "-m", "rayswift", *words], capture_output=True, text=True, timeout=120)
+    done = rayswift(*words)
     assert done.returncode == 0, done.stderr
     schema = ServeDeploySchema.model_validate(yaml.safe_load(done.stdout))
     assert [app.import_path for app in schema.applications] == [
@@ -141,15 +140,13 @@ def test_dry_run_prints_what_serve_takes(smollm2_dir: str) -> None:
     ]
 
 
-def test_a_taken_port_is_named_with_its_owner_and_a_free_one(smollm2_dir: str, tmp_path: Path) -> None:
+def test_a_taken_port_is_named_with_its_owner_and_a_free_one(smollm2_dir: str) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
         words = ["deploy", "--model", smollm2_dir, "--infer_backend", "vllm", "--port", str(port)]
-        done = subprocess.run(
-            [sys.executable, "-m", "rayswift", *words], capture_output=True, text=True, timeout=120, cwd=tmp_path
-        )
+        done = rayswift(*words)
     assert done.returncode == 2
     assert f"--port {port}: already in use by python" in done.stderr
     assert "is free" in done.stderr

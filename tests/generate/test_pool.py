@@ -44,11 +44,11 @@ def dataset(tmp_path: Path) -> str:
 
 
 @pytest.mark.usefixtures("ray_cluster")
-def test_a_pool_answers_as_one_engine_does(smollm2_dir: str, dataset: str, tmp_path: Path) -> None:
+def test_a_pool_answers_as_one_engine_does(tiny_dir: str, dataset: str, tmp_path: Path) -> None:
     def run(name: str, **settings: Any) -> list[dict[str, Any]] | None:
         return infer(
             make_arguments(
-                "infer", model=smollm2_dir, val_dataset=[dataset], max_new_tokens=8, temperature=0, use_gpu=False,
+                "infer", model=tiny_dir, val_dataset=[dataset], max_new_tokens=8, temperature=0, use_gpu=False,
                 logprobs=True, result_path=str(tmp_path / name), **settings,
             )
         )  # fmt: skip
@@ -56,6 +56,7 @@ def test_a_pool_answers_as_one_engine_does(smollm2_dir: str, dataset: str, tmp_p
     alone, pooled = run("alone.jsonl"), run("pool.jsonl", num_workers=1, max_batch_size=1)
     assert pooled is not None
     assert pooled == alone
+    assert len({row["response"] for row in pooled}) == 5
     assert [bool(row["response"]) for row in pooled] == [True, True, True, False, True, False]
     assert "tokens, the context holds" in pooled[5]["error"]
     assert (tmp_path / "pool.jsonl").read_text() == (tmp_path / "alone.jsonl").read_text()

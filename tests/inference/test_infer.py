@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from in_process import rayswift
 
 from rayswift.arguments import make_arguments
 from rayswift.errors import UserError
@@ -127,10 +126,9 @@ def test_streaming_over_a_dataset_shows_query_and_answer(
 
 
 def test_the_command_answers_a_pipe_and_exits_with_0(smollm2_dir: str) -> None:
-    command = [sys.executable, "-m", "rayswift", "infer", "--model", smollm2_dir, "--infer_backend", "pt"]
-    done = subprocess.run(
-        [*command, "--temperature", "0", "--max_new_tokens", "10", "--stream", "true"],
-        check=False, input="What is the capital of France?\n", capture_output=True, text=True, timeout=300,
+    done = rayswift(
+        "infer", "--model", smollm2_dir, "--infer_backend", "pt", "--temperature", "0", "--max_new_tokens", "10",
+        "--stream", "true", stdin="What is the capital of France?\n",
     )  # fmt: skip
     assert (done.returncode, done.stdout) == (0, "The capital of France is Paris.\n"), done.stderr
 
