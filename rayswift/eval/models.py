@@ -125,9 +125,9 @@ def _base_alone(args: EvalArguments) -> Serving:
 
 def _base_model(args: EvalArguments, *, whole: bool = False) -> str:
     """The model that the adapters belong to: ``--model``, else what the first adapter's ``args.json`` says."""
-    from rayswift.generate.model_spec import with_adapters
+    from rayswift.modeling.resolved import resolve_model
 
-    model = args.model or with_adapters(copy.copy(args))[0].model or ""
+    model = args.model or resolve_model(args).args.model or ""
     return model if whole else os.path.basename(model.rstrip("/")) or "model"
 
 
@@ -146,11 +146,11 @@ def check_servings(servings: list[Serving]) -> None:
     Raises:
         UserError: a model, adapter or engine that is not there, an endpoint that does not answer.
     """
-    from rayswift.generate.model_spec import plan_models
+    from rayswift.generate.model_spec import model_specs
 
     for serving in servings:
         if serving.is_own:
-            plan = plan_models(copy.copy(serving.args))[0]
+            plan = model_specs(serving.args)[0]
             serving.contenders = [replace(c, tokenizer=_tokenizer(plan, c)) for c in serving.contenders]
         else:
             _check_endpoint(serving)

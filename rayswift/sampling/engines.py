@@ -11,8 +11,9 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from rayswift.errors import UserError
-from rayswift.generate.pool import EnginePool, Request
-from rayswift.generate.types import Answer, EngineUnusable, GenerationSettings
+from rayswift.generate.pool import EnginePool
+from rayswift.generate.types import Answer, EngineUnusable, Request, SamplingParams
+from rayswift.modeling.resolved import resolve_model
 
 if TYPE_CHECKING:
     from rayswift.arguments import SampleArguments
@@ -32,7 +33,7 @@ def open_answers(args: SampleArguments) -> Iterator[Answers]:
         UserError: the engine or the endpoint cannot be used.
     """
     if args.sampler_engine != "client":
-        yield EnginePool.start(args).answers
+        yield EnginePool.start(resolve_model(args)).answers
         return
     from rayswift.generate.endpoint import EndpointEngine
 
@@ -40,7 +41,7 @@ def open_answers(args: SampleArguments) -> Iterator[Answers]:
     engine.parallel = args.max_parallel_requests
     engine.with_thoughts = args.sampler_type == "distill"
     limit = RateLimit(args.max_requests_per_minute)
-    yield Client(engine.patient(), GenerationSettings.from_arguments(args), limit, args.engine_kwargs).answers
+    yield Client(engine.patient(), SamplingParams.from_arguments(args), limit, args.engine_kwargs).answers
 
 
 @dataclass
@@ -66,7 +67,7 @@ class Client:
     """Answers from an endpoint, all answers to a prompt with one request where the server gives several."""
 
     engine: EndpointEngine
-    settings: GenerationSettings
+    settings: SamplingParams
     limit: RateLimit
     fields: dict[str, Any]
     most_choices: int = _MOST_CHOICES

@@ -18,7 +18,7 @@ from rayswift import hub
 from rayswift.errors import UserError
 
 if TYPE_CHECKING:
-    from rayswift.generate.model_spec import ModelPlan
+    from rayswift.generate.model_spec import ModelSpec
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)*")
 _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -93,7 +93,7 @@ def split_key(key: str) -> tuple[str, str]:
 class AdapterStore:
     """A replica's side: from a key to a checked folder."""
 
-    def __init__(self, plan: ModelPlan) -> None:
+    def __init__(self, plan: ModelSpec) -> None:
         self._plan = plan
         self._base_shapes: dict[str, list[int]] = {}
 
@@ -196,15 +196,6 @@ def _base_name(key: str) -> str:
 
 def _read_config(folder: str) -> dict[str, Any]:
     return dict(json.loads((Path(folder) / _CONFIG).read_text(encoding="utf-8")))
-
-
-def lora_rank(folder: str) -> int:
-    """The rank of an adapter: the largest of its layers. Raises UserError when its configuration has none."""
-    config = _read_config(folder)
-    try:
-        return max([int(config.get("r") or 0), *map(int, (config.get("rank_pattern") or {}).values())])
-    except (AttributeError, TypeError, ValueError):
-        raise UserError(f"{folder}/{_CONFIG}: r and the values of rank_pattern are whole numbers") from None
 
 
 def _below(root: str, path: str) -> str:

@@ -14,7 +14,7 @@ import pytest
 
 from rayswift.generate.endpoint import EndpointEngine
 from rayswift.generate.pool import Request
-from rayswift.generate.types import EngineUnusable, GenerationSettings
+from rayswift.generate.types import EngineUnusable, SamplingParams
 from rayswift.sampling.engines import Client, RateLimit
 
 ROW = {"messages": [{"role": "user", "content": "Name a fruit."}]}
@@ -66,7 +66,7 @@ def gated(served: Any, change: Any, **settings: Any) -> Iterator[tuple[Gate, Cli
     try:
         engine = EndpointEngine.connect(f"http://127.0.0.1:{listener.getsockname()[1]}/v1", api_key="any")
         limit = RateLimit(settings.pop("per_minute", None))
-        yield gate, Client(engine.patient(), GenerationSettings(max_new_tokens=4, temperature=1.0), limit, settings)
+        yield gate, Client(engine.patient(), SamplingParams(max_new_tokens=4, temperature=1.0), limit, settings)
     finally:
         server.should_exit = True
         thread.join(20)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from rayswift.generate.model_spec import ModelPlan
+from rayswift.generate.model_spec import ModelSpec
 from rayswift.serve.adapters import AdapterBook, AdapterRefused, AdapterStore, check_name
 
 HIDDEN = 8
@@ -40,7 +40,7 @@ def store(root: Path, tmp_path: Path) -> AdapterStore:
     base = tmp_path / "base"
     base.mkdir()
     save_file({f"{TARGET}.weight": np.zeros((HIDDEN, HIDDEN), np.float32)}, base / "model.safetensors")
-    store = AdapterStore(ModelPlan("base", str(base), "vllm", adapter_root=str(root), max_lora_rank=16))
+    store = AdapterStore(ModelSpec("base", str(base), "vllm", adapter_root=str(root), max_lora_rank=16))
     store.read_base(str(base))
     return store
 

@@ -13,9 +13,9 @@ import ray
 from serving import Deployment, beyond_this_machine, deployed, listening
 
 from rayswift.arguments import make_arguments
-from rayswift.generate.model_spec import plan_models as model_plans
+from rayswift.generate.model_spec import model_specs
 from rayswift.generate.transformers import TransformersEngine
-from rayswift.generate.types import GenerationSettings
+from rayswift.generate.types import SamplingParams
 from rayswift.serve import deploy
 from rayswift.serve.ports import free_port
 
@@ -37,7 +37,7 @@ def client(server: Deployment) -> openai.OpenAI:
 
 
 def test_it_answers_what_infer_answers_streamed_and_whole(client: openai.OpenAI, engine: TransformersEngine) -> None:
-    expected = engine.generate([QUESTION], GenerationSettings(max_new_tokens=12, temperature=0))[0].text
+    expected = engine.generate([QUESTION], SamplingParams(max_new_tokens=12, temperature=0))[0].text
     whole = client.chat.completions.create(model=MODEL, messages=QUESTION, max_tokens=12, temperature=0)
     assert whole.choices[0].message.content == expected
     pieces = client.chat.completions.create(model=MODEL, messages=QUESTION, max_tokens=12, temperature=0, stream=True)
@@ -86,7 +86,7 @@ def test_a_ray_that_the_caller_had_started_runs_on(smollm2_dir: str, monkeypatch
         "deploy", model=smollm2_dir, infer_backend="transformers", use_gpu=False, port=free_port("127.0.0.1", 20000)
     )
     before = signal.getsignal(signal.SIGTERM)
-    with deploy.deployment(args, model_plans(args)):
+    with deploy.deployment(args, model_specs(args)):
         pass
     assert ray.is_initialized()
     assert signal.getsignal(signal.SIGTERM) is before

@@ -8,7 +8,7 @@ import uuid
 from dataclasses import dataclass, field
 from typing import Any
 
-from rayswift.generate.continuous_batching import Piece
+from rayswift.generate.continuous_batching import TokenDelta
 
 
 @dataclass
@@ -40,7 +40,7 @@ class Shape:
         frame = self._frame([choice], chunk=True)
         return event(frame | {"prompt_token_ids": prompt} if self.include_token_ids else frame)
 
-    def piece_event(self, index: int, piece: Piece) -> bytes:
+    def piece_event(self, index: int, piece: TokenDelta) -> bytes:
         """One piece as a chunk of a stream."""
         choice: dict[str, Any] = {"index": index, "logprobs": self._logprobs(index, piece.logprobs)}
         choice |= {"delta": {"content": piece.text} if piece.text else {}} if self.is_chat else {"text": piece.text}
@@ -53,7 +53,7 @@ class Shape:
         """The last chunk of a stream whose client asked for it."""
         return event(self._frame([], chunk=True) | {"usage": usage})
 
-    def whole(self, answers: list[Piece], prompts: list[list[int]], usage: dict[str, Any]) -> dict[str, Any]:
+    def whole(self, answers: list[TokenDelta], prompts: list[list[int]], usage: dict[str, Any]) -> dict[str, Any]:
         """A whole response. ``answers`` and ``prompts``: one per choice."""
         choices = []
         for index, answer in enumerate(answers):
@@ -91,9 +91,9 @@ def usage_of(prompts: list[list[int]], generated: int) -> dict[str, int]:
     return {"prompt_tokens": prompt, "completion_tokens": generated, "total_tokens": prompt + generated}
 
 
-def joined(pieces: list[Piece]) -> Piece:
+def joined(pieces: list[TokenDelta]) -> TokenDelta:
     """The pieces of one answer as one."""
-    return Piece(
+    return TokenDelta(
         "".join(piece.text for piece in pieces),
         [token for piece in pieces for token in piece.token_ids],
         [entry for piece in pieces for entry in piece.logprobs],

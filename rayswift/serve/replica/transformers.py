@@ -19,7 +19,7 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 
 from rayswift.data.tokens.encoder import Encoder
 from rayswift.errors import UserError
-from rayswift.generate.continuous_batching import BASE, BatchRunner, Busy, Piece, Row
+from rayswift.generate.continuous_batching import BASE, BatchRunner, Busy, Sequence, TokenDelta
 from rayswift.generate.token_choice import Sampling
 from rayswift.generate.transformers import TransformersEngine
 from rayswift.modeling.adapters import add_adapter
@@ -75,7 +75,7 @@ class TransformersServing:
 
     @classmethod
     def from_plan(cls, plan: Any, model_dir: str, encoders: dict[str, Encoder] | None = None) -> TransformersServing:
-        """Load the model of a `ModelPlan`."""
+        """Load the model of a `ModelSpec`."""
         encoders = plan.encoders(model_dir) if encoders is None else encoders
         engine = TransformersEngine.load(
             replace(encoders[""], max_length=plan.max_model_len),
@@ -211,8 +211,8 @@ class TransformersServing:
 
     def rows(
         self, body: GenerationRequest, prompts: list[Prompt], adapter: str, encoder: Encoder,
-        emit: Callable[[int, Piece], Any],
-    ) -> list[Row]:  # fmt: skip
+        emit: Callable[[int, TokenDelta], Any],
+    ) -> list[Sequence]:  # fmt: skip
         """A row for each choice of each prompt; ``emit`` gets the number of the choice with each piece."""
         ends = set() if body.ignore_eos else {*encoder.eos_token_ids, *self.engine.stop_token_ids}
         ends |= set(body.stop_token_ids or ())
@@ -220,7 +220,7 @@ class TransformersServing:
         ends_with: dict[str, Any] = {"adapter": adapter, "stop_ids": frozenset(ends), "stop_words": words}
         choices = [(prompt, choice) for prompt in prompts for choice in range(body.n or 1)]
         return [
-            Row(self.engine, prompt.ids, self.sampling(body, prompt, choice), partial(emit, index), **ends_with)
+            Sequence(self.engine, prompt.ids, self.sampling(body, prompt, choice), partial(emit, index), **ends_with)
             for index, (prompt, choice) in enumerate(choices)
         ]
 
@@ -229,9 +229,9 @@ class TransformersServing:
     async def answer(self, request: Request, body: GenerationRequest, prompts: list[Prompt], echo: bool) -> Response:
         """Generate and respond: an event stream, or one object."""
         name, adapter, encoder = self.find(body.model)
-        loop, pieces = asyncio.get_running_loop(), asyncio.Queue[tuple[int, Piece]]()
+        loop, pieces = asyncio.get_running_loop(), asyncio.Queue[tuple[int, TokenDelta]]()
 
-        def emit(index: int, piece: Piece) -> None:
+        def emit(index: int, piece: TokenDelta) -> None:
             loop.call_soon_threadsafe(pieces.put_nowait, (index, piece))
 
         rows = self.rows(body, prompts, adapter, encoder, emit)
@@ -257,8 +257,8 @@ class TransformersServing:
         return await self._whole(request, shape, rows, [prompt.ids for prompt in prompts], answers)
 
     async def _whole(
-        self, request: Request, shape: Shape, rows: list[Row], prompts: list[list[int]],
-        answers: AsyncIterator[tuple[int, Piece]],
+        self, request: Request, shape: Shape, rows: list[Sequence], prompts: list[list[int]],
+        answers: AsyncIterator[tuple[int, TokenDelta]],
     ) -> Response:  # fmt: skip
         collecting = asyncio.ensure_future(_collect(answers, len(rows)))
         leaving = asyncio.ensure_future(_client_left(request))
@@ -275,8 +275,8 @@ class TransformersServing:
                 row.cancel()
 
     async def _events(
-        self, body: GenerationRequest, shape: Shape, rows: list[Row], prompts: list[list[int]],
-        answers: AsyncIterator[tuple[int, Piece]],
+        self, body: GenerationRequest, shape: Shape, rows: list[Sequence], prompts: list[list[int]],
+        answers: AsyncIterator[tuple[int, TokenDelta]],
     ) -> AsyncIterator[bytes]:  # fmt: skip
         notes = current_notes.get()
         try:
@@ -298,7 +298,7 @@ class TransformersServing:
 class _Stream(StreamingResponse):
     """An event stream; when it ends, or its client has left even before it began, the model drops the rows."""
 
-    def __init__(self, events: AsyncIterator[bytes], rows: list[Row]) -> None:
+    def __init__(self, events: AsyncIterator[bytes], rows: list[Sequence]) -> None:
         super().__init__(events, media_type="text/event-stream")
         self._rows = rows
 
@@ -310,7 +310,9 @@ class _Stream(StreamingResponse):
                 row.cancel()
 
 
-async def _answers(rows: list[Row], pieces: asyncio.Queue[tuple[int, Piece]]) -> AsyncIterator[tuple[int, Piece]]:
+async def _answers(
+    rows: list[Sequence], pieces: asyncio.Queue[tuple[int, TokenDelta]]
+) -> AsyncIterator[tuple[int, TokenDelta]]:
     """Pieces as they come, until every row has ended. Raises ApiError (500) when the model fails."""
     unfinished = len(rows)
     while unfinished:
@@ -321,8 +323,8 @@ async def _answers(rows: list[Row], pieces: asyncio.Queue[tuple[int, Piece]]) ->
         unfinished -= piece.finish_reason is not None
 
 
-async def _collect(answers: AsyncIterator[tuple[int, Piece]], count: int) -> list[Piece]:
-    found: list[list[Piece]] = [[] for _ in range(count)]
+async def _collect(answers: AsyncIterator[tuple[int, TokenDelta]], count: int) -> list[TokenDelta]:
+    found: list[list[TokenDelta]] = [[] for _ in range(count)]
     async for index, piece in answers:
         found[index].append(piece)
     return [joined(pieces) for pieces in found]
