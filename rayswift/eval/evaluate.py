@@ -94,13 +94,14 @@ def _running(endpoint: EvalEndpoint) -> Iterator[Endpoint]:
     if args.eval_url:
         yield Endpoint(args.eval_url.rstrip("/"), api_key(args), endpoint.models[0].name or "")
         return
+    from rayswift.generate.model_spec import model_specs
     from rayswift.serve.running import running_deployment
 
     own = copy.copy(args)
     if own.target_ongoing_requests is None and (own.max_replicas or 1) > 1:
         # Deploy's target is meant for many clients: these requests would never reach it, and no replica be added.
         own.target_ongoing_requests = max(1, own.eval_num_proc // (own.max_replicas or 1))
-    with running_deployment(own) as running:
+    with running_deployment(own, model_specs(own)) as running:
         yield running
 
 

@@ -122,9 +122,9 @@ def _with_adapters(args: EvalArguments) -> list[EvalEndpoint]:
 
 def _base_model(args: EvalArguments, *, whole: bool = False) -> str:
     """The model that the adapters belong to: ``--model``, else what the first adapter's ``args.json`` says."""
-    from rayswift.generate.model_spec import with_adapters
+    from rayswift.modeling.resolved import resolve_model
 
-    model = args.model or with_adapters(copy.copy(args))[0].model or ""
+    model = args.model or resolve_model(args).args.model or ""
     return model if whole else os.path.basename(model.rstrip("/")) or "model"
 
 
@@ -143,11 +143,11 @@ def check_endpoints(endpoints: list[EvalEndpoint]) -> None:
     Raises:
         UserError: a model, adapter or engine that is not there, an endpoint that does not answer.
     """
-    from rayswift.generate.model_spec import plan_models
+    from rayswift.generate.model_spec import model_specs
 
     for endpoint in endpoints:
         if endpoint.is_own:
-            plan = plan_models(copy.copy(endpoint.args))[0]
+            plan = model_specs(endpoint.args)[0]
             endpoint.models = [replace(one, tokenizer=_tokenizer(plan, one)) for one in endpoint.models]
         else:
             _check_endpoint(endpoint)

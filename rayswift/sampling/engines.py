@@ -10,8 +10,9 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from rayswift.generate.pool import EnginePool, Request
-from rayswift.generate.types import Answer, GenerationSettings
+from rayswift.generate.pool import EnginePool
+from rayswift.generate.types import Answer, Request, SamplingParams
+from rayswift.modeling.resolved import resolve_model
 
 if TYPE_CHECKING:
     from rayswift.arguments import SampleArguments
@@ -29,7 +30,7 @@ def open_answers(args: SampleArguments) -> Iterator[Answers]:
         UserError: the engine or the endpoint cannot be used.
     """
     if args.sampler_engine != "client":
-        yield EnginePool.start(args).answers
+        yield EnginePool.start(resolve_model(args)).answers
         return
     from rayswift.generate.endpoint import EndpointEngine
 
@@ -38,7 +39,7 @@ def open_answers(args: SampleArguments) -> Iterator[Answers]:
         engine.patient(), parallel=args.max_parallel_requests, with_thoughts=args.sampler_type == "distill",
         turn=RateLimit(args.max_requests_per_minute).wait,
     )  # fmt: skip
-    yield partial(answers_of, engine, GenerationSettings.from_arguments(args), args.engine_kwargs)
+    yield partial(answers_of, engine, SamplingParams.from_arguments(args), args.engine_kwargs)
 
 
 @dataclass
@@ -60,7 +61,7 @@ class RateLimit:
 
 
 def answers_of(
-    engine: EndpointEngine, settings: GenerationSettings, fields: dict[str, Any], requests: Sequence[Request]
+    engine: EndpointEngine, settings: SamplingParams, fields: dict[str, Any], requests: Sequence[Request]
 ) -> Iterator[tuple[int, Answer]]:
     """Answer every number of the requests, several requests at a time. EngineUnusable when the endpoint fails."""
     from rayswift.generate.endpoint import in_parallel

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 from rayswift.data.plugins import PluginFile
 from rayswift.errors import UserError
-from rayswift.generate.pool import Request
-from rayswift.generate.types import Answer
-from rayswift.inference.command import deciding_settings, with_checkpoint
-from rayswift.inference.run import Tally, progress_bar
+from rayswift.generate.types import Answer, Request
+from rayswift.inference.command import deciding_settings
+from rayswift.inference.run import Throughput, progress_bar
 from rayswift.journal import Journal, open_journal, run_identity
+from rayswift.modeling.resolved import resolve_model
 from rayswift.sampling.choice import SampleStats, SelectionRules, chosen_rows
 from rayswift.sampling.engines import Answers, open_answers
 from rayswift.sampling.output import Files, write_rows
@@ -43,7 +43,7 @@ def sample(args: SampleArguments) -> Row:
         UserError: a dataset, model, endpoint or reward that cannot be used, results that cannot be written.
     """
     if args.sampler_engine in ("vllm", "transformers", "lmdeploy"):
-        args = with_checkpoint(args)
+        args = resolve_model(args).args
     for path in args.external_plugins:
         PluginFile.read(path).registered()
     scorers = make_scorers(args)
@@ -107,9 +107,9 @@ class Candidates:
         return range(first + min(cached, self.per_prompt), first + self.per_prompt)
 
 
-def answer_prompts(args: SampleArguments, prompts: Sequence[Prompt], journal: Journal) -> Tally:
+def answer_prompts(args: SampleArguments, prompts: Sequence[Prompt], journal: Journal) -> Throughput:
     """Let the engine answer what the journal lacks; each answer is on disk when the next one is looked at."""
-    tally = Tally()
+    tally = Throughput()
     if args.sampler_engine == "no":
         return tally
     requests, total = missing(args, prompts, journal)
@@ -120,7 +120,7 @@ def answer_prompts(args: SampleArguments, prompts: Sequence[Prompt], journal: Jo
         return tally
     failed, first_failure = 0, ""
     with open_engine(args) as answers, progress_bar(total, done, hidden=False, name="sample", unit="answer") as bar:
-        tally = Tally()
+        tally = Throughput()
         for number, answer in answers(requests):
             journal.add(number, record_of(answer))
             tally.add(answer)
@@ -160,7 +160,7 @@ def record_of(answer: Answer) -> Row:
     return {"text": answer.text, "tokens": answer.num_generated_tokens, "error": answer.error}
 
 
-def report(args: SampleArguments, files: Files, counts: SampleStats, tally: Tally) -> Row:
+def report(args: SampleArguments, files: Files, counts: SampleStats, tally: Throughput) -> Row:
     """Print what was done and what can be done next.
 
     The ``tokens/s`` that is returned leaves out the start of the engines; in the printed statistics, which are infer's,

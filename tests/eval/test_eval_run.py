@@ -16,7 +16,7 @@ from rayswift.eval.evaluate import evaluate
 from rayswift.eval.results import Question, Result
 from rayswift.exporting.model_card import model_card
 from rayswift.generate.endpoint import EndpointEngine
-from rayswift.generate.types import GenerationSettings
+from rayswift.generate.types import SamplingParams
 
 DATA = Path(__file__).resolve().parents[1] / "data"
 ARC, GSM8K = str(DATA / "arc_challenge_24.jsonl"), str(DATA / "gsm8k_40.jsonl")
@@ -175,7 +175,7 @@ class OneQuestion:
 
     def run(self, benchmark: Any, model: Any, endpoint: Any, folder: Path) -> Result:
         engine = EndpointEngine.connect(endpoint.base_url, model=endpoint.model)
-        answer = engine.complete([{"role": "user", "content": "2+2?"}], GenerationSettings(max_new_tokens=4)).text
+        answer = engine.complete([{"role": "user", "content": "2+2?"}], SamplingParams(max_new_tokens=4)).text
         question = Question("q/0", "2+2?", answer, answer, "4", {"accuracy": 0.25})
         return Result(benchmark.asked, model.label, "Native", "accuracy", {"accuracy": 0.25}, 0, [question])
 

@@ -15,8 +15,7 @@ from typing import Any
 import pytest
 
 from rayswift.generate.endpoint import EndpointEngine
-from rayswift.generate.pool import Request
-from rayswift.generate.types import EngineUnusable, GenerationSettings
+from rayswift.generate.types import EngineUnusable, Request, SamplingParams
 from rayswift.sampling.engines import RateLimit, answers_of
 
 ROW = {"messages": [{"role": "user", "content": "Name a fruit."}]}
@@ -70,7 +69,7 @@ def gated(
     try:
         engine = EndpointEngine.connect(f"http://127.0.0.1:{listener.getsockname()[1]}/v1", api_key="any")
         engine = replace(engine.patient(), turn=RateLimit(per_minute).wait, parallel=parallel)
-        yield gate, partial(answers_of, engine, GenerationSettings(max_new_tokens=4, temperature=1.0), fields)
+        yield gate, partial(answers_of, engine, SamplingParams(max_new_tokens=4, temperature=1.0), fields)
     finally:
         server.should_exit = True
         thread.join(20)

@@ -19,7 +19,7 @@ from rayswift.modeling.loading import read_safetensors_header, weight_files
 from rayswift.serve.openai_errors import ApiError
 
 if TYPE_CHECKING:
-    from rayswift.generate.model_spec import ModelPlan
+    from rayswift.generate.model_spec import ModelSpec
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)*")
 
@@ -47,7 +47,7 @@ def split_key(key: str) -> tuple[str, str]:
 class AdapterLoader:
     """A replica's side: from a key to a checked folder."""
 
-    def __init__(self, plan: ModelPlan) -> None:
+    def __init__(self, plan: ModelSpec) -> None:
         self._plan = plan
         self._base_shapes: dict[str, list[int]] = {}
 
