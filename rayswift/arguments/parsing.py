@@ -337,7 +337,8 @@ def _help_line(spec: Spec, values: Mapping[str, Any]) -> str:
         text = " ".join(map(str, default)) if isinstance(default, (list, tuple)) else str(default)
     also = f"; also {', '.join(f'--{alias}' for alias in spec.aliases)}" if spec.aliases else ""
     text = REDACTED if is_secret(spec.name) and spec.name in values else redact_text(text)
-    return f"{spec.help} (default: {text}{also})".replace("%", "%%")
+    effect = f"; no effect, {spec.no_effect}" if spec.no_effect else ""
+    return f"{spec.help}{effect} (default: {text}{also})".replace("%", "%%")
 
 
 def format_help(command: str, values: Mapping[str, Any] | None = None, prog: str | None = None) -> str:

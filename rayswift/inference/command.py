@@ -8,11 +8,10 @@ import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from rayswift import hub
-from rayswift.arguments import read_saved_arguments
-from rayswift.arguments.fields import specs_of
+from rayswift.arguments import deciding_settings, read_saved_arguments
 from rayswift.cluster import address_of
 from rayswift.errors import UserError
 from rayswift.generate.sources import load_engine, open_endpoint, seed_everything
@@ -32,11 +31,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger("rayswift.inference.command")
 
 Checkpointed = TypeVar("Checkpointed", "InferArguments", "SampleArguments")
-
-#: Topics of the flags that decide what the answers are; two runs that agree in them are the same run.
-_DECIDING = ("Model", "Dataset", "Template", "Generation", "Endpoint")
-_DECIDING_FLAGS = ("infer_backend", "merge_lora", "val_dataset_sample")
-_IRRELEVANT = ("stream", "api_key", "hub_token", "dataset_num_proc", "strict", "load_from_cache_file")
 
 
 def infer(args: InferArguments) -> list[Row] | None:
@@ -144,10 +138,3 @@ def result_path(args: InferArguments) -> Path:
     if args.base_url or (not args.adapters and not (checkpoint / "args.json").is_file()):
         checkpoint = Path("result", args.model_suffix)
     return checkpoint / "infer_result" / f"{time.strftime('%Y%m%d-%H%M%S')}.jsonl"
-
-
-def deciding_settings(args: InferArguments | SampleArguments) -> dict[str, Any]:
-    """The settings that decide what the answers are."""
-    topics = {name: spec.topic for name, spec in specs_of(type(args)).items()}
-    chosen = [name for name, topic in topics.items() if topic in _DECIDING or name in _DECIDING_FLAGS]
-    return {name: getattr(args, name) for name in chosen if name not in _IRRELEVANT}

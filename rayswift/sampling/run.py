@@ -7,11 +7,12 @@ import logging
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+from rayswift.arguments import deciding_settings
 from rayswift.data.plugins import PluginFile
 from rayswift.errors import UserError
 from rayswift.generate.pool import Request
 from rayswift.generate.types import Answer
-from rayswift.inference.command import deciding_settings, with_checkpoint
+from rayswift.inference.command import with_checkpoint
 from rayswift.inference.run import Tally, progress_bar
 from rayswift.journal import run_identity
 from rayswift.sampling.choice import Counts, Rules, chosen_rows
@@ -27,11 +28,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger("rayswift.sampling")
 
 Row = dict[str, Any]
-
-#: Settings beside those of model, dataset, template and generation that decide what the answers are.
-_DECIDING = ("sampler_engine", "sampler_type", "num_return_sequences", "cache_files", "data_range", "engine_kwargs",
-             "num_sampling_batch_size", "num_sampling_batches", "merge_lora")  # fmt: skip
-_REWARD_FLAGS = ("orm_model", "prm_model", "judge_base_url", "judge_model", "judge_max_tokens")
 
 
 def sample(args: SampleArguments) -> Row:
@@ -50,7 +46,7 @@ def sample(args: SampleArguments) -> Row:
     scorers = make_scorers(args)
     prompts = read_prompts(args)
     check_references(scorers, prompts)
-    identity = run_identity(answer_settings(args), [{"id": prompt.id, **prompt.row} for prompt in prompts])
+    identity = run_identity(deciding_settings(args), [{"id": prompt.id, **prompt.row} for prompt in prompts])
     files = Files.of(args, identity)
     if files.is_done(override=args.override_exist_file):
         logger.info("%s is there already: nothing to do; --override_exist_file true writes it anew", files.result)
@@ -69,15 +65,10 @@ def sample(args: SampleArguments) -> Row:
     return report(args, files, counts, tally)
 
 
-def answer_settings(args: SampleArguments) -> Row:
-    """The settings that decide what the answers are; two runs that agree in them are the same run."""
-    return {**deciding_settings(args), **{name: getattr(args, name) for name in _DECIDING}}
-
-
 def reward_settings(args: SampleArguments) -> Row:
     """The settings that decide what the scores are, with the text of the plugins."""
     plugins = [PluginFile.read(path).source for path in args.external_plugins]
-    return {"plugins": plugins, **{name: getattr(args, name) for name in _REWARD_FLAGS}}
+    return {"plugins": plugins, **deciding_settings(args, "scores")}
 
 
 @contextlib.contextmanager
