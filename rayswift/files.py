@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,7 +17,7 @@ def atomic_file(path: str | os.PathLike[str]) -> Iterator[Path]:
     It lies in the folder of ``path``, which must exist, and has its suffix (some writers look at it).
     """
     target = Path(path)
-    half = target.with_name(f".{target.stem}.{os.getpid()}.tmp{target.suffix}")
+    half = target.with_name(f".{target.stem}.{uuid.uuid4().hex[:12]}.tmp{target.suffix}")
     try:
         yield half
         os.replace(half, target)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import shutil
 import socket
 import threading
 from collections.abc import Iterator
@@ -34,6 +35,19 @@ def smollm2_dir() -> str:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module.smollm2()
+
+
+@pytest.fixture(scope="session")
+def tiny_dir(smollm2_dir: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A random two-layer Llama that speaks SmolLM2's tokens, for tests that ask how answers travel, not which."""
+    from tiny_models import llama
+
+    folder = tmp_path_factory.mktemp("tiny") / "tiny-llama"
+    llama(vocab_size=49152, max_position_embeddings=512, bos_token_id=1, eos_token_id=2).save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"):
+        if (Path(smollm2_dir) / name).exists():
+            shutil.copy(Path(smollm2_dir) / name, folder)
+    return str(folder)
 
 
 @pytest.fixture(scope="session")

@@ -30,7 +30,7 @@ def data(argv: Sequence[str]) -> int:
         print(format_help("data preview"), end="")
         return 0
     args = parse_arguments("data preview", rest)
-    from rayswift.data.preview.collect import preview
+    from rayswift.data.preview.command import preview
 
     preview(cast("PreviewArguments", args))
     return 0

@@ -8,18 +8,17 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
+from rayswift import private
 from rayswift.errors import UserError
 
 logger = logging.getLogger("rayswift.cluster")
 
 #: How often an embedded Ray is started.
 START_TRIES = 3
-_CLUSTER_VARIABLE = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
 
 
 @dataclass(frozen=True)
@@ -72,13 +71,14 @@ def connect(args: Any) -> Cluster:
     if not ray.is_initialized():
         _start_ray(address)
     resources = ray.cluster_resources()
-    limits = _autoscaler_limits()
+    limits = private.autoscaler_limits()
+    nodes = [node["Resources"] for node in ray.nodes()] + private.autoscaler_nodes()
     return Cluster(
         embedded=address is None,
         cpus=most_cpus(),
         gpus=max(resources.get("GPU", 0), limits.get("GPU", 0)),
         nodes=sum(node["Alive"] for node in ray.nodes()),
-        gpus_per_node=_gpus_per_node(),
+        gpus_per_node=int(max((node.get("GPU", 0) for node in nodes), default=0)),
     )
 
 
@@ -86,7 +86,7 @@ def most_cpus() -> float:
     """CPUs of the connected cluster, counting those that its autoscaler may still start."""
     import ray
 
-    return max(ray.cluster_resources().get("CPU", 0), _autoscaler_limits().get("CPU", 0))
+    return max(ray.cluster_resources().get("CPU", 0), private.autoscaler_limits().get("CPU", 0))
 
 
 def _start_ray(address: str | None) -> None:
@@ -98,11 +98,12 @@ def _start_ray(address: str | None) -> None:
         options["include_dashboard"] = False
     for left in reversed(range(START_TRIES)):
         try:
-            with _small_ray() if address is None else nullcontext():
+            with private.small_ray() if address is None else nullcontext():
                 ray.init(address=address or "local", **options)
             return
         except (ConnectionError, ValueError) as error:
-            raise UserError(f"--address {address}: no Ray cluster answers there ({_first_line(error)})") from None
+            reason = str(error).strip().split("\n", 1)[0]
+            raise UserError(f"--address {address}: no Ray cluster answers there ({reason})") from None
         except Exception as error:
             # On a busy machine Ray's own helper processes miss a deadline of 15 s that no setting moves.
             if "timed out during startup" not in str(error):
@@ -111,52 +112,3 @@ def _start_ray(address: str | None) -> None:
             if not left:
                 raise UserError("Ray could not start: this machine is too busy; stop something, or try again") from None
             logger.warning("Ray did not start in time; trying again")
-
-
-@contextmanager
-def _small_ray() -> Iterator[None]:
-    """A Ray that starts here is for this process: on 127.0.0.1 alone, and without the processes that serve others.
-
-    Those count usage (switched off), follow log files (for drivers that print them) and watch a cluster's size: three
-    imports of Ray that would compete with the work. The variable is Ray's for Windows and macOS, where no other node
-    joins a Ray; ``1`` in the environment keeps all interfaces. Ray reads it once, when it is imported.
-    """
-    from ray._private import ray_constants
-    from ray._private.node import Node
-
-    before = ray_constants.ENABLE_RAY_CLUSTER
-    unneeded = {name: getattr(Node, name) for name in ("start_api_server", "start_log_monitor", "start_monitor")}
-    if os.environ.setdefault(_CLUSTER_VARIABLE, "0") == "0":
-        ray_constants.ENABLE_RAY_CLUSTER = False
-    for name in unneeded:
-        setattr(Node, name, lambda *_, **__: None)
-    try:
-        yield
-    finally:
-        for name, start in unneeded.items():
-            setattr(Node, name, start)
-        ray_constants.ENABLE_RAY_CLUSTER = before
-        if os.environ[_CLUSTER_VARIABLE] == "0":
-            del os.environ[_CLUSTER_VARIABLE]  # a Ray that a program starts later is its own affair
-
-
-def _autoscaler_limits() -> dict[str, float]:
-    """The most of each resource that the cluster's autoscaler may start; empty without an autoscaler."""
-    from ray._private.state import state
-
-    # Ray Train and Ray Data read the same table; there is no public way to it in Ray 2.60.
-    return state.get_max_resources_from_cluster_config() or {}
-
-
-def _gpus_per_node() -> int:
-    """GPUs of the largest node, counting the node types that the autoscaler may start."""
-    import ray
-    from ray._private.state import state
-
-    config = state.get_cluster_config()
-    startable = [group.resources.get("GPU", 0) for group in config.node_group_configs] if config else []
-    return int(max([node["Resources"].get("GPU", 0) for node in ray.nodes()] + startable, default=0))
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().split("\n", 1)[0]

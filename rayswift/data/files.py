@@ -1,22 +1,22 @@
 """Files to raw rows: which files a path holds, how they are cut into chunks, and one generator that reads a chunk.
 
 Formats: jsonl, json (an array, one object, or lines), csv, txt, parquet, each plain, ``.gz`` or ``.zst``, on any
-``pyarrow.fs`` file system. A row's position is kept so that an error can name ``file:line``. A row that can be read
-but not used comes as a :class:`~rayswift.data.rows.standard.Drop`, a broken line of jsonl or txt as a
-:class:`~rayswift.data.rows.standard.BrokenLine`; where reading cannot go on there is a :class:`BadRow`.
+``pyarrow.fs`` file system. A row's :class:`Position` is kept so that an error can name ``file:line``. A row that can be
+read but not used comes as a :class:`~rayswift.data.rows.standard.Drop`, as does a broken line of jsonl or txt; where
+reading cannot go on there is a :class:`BadRow`.
 """
 
 from __future__ import annotations
 
 import io
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from rayswift.data.json_text import BadJson, has_half_surrogate, loads
 from rayswift.data.rows.messages import HALF_SURROGATE
-from rayswift.data.rows.standard import BrokenLine, Drop
+from rayswift.data.rows.standard import Drop
 from rayswift.errors import UserError
 
 if TYPE_CHECKING:
@@ -26,15 +26,21 @@ FORMATS = (".jsonl", ".json", ".csv", ".txt", ".parquet")
 COMPRESSIONS = ("", ".gz", ".zst")
 #: Uncompressed jsonl and txt are cut into pieces of this many bytes, so that one big file feeds every core.
 CHUNK_BYTES = 4 * 2**20
-#: Positions at and below the negative of this count elements (of a JSON array) or rows (of a table), not lines.
-ELEMENTS = 2**40
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+
+
+class Position(NamedTuple):
+    """Where a row is in its file: the offset of its first byte (0, 1, …), its line, or its element of a JSON array (its
+    row of a table), these counted from 1."""
+
+    kind: Literal["byte", "line", "element"]
+    number: int
 
 
 class BadRow(Exception):
     """Where reading a file ends too early (broken table, truncated file); carries the position."""
 
-    def __init__(self, position: int, reason: str) -> None:
+    def __init__(self, position: Position, reason: str) -> None:
         super().__init__(reason)
         self.position = position
         self.reason = reason
@@ -104,8 +110,8 @@ def chunk_bytes(chunk: Chunk) -> int:
     return size if chunk.path.lower().endswith((".jsonl", ".json", ".csv", ".txt")) else 4 * size
 
 
-def iter_rows(chunk: Chunk) -> Iterator[tuple[Any, int]]:
-    """Read one chunk: ``(row, position)``; position is what :func:`locate` turns into a line.
+def iter_rows(chunk: Chunk) -> Iterator[tuple[Any, Position]]:
+    """Read one chunk: rows with their positions, which :func:`locate` turns into lines.
 
     Raises:
         BadRow: where reading cannot go on.
@@ -119,34 +125,34 @@ def iter_rows(chunk: Chunk) -> Iterator[tuple[Any, int]]:
     return readers[data_format](_iter_lines(chunk, compression))
 
 
-def locate(path: str, position: int) -> str:
-    """Where a row is: ``file:line``, or ``file, element N`` (row N of a table).
-
-    Args:
-        path: the data file.
-        position: a byte offset; or, negated, a line number from 1, or :data:`ELEMENTS` + an element number from 1.
-    """
-    if position <= -ELEMENTS:
+def locate(path: str, position: Position) -> str:
+    """Where a row of a data file is: ``file:line``, or ``file, element N`` (row N of a table)."""
+    kind, number = position
+    if kind == "element":
         names = split_format(path)
-        return f"{path}, {'row' if names and names[0] == '.parquet' else 'element'} {-position - ELEMENTS}"
-    if position < 0:
-        return f"{path}:{-position}"
+        return f"{path}, {'row' if names and names[0] == '.parquet' else 'element'} {number}"
+    if kind == "line":
+        return f"{path}:{number}"
     filesystem, inner = filesystem_of(path)
     line = 1
     with filesystem.open_input_stream(inner, compression=None) as stream:
-        left = position
+        left = number
         while left > 0 and (data := stream.read(min(left, 1 << 20))):
             line += data.count(b"\n")
             left -= len(data)
     return f"{path}:{line}"
 
 
-def iter_raw_rows(paths: list[str]) -> Iterator[tuple[Any, str, int]]:
-    """Every row of some files with its file and position, read in this process (for small data: infer, preview)."""
+def iter_raw_rows(paths: list[str]) -> Iterator[tuple[Any, str, Position]]:
+    """Every row of some files as it is there, with its file and position, read in this process (for small data).
+
+    Raises:
+        UserError: a file is broken (names file:line).
+    """
     for path in paths:
         try:
             for row, position in iter_rows(Chunk(path)):
-                if isinstance(row, BrokenLine):
+                if isinstance(row, Drop) and row.broken:
                     raise BadRow(position, row.reason)
                 yield row, path, position
         except BadRow as error:
@@ -161,17 +167,17 @@ def _open(path: str, compression: str) -> Any:
     try:
         return filesystem.open_input_stream(inner, compression=codec, buffer_size=1 << 20)
     except (OSError, pyarrow.ArrowInvalid) as error:
-        raise BadRow(-1, f"the file cannot be opened: {error}") from None
+        raise BadRow(Position("line", 1), f"the file cannot be opened: {error}") from None
 
 
-def _iter_lines(chunk: Chunk, compression: str) -> Iterator[tuple[bytes, int]]:
+def _iter_lines(chunk: Chunk, compression: str) -> Iterator[tuple[bytes, Position]]:
     """Lines whose first byte lies in the chunk, with their line ends but without a byte order mark.
 
-    Plain files give byte offsets, compressed ones negated line numbers.
+    Plain files give byte offsets, compressed ones line numbers.
     """
     if compression:
-        lines = _raw_lines(_open(chunk.path, compression))
-        yield from ((_without_mark(raw) if number == 1 else raw, -number) for number, raw in enumerate(lines, start=1))
+        for number, raw in enumerate(_raw_lines(_open(chunk.path, compression)), start=1):
+            yield (raw.removeprefix(_BYTE_ORDER_MARK) if number == 1 else raw), Position("line", number)
         return
     filesystem, inner = filesystem_of(chunk.path)
     offset = chunk.start
@@ -183,14 +189,10 @@ def _iter_lines(chunk: Chunk, compression: str) -> Iterator[tuple[bytes, int]]:
             offset += len(stream.readline()) - 1
         end = float("inf") if chunk.end is None else chunk.end
         for raw in stream if offset < end else ():
-            yield (raw if offset else _without_mark(raw)), offset
+            yield (raw if offset else raw.removeprefix(_BYTE_ORDER_MARK)), Position("byte", offset)
             offset += len(raw)
             if offset >= end:
                 return
-
-
-def _without_mark(raw: bytes) -> bytes:
-    return raw.removeprefix(_BYTE_ORDER_MARK)
 
 
 def _raw_lines(stream: Any) -> Iterator[bytes]:
@@ -200,34 +202,35 @@ def _raw_lines(stream: Any) -> Iterator[bytes]:
             try:
                 raw = lines.readline()
             except OSError as error:
-                raise BadRow(-number, f"the compressed file is damaged or cut short: {error}") from None
+                told = f"the compressed file is damaged or cut short: {error}"
+                raise BadRow(Position("line", number), told) from None
             if not raw:
                 return
             yield raw
 
 
-def _decode(raw: bytes, position: int) -> str:
+def _decode(raw: bytes, position: Position) -> str:
     try:
         return raw.decode("utf-8")
     except UnicodeDecodeError as error:
         raise _not_utf8(error.start, position) from None
 
 
-def _not_utf8(byte: int, position: int) -> BadRow:
+def _not_utf8(byte: int, position: Position) -> BadRow:
     return BadRow(position, f"not UTF-8 at byte {byte} of the line; convert the file to UTF-8")
 
 
-def _iter_jsonl(lines: Iterator[tuple[bytes, int]]) -> Iterator[tuple[Any, int]]:
+def _iter_jsonl(lines: Iterator[tuple[bytes, Position]]) -> Iterator[tuple[Any, Position]]:
     for raw, position in lines:
         try:
             row = loads(raw)
         except UnicodeDecodeError as error:
-            yield BrokenLine(_not_utf8(error.start, position).reason), position
+            yield Drop(_not_utf8(error.start, position).reason, "line"), position
         except BadJson as error:
             if raw.strip():  # a blank line holds no row
                 column = "" if error.column is None else f" at column {error.column}"
                 reason = "null bytes in the line" if b"\0" in raw else f"broken JSON: {error}{column}"
-                yield BrokenLine(f"{reason}; mend or remove the line"), position
+                yield Drop(f"{reason}; mend or remove the line", "line"), position
         else:
             yield (Drop(HALF_SURROGATE) if _has_half_surrogate(row, raw) else row), position
 
@@ -237,37 +240,37 @@ def _has_half_surrogate(row: Any, raw: bytes) -> bool:
     return (b"\\ud" in raw or b"\\uD" in raw) and has_half_surrogate(row)
 
 
-def _iter_txt(lines: Iterator[tuple[bytes, int]]) -> Iterator[tuple[Any, int]]:
+def _iter_txt(lines: Iterator[tuple[bytes, Position]]) -> Iterator[tuple[Any, Position]]:
     for raw, position in lines:
         try:
             text = _decode(raw, position).rstrip("\r\n")
         except BadRow as error:
-            yield BrokenLine(error.reason), position
+            yield Drop(error.reason, "line"), position
         else:
             yield ({"text": text} if text.strip() else Drop("a blank line")), position
 
 
-def _iter_json(lines: Iterator[tuple[bytes, int]]) -> Iterator[tuple[Any, int]]:
+def _iter_json(lines: Iterator[tuple[bytes, Position]]) -> Iterator[tuple[Any, Position]]:
     """A ``.json`` file: an array of rows, one object, or (as SWIFT accepts) one object a line."""
     data = b"".join(raw for raw, _ in lines)
     try:
         value = loads(data)
     except UnicodeDecodeError as error:
         start = data.rfind(b"\n", 0, error.start) + 1
-        raise _not_utf8(error.start - start, -1 - data.count(b"\n", 0, start)) from None
+        raise _not_utf8(error.start - start, Position("line", 1 + data.count(b"\n", 0, start))) from None
     except BadJson as error:
         if _is_json(data.strip().partition(b"\n")[0]):
-            yield from _iter_jsonl((raw, -number) for number, raw in enumerate(data.split(b"\n"), start=1))
+            yield from _iter_jsonl(_numbered(data.split(b"\n")))
         elif data.strip():
             column = "" if error.column is None else f" at column {error.column}"
-            raise BadRow(-(error.line or 1), f"broken JSON: {error}{column}; mend the file") from None
+            raise BadRow(Position("line", error.line or 1), f"broken JSON: {error}{column}; mend the file") from None
         return
     if not isinstance(value, list):
-        yield (Drop(HALF_SURROGATE) if _has_half_surrogate(value, data) else value), -1
+        yield (Drop(HALF_SURROGATE) if _has_half_surrogate(value, data) else value), Position("line", 1)
         return
     check = _has_half_surrogate(value, data)
     for number, row in enumerate(value, start=1):
-        yield (Drop(HALF_SURROGATE) if check and has_half_surrogate(row) else row), -(ELEMENTS + number)
+        yield (Drop(HALF_SURROGATE) if check and has_half_surrogate(row) else row), Position("element", number)
 
 
 def _is_json(raw: bytes) -> bool:
@@ -277,39 +280,35 @@ def _is_json(raw: bytes) -> bool:
         return False
 
 
-def _iter_csv(lines: Iterator[tuple[bytes, int]]) -> Iterator[tuple[Any, int]]:
+def _iter_csv(lines: Iterator[tuple[bytes, Position]]) -> Iterator[tuple[Any, Position]]:
     import csv
 
     csv.field_size_limit(2**31 - 1)
     # Without `strict` a quote that is never closed would swallow the rest of the file.
-    reader = csv.reader((_decode(raw, position) for raw, position in _numbered(lines)), strict=True)
+    reader = csv.reader((_decode(raw, position) for raw, position in _numbered(raw for raw, _ in lines)), strict=True)
     start, header = 1, None
     try:
         for cells in reader:
             if header is None:
-                header = _csv_header(cells)
+                header = cells
+                twice = next((name for number, name in enumerate(cells) if name in cells[:number]), None)
+                if twice is not None:
+                    raise BadRow(Position("line", 1), f"two columns are named {twice!r}; rename one")
             elif len(cells) != len(header) and cells:
                 more = "more" if len(cells) > len(header) else "fewer"
-                raise BadRow(-start, f"{more} fields than the header has columns; mend the line")
+                raise BadRow(Position("line", start), f"{more} fields than the header has columns; mend the line")
             elif cells:
-                yield dict(zip(header, cells, strict=True)), -start
+                yield dict(zip(header, cells, strict=True)), Position("line", start)
             start = reader.line_num + 1
     except csv.Error as error:
-        raise BadRow(-start, f"broken CSV: {error}; mend the row that begins here") from None
+        raise BadRow(Position("line", start), f"broken CSV: {error}; mend the row that begins here") from None
 
 
-def _numbered(lines: Iterator[tuple[bytes, int]]) -> Iterator[tuple[bytes, int]]:
-    return ((raw, -number) for number, (raw, _) in enumerate(lines, start=1))
+def _numbered(lines: Iterable[bytes]) -> Iterator[tuple[bytes, Position]]:
+    return ((raw, Position("line", number)) for number, raw in enumerate(lines, start=1))
 
 
-def _csv_header(cells: list[str]) -> list[str]:
-    twice = next((name for number, name in enumerate(cells) if name in cells[:number]), None)
-    if twice is not None:
-        raise BadRow(-1, f"two columns are named {twice!r}; rename one")
-    return cells
-
-
-def _iter_parquet(path: str, compression: str) -> Iterator[tuple[Any, int]]:
+def _iter_parquet(path: str, compression: str) -> Iterator[tuple[Any, Position]]:
     import pyarrow
     import pyarrow.parquet as pq
 
@@ -324,9 +323,9 @@ def _iter_parquet(path: str, compression: str) -> Iterator[tuple[Any, int]]:
             for row in batch.to_pylist(maps_as_pydicts="strict"):
                 number += 1
                 row.update({name: _without_nulls(row[name]) for name in nested})
-                yield row, -(ELEMENTS + number)
+                yield row, Position("element", number)
     except (OSError, ValueError, KeyError, pyarrow.ArrowException) as error:
-        raise BadRow(-(ELEMENTS + number + 1), f"the parquet file cannot be read: {error}") from None
+        raise BadRow(Position("element", number + 1), f"the parquet file cannot be read: {error}") from None
 
 
 def _without_nulls(value: Any) -> Any:

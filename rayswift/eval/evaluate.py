@@ -14,12 +14,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rayswift import arguments
-from rayswift.eval.backends.base import Backend, choose_backend
+from rayswift.eval.backends import choose_backend
+from rayswift.eval.backends.base import Backend
 from rayswift.eval.benchmarks import Benchmark, read_benchmarks
 from rayswift.eval.models import Contender, Serving, api_key, check_servings, plan_servings
 from rayswift.eval.report import table, write_page
 from rayswift.eval.results import Result, load_result, write_json
-from rayswift.eval.run_folder import RunFolder, open_run
+from rayswift.journal import RunFolder, open_run, run_identity
 from rayswift.serve.running import Endpoint
 
 if TYPE_CHECKING:
@@ -48,7 +49,7 @@ def evaluate(args: EvalArguments) -> dict[str, dict[str, float]]:
             backend.check(benchmark, serving)
     check_servings(servings)
     root = Path(args.eval_output_dir).expanduser() / backend.folder
-    with open_run(root, deciding_settings(args, benchmarks)) as run:
+    with open_run(root, run_identity(deciding_settings(args, benchmarks), [])) as run:
         if run.resumed:
             logger.info("going on with %s", run.path)
         try:
@@ -57,7 +58,7 @@ def evaluate(args: EvalArguments) -> dict[str, dict[str, float]]:
             logger.info("answers so far are in %s; the same command goes on from there", run.path)
             raise
         _report(args, results, [c for serving in servings for c in serving.contenders], backend, run.path)
-        run.finish()
+        run.mark(finished=True)
     scores: dict[str, dict[str, float]] = {}
     for result in results:
         scores.setdefault(result.contender, {})[result.benchmark] = result.score

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rayswift.errors import UserError
-from rayswift.eval.run_folder import folder_name
+from rayswift.eval.results import folder_name
 
 if TYPE_CHECKING:
     from rayswift.arguments import EvalArguments

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import statistics
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from rayswift.files import write_whole
+
 RESULT_FILE, ANSWERS_FILE = "result.json", "answers.jsonl"
+
+
+def folder_name(label: str) -> str:
+    """What names a model or a benchmark, as the name of a folder."""
+    return "".join(c if c.isalnum() or c in "-_." else "_" for c in label)
 
 
 @dataclass(frozen=True)
@@ -82,6 +88,4 @@ def load_result(folder: Path) -> Result | None:
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write whole or not at all."""
-    half = path.with_name(path.name + ".tmp")
-    half.write_text(json.dumps(content, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
-    os.replace(half, path)
+    write_whole(path, json.dumps(content, ensure_ascii=False, indent=2) + "\n")

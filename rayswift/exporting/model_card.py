@@ -129,20 +129,26 @@ def _log_rows(checkpoint: str) -> Iterator[dict[str, Any]]:
 
 
 def _scores(folder: str, checkpoint: str) -> str:
-    """The benchmarks of ``eval_result.jsonl`` (``rayswift eval`` appends to it), the newest of each."""
-    found: dict[tuple[str, str], str] = {}
+    """The benchmarks of ``eval_result.jsonl`` (``rayswift eval`` appends to it), the newest of each backend.
+
+    A line is ``{BACKEND: {BENCHMARK: {METRIC: score}}, "eval_limit": …}`` (SWIFT's ``report`` for a backend as well).
+    """
+    found: dict[tuple[str, str, str], tuple[str, str]] = {}
     for place in dict.fromkeys((Path(checkpoint).parent, Path(checkpoint), Path(folder))):
         path = place / "eval_result.jsonl"
-        for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []:
+        for text in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []:
             try:
-                report = json.loads(line).get("report", {})
-            except (ValueError, AttributeError):
+                line = dict(json.loads(text))
+            except (ValueError, TypeError):
                 continue
-            for benchmark, metrics in report.items() if isinstance(report, dict) else []:
-                for metric, value in metrics.items() if isinstance(metrics, dict) else [("score", metrics)]:
-                    found[str(benchmark), str(metric)] = _number(value)
-    rows = [(benchmark, metric, value) for (benchmark, metric), value in found.items() if value]
-    return "## Scores\n\n" + _table(("benchmark", "metric", "value"), rows) if rows else ""
+            limit = line.get("eval_limit")
+            for backend, report in line.items():
+                for benchmark, metrics in report.items() if isinstance(report, dict) else []:
+                    for metric, value in metrics.items() if isinstance(metrics, dict) else [("score", metrics)]:
+                        by = f"{backend}, first {limit} questions" if limit else str(backend)
+                        found[str(benchmark), str(metric), str(backend)] = (_number(value), by)
+    rows = [(benchmark, metric, value, by) for (benchmark, metric, _), (value, by) in found.items() if value]
+    return "## Scores\n\n" + _table(("benchmark", "metric", "value", "by"), rows) if rows else ""
 
 
 def _json(path: Path) -> dict[str, Any]:

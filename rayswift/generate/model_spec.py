@@ -329,7 +329,7 @@ def environment(args: DeployArguments, use_gpu: bool, max_replicas: int) -> dict
 
 def _lora_rank(args: DeployArguments, adapters: dict[str, str]) -> int:
     """The engine's rank: ``--vllm_max_lora_rank``, more where an adapter given at start has more."""
-    from rayswift.serve.adapters import lora_rank
+    from rayswift.modeling.adapters import lora_rank
 
     needed = max([args.vllm_max_lora_rank, *(lora_rank(folder) for folder in adapters.values())])
     return next((rank for rank in LORA_RANKS if rank >= needed), needed)

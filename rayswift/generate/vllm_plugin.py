@@ -14,6 +14,8 @@ import os
 import time
 from typing import Any
 
+from rayswift import private
+
 #: Environment variable that RaySwift sets for its engines on CPUs.
 SWITCH = "RAYSWIFT_CPU_ENGINE"
 #: A pause is this share of the time that was waited already: what it can add to a step.
@@ -33,10 +35,9 @@ def register() -> None:
     cores = sorted(os.sched_getaffinity(0))
     if len(cores) <= ALL_OF_CORES:
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", ",".join(map(str, cores)))
-    from vllm.distributed.device_communicators.shm_broadcast import SpinCondition
-
-    if not hasattr(SpinCondition, "began_waiting"):
-        sleep_while_waiting(SpinCondition)
+    condition = private.spin_condition()
+    if condition is not None and not hasattr(condition, "began_waiting"):
+        sleep_while_waiting(condition)
 
 
 def sleep_while_waiting(condition: Any) -> None:

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from rayswift import private
 from rayswift.data.tokens.encoder import Encoder
 from rayswift.errors import UserError
 from rayswift.generate.model_spec import ModelPlan
@@ -76,8 +77,7 @@ def answered_by_vllm(
             preprocess_map_kwargs=helpers,
             postprocess_map_kwargs=helpers,
         )
-    # The processor's configuration has no place for it.
-    processor.get_stage_by_name("vLLMEngineStage").map_batches_kwargs["max_task_retries"] = BLOCK_RETRIES
+    private.retry_engine_blocks(processor, BLOCK_RETRIES)
     return processor(dataset.flat_map(each_answer, num_cpus=HELPER_CPUS))
 
 

@@ -7,9 +7,10 @@ import random
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
-from rayswift.data.files import iter_raw_rows, locate
+from rayswift.data.files import Position, locate
+from rayswift.data.flow.stage import read_files
 from rayswift.data.names import resolve_dataset_files
-from rayswift.data.rows.standard import WARNINGS, Drop, standardise_rows
+from rayswift.data.rows.standard import WARNINGS, Drop
 from rayswift.errors import UserError
 from rayswift.generate.types import Answer
 
@@ -47,17 +48,16 @@ def dataset_rows(resolved: Any, strict: bool) -> Iterator[Row]:
         yield row | {"dataset": resolved.spec.name}
 
 
-def placed_rows(resolved: Any, strict: bool) -> Iterator[tuple[Row, str, int]]:
+def placed_rows(resolved: Any, strict: bool) -> Iterator[tuple[Row, str, Position]]:
     """As :func:`dataset_rows`, each with its file and its position there (for :func:`locate`)."""
-    for raw, path, position in iter_raw_rows(resolved.files):
-        for row in standardise_rows(raw, resolved.rules):
-            if isinstance(row, Drop):
-                where = locate(path, position)
-                if strict:
-                    raise UserError(f"{where}: {row.reason} (--strict true stops at the first bad row)")
-                row = {"messages": [], BAD_ROW: f"{where}: {row.reason}"}
-            row.pop(WARNINGS, None)
-            yield row, path, position
+    for row, path, position in read_files(resolved.files, resolved.rules):
+        if isinstance(row, Drop):
+            where = locate(path, position)
+            if strict:
+                raise UserError(f"{where}: {row.reason} (--strict true stops at the first bad row)")
+            row = {"messages": [], BAD_ROW: f"{where}: {row.reason}"}
+        row.pop(WARNINGS, None)
+        yield row, path, position
 
 
 def take(rows: Iterable[Row], count: int | None, args: InferArguments) -> list[Row]:

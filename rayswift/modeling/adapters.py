@@ -315,6 +315,16 @@ def base_model_of(adapter_dir: str) -> str:
     return str(model)
 
 
+def lora_rank(adapter_dir: str) -> int:
+    """The rank of an adapter: the largest of its layers. Raises UserError when its configuration has none."""
+    path = Path(adapter_dir) / ADAPTER_CONFIG
+    config = dict(json.loads(path.read_text(encoding="utf-8")))
+    try:
+        return max([int(config.get("r") or 0), *map(int, (config.get("rank_pattern") or {}).values())])
+    except (AttributeError, TypeError, ValueError):
+        raise UserError(f"{path}: r and the values of rank_pattern are whole numbers") from None
+
+
 def parameter_size(parameter: torch.Tensor) -> int:
     """Number of elements; of the whole parameter when ZeRO-3 has partitioned it (``ds_numel``)."""
     return int(getattr(parameter, "ds_numel", 0) or parameter.numel())

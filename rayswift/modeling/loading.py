@@ -11,6 +11,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+from rayswift import private
 from rayswift.errors import UserError, one_line
 
 logger = logging.getLogger("rayswift.modeling.loading")
@@ -85,7 +86,7 @@ def supports_bfloat16(use_gpu: bool) -> bool:
     import torch
 
     if not use_gpu:
-        return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        return private.cpu_has_bfloat16()
     return not torch.cuda.is_available() or torch.cuda.is_bf16_supported(including_emulation=False)
 
 

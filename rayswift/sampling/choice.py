@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
     from rayswift.arguments import SampleArguments
-    from rayswift.sampling.journal import Journal
+    from rayswift.journal import Journal
     from rayswift.sampling.prompts import Prompt
 
 Row = dict[str, Any]

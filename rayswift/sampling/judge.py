@@ -15,7 +15,7 @@ from rayswift.generate.types import EngineUnusable, GenerationSettings
 if TYPE_CHECKING:
     from rayswift.arguments import SampleArguments
     from rayswift.generate.endpoint import EndpointEngine
-    from rayswift.sampling.scoring import Task
+    from rayswift.sampling.tasks import Task
 
 _DASHSCOPE = "https://dashscope.aliyuncs.com/compatible-mode/v1"
 #: name → what its endpoint, model and key are where the flags do not say.

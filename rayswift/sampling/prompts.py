@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from rayswift.data.files import iter_raw_rows, locate, split_format
+from rayswift.data.files import Position, iter_raw_rows, locate, split_format
 from rayswift.data.names import resolve_dataset_files
 from rayswift.errors import UserError
 from rayswift.inference.rows import BAD_ROW, placed_rows, split_reference
@@ -37,7 +37,7 @@ class Prompt:
     id: str
     row: Row
     reference: str | None
-    place: tuple[str, int]
+    place: tuple[str, Position]
     cached: tuple[str, ...] = ()
 
     @property
@@ -96,7 +96,7 @@ def dataset_prompts(args: SampleArguments) -> Iterator[Prompt]:
         logger.warning("%d rows cannot be prompts and are left out, the first: %s", len(bad), bad[0])
 
 
-def make_prompt(row: Row, path: str, position: int) -> Prompt:
+def make_prompt(row: Row, path: str, position: Position) -> Prompt:
     """A standard row as a prompt. ``rejected_response`` was the dataset's; ours are the worst answers."""
     digest = hashlib.md5(json.dumps(row, sort_keys=True).encode(), usedforsecurity=False).hexdigest()
     messages, reference = split_reference(row["messages"])

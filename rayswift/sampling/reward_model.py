@@ -16,7 +16,7 @@ from rayswift.modeling.loading import read_config, resolve_dtype
 
 if TYPE_CHECKING:
     from rayswift.arguments import SampleArguments
-    from rayswift.sampling.scoring import Task
+    from rayswift.sampling.tasks import Task
 
 #: Answers that are scored together.
 _BATCH = 16

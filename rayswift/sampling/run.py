@@ -14,10 +14,9 @@ from rayswift.generate.pool import Request
 from rayswift.generate.types import Answer
 from rayswift.inference.command import with_checkpoint
 from rayswift.inference.run import Tally, progress_bar
-from rayswift.journal import run_identity
+from rayswift.journal import Journal, open_journal, run_identity
 from rayswift.sampling.choice import Counts, Rules, chosen_rows
 from rayswift.sampling.engines import Answers, open_answers
-from rayswift.sampling.journal import Journal, open_journal
 from rayswift.sampling.output import Files, write_rows
 from rayswift.sampling.prompts import Prompt, read_prompts
 from rayswift.sampling.scoring import check_references, make_scorers, score_prompts

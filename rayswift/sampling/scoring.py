@@ -7,41 +7,22 @@ import logging
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from rayswift.errors import UserError
 from rayswift.inference.run import progress_bar
 from rayswift.rewards import InferRequest, Reward, make_reward, orms, prms
 from rayswift.sampling.judge import JUDGES, Judge
 from rayswift.sampling.reward_model import RewardModel
+from rayswift.sampling.tasks import Scorer, Task
 
 if TYPE_CHECKING:
     from rayswift.arguments import SampleArguments
+    from rayswift.journal import Journal
     from rayswift.sampling.choice import AnswersByPrompt
-    from rayswift.sampling.journal import Journal
     from rayswift.sampling.prompts import Prompt
 
 logger = logging.getLogger("rayswift.sampling")
-
-
-@dataclass(frozen=True)
-class Task:
-    """The answers to one prompt, each as a conversation; the last is the dataset's own where there is one."""
-
-    index: int
-    requests: list[InferRequest]
-    reference: str | None
-
-
-class Scorer(Protocol):
-    """Gives every answer of a task a number."""
-
-    @property
-    def needs_reference(self) -> bool:
-        """Whether prompts need the dataset's own answer."""
-
-    def score(self, tasks: Iterable[Task]) -> Iterator[tuple[int, list[float]]]:
-        """Numbers of tasks with the scores of their answers, in any order. UserError when scoring cannot go on."""
 
 
 @dataclass

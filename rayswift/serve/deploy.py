@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from rayswift import private
 from rayswift.errors import UserError
 from rayswift.generate.model_spec import ModelPlan, plan_models
 from rayswift.serve.application import GATEWAY, app_name, serve_config
@@ -53,15 +54,17 @@ def deploy(args: DeployArguments) -> None:
 @contextmanager
 def deployment(args: DeployArguments, plans: list[ModelPlan]) -> Iterator[None]:
     """A running deployment; left, it lets its requests finish and stops."""
+    import ray
+
     from rayswift import cluster
 
+    own_ray = not ray.is_initialized()
     if plans[0].local:
         require_free_port(args.host, args.port, "--port")
         for name, value in _QUIET_RAY.items():
             os.environ.setdefault(name, value)
     connected = cluster.connect(args)
     check_room(plans, connected)
-    import ray
     from ray import serve
 
     logging.getLogger("ray.serve").setLevel(logging.WARNING)  # this command says what happens itself
@@ -83,7 +86,7 @@ def deployment(args: DeployArguments, plans: list[ModelPlan]) -> Iterator[None]:
                 serve.delete(name, _blocking=True)
             except TimeoutError:
                 logger.warning("%s: its requests did not end in time and are cut off", name)
-        if connected.embedded:
+        if connected.embedded and own_ray:
             ray.shutdown()
 
 
@@ -106,16 +109,9 @@ def apply(config: dict[str, Any]) -> None:
     deploying again replaces the models one by one behind a gateway that stays.
     """
     from ray import serve
-    from ray.serve.context import _get_global_client
-    from ray.serve.schema import ServeDeploySchema
 
     serve.start(proxy_location=config["proxy_location"], http_options={"host": "127.0.0.1"})
-    client = _get_global_client()
-    names = {app["name"] for app in config["applications"]}
-    details = client.get_serve_details()["applications"].values()
-    others = [app["deployed_app_config"] for app in details if app["name"] not in names and app["deployed_app_config"]]
-    schema = {**config, "applications": [*config["applications"], *others]}
-    client.deploy_apps(ServeDeploySchema.model_validate(schema))
+    private.replace_applications(config)
 
 
 # --- checks -----------------------------------------------------------------------------------------------------

@@ -1,35 +1,99 @@
-"""The private HTTP port of a replica: only a request with an open ticket gets in.
+"""Leases: the right to one slot of a replica, taken through Ray Serve and used past it.
 
-The gateway first takes a *ticket* through Ray Serve, which picks the replica, counts the request for autoscaling and
-draining, and applies its limits. The request itself and its answer then go over plain HTTP, past Serve: one hop
-instead of an actor call for every token. A ticket is a random word known to the two ends only, for one request at a
-time; the gateway may use it again for a moment (`kept_tickets`).
+The gateway takes a lease by a call of `LLMServer.lease`: Serve picks the replica, counts the call for autoscaling and
+draining, and applies its limits. The request itself and its answer then go over plain HTTP to the replica's private
+port, one hop instead of an actor call for every token; the port lets in only requests with the token of an open lease,
+one at a time. To take a lease costs several milliseconds of processor time on both sides, and on a small machine the
+engine is short of them: the gateway keeps it for a moment for the request that follows, and Serve goes on counting it.
+
+Ray's own form of this is direct streaming (``RAY_SERVE_LLM_ENABLE_DIRECT_STREAMING``). In Ray 2.60 it serves one model
+without adapters and cannot resume a stream; once it can, it replaces this file.
 """
 
 from __future__ import annotations
 
 import asyncio
-import functools
 import secrets
-import socket
 import time
-from collections.abc import Awaitable, Callable, MutableMapping
 from contextlib import suppress
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
-TICKET_HEADER = "x-rayswift-ticket"
-#: A ticket that waits for a request for so many seconds is void.
-TICKET_SECONDS = 30.0
-#: Status for a request whose ticket is void or unknown (Misdirected Request).
-NO_TICKET = 421
-RESUME_HEADER = "x-rayswift-resume"  # token ids that were generated elsewhere, comma-separated
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-Scope = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
-Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
-App = Callable[[Scope, Receive, Send], Awaitable[None]]
+LEASE_HEADER = "x-rayswift-lease"
+RESUME_HEADER = "x-rayswift-resume"  # token ids that were generated elsewhere, comma-separated
+#: Status for a request whose lease has ended or is unknown (Misdirected Request).
+NO_LEASE = 421
+#: A lease ends when no request comes for so many seconds.
+IDLE_SECONDS = 30.0
+#: The gateway keeps a lease so long after an answer: what a client needs to ask its next question.
+KEEP_SECONDS = 0.25
+#: A lease older than this is not kept: Serve chooses the replica anew, which may have been started or drained since.
+LIFE_SECONDS = 5.0
+
+
+# --- the gateway's side -----------------------------------------------------------------------------------------
+
+
+@dataclass(eq=False)
+class Lease:
+    """The right to send requests with ``token`` to the replica at ``url``; ``call`` is Serve's call that counts it."""
+
+    call: Any
+    url: str = ""
+    token: str = ""
+    taken: float = field(default_factory=time.monotonic)
+    kept: float = 0.0
+    timer: asyncio.TimerHandle | None = None
+
+    def give_back(self) -> None:
+        """End it."""
+        with suppress(Exception):  # cancelling a call that failed raises its error once more
+            self.call.cancel()
+
+
+class LeaseCache:
+    """The leases of one deployment that are kept for the next request."""
+
+    def __init__(self) -> None:
+        self._leases: list[Lease] = []
+        self._failures: dict[str, float] = {}
+
+    def take(self) -> Lease | None:
+        """The lease that was kept last; None when there is none."""
+        while self._leases:
+            lease = self._leases.pop()
+            if lease.timer is not None:
+                lease.timer.cancel()
+            if time.monotonic() - lease.kept < KEEP_SECONDS:
+                return lease
+            lease.give_back()  # this process stood still, and its timer is late
+        return None
+
+    def keep(self, lease: Lease) -> None:
+        """Keep the lease of a request that was answered, or give it back when it is old or its replica failed."""
+        lease.kept = time.monotonic()
+        if lease.kept - lease.taken > LIFE_SECONDS or lease.taken <= self._failures.get(lease.url, 0.0):
+            lease.give_back()
+            return
+        self._leases.append(lease)
+        lease.timer = asyncio.get_running_loop().call_later(KEEP_SECONDS, self._expire, lease)
+
+    def replica_failed(self, url: str) -> None:
+        """Give back what is kept for a replica; its leases that are in use will not be kept."""
+        self._failures[url] = time.monotonic()
+        for lease in [lease for lease in self._leases if lease.url == url]:
+            self._expire(lease)
+
+    def _expire(self, lease: Lease) -> None:
+        if lease in self._leases:
+            self._leases.remove(lease)
+            lease.give_back()
+
+
+# --- the replica's side -----------------------------------------------------------------------------------------
 
 
 class TokenNotes:
@@ -56,134 +120,90 @@ current_notes: ContextVar[TokenNotes | None] = ContextVar("current_notes", defau
 
 
 @dataclass(eq=False)
-class _Issued:
-    """A ticket in the office's book."""
-
+class _Slot:
     busy: bool = False
     idle_since: float = field(default_factory=time.monotonic)
     ended: asyncio.Event = field(default_factory=asyncio.Event)
 
 
-class TicketOffice:
-    """Hands out tickets and knows which are in use."""
+class LeaseBook:
+    """The open leases of a replica, by their tokens."""
 
     def __init__(self) -> None:
-        self._book: dict[str, _Issued] = {}
+        self._slots: dict[str, _Slot] = {}
 
-    def issue(self) -> str:
-        """A new ticket."""
-        ticket = secrets.token_urlsafe(18)
-        self._book[ticket] = _Issued()
-        return ticket
+    def open(self) -> str:
+        """The token of a new lease."""
+        token = secrets.token_urlsafe(18)
+        self._slots[token] = _Slot()
+        return token
 
-    async def ended(self, ticket: str) -> None:
-        """Wait until ``ticket`` has ended: its request broke off, or none came for :data:`TICKET_SECONDS`.
+    async def ended(self, token: str) -> None:
+        """Wait until a lease has ended: its request broke off, or none came for :data:`IDLE_SECONDS`.
 
-        A gateway that gives a ticket back says so, but that word can be lost, and the replica would count the request
+        A gateway that gives a lease back says so, but that word can be lost, and the replica would count the request
         for ever.
         """
-        issued = self._book[ticket]
+        slot = self._slots[token]
         try:
-            while not issued.ended.is_set() and (issued.busy or time.monotonic() - issued.idle_since < TICKET_SECONDS):
+            while not slot.ended.is_set() and (slot.busy or time.monotonic() - slot.idle_since < IDLE_SECONDS):
                 with suppress(TimeoutError):
-                    await asyncio.wait_for(issued.ended.wait(), TICKET_SECONDS)
+                    await asyncio.wait_for(slot.ended.wait(), IDLE_SECONDS)
         finally:
-            self._book.pop(ticket, None)
+            self._slots.pop(token, None)
 
-    def enter(self, ticket: str) -> bool:
-        """Begin a request with ``ticket``; False for one that is void, unknown or in use."""
-        issued = self._book.get(ticket)
-        if issued is None or issued.busy or issued.ended.is_set():
+    def enter(self, token: str) -> bool:
+        """Begin a request; False for a lease that has ended, is unknown or in use."""
+        slot = self._slots.get(token)
+        if slot is None or slot.busy or slot.ended.is_set():
             return False
-        issued.busy = True
+        slot.busy = True
         return True
 
-    def answered(self, ticket: str) -> None:
-        """The request has its whole answer: another may come with this ticket."""
-        if issued := self._book.get(ticket):
-            issued.busy, issued.idle_since = False, time.monotonic()
-
-    def broke_off(self, ticket: str) -> None:
-        """The request ended without its whole answer: the ticket ends with it."""
-        if issued := self._book.get(ticket):
-            issued.ended.set()
+    def leave(self, token: str, *, is_answered: bool) -> None:
+        """End a request. One with its whole answer frees the lease for another; else the lease ends with it."""
+        if slot := self._slots.get(token):
+            if is_answered:
+                slot.busy, slot.idle_since = False, time.monotonic()
+            else:
+                slot.ended.set()
 
 
-class TicketMiddleware:
-    """Lets requests with a valid ticket through, and writes the ids of streamed tokens before each piece."""
+class LeaseMiddleware:
+    """Lets requests with a lease through, and writes the ids of streamed tokens before each piece."""
 
-    def __init__(self, app: App, office: TicketOffice) -> None:
-        self.app, self.office = app, office
+    def __init__(self, app: ASGIApp, book: LeaseBook) -> None:
+        self.app, self.book = app, book
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
         headers = dict(scope["headers"])
-        ticket = headers.get(TICKET_HEADER.encode(), b"").decode("latin-1")
-        if not self.office.enter(ticket):
-            await send({"type": "http.response.start", "status": NO_TICKET, "headers": []})
-            await send({"type": "http.response.body", "body": b"no ticket"})
+        token = headers.get(LEASE_HEADER.encode(), b"").decode("latin-1")
+        if not self.book.enter(token):
+            await send({"type": "http.response.start", "status": NO_LEASE, "headers": []})
+            await send({"type": "http.response.body", "body": b"no lease"})
             return
         resume = headers.get(RESUME_HEADER.encode(), b"").decode("latin-1")
         notes = TokenNotes([int(one) for one in resume.split(",") if one])
-        answer = _Answer(send, notes, functools.partial(self.office.answered, ticket))
-        token = current_notes.set(notes)
+        is_stream = is_whole = False
+
+        async def send_on(message: Message) -> None:
+            nonlocal is_stream, is_whole
+            if message["type"] == "http.response.start":
+                is_stream = dict(message["headers"]).get(b"content-type", b"").startswith(b"text/event-stream")
+            elif is_stream and (ids := notes.flush()):
+                message = {**message, "body": ids + message.get("body", b"")}
+            if message["type"] == "http.response.body" and not message.get("more_body", False):
+                is_whole = True
+                self.book.leave(token, is_answered=True)  # before the piece: who has it may come again at once
+            await send(message)
+
+        entered = current_notes.set(notes)
         try:
-            await self.app(scope, receive, answer)
+            await self.app(scope, receive, send_on)
         finally:
-            current_notes.reset(token)
-            if not answer.is_whole:
-                self.office.broke_off(ticket)
-
-
-class _Answer:
-    """``send`` that puts the token ids of a piece of an event stream before it, and says when the last piece leaves."""
-
-    def __init__(self, send: Send, notes: TokenNotes, on_whole: Callable[[], None]) -> None:
-        self._send, self._notes, self._on_whole = send, notes, on_whole
-        self._is_stream = self.is_whole = False
-
-    async def __call__(self, message: MutableMapping[str, Any]) -> None:
-        if message["type"] == "http.response.start":
-            kind = dict(message["headers"]).get(b"content-type", b"")
-            self._is_stream = kind.startswith(b"text/event-stream")
-        elif self._is_stream and (ids := self._notes.flush()):
-            message = {**message, "body": ids + message.get("body", b"")}
-        if message["type"] == "http.response.body" and not message.get("more_body", False):
-            self.is_whole = True
-            self._on_whole()  # before the piece: who has it may come with the next request at once
-        await self._send(message)
-
-
-def bind(host: str, port: int = 0) -> socket.socket:
-    """A listening socket; port 0 is any free one. Raises OSError where the port is taken."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    sock = socket.socket(family, socket.SOCK_STREAM)
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        sock.bind((host, port))
-        sock.listen(2048)
-    except OSError:
-        sock.close()
-        raise
-    sock.setblocking(False)
-    return sock
-
-
-async def run_http(app: Any, sock: socket.socket, **options: Any) -> Any:
-    """Serve ``app`` on ``sock`` in this event loop until the returned server's ``should_exit`` is set."""
-    import uvicorn
-
-    config = uvicorn.Config(
-        app, log_config=None, access_log=False, server_header=False, date_header=False, lifespan="off", ws="none",
-        timeout_keep_alive=75, h11_max_incomplete_event_size=256 * 1024, **options,
-    )  # fmt: skip
-    server = uvicorn.Server(config)
-    task = asyncio.ensure_future(server.serve(sockets=[sock]))
-    while not server.started and not task.done():
-        await asyncio.sleep(0.01)
-    if task.done():
-        task.result()
-    server.task = task  # type: ignore[attr-defined]  # keeps the task alive as long as the server
-    return server
+            current_notes.reset(entered)
+            if not is_whole:
+                self.book.leave(token, is_answered=False)

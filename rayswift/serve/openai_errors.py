@@ -3,7 +3,15 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+from typing import TYPE_CHECKING
+
+from pydantic import BaseModel
+from starlette.exceptions import HTTPException
+from starlette.responses import Response
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI, Request
+    from fastapi.exceptions import RequestValidationError
 
 # OpenAI's word for each status; clients choose their exception by the status alone.
 _TYPES = {
@@ -34,30 +42,63 @@ class ApiError(Exception):
         super().__init__(message)
         self.status, self.message, self.code, self.param, self.retry_after = status, message, code, param, retry_after
 
-    @property
-    def headers(self) -> dict[str, str]:
-        """Headers that belong to the error."""
+    def response(self) -> Response:
+        """The answer to the client."""
         headers = {} if self.retry_after is None else {"retry-after": str(self.retry_after)}
         if self.status == 401:
             headers["www-authenticate"] = "Bearer"
-        return headers
+        return Response(self.body(), self.status, headers, "application/json")
 
     def body(self) -> bytes:
         """The JSON body."""
-        return error_body(self.status, self.message, code=self.code, param=self.param)
+        kind = _TYPES.get(self.status, "server_error")
+        error = {"message": self.message, "type": kind, "param": self.param, "code": self.code}
+        return json.dumps({"error": error}, ensure_ascii=True).encode()
+
+    def event(self) -> bytes:
+        """The same as an event of a stream that had already begun."""
+        return b"data: " + self.body() + b"\n\n"
 
 
-def error_body(status: int, message: str, *, code: str | None = None, param: str | None = None) -> bytes:
-    """One error as the JSON body of a response with ``status``."""
-    error: dict[str, Any] = {
-        "message": message,
-        "type": _TYPES.get(status, "server_error"),
-        "param": param,
-        "code": code,
-    }
-    return json.dumps({"error": error}, ensure_ascii=True).encode()
+class RefusalBody(BaseModel):
+    """What is wrong."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | int | None
 
 
-def error_event(status: int, message: str) -> bytes:
-    """The same as the last event of a stream that had already begun."""
-    return b"data: " + error_body(status, message, code="stream_interrupted") + b"\n\ndata: [DONE]\n\n"
+class Refusal(BaseModel):
+    """The request cannot be served; for schemas of OpenAPI."""
+
+    error: RefusalBody
+
+
+def add_error_handlers(app: FastAPI, failure: str) -> None:
+    """Have ``app`` answer every error in this shape. ``failure``: what is said where the fault is the server's."""
+    from fastapi.exceptions import RequestValidationError
+
+    @app.exception_handler(ApiError)
+    async def api_error(request: Request, error: ApiError) -> Response:
+        return error.response()
+
+    @app.exception_handler(RequestValidationError)
+    async def validation_error(request: Request, error: RequestValidationError) -> Response:
+        problem = error.errors()[0]
+        where = ".".join(str(part) for part in problem["loc"][1:])[:200]
+        return ApiError(400, f"{where or 'body'}: {problem['msg']}", param=where or None).response()
+
+    @app.exception_handler(HTTPException)
+    async def http_error(request: Request, error: HTTPException) -> Response:
+        path = request.url.path[:200]
+        if error.status_code == 404:
+            return ApiError(404, f"no such path: {path}", code="not_found").response()
+        if error.status_code == 405:
+            taken = ", ".join(sorted(((error.headers or {}).get("Allow") or "").split(", ")))
+            return ApiError(405, f"{path} takes {taken}", code="method_not_allowed").response()
+        return ApiError(error.status_code, f"{request.method} {path}: {error.detail}").response()
+
+    @app.exception_handler(Exception)
+    async def unexpected(request: Request, error: Exception) -> Response:
+        return ApiError(500, failure).response()

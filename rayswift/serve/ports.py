@@ -1,9 +1,11 @@
-"""Ports to listen on: a taken one is noticed before anything expensive starts."""
+"""Ports to listen on (a taken one is noticed before anything expensive starts), and an app on one."""
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import socket
+from typing import Any
 
 from rayswift.errors import UserError
 
@@ -47,3 +49,36 @@ def owner_of(port: int) -> str:
             if connection.status == psutil.CONN_LISTEN and connection.laddr.port == port and connection.pid:
                 return f" by {psutil.Process(connection.pid).name()} (process {connection.pid})"
     return ""
+
+
+def bind(host: str, port: int = 0) -> socket.socket:
+    """A listening socket; port 0 is any free one. Raises OSError where the port is taken."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    sock = socket.socket(family, socket.SOCK_STREAM)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        sock.bind((host, port))
+        sock.listen(2048)
+    except OSError:
+        sock.close()
+        raise
+    sock.setblocking(False)
+    return sock
+
+
+async def run_http(app: Any, sock: socket.socket, **options: Any) -> Any:
+    """Serve ``app`` on ``sock`` in this event loop until the returned server's ``should_exit`` is set."""
+    import uvicorn
+
+    config = uvicorn.Config(
+        app, log_config=None, access_log=False, server_header=False, date_header=False, lifespan="off", ws="none",
+        timeout_keep_alive=75, h11_max_incomplete_event_size=256 * 1024, **options,
+    )  # fmt: skip
+    server = uvicorn.Server(config)
+    task = asyncio.ensure_future(server.serve(sockets=[sock]))
+    while not server.started and not task.done():
+        await asyncio.sleep(0.01)
+    if task.done():
+        task.result()
+    server.task = task  # type: ignore[attr-defined]  # keeps the task alive as long as the server
+    return server

@@ -7,8 +7,8 @@ import math
 from typing import Any
 
 from starlette.requests import ClientDisconnect
+from starlette.types import Receive, Scope
 
-from rayswift.serve.lease import Receive, Scope
 from rayswift.serve.openai_errors import ApiError
 
 MAX_BODY_BYTES = 32 * 2**20
@@ -50,6 +50,12 @@ def check_roles(body: dict[str, Any]) -> None:
         if isinstance(role, str) and role not in _ROLES:
             known = ", ".join(_ROLES)
             raise ApiError(400, f"messages[{number}].role: {role[:80]!r} is none of {known}", param="messages")
+
+
+async def client_left(receive: Receive) -> None:
+    """Wait until the client has left; for a request whose body has been read."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
 
 
 async def _read(scope: Scope, receive: Receive) -> bytes:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from rayswift import cluster as ray_cluster
+from rayswift import private
 from rayswift.data.files import filesystem_of
 from rayswift.data.flow.prepare import first_usable_row
 from rayswift.data.flow.stage_bars import StageBars
@@ -21,6 +22,7 @@ from rayswift.train.checkpoints import manifest as checkpoints
 from rayswift.train.deepspeed import check_precision, deepspeed_config
 from rayswift.train.run_directory import RunDirectory, check_writable, output_base
 from rayswift.train.schedule import StepPlan, plan_steps
+from rayswift.train.start import make_trainer
 from rayswift.train.start.warm_workers import start_warm_workers
 
 if TYPE_CHECKING:
@@ -358,13 +360,11 @@ def _torch_trainer(args: Any, run: RunDirectory, workers: Workers, config: Any, 
     from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig
 
-    from rayswift.train.start.lean_trainer import LeanTorchTrainer
     from rayswift.train.worker import train_loop
 
     folder, _, name = run.path.rpartition("/")
-    # Ray Train resumes on its own from a snapshot of the same name; the manifests are what counts here.
-    _forget_snapshot(run)
-    return LeanTorchTrainer(
+    private.forget_train_snapshot(run.filesystem, run.path)
+    return make_trainer(
         train_loop,
         embedded=ray_cluster.address_of(args) is None,
         alone=config.stream is None,
@@ -387,12 +387,6 @@ def _torch_trainer(args: Any, run: RunDirectory, workers: Workers, config: Any, 
             logging_config=LoggingConfig(log_level="WARNING"),
         ),
     )
-
-
-def _forget_snapshot(run: RunDirectory) -> None:
-    snapshot = f"{run.path}/checkpoint_manager_snapshot.json"
-    if run.filesystem.get_file_info(snapshot).is_file:
-        run.filesystem.delete_file(snapshot)
 
 
 def _run_trainer(trainer: Any) -> Any:

@@ -73,7 +73,7 @@ class PairCollator:
         if not rows:
             nothing = np.full(4, self.pad_token_id, np.int32)
             rows = [Row(nothing, np.array([-100, 0, -100, 0], np.int32), rejected_start=2)]
-        chosen, rejected = zip(*(row.sides() for row in rows), strict=True)
+        chosen, rejected = zip(*(row.chosen_and_rejected() for row in rows), strict=True)
         batch = pad([*chosen, *rejected], self.pad_token_id)
         batch["completion_mask"] = (batch.pop("labels") != -100).long()
         return {**batch, "num_pairs": torch.tensor(num_pairs)}

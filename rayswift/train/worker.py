@@ -150,7 +150,7 @@ def _build_trainer(
     val_rows = TokenRows(config.val) if config.val is not None else None
     if rank.rank == 0:
         push({"event": "start", "parameter_info": parameter_info(model), "world_size": rank.world_size})
-    collate = PairCollator(pad_token_id) if config.encoder.pairs else Collator(pad_token_id)
+    collate = PairCollator(pad_token_id) if config.encoder.preference else Collator(pad_token_id)
     train_collate = Collator(pad_token_id, flat=True) if args.packing or args.padding_free else collate
     settings: dict[str, Any] = {
         "model": model,
@@ -164,7 +164,7 @@ def _build_trainer(
         "commit": store.commit,
         "collate": collate,
     }
-    if config.encoder.pairs:
+    if config.encoder.preference:
         from rayswift.train.trainers.dpo import PreferenceTrainer
 
         return PreferenceTrainer(ref_model=_reference_model(config, model_dir), **settings)

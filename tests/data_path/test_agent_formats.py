@@ -10,7 +10,7 @@ from test_templates import A, S, U, bound, chat, marked
 
 from rayswift.data.chat.agents import get_agent_format, load_agent_formats
 from rayswift.data.chat.conversation import DropRow, read_conversation
-from rayswift.data.chat.families import RenderOptions, render_bare, text_of
+from rayswift.data.chat.families import RenderOptions, render_plain, text_of
 from rayswift.errors import UserError
 
 WEATHER = {
@@ -185,7 +185,7 @@ def test_calls_may_be_python_literals_and_spell_parameters() -> None:
 def test_bare_mode_writes_tool_messages_as_they_are() -> None:
     conversation = read_conversation(LOOP, [WEATHER], get_agent_format("raw"))
     wrapped = json.dumps({"type": "function", "function": WEATHER})
-    assert text_of(render_bare(conversation, RenderOptions(), "", "<eos>")) == f"{wrapped}Q{CALL[1]}sunnyR<eos>"
+    assert text_of(render_plain(conversation, RenderOptions(), "", "<eos>")) == f"{wrapped}Q{CALL[1]}sunnyR<eos>"
 
 
 def test_an_unknown_agent_template_is_answered_with_the_choices() -> None:

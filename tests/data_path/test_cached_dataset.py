@@ -10,7 +10,7 @@ import pytest
 
 from rayswift.arguments import make_arguments
 from rayswift.cli.main import main
-from rayswift.data.flow import encode_tasks as chunks
+from rayswift.data.flow import encode_tasks, stage
 from rayswift.data.flow.cache import TokenCache
 from rayswift.data.flow.prepare import TrainData, load_train_data
 from rayswift.data.names import resolve_datasets
@@ -49,8 +49,8 @@ def test_training_on_a_cached_dataset_is_training_on_the_dataset(
 ) -> None:
     encoder = Encoder(smollm2_dir, max_length=512)
     direct = load(encoder, tmp_path / "a", dataset=[str(GSM8K)], split_dataset_ratio=0.1)
-    monkeypatch.setattr(chunks, "encode_rows", None)
-    monkeypatch.setattr(chunks, "iter_rows", None)
+    monkeypatch.setattr(encode_tasks, "encode_rows", None)
+    monkeypatch.setattr(stage, "iter_rows", None)
     again = load(encoder, tmp_path / "b", cached_dataset=[str(cached)])
     assert contents(again.train) == contents(direct.train)
     assert contents(again.val) == contents(direct.val)

@@ -427,6 +427,27 @@ def test_an_encoder_travels_as_its_settings_and_is_loaded_once_per_process(qwen_
     assert encode(received, GOLDEN_ROW).input_ids.tolist() == first.input_ids.tolist()
 
 
+def test_settings_are_spelled_as_the_version_before_spelled_them() -> None:
+    """Its cached datasets hold them, and a hash of them: a renamed one would refuse every folder that exists."""
+    assert Encoder("m", preference=True).settings() == {
+        "model_dir": "m",
+        "template": None,
+        "system": None,
+        "max_length": None,
+        "truncation_strategy": "delete",
+        "use_chat_template": True,
+        "loss_scale": "default",
+        "enable_thinking": None,
+        "add_non_thinking_prefix": True,
+        "template_backend": "swift",
+        "response_prefix": None,
+        "new_special_tokens": (),
+        "trust_remote_code": False,
+        "agent_template": None,
+        "pairs": True,
+    }
+
+
 def test_generation_stops_at_the_end_of_turn(qwen_dir: str, family_dir: Callable[[str], str]) -> None:
     assert Encoder(qwen_dir).stop_words == ["<|im_end|>"]
     assert Encoder(qwen_dir).eos_token_ids == [151645]
@@ -450,7 +471,7 @@ def test_a_pair_is_the_two_conversations_one_after_the_other(row: Any, qwen_dir:
     alone = Encoder(qwen_dir, loss_scale="last_round")
     chosen, rejected = alone.encode_batch([{"messages": [QUESTION, GOOD]}, {"messages": [QUESTION, BAD]}])
     assert isinstance(chosen, Encoded) and isinstance(rejected, Encoded)
-    (pair,) = dataclasses.replace(alone, pairs=True).encode_batch([row])
+    (pair,) = dataclasses.replace(alone, preference=True).encode_batch([row])
     assert isinstance(pair, Encoded)
     assert pair.rejected_start == len(chosen.input_ids)
     assert pair.input_ids.tolist() == [*chosen.input_ids, *rejected.input_ids]
@@ -458,7 +479,7 @@ def test_a_pair_is_the_two_conversations_one_after_the_other(row: Any, qwen_dir:
 
 
 def test_a_pair_of_which_one_side_is_missing_or_too_long_is_dropped(qwen_dir: str) -> None:
-    encoder = Encoder(qwen_dir, loss_scale="last_round", pairs=True, max_length=48)
+    encoder = Encoder(qwen_dir, loss_scale="last_round", preference=True, max_length=48)
     long = {"role": "assistant", "content": "very " * 40}
     rows = [
         PAIRS[0],
@@ -479,7 +500,7 @@ def test_a_pair_of_which_one_side_is_missing_or_too_long_is_dropped(qwen_dir: st
 
 
 def test_both_sides_of_a_pair_are_printed(qwen_dir: str) -> None:
-    encoder = Encoder(qwen_dir, loss_scale="last_round", pairs=True)
+    encoder = Encoder(qwen_dir, loss_scale="last_round", preference=True)
     (pair,) = encoder.encode_batch(PAIRS[:1])
     assert isinstance(pair, Encoded)
     lines = encoder.describe(pair)

@@ -15,7 +15,7 @@ import pytest
 
 from rayswift.data import files as sources
 from rayswift.data.files import Chunk, iter_raw_rows, iter_rows, locate, plan_chunks, split_format
-from rayswift.data.rows.standard import BrokenLine
+from rayswift.data.rows.standard import Drop
 from rayswift.errors import UserError
 
 ROWS = [{"query": f'问题 {i}, "quoted"', "response": f"line one\nline two {i} 🙂"} for i in range(30)]
@@ -107,7 +107,7 @@ def test_broken_line_is_named(tmp_path: Path, compression: str) -> None:
 def test_rows_before_and_behind_a_broken_line_arrive(tmp_path: Path) -> None:
     path = write(tmp_path / "train.jsonl", jsonl(ROWS[:16]) + b"{\n" + jsonl(ROWS[16:]))
     seen = [row for row, _ in iter_rows(Chunk(path))]
-    assert isinstance(seen[16], BrokenLine)
+    assert isinstance(seen[16], Drop) and seen[16].broken == "line"
     assert seen[:16] + seen[17:] == ROWS
 
 
@@ -239,7 +239,7 @@ def test_a_broken_line_is_named_in_whichever_chunk_it_lies(
     path = write(tmp_path / "train.jsonl", b"\n".join(lines))
     broken = []
     for chunk in plan_chunks([path]):
-        broken += [locate(path, position) for row, position in iter_rows(chunk) if isinstance(row, BrokenLine)]
+        broken += [locate(path, position) for row, position in iter_rows(chunk) if isinstance(row, Drop) and row.broken]
     assert broken == [f"{path}:17"]
 
 

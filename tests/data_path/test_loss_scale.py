@@ -99,16 +99,16 @@ def test_flags_of_a_message_come_before_the_flag_of_the_run(
 ) -> None:
     """The first of two rounds, its end-of-turn token included."""
     messages = [*chat((U, "q1")), turn("<tool_call>{}</tool_call>", **flags), *chat((U, "q2"), (A, "r2"))]
-    pieces = bound("chatml").render(read_conversation(messages), RenderOptions(loss_scale=loss_scale))
+    spans = bound("chatml").render(read_conversation(messages), RenderOptions(loss_scale=loss_scale))
     shown, last = "", 0.0
-    for piece in pieces[: next(i for i, piece in enumerate(pieces) if piece.text == "q2")]:
-        if piece.weight and piece.text:
-            shown = shown[:-1] + piece.text + "]" if piece.weight == last else f"{shown}[{piece.weight:g}:{piece.text}]"
-            last = piece.weight
+    for span in spans[: next(i for i, span in enumerate(spans) if span.text == "q2")]:
+        if span.weight and span.text:
+            shown = shown[:-1] + span.text + "]" if span.weight == last else f"{shown}[{span.weight:g}:{span.text}]"
+            last = span.weight
     assert shown == expected
 
 
 def test_rules_leave_system_texts_and_queries_alone() -> None:
     messages = chat(("system", "<tool_call>s</tool_call>"), (U, "<tool_call>q</tool_call>"), (A, "r"))
-    pieces = bound("chatml").render(read_conversation(messages), RenderOptions(loss_scale="all+hermes"))
-    assert {piece.weight for piece in pieces} == {1.0}
+    spans = bound("chatml").render(read_conversation(messages), RenderOptions(loss_scale="all+hermes"))
+    assert {span.weight for span in spans} == {1.0}

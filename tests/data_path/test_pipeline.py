@@ -7,7 +7,7 @@ import gzip
 import itertools
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -152,7 +152,7 @@ def test_blend_without_shuffling_concatenates() -> None:
 # --- materialised -----------------------------------------------------------------------------------------------
 
 
-def test_the_split_of_the_specified_run(ray_cluster: None, plain: Encoder, tmp_path: Path) -> None:
+def test_the_split_of_the_specified_run(plain: Encoder, tmp_path: Path) -> None:
     """48,818 alpaca rows → 48,330 to train on and 488 to validate, none in both."""
     rows = [{"instruction": f"i{n}", "input": "", "output": f"o{n}"} for n in range(48818)]
     seen: dict[str, int] = {}
@@ -166,7 +166,7 @@ def test_the_split_of_the_specified_run(ray_cluster: None, plain: Encoder, tmp_p
     assert seen[f"read {args.dataset[0]}"] == 48818
 
 
-def test_rows_and_their_order_are_the_same_in_every_run(ray_cluster: None, chat: Encoder, tmp_path: Path) -> None:
+def test_rows_and_their_order_are_the_same_in_every_run(chat: Encoder, tmp_path: Path) -> None:
     rows = [json.loads(line) for line in GSM8K.read_text(encoding="utf-8").splitlines()]
     write(tmp_path / "a.jsonl", rows[:15])
     (tmp_path / "b.json").write_text(json.dumps(rows[15:]), encoding="utf-8")
@@ -185,7 +185,7 @@ def test_rows_and_their_order_are_the_same_in_every_run(ray_cluster: None, chat:
 
 
 def test_unshuffled_rows_keep_file_order_however_files_are_cut(
-    ray_cluster: None, plain: Encoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    plain: Encoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sources, "CHUNK_BYTES", 200)
     expected = [f"row {n}" for n in range(60)]
@@ -197,7 +197,7 @@ def test_unshuffled_rows_keep_file_order_however_files_are_cut(
     assert data.val_rows == []
 
 
-def test_number_of_samples_end_to_end(ray_cluster: None, plain: Encoder, tmp_path: Path) -> None:
+def test_number_of_samples_end_to_end(plain: Encoder, tmp_path: Path) -> None:
     small = write(tmp_path / "small.jsonl", [{"text": f"s{n}"} for n in range(4)])
     large = write(tmp_path / "large.jsonl", [{"text": f"l{n}"} for n in range(50)])
     data = load(arguments([f"{small}#10", f"{large}#6"], split_dataset_ratio=0), plain)
@@ -210,7 +210,7 @@ def test_number_of_samples_end_to_end(ray_cluster: None, plain: Encoder, tmp_pat
 BAD_ROWS = [{"text": "fine"}, {"foo": "x"}, {"text": "x" * 400}, {"foo": "y"}, {"messages": []}, {"text": "also fine"}]
 
 
-def test_dropped_rows_are_counted_by_reason_with_their_place(ray_cluster: None, plain: Encoder, tmp_path: Path) -> None:
+def test_dropped_rows_are_counted_by_reason_with_their_place(plain: Encoder, tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", BAD_ROWS)
     encoder = Encoder(plain.model_dir, use_chat_template=False, loss_scale="all", max_length=50)
     data = load(arguments(path, split_dataset_ratio=0, dataset_shuffle=False), encoder)
@@ -226,7 +226,7 @@ def test_dropped_rows_are_counted_by_reason_with_their_place(ray_cluster: None, 
     assert "--strict true" in message
 
 
-def test_files_that_stop_a_run(ray_cluster: None, plain: Encoder, tmp_path: Path) -> None:
+def test_files_that_stop_a_run(plain: Encoder, tmp_path: Path) -> None:
     broken = write(tmp_path / "broken.jsonl", [{"text": f"row {n}"} for n in range(40)])
     lines = Path(broken).read_text(encoding="utf-8").splitlines(keepends=True)
     lines[16] = '{"text": "row\n'
@@ -247,7 +247,7 @@ def test_files_that_stop_a_run(ray_cluster: None, plain: Encoder, tmp_path: Path
     assert f"longer than --max_length 2 (first at {path}:1)" in message
 
 
-def test_an_empty_file_beside_others_is_no_matter(ray_cluster: None, plain: Encoder, tmp_path: Path) -> None:
+def test_an_empty_file_beside_others_is_no_matter(plain: Encoder, tmp_path: Path) -> None:
     write(tmp_path / "a.jsonl", [])
     write(tmp_path / "b.jsonl", [{"text": "b"}])
     write(tmp_path / "c.jsonl", [{"foo": "c"}])
@@ -255,7 +255,7 @@ def test_an_empty_file_beside_others_is_no_matter(ray_cluster: None, plain: Enco
     assert texts_of(data.train, plain) == ["b"]
 
 
-def test_truncation_split_gives_the_pieces_of_a_row_in_order(ray_cluster: None, plain: Encoder, tmp_path: Path) -> None:
+def test_truncation_split_gives_the_pieces_of_a_row_in_order(plain: Encoder, tmp_path: Path) -> None:
     rows = [{"text": f"{n} " + " ".join(f"{n}{k}" for k in range(n * 7))} for n in range(1, 9)]
     args = arguments(write(tmp_path / "a.jsonl", rows), split_dataset_ratio=0, dataset_shuffle=False)
     cutting = Encoder(
@@ -267,7 +267,7 @@ def test_truncation_split_gives_the_pieces_of_a_row_in_order(ray_cluster: None, 
     assert "".join(texts_of(pieces.train, plain)) == "".join(row["text"] for row in rows)
 
 
-def test_validation_rows_can_be_read_back(ray_cluster: None, chat: Encoder, tmp_path: Path) -> None:
+def test_validation_rows_can_be_read_back(chat: Encoder, tmp_path: Path) -> None:
     """SWIFT 4.6 writes a val_dataset.jsonl that it cannot read itself."""
     data = load(arguments(GSM8K, split_dataset_ratio=0.2, system="You are careful."), chat)
     assert len(data.val_rows) == 8
@@ -279,7 +279,7 @@ def test_validation_rows_can_be_read_back(ray_cluster: None, chat: Encoder, tmp_
     assert (len(again.train), again.val_rows) == (32, [])
 
 
-def test_interleave_end_to_end(ray_cluster: None, plain: Encoder, tmp_path: Path) -> None:
+def test_interleave_end_to_end(plain: Encoder, tmp_path: Path) -> None:
     names = [write(tmp_path / f"{name}.jsonl", [{"text": f"{name}{n}"} for n in range(200)]) for name in "ab"]
     args = arguments(names, interleave_prob=[0.8, 0.2], split_dataset_ratio=0)
     texts = texts_of(load(args, plain).train, plain)
@@ -289,9 +289,7 @@ def test_interleave_end_to_end(ray_cluster: None, plain: Encoder, tmp_path: Path
     assert 25 < len(taken[1]) < 80
 
 
-def test_interleaving_by_tokens_gives_each_dataset_its_share_of_the_tokens(
-    ray_cluster: None, plain: Encoder, tmp_path: Path
-) -> None:
+def test_interleaving_by_tokens_gives_each_dataset_its_share_of_the_tokens(plain: Encoder, tmp_path: Path) -> None:
     short = write(tmp_path / "short.jsonl", [{"text": f"s{n}"} for n in range(2000)])
     long = write(tmp_path / "long.jsonl", [{"text": f"l{n}" + " and" * 40} for n in range(200)])
     shares = {}
@@ -303,7 +301,7 @@ def test_interleaving_by_tokens_gives_each_dataset_its_share_of_the_tokens(
     assert shares["rows"] > 0.8
 
 
-def test_a_dataset_of_which_nothing_is_left_cannot_be_mixed(ray_cluster: None, plain: Encoder, tmp_path: Path) -> None:
+def test_a_dataset_of_which_nothing_is_left_cannot_be_mixed(plain: Encoder, tmp_path: Path) -> None:
     good = write(tmp_path / "good.jsonl", [{"text": "a"}])
     long = write(tmp_path / "long.jsonl", [{"text": "a long text of many words"}])
     limited = Encoder(plain.model_dir, use_chat_template=False, loss_scale="all", max_length=4)
@@ -313,7 +311,7 @@ def test_a_dataset_of_which_nothing_is_left_cannot_be_mixed(ray_cluster: None, p
     )
 
 
-def test_lazy_rows_are_those_that_would_be_encoded_before(ray_cluster: None, plain: Encoder, tmp_path: Path) -> None:
+def test_lazy_rows_are_those_that_would_be_encoded_before(plain: Encoder, tmp_path: Path) -> None:
     rows = [{"text": f"{n} " + "and " * (n % 7)} for n in range(50)]
     path = write(tmp_path / "a.jsonl", rows)
     limited = Encoder(plain.model_dir, use_chat_template=False, loss_scale="all", max_length=8)
@@ -350,6 +348,12 @@ def test_the_first_usable_row(tmp_path: Path) -> None:
 
 
 # --- streamed ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(autouse=True)
+def few_epochs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A plan of ten thousand epochs takes seconds."""
+    monkeypatch.setattr(streaming, "MAX_PLANNED_EPOCHS", 100)
 
 
 @pytest.fixture
@@ -424,32 +428,34 @@ def test_a_stream_through_ray_data_is_the_plan_exactly(
     plan = stream_plan(stream_dir)
     epochs = len({epoch for task in plan.tasks for epoch, _ in task})
     assert epochs >= 2
-    for _ in range(2):
-        found = decoded(stream_tokens(plan, plain).iter_batches(batch_size=None, batch_format="pyarrow"), plain)
-        assert found == [text for epoch in range(epochs) for text in epoch_texts(plan, plain, epoch)]
+    expected = [text for epoch in range(epochs) for text in epoch_texts(plan, plain, epoch)]
+    for skipped in (0, 5):  # from a place in the first task on, too
+        dataset = stream_tokens(plan, plain, start=StreamPosition(0, skipped))
+        assert decoded(dataset.iter_batches(batch_size=None, batch_format="pyarrow"), plain) == expected[skipped:]
 
 
-def test_every_worker_sees_the_whole_stream_at_its_own_pace(
+def test_streams_are_read_side_by_side_by_every_worker_at_its_own_pace(
     ray_cluster: None, plain: Encoder, stream_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import ray
 
     monkeypatch.setattr(streaming, "PIECE_BYTES", 300)
     monkeypatch.setattr(streaming, "MAX_PLANNED_TASKS", 5)
-    plan = stream_plan(stream_dir)
-    epochs = len({epoch for task in plan.tasks for epoch, _ in task})
-    expected = [text for epoch in range(epochs) for text in epoch_texts(plan, plain, epoch)]
-    (reader,) = start_stream_readers(StreamMix((plan,)), plain, None, (StreamPosition(),), num_workers=2)
-    slow, fast = read_stream(reader, 0), read_stream(reader, 1)
-    first = next(slow)
-    assert decoded(fast, plain) == expected
-    assert decoded([first, *slow], plain) == expected
-    # From a place in the middle on, nothing before it is read.
-    (again,) = start_stream_readers(StreamMix((plan,)), plain, None, (StreamPosition(1, 3),), num_workers=1)
-    before = decoded([*task_tokens(plan, 0, 0, plain, None)], plain)
-    assert decoded(read_stream(again, 0), plain) == expected[len(before) + 3 :]
-    for actor in (reader, again):
-        ray.kill(actor)
+    names = [f"{stream_dir}/{name}.jsonl" for name in "ab"]
+    args = arguments(names, streaming=True, max_steps=10, interleave_prob=[0.5, 0.5])
+    mix = plan_streams(args, resolve_datasets(args).train, None)
+    # The second stream from a place in the middle on: nothing before it is read.
+    start = (StreamPosition(), StreamPosition(1, 3))
+    readers = start_stream_readers(mix, plain, None, start, num_workers=2)
+    for plan, reader, place in zip(mix.plans, readers, start, strict=True):
+        tables = [list(task_tokens(plan, task, 0, plain, None)) for task in range(len(plan.tasks))]
+        before = sum(len(table) for task in tables[: place.task] for table in task)
+        expected = decoded(itertools.chain(*tables), plain)[before + place.unit :]
+        slow, fast = read_stream(reader, 0), read_stream(reader, 1)
+        first = next(slow)
+        assert decoded(fast, plain) == expected
+        assert decoded([first, *slow], plain) == expected
+        ray.kill(reader)
 
 
 def test_which_stream_gives_the_next_unit_is_a_function_of_its_number(tmp_path: Path) -> None:
@@ -467,25 +473,17 @@ def test_which_stream_gives_the_next_unit_is_a_function_of_its_number(tmp_path: 
     assert (len(single.plans), list(itertools.islice(single.order(7), 3))) == (1, [0, 0, 0])
 
 
-def test_streams_are_read_side_by_side(
-    ray_cluster: None, plain: Encoder, stream_dir: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture(scope="module")
+def drop_log(ray_cluster: None) -> Iterator[Any]:
+    """What readers tell of dropped rows."""
     import ray
 
-    monkeypatch.setattr(streaming, "PIECE_BYTES", 300)
-    monkeypatch.setattr(streaming, "MAX_PLANNED_TASKS", 5)
-    names = [f"{stream_dir}/{name}.jsonl" for name in "ab"]
-    args = arguments(names, streaming=True, max_steps=10, interleave_prob=[0.5, 0.5])
-    mix = plan_streams(args, resolve_datasets(args).train, None)
-    start = (StreamPosition(), StreamPosition(0, 5))
-    readers = start_stream_readers(mix, plain, None, start, num_workers=1)
-    for plan, reader, skipped in zip(mix.plans, readers, (0, 5), strict=True):
-        tables = (table for task in range(len(plan.tasks)) for table in task_tokens(plan, task, 0, plain, None))
-        assert decoded(read_stream(reader, 0), plain) == decoded(tables, plain)[skipped:]
-        ray.kill(reader)
+    log = start_event_queue()
+    yield log
+    ray.kill(log)
 
 
-def test_a_stream_reads_on_behind_a_broken_line(ray_cluster: None, plain: Encoder, tmp_path: Path) -> None:
+def test_a_stream_reads_on_behind_a_broken_line(drop_log: Any, plain: Encoder, tmp_path: Path) -> None:
     import ray
 
     path = tmp_path / "a.jsonl.gz"
@@ -493,10 +491,8 @@ def test_a_stream_reads_on_behind_a_broken_line(ray_cluster: None, plain: Encode
     lines[16] = '{"text": "row'
     path.write_bytes(gzip.compress("\n".join(lines).encode()))
     plan = dataclasses.replace(stream_plan(path), tasks=(((0, 0),),))
-    log = start_event_queue()
-    texts = decoded(task_tokens(plan, 0, 0, plain, log), plain)
-    reported = [line for event in ray.get(log.drain.remote()) for line in event["lines"]]
-    ray.kill(log)
+    texts = decoded(task_tokens(plan, 0, 0, plain, drop_log), plain)
+    reported = [line for event in ray.get(drop_log.drain.remote()) for line in event["lines"]]
     assert sorted(texts) == sorted(f"row {n}" for n in range(40) if n != 16)
     assert len(reported) == 1
     assert reported[0].startswith("1 rows dropped: broken JSON: ")
@@ -514,17 +510,15 @@ def test_what_stops_a_stream_reaches_the_worker(ray_cluster: None, plain: Encode
     ray.kill(reader)
 
 
-def test_rows_that_a_stream_drops_are_reported(ray_cluster: None, plain: Encoder, tmp_path: Path) -> None:
+def test_rows_that_a_stream_drops_are_reported(drop_log: Any, plain: Encoder, tmp_path: Path) -> None:
     import ray
 
     path = write(tmp_path / "a.jsonl", BAD_ROWS)
     encoder = Encoder(plain.model_dir, use_chat_template=False, loss_scale="all", max_length=50)
-    log = start_event_queue()
     one_epoch = dataclasses.replace(stream_plan(path), tasks=(((0, 0),),))
-    tables = list(task_tokens(one_epoch, 0, 0, encoder, log))
+    tables = list(task_tokens(one_epoch, 0, 0, encoder, drop_log))
     assert sum(map(len, tables)) == 2
-    reported = [line for event in ray.get(log.drain.remote()) for line in event["lines"]]
-    ray.kill(log)
+    reported = [line for event in ray.get(drop_log.drain.remote()) for line in event["lines"]]
     assert sorted(reported) == [
         f"1 rows dropped: longer than --max_length 50 (first at {path}:3)",
         f"1 rows dropped: the messages column is empty or not a list (first at {path}:5)",

@@ -12,15 +12,15 @@ import pytest
 from rayswift.data.chat.agents import get_agent_format
 from rayswift.data.chat.conversation import DropRow, read_conversation
 from rayswift.data.chat.families import (
-    Piece,
     RenderOptions,
     Template,
+    TextSpan,
     get_template,
     load_templates,
-    match_template,
-    render_bare,
+    render_plain,
     text_of,
 )
+from rayswift.data.chat.matching import match_template
 from rayswift.errors import UserError
 
 U, A, S = "user", "assistant", "system"
@@ -30,13 +30,13 @@ def chat(*turns: tuple[str, str] | tuple[str, str, bool]) -> list[dict[str, Any]
     return [{"role": t[0], "content": t[1], **({"loss": t[2]} if len(t) > 2 else {})} for t in turns]
 
 
-def marked(pieces: list[Piece]) -> str:
+def marked(spans: list[TextSpan]) -> str:
     """The layout as one string, trained stretches between ▮ marks."""
     shown, trained = "", False
-    for piece in pieces:
-        if piece.text and bool(piece.weight) != trained:
+    for span in spans:
+        if span.text and bool(span.weight) != trained:
             shown, trained = shown + "▮", not trained
-        shown += piece.text
+        shown += span.text
     return shown + ("▮" if trained else "")
 
 
@@ -194,11 +194,11 @@ def test_the_table_above_covers_every_family() -> None:
 )
 def test_loss_scale_decides_what_is_trained(loss_scale: str, expected: str) -> None:
     template = bound("chatml")
-    pieces = template.render(read_conversation(TWO), RenderOptions(loss_scale=loss_scale))
-    shown = [("▮" if piece.weight else "") + piece.text for piece in pieces if not piece.literal]
+    spans = template.render(read_conversation(TWO), RenderOptions(loss_scale=loss_scale))
+    shown = [("▮" if span.weight else "") + span.text for span in spans if not span.literal]
     assert "|".join(shown) == expected
     if loss_scale == "all":
-        assert all(piece.weight for piece in pieces)
+        assert all(span.weight for span in spans)
 
 
 def test_a_loss_flag_on_a_message_overrides_the_loss_scale() -> None:
@@ -314,9 +314,9 @@ def test_tools_are_written_as_the_qwen_models_expect_them() -> None:
 
 
 def test_bare_mode_keeps_every_text_in_order() -> None:
-    everything = render_bare(read_conversation(TWO), RenderOptions(loss_scale="all"), "<bos>", "<eos>")
+    everything = render_plain(read_conversation(TWO), RenderOptions(loss_scale="all"), "<bos>", "<eos>")
     assert marked(everything) == "▮<bos>SYSq1r1q2r2<eos>▮"
-    replies = render_bare(read_conversation(TWO), RenderOptions(), "", "<eos>")
+    replies = render_plain(read_conversation(TWO), RenderOptions(), "", "<eos>")
     assert marked(replies) == "SYSq1▮r1▮q2▮r2<eos>▮"
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
 import json
 import os
 import shutil
@@ -13,10 +12,11 @@ import pytest
 
 from rayswift.arguments import make_arguments
 from rayswift.data import files as sources
-from rayswift.data.flow import encode_tasks as chunks
+from rayswift.data.flow import encode_tasks, stage
 from rayswift.data.flow.cache import TokenCache
 from rayswift.data.flow.prepare import TrainData, load_train_data
 from rayswift.data.names import resolve_datasets
+from rayswift.data.rows.standard import RowRules
 from rayswift.data.tokens.encoder import Encoder
 from rayswift.data.tokens.table import TokenRows
 from rayswift.errors import UserError
@@ -60,7 +60,7 @@ class Counter:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.read = self.encoded = 0
-        iter_rows, encode_rows = chunks.iter_rows, chunks.encode_rows
+        iter_rows, encode_rows = stage.iter_rows, stage.encode_rows
 
         def counted_rows(chunk: Any) -> Any:
             for row in iter_rows(chunk):
@@ -71,8 +71,8 @@ class Counter:
             self.encoded += len(rows)
             return encode_rows(rows, *rest)
 
-        monkeypatch.setattr(chunks, "iter_rows", counted_rows)
-        monkeypatch.setattr(chunks, "encode_rows", counted_encode)
+        monkeypatch.setattr(stage, "iter_rows", counted_rows)
+        monkeypatch.setattr(encode_tasks, "encode_rows", counted_encode)
 
     def take(self) -> tuple[int, int]:
         found = self.read, self.encoded
@@ -168,7 +168,7 @@ def test_a_cache_in_storage_is_the_same(dataset: Path, encoder: Encoder, root: s
     assert contents(stored) == contents(load(dataset, encoder, root))
 
 
-def test_large_datasets_go_through_ray_tasks_to_the_same_rows(
+def test_large_datasets_go_through_ray_data_to_the_same_rows(
     ray_cluster: None,
     dataset: Path,
     encoder: Encoder,
@@ -177,31 +177,35 @@ def test_large_datasets_go_through_ray_tasks_to_the_same_rows(
     counter: Counter,
 ) -> None:
     here = load(dataset, encoder, str(tmp_path / "here"), dataset_shuffle=False)
-    alone = counter.take()
-    monkeypatch.setattr(chunks, "TASK_START_BYTES", 0)
+    assert counter.take()[0] == 60
+    monkeypatch.setattr(encode_tasks, "RAY_DATA_BYTES", 0)
     monkeypatch.setattr(sources, "CHUNK_BYTES", 700)
     there = load(dataset, encoder, str(tmp_path / "there"), dataset_shuffle=False)
-    assert all(some < every for some, every in zip(counter.take(), alone, strict=True))
+    assert counter.take() == (0, 0)
     assert there.train is not None
     assert len(there.train.files) > 4
     assert contents(there) == contents(here)
     assert there.drops.lines() == here.drops.lines()
+    # What stops a run says so in the words it has in this process.
+    with (dataset / "b.jsonl").open("a") as file:
+        file.write("{\n")
+    with pytest.raises(UserError, match=r"^\S*b.jsonl:31: broken JSON"):
+        load(dataset, encoder, str(tmp_path / "there"))
 
 
-def test_a_few_big_files_that_cannot_be_cut_are_shared_with_tasks(
-    ray_cluster: None, encoder: Encoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, counter: Counter
-) -> None:
-    folder = tmp_path / "files"
-    folder.mkdir()
-    for name in "abcd":
-        rows = [{"query": f"What is {name}{n}?", "response": f"It is {n}."} for n in range(50)]
-        (folder / f"{name}.jsonl.gz").write_bytes(gzip.compress("".join(json.dumps(r) + "\n" for r in rows).encode()))
-    size = (folder / "a.jsonl.gz").stat().st_size
-    # Two files before the last are more than a task's start: that task gets a file, though there are so few.
-    monkeypatch.setattr(chunks, "TASK_START_BYTES", 2 * 4 * size)
-    found = load(folder, encoder, str(tmp_path / "cache"), dataset_shuffle=False, split_dataset_ratio=0)
-    assert len(contents(found)) == 200
-    assert 0 < counter.take()[0] < 200
+def test_what_is_worth_other_processes(monkeypatch: pytest.MonkeyPatch, ray_cluster: None) -> None:
+    def tasks(count: int, size: int) -> list[encode_tasks.EncodeTask]:
+        chunk = encode_tasks.EncodeTask(sources.Chunk("a.jsonl"), RowRules(), "key", size=size)
+        return [chunk] * count
+
+    enough = encode_tasks.RAY_DATA_BYTES
+    assert encode_tasks._is_work_for_ray_data(tasks(2, enough // 2))
+    assert not encode_tasks._is_work_for_ray_data(tasks(2, enough // 2 - 1))
+    assert not encode_tasks._is_work_for_ray_data(tasks(1, enough))
+    monkeypatch.setattr(encode_tasks, "most_cpus", lambda: 2.0)
+    assert not encode_tasks._is_work_for_ray_data(tasks(2, enough))
+    monkeypatch.setattr("ray.nodes", lambda: [{"Alive": True}, {"Alive": True}])
+    assert encode_tasks._is_work_for_ray_data(tasks(2, enough))
 
 
 def test_a_cache_that_cannot_be_written(dataset: Path, encoder: Encoder, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from rayswift.eval.evaluate import deciding_settings
 from rayswift.eval.models import plan_servings
 from rayswift.eval.report import page, table
 from rayswift.eval.results import Question, Result, load_result
-from rayswift.eval.run_folder import open_run
+from rayswift.journal import open_run
 
 
 def result(contender: str, right: list[float], benchmark: str = "ARC_c") -> Result:
@@ -56,26 +56,26 @@ def test_a_result_is_read_back_as_it_was_saved(tmp_path: Path) -> None:
 
 
 def test_an_unfinished_run_goes_on_and_a_finished_one_does_not(tmp_path: Path) -> None:
-    with open_run(tmp_path, {"model": "m"}) as first:
+    with open_run(tmp_path, "m") as first:
         assert not first.resumed
-    with open_run(tmp_path, {"model": "m"}) as again:
+    with open_run(tmp_path, "m") as again:
         assert (again.path, again.resumed) == (first.path, True)
-        again.finish()
-    with open_run(tmp_path, {"model": "m"}) as new:
+        again.mark(finished=True)
+    with open_run(tmp_path, "m") as new:
         assert new.path != first.path
 
 
 def test_other_settings_and_a_run_that_is_still_going_get_a_folder_of_their_own(tmp_path: Path) -> None:
-    with open_run(tmp_path, {"model": "m"}) as first, open_run(tmp_path, {"model": "m"}) as beside:
+    with open_run(tmp_path, "m") as first, open_run(tmp_path, "m") as beside:
         assert beside.path != first.path
-    with open_run(tmp_path, {"model": "other"}) as other:
+    with open_run(tmp_path, "other") as other:
         assert other.path not in (first.path, beside.path)
 
 
 def test_a_row_cut_by_a_kill_is_dropped_before_going_on(tmp_path: Path) -> None:
-    with open_run(tmp_path, {}) as run:
+    with open_run(tmp_path, "m") as run:
         (run.path / "predictions.jsonl").write_text('{"index": 0}\n{"index": ')
-    with open_run(tmp_path, {}) as run:
+    with open_run(tmp_path, "m") as run:
         assert (run.path / "predictions.jsonl").read_text() == '{"index": 0}\n'
 
 
@@ -83,7 +83,7 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with (
         pytest.raises(UserError, match=r"--eval_output_dir .*: cannot be written"),
-        open_run(tmp_path / "file" / "x", {}),
+        open_run(tmp_path / "file" / "x", "m"),
     ):
         pass
 
@@ -177,7 +177,7 @@ def test_a_missing_library_is_one_line_that_names_the_extra(
 ) -> None:
     import importlib.util
 
-    from rayswift.eval.backends.base import choose_backend
+    from rayswift.eval.backends import choose_backend
 
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     settings: dict[str, Any] = {} if library else {"extra_eval_args": {"python": sys.executable}}

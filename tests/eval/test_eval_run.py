@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,10 @@ import pytest
 from rayswift.arguments import make_arguments
 from rayswift.errors import UserError
 from rayswift.eval.evaluate import evaluate
+from rayswift.eval.results import Question, Result
+from rayswift.exporting.model_card import model_card
+from rayswift.generate.endpoint import EndpointEngine
+from rayswift.generate.types import GenerationSettings
 
 DATA = Path(__file__).resolve().parents[1] / "data"
 ARC, GSM8K = str(DATA / "arc_challenge_24.jsonl"), str(DATA / "gsm8k_40.jsonl")
@@ -157,6 +162,45 @@ def test_ones_own_questions_in_csv(small_endpoint: str, tmp_path: Path) -> None:
     run(small_endpoint, "general_mcq", eval_dataset_args={"general_mcq": {"local_path": str(path)}})
     (folder,) = run_folders("native")
     assert [one["expected"] for one in answers(folder / "small" / "general_mcq")] == ["B", "A"]
+
+
+class OneQuestion:
+    """A backend in a few lines, for an environment without EvalScope: asks the endpoint one question."""
+
+    folder = "native"
+
+    def prepare(self, benchmark: Any) -> None: ...
+
+    def check(self, benchmark: Any, serving: Any) -> None: ...
+
+    def run(self, benchmark: Any, contender: Any, endpoint: Any, folder: Path) -> Result:
+        engine = EndpointEngine.connect(endpoint.base_url, model=endpoint.model)
+        answer = engine.complete([{"role": "user", "content": "2+2?"}], GenerationSettings(max_new_tokens=4)).text
+        question = Question("q/0", "2+2?", answer, answer, "4", {"accuracy": 0.25})
+        return Result(benchmark.asked, contender.label, "Native", "accuracy", {"accuracy": 0.25}, 0, [question])
+
+
+@pytest.mark.parametrize("backend", ["OneQuestion", "Native", "lm-eval"])
+def test_the_card_of_a_pushed_checkpoint_has_the_scores_that_eval_wrote(
+    small_endpoint: str, smollm2_dir: str, tmp_path: Path, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint = tmp_path / "v0-20250422-101811" / "checkpoint-7"
+    shutil.copytree(smollm2_dir, checkpoint, ignore=shutil.ignore_patterns("*.safetensors"))
+    (checkpoint / "args.json").write_text('{"command": "sft", "model": "org/base"}')
+    if backend == "OneQuestion":
+        monkeypatch.setattr("rayswift.eval.evaluate.choose_backend", lambda args: OneQuestion())
+    else:
+        pytest.importorskip({"Native": "evalscope", "lm-eval": "lm_eval"}[backend])
+    kind = {"backend": backend} if backend == "lm-eval" else {}
+    scores = run(small_endpoint, "gsm8k", model=str(checkpoint), **kind)
+    card = model_card(str(checkpoint), "me/tuned", str(checkpoint))
+    (line,) = [json.loads(row) for row in (checkpoint / "eval_result.jsonl").read_text().splitlines()]
+    folder, metrics = ("lm_eval" if kind else "native"), line["lm_eval" if kind else "native"]["gsm8k"]
+    rows = [f"| gsm8k | {metric} | {value:.4g} | {folder}, first 2 questions |" for metric, value in metrics.items()]
+    assert rows
+    assert all(row in card.splitlines() for row in rows)
+    assert scores["checkpoint-7"]["gsm8k"] in metrics.values()
+    assert str(tmp_path) not in card
 
 
 # --- refused ----------------------------------------------------------------------------------------------------

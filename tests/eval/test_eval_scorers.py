@@ -35,7 +35,7 @@ HARNESS_KEY = {  # generation → (strict-match, flexible-extract)
 
 def prepared(backend: str, asked: str, path: str, **settings: Any) -> tuple[Any, Any]:
     """The backend with one benchmark of a local file prepared, and the benchmark."""
-    from rayswift.eval.backends.base import choose_backend
+    from rayswift.eval.backends import choose_backend
 
     own = {asked: {"local_path": path, "few_shot_num": 0, **settings}}
     args: Any = make_arguments("eval", model="m", eval_dataset=[asked], eval_backend=backend, eval_dataset_args=own)

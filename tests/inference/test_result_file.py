@@ -88,3 +88,13 @@ def test_identity_follows_settings_and_rows() -> None:
     assert same == run_identity({"adapters": [], "model": "m"}, list(rows))
     assert same != run_identity({"model": "n", "adapters": []}, rows)
     assert same != run_identity({"model": "m", "adapters": []}, [*rows, *rows])
+
+
+def test_two_runs_cannot_write_one_file(tmp_path: Path) -> None:
+    path = tmp_path / "out.jsonl"
+    with (
+        open_results(path, "run"),
+        pytest.raises(UserError, match=r"--result_path .*out.jsonl: another rayswift infer is writing it"),
+        open_results(path, "run"),
+    ):
+        pass

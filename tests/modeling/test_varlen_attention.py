@@ -21,6 +21,18 @@ TEXTS = [
 ]
 
 
+@pytest.fixture(scope="module", params=["random", pytest.param("SmolLM2", marks=pytest.mark.slow)])
+def model_dir(request: pytest.FixtureRequest, smollm2_dir: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Two random layers, strong enough that each token's loss depends on those before it; or a real model."""
+    if request.param == "SmolLM2":
+        return smollm2_dir
+    from tiny_models import llama
+
+    folder = str(tmp_path_factory.mktemp("random"))
+    llama(vocab_size=49152, initializer_range=0.3).save_pretrained(folder)
+    return folder
+
+
 @pytest.fixture(scope="module")
 def rows(smollm2_dir: str) -> list[Row]:
     tokenizer = load_tokenizer(smollm2_dir)
@@ -31,8 +43,8 @@ def rows(smollm2_dir: str) -> list[Row]:
     return found
 
 
-def model_of(smollm2_dir: str, attention: str, dtype: str = "float32") -> Any:
-    return load_model(smollm2_dir, torch_dtype=dtype, attn_impl=attention).eval()
+def model_of(model_dir: str, attention: str, dtype: str = "float32") -> Any:
+    return load_model(model_dir, torch_dtype=dtype, attn_impl=attention).eval()
 
 
 def losses(model: Any, batch: dict[str, Any]) -> torch.Tensor:
@@ -53,9 +65,9 @@ def per_row(values: torch.Tensor, rows: list[Row]) -> torch.Tensor:
     [(NAME, "float32", 1e-5), (NAME, "bfloat16", 5e-3), ("sdpa", "float32", 1e-5), ("eager", "float32", 1e-5)],
 )
 def test_a_joined_row_has_the_loss_it_has_alone(
-    attention: str, dtype: str, tolerance: float, smollm2_dir: str, rows: list[Row]
+    attention: str, dtype: str, tolerance: float, model_dir: str, rows: list[Row]
 ) -> None:
-    model = model_of(smollm2_dir, attention, dtype)
+    model = model_of(model_dir, attention, dtype)
     alone = torch.stack([losses(model, pad([row], 0)).mean() for row in rows])
     joined = per_row(losses(model, flatten(rows)), rows)
     assert joined.tolist() == pytest.approx(alone.tolist(), rel=tolerance)
@@ -63,20 +75,21 @@ def test_a_joined_row_has_the_loss_it_has_alone(
     assert alone.std() > 0.1
 
 
-def test_padded_batches_are_what_they_are_under_sdpa(smollm2_dir: str, rows: list[Row]) -> None:
-    found = [losses(model_of(smollm2_dir, attention), pad(rows, 0)) for attention in (NAME, "sdpa")]
+def test_padded_batches_are_what_they_are_under_sdpa(model_dir: str, rows: list[Row]) -> None:
+    found = [losses(model_of(model_dir, attention), pad(rows, 0)) for attention in (NAME, "sdpa")]
     assert torch.allclose(*found, rtol=1e-5)
 
 
-def test_gradients_are_those_of_the_rows_alone(smollm2_dir: str, rows: list[Row]) -> None:
+def test_gradients_are_those_of_the_rows_alone(model_dir: str, rows: list[Row]) -> None:
     gradients = []
     for batches in ([flatten(rows)], [pad([row], 0) for row in rows]):
-        model = model_of(smollm2_dir, NAME).train()
+        model = model_of(model_dir, NAME).train()
         for batch in batches:
             labels = batch.pop("labels")
             logits = model(**batch, use_cache=False).logits[:, :-1].flatten(0, 1)
             torch.nn.functional.cross_entropy(logits, labels[:, 1:].flatten(), reduction="sum").backward()
         gradients.append(model.model.layers[0].self_attn.q_proj.weight.grad)
+    assert gradients[0].abs().max() > 0.1
     assert torch.allclose(*gradients, rtol=1e-3, atol=1e-4)
 
 

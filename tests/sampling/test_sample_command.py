@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ import pytest
 
 from rayswift.arguments import make_arguments
 from rayswift.errors import UserError
+from rayswift.generate.pool import Request
+from rayswift.generate.types import Answer
 from rayswift.sampling import run as sampling_run
 from rayswift.sampling import sample
 
@@ -34,19 +37,6 @@ class Broken(ORM):
 orms.update(even=EvenLength, broken=Broken, short=lambda completions: [1.0])
 prms["length"] = Length
 """
-
-
-@pytest.fixture(scope="module")
-def tiny_dir(smollm2_dir: str, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A random two-layer Llama that speaks SmolLM2's tokens."""
-    from tiny_models import llama
-
-    folder = tmp_path_factory.mktemp("tiny") / "tiny-llama"
-    llama(vocab_size=49152, max_position_embeddings=512, bos_token_id=1, eos_token_id=2).save_pretrained(folder)
-    for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"):
-        if (Path(smollm2_dir) / name).exists():
-            shutil.copy(Path(smollm2_dir) / name, folder)
-    return str(folder)
 
 
 @pytest.fixture
@@ -98,65 +88,63 @@ def test_a_pool_answers_every_prompt_so_many_times_and_a_second_run_scores_the_f
         assert row["messages"][-1]["content"] != row.get("rejected_response")
 
 
-@pytest.mark.usefixtures("ray_cluster")
+@dataclass
+class StubEngine:
+    """Answers at once, the last number first; the user stops the run after ``most`` answers. Texts tell the seeds."""
+
+    most: int = 100
+    asked: list[int] = field(default_factory=list)
+
+    @contextlib.contextmanager
+    def opened(self, _: Any) -> Iterator[Callable[[Sequence[Request]], Iterator[tuple[int, Answer]]]]:
+        """In the place of ``open_answers``."""
+        yield self.answers
+
+    def answers(self, requests: Sequence[Request]) -> Iterator[tuple[int, Answer]]:
+        for request in reversed(requests):
+            for number, seed in zip(request.numbers, request.seeds, strict=True):
+                if len(self.asked) == self.most:
+                    raise KeyboardInterrupt
+                self.asked.append(number)
+                yield number, Answer(f"seed {seed}", num_generated_tokens=2)
+
+
 def test_a_run_that_was_stopped_goes_on_and_asks_nothing_twice(
     tiny_dir: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    open_answers, asked = sampling_run.open_answers, []
-
-    class Stopped:
-        """The real engine, which the user stops after some answers."""
-
-        def __init__(self, answers: Any, most: int) -> None:
-            self.answers, self.most = answers, most
-
-        def __call__(self, requests: Any) -> Iterator[Any]:
-            for number, answer in self.answers(requests):
-                if self.most == 0:
-                    raise KeyboardInterrupt
-                self.most -= 1
-                asked.append(number)
-                yield number, answer
-
+    asked = []
     settings = {"model": tiny_dir, "resume": True, "output_file": None}
     for most in (4, 5, 100):
-        with monkeypatch.context() as patched:
-
-            def opened(args: Any, most: int = most) -> Any:
-                import contextlib
-
-                @contextlib.contextmanager
-                def one() -> Iterator[Any]:
-                    with open_answers(args) as answers:
-                        yield Stopped(answers, most)
-
-                return one()
-
-            patched.setattr(sampling_run, "open_answers", opened)
-            caplog.clear()
-            caplog.set_level("INFO", "rayswift")
-            if most < 100:
-                with pytest.raises(KeyboardInterrupt):
-                    run(tmp_path, **settings)
-                assert "goes on where it stopped" in caplog.text
-                with next(tmp_path.glob(".*.answers")).open("a") as file:
-                    file.write('{"number": 14, "text": "half a r')
-            else:
-                found = run(tmp_path, **settings)
-                assert "9 of 15 answers are there already" in caplog.text
+        engine = StubEngine(most)
+        monkeypatch.setattr(sampling_run, "open_answers", engine.opened)
+        caplog.clear()
+        caplog.set_level("INFO", "rayswift")
+        if most < 100:
+            with pytest.raises(KeyboardInterrupt):
+                run(tmp_path, **settings)
+            assert "goes on where it stopped" in caplog.text
+            with next(tmp_path.glob(".*.answers")).open("a") as file:
+                file.write('{"number": 14, "text": "half a r')
+        else:
+            found = run(tmp_path, **settings)
+            assert "9 of 15 answers are there already" in caplog.text
+        asked += engine.asked
     assert sorted(asked) == list(range(15))
     rows = read(found["output_file"])
     assert len(rows) == 15
     assert len({(row["id"], row["messages"][-1]["content"]) for row in rows}) == 15
     assert not list(tmp_path.glob(".*"))
     before = Path(found["output_file"]).read_bytes()
+    monkeypatch.setattr(sampling_run, "open_answers", StubEngine(most=0).opened)
     again = run(tmp_path, model=tiny_dir, output_file=Path(found["output_file"]).name)
     assert again == {"output_file": found["output_file"]}  # there already: nothing is done
     assert Path(found["output_file"]).read_bytes() == before
 
 
 @pytest.mark.usefixtures("ray_cluster")
-def test_a_reward_model_scores_and_one_that_is_none_is_refused_first(tiny_dir: str, tmp_path: Path) -> None:
+def test_a_reward_model_scores_and_one_that_is_none_is_refused_first(
+    tiny_dir: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import torch
     from tiny_models import llama_config
     from transformers import AutoTokenizer, LlamaForSequenceClassification
@@ -165,6 +153,7 @@ def test_a_reward_model_scores_and_one_that_is_none_is_refused_first(tiny_dir: s
     config = llama_config(vocab_size=49152, max_position_embeddings=512, num_labels=1, initializer_range=0.5)
     LlamaForSequenceClassification(config).save_pretrained(tmp_path / "rm")
     AutoTokenizer.from_pretrained(tiny_dir).save_pretrained(tmp_path / "rm")
+    monkeypatch.setattr(sampling_run, "open_answers", StubEngine().opened)
     first = run(tmp_path / "a", model=tiny_dir)
     settings = {"sampler_engine": "no", "cache_files": [first["output_file"]], "n_best_to_keep": 1}
     found = run(tmp_path / "b", prm_model=str(tmp_path / "rm"), prm_threshold=-1e9, **settings)

@@ -10,7 +10,8 @@ import pytest
 from safetensors.numpy import save_file
 
 from rayswift.generate.model_spec import ModelPlan
-from rayswift.serve.adapters import AdapterBook, AdapterRefused, AdapterStore, check_name
+from rayswift.serve.gateway.adapters import AdapterRegistry
+from rayswift.serve.replica.adapters import AdapterLoader, AdapterRefused, check_name
 
 HIDDEN = 8
 TARGET = "model.layers.0.self_attn.q_proj"
@@ -36,58 +37,58 @@ def root(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def store(root: Path, tmp_path: Path) -> AdapterStore:
+def loader(root: Path, tmp_path: Path) -> AdapterLoader:
     base = tmp_path / "base"
     base.mkdir()
     save_file({f"{TARGET}.weight": np.zeros((HIDDEN, HIDDEN), np.float32)}, base / "model.safetensors")
-    store = AdapterStore(ModelPlan("base", str(base), "vllm", adapter_root=str(root), max_lora_rank=16))
-    store.read_base(str(base))
-    return store
+    loader = AdapterLoader(ModelPlan("base", str(base), "vllm", adapter_root=str(root), max_lora_rank=16))
+    loader.read_base(str(base))
+    return loader
 
 
 def test_every_adapter_below_the_root_can_be_asked_for(root: Path) -> None:
-    book = AdapterBook({"start": "/somewhere"}, str(root))
-    assert book.names() == ["one", "run/checkpoint-10", "start"]
-    assert [book.key_of(name) for name in book.names()] == book.names()
-    assert book.key_of("two") is None
+    registry = AdapterRegistry({"start": "/somewhere"}, str(root))
+    assert registry.names() == ["one", "run/checkpoint-10", "start"]
+    assert [registry.key_of(name) for name in registry.names()] == registry.names()
+    assert registry.key_of("two") is None
 
 
 @pytest.mark.parametrize("name", ["../root/one", "/etc", "a/../b", "a//b", "", ".hidden", "a b", "a\0", "x" * 201])
 def test_names_that_are_paths_elsewhere_are_refused(root: Path, name: str) -> None:
-    assert AdapterBook({}, str(root)).key_of(name) is None
+    assert AdapterRegistry({}, str(root)).key_of(name) is None
     with pytest.raises(AdapterRefused) as refused:
         check_name(name)
     assert refused.value.status == 400
 
 
 def test_a_client_can_give_an_adapter_below_the_root_a_name(root: Path) -> None:
-    book = AdapterBook({"start": "/somewhere"}, str(root))
-    assert book.add("mine", "run/checkpoint-10") == "mine=run/checkpoint-10"
-    assert book.key_of("mine") == "mine=run/checkpoint-10"
-    assert book.add("also", str(root / "one")) == "also=one"
+    registry = AdapterRegistry({"start": "/somewhere"}, str(root))
+    assert registry.add("mine", "run/checkpoint-10") == "mine=run/checkpoint-10"
+    assert registry.key_of("mine") == "mine=run/checkpoint-10"
+    assert registry.add("also", str(root / "one")) == "also=one"
     for path, status in (("/etc", 403), ("s3://bucket/x", 403), ("../x", 400), ("nothing", 404), ("", 400)):
         with pytest.raises(AdapterRefused) as refused:
-            book.add("new", path)
+            registry.add("new", path)
         assert refused.value.status == status, path
     with pytest.raises(AdapterRefused):
-        book.add("start", "one")
-    book.remove("mine")
-    assert book.key_of("mine") is None
+        registry.add("start", "one")
+    registry.remove("mine")
+    assert registry.key_of("mine") is None
 
 
 def test_without_a_root_nothing_is_loaded_later() -> None:
     with pytest.raises(AdapterRefused) as refused:
-        AdapterBook({}, None).add("new", "one")
+        AdapterRegistry({}, None).add("new", "one")
     assert refused.value.status == 403
 
 
-def test_a_good_adapter_is_found_and_accepted(root: Path, store: AdapterStore) -> None:
+def test_a_good_adapter_is_found_and_accepted(root: Path, loader: AdapterLoader) -> None:
     for key, folder in (("one", root / "one"), ("mine=run/checkpoint-10", root / "run" / "checkpoint-10")):
-        assert store.fetch(key) == str(folder)
-        store.check(key, str(folder))
+        assert loader.fetch(key) == str(folder)
+        loader.check(key, str(folder))
 
 
-def test_links_out_of_the_root_are_refused(root: Path, store: AdapterStore, tmp_path: Path) -> None:
+def test_links_out_of_the_root_are_refused(root: Path, loader: AdapterLoader, tmp_path: Path) -> None:
     outside = write_adapter(tmp_path / "outside")
     (root / "link").symlink_to(outside)
     (root / "half").mkdir()
@@ -95,11 +96,11 @@ def test_links_out_of_the_root_are_refused(root: Path, store: AdapterStore, tmp_
     (root / "half" / "adapter_model.safetensors").symlink_to(outside / "adapter_model.safetensors")
     for name in ("link", "half"):
         with pytest.raises(AdapterRefused) as refused:
-            store.fetch(name)
+            loader.fetch(name)
         assert refused.value.status == 403
 
 
-def test_what_the_engine_cannot_use_is_refused_with_the_reason(root: Path, store: AdapterStore) -> None:
+def test_what_the_engine_cannot_use_is_refused_with_the_reason(root: Path, loader: AdapterLoader) -> None:
     write_adapter(root / "huge", rank=32)
     write_adapter(root / "other", hidden=HIDDEN * 2)
     write_adapter(root / "dora", use_dora=True)
@@ -111,7 +112,7 @@ def test_what_the_engine_cannot_use_is_refused_with_the_reason(root: Path, store
     write_adapter(root / "patterns-list", rank_pattern=["q_proj"])
     write_adapter(root / "elsewhere", target_modules=["no_such_module"])
     write_adapter(root / "pattern", r=2, rank_pattern={TARGET: 4}, target_modules=[TARGET.rpartition(".")[2]])
-    store.check("pattern", store.fetch("pattern"))
+    loader.check("pattern", loader.fetch("pattern"))
     pickle = write_adapter(root / "pickle")
     (pickle / "adapter_model.safetensors").rename(pickle / "adapter_model.bin")
     cut = write_adapter(root / "cut") / "adapter_model.safetensors"
@@ -131,6 +132,6 @@ def test_what_the_engine_cannot_use_is_refused_with_the_reason(root: Path, store
         ("cut", "broken or incomplete"),
     ):
         with pytest.raises(AdapterRefused) as refused:
-            store.check(name, store.fetch(name))
+            loader.check(name, loader.fetch(name))
         assert refused.value.status == 422
         assert says in str(refused.value), name

@@ -1,70 +1,109 @@
-"""``rayswift deploy`` as a user runs it, with the Transformers engine (``tests/slow`` has it with vLLM)."""
+"""``rayswift deploy`` in this process, with a random model (``tests/slow`` has the command with real ones)."""
 
 from __future__ import annotations
 
 import json
+import logging
+import signal
 from collections.abc import Iterator
-from pathlib import Path
+from contextlib import contextmanager
 
+import httpx
 import openai
+import psutil
 import pytest
-from serving import Deployment, beyond_this_machine, deployed, listening
+from serving import free_port, listening
 
+from rayswift.arguments import make_arguments
+from rayswift.data.tokens.encoder import Encoder
+from rayswift.generate.model_spec import plan_models
 from rayswift.generate.transformers import TransformersEngine
 from rayswift.generate.types import GenerationSettings
+from rayswift.serve.deploy import deployment
 
-MODEL, KEY = "SmolLM2-135M-Instruct", "sk-of-this-test"
+MODEL, KEY = "tiny-llama", "sk-of-this-test"
 QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
 
 
-@pytest.fixture(scope="module")
-def server(smollm2_dir: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]:
-    folder = tmp_path_factory.mktemp("deploy")
-    flags = ["--infer_backend", "transformers", "--use_gpu", "false", "--api_key", KEY, "--max_length", "512"]
-    with deployed(smollm2_dir, folder, *flags, api_key=KEY) as running:
-        yield running
+@contextmanager
+def said(logger: str) -> Iterator[list[str]]:
+    """What a logger says meanwhile."""
+    lines: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
+    found = logging.getLogger(logger)
+    level = found.level
+    found.addHandler(handler)
+    found.setLevel(logging.INFO)
+    yield lines
+    found.removeHandler(handler)
+    found.setLevel(level)
 
 
 @pytest.fixture(scope="module")
-def client(server: Deployment) -> openai.OpenAI:
-    return openai.OpenAI(base_url=server.base_url, api_key=KEY, max_retries=0, timeout=120)
+def server(ray_cluster: None, tiny_dir: str) -> Iterator[httpx.Client]:
+    """A client of the deployed endpoint. Ray, which was there before, is there afterwards."""
+    import ray
+    from ray import serve
+
+    args = make_arguments(
+        "deploy", model=tiny_dir, infer_backend="transformers", torch_dtype="float32", use_gpu=False, api_key=[KEY],
+        max_length=512, port=free_port(),
+    )  # fmt: skip
+    on_sigterm = signal.getsignal(signal.SIGTERM)
+    address = f"http://127.0.0.1:{args.port}"
+    with said("rayswift.serve.deploy") as lines:
+        with deployment(args, plan_models(args)):
+            assert [line for line in lines if "ready:" in line] == [f"ready: {address}/v1  ({MODEL})"]
+            with httpx.Client(base_url=address, headers={"Authorization": f"Bearer {KEY}"}) as client:
+                yield client
+        assert "stopping: running requests finish first" in lines[-1]
+    assert ray.is_initialized()
+    assert not serve.status().applications
+    serve.shutdown()
+    signal.signal(signal.SIGTERM, on_sigterm)
 
 
-def test_it_answers_what_infer_answers_streamed_and_whole(client: openai.OpenAI, engine: TransformersEngine) -> None:
+@pytest.fixture(scope="module")
+def client(server: httpx.Client) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{server.base_url}/v1", api_key=KEY, max_retries=0, timeout=120)
+
+
+def test_it_answers_what_infer_answers_streamed_and_whole(client: openai.OpenAI, tiny_dir: str) -> None:
+    engine = TransformersEngine.load(Encoder(tiny_dir), torch_dtype="float32", use_gpu=False)
     expected = engine.generate([QUESTION], GenerationSettings(max_new_tokens=12, temperature=0))[0].text
+    assert expected
     whole = client.chat.completions.create(model=MODEL, messages=QUESTION, max_tokens=12, temperature=0)
     assert whole.choices[0].message.content == expected
     pieces = client.chat.completions.create(model=MODEL, messages=QUESTION, max_tokens=12, temperature=0, stream=True)
     assert "".join(piece.choices[0].delta.content or "" for piece in pieces if piece.choices) == expected
 
 
-def test_mistakes_are_openai_errors(server: Deployment, client: openai.OpenAI) -> None:
+def test_mistakes_are_openai_errors(server: httpx.Client, client: openai.OpenAI) -> None:
     with pytest.raises(openai.NotFoundError, match="`nobody` does not exist"):
         client.chat.completions.create(model="nobody", messages=QUESTION)
     with pytest.raises(openai.BadRequestError):
         client.chat.completions.create(model=MODEL, messages=[])
     with pytest.raises(openai.AuthenticationError):
-        openai.OpenAI(base_url=server.base_url, api_key="wrong", max_retries=0).models.list()
+        openai.OpenAI(base_url=f"{server.base_url}/v1", api_key="wrong", max_retries=0).models.list()
     for path in ("/no/such/path", "/v1/chat/completions/x"):
-        status, body = server.get(path)
-        assert status == 404
-        assert json.loads(body)["error"]["type"] == "not_found_error"
-    assert server.get("/v1/completions")[0] == 405
+        found = server.get(path)
+        assert found.status_code == 404
+        assert found.json()["error"]["type"] == "not_found_error"
+    assert server.get("/v1/completions").status_code == 405
 
 
-def test_it_lists_its_model_and_says_how_it_is(server: Deployment, client: openai.OpenAI) -> None:
+def test_it_lists_its_model_and_says_how_it_is(server: httpx.Client, client: openai.OpenAI) -> None:
     assert [model.id for model in client.models.list()] == [MODEL]
     assert client.models.retrieve(MODEL).owned_by == "rayswift"
-    assert server.get("/health")[0] == 200
-    metrics = server.get("/metrics")[1].decode()
+    assert server.get("/health").status_code == 200
+    metrics = server.get("/metrics").text
     assert "rayswift_requests_total" in metrics
     assert f'served_model="{MODEL}"' in metrics
-    paths = json.loads(server.get("/openapi.json")[1])["paths"]
+    paths = json.loads(server.get("/openapi.json").text)["paths"]
     assert {"/v1/chat/completions", "/v1/models", "/health"} <= set(paths)
 
 
-def test_its_ports_are_this_machines_own(server: Deployment) -> None:
-    found = listening(server.tree())
-    assert ("127.0.0.1", server.port) in found
-    assert not beyond_this_machine(found)
-    assert Path(server.log).read_text().count("ready:") == 1
+def test_its_port_is_this_machines_own(server: httpx.Client) -> None:
+    found = listening(psutil.Process().children(recursive=True))
+    assert [host for host, port in found if port == server.base_url.port] == ["127.0.0.1"]

@@ -16,11 +16,11 @@ import aiohttp
 import pytest
 from aiohttp import web
 
+from rayswift.serve import lease as leases
 from rayswift.serve.gateway import forwarding
-from rayswift.serve.gateway import lease_cache as kept_tickets
 from rayswift.serve.gateway.app import Counters
-from rayswift.serve.gateway.forwarding import Forwarder, Request
-from rayswift.serve.lease import NO_TICKET, RESUME_HEADER
+from rayswift.serve.gateway.forwarding import Forwarder, GatewayRequest
+from rayswift.serve.lease import NO_LEASE, RESUME_HEADER
 from rayswift.serve.openai_errors import ApiError
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
@@ -43,7 +43,7 @@ def _no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @dataclass
 class Replicas:
-    """Servers in the order in which requests reach them; stands for Serve's handle, which gives tickets to them."""
+    """Servers in the order in which requests reach them; stands for Serve's handle, which gives leases to them."""
 
     urls: list[str]
     called: int = 0
@@ -54,12 +54,12 @@ class Replicas:
     def options(self, **_: Any) -> Replicas:
         return self
 
-    def remote(self) -> Tickets:
-        return Tickets(self)
+    def remote(self) -> Leases:
+        return Leases(self)
 
 
-class Tickets:
-    """One call of ``ticket``: yields where the request goes."""
+class Leases:
+    """One call of ``lease``: yields where the request goes."""
 
     def __init__(self, replicas: Replicas) -> None:
         self._replicas = replicas
@@ -68,7 +68,7 @@ class Tickets:
     async def __aiter__(self) -> AsyncIterator[dict[str, str]]:
         number = min(self._replicas.given, len(self._replicas.urls) - 1)
         self._replicas.given += 1
-        yield {"url": self._replicas.urls[number], "ticket": f"ticket-{number}"}
+        yield {"url": self._replicas.urls[number], "token": f"token-{number}"}
 
     def cancel(self) -> None:
         self._replicas.cancelled += 1
@@ -101,7 +101,7 @@ async def served(*handlers: Handler) -> AsyncIterator[tuple[Forwarder, Replicas,
 
 async def ask(forwarder: Forwarder, **body: Any) -> tuple[int, bytes]:
     """Status and body as the client gets them."""
-    request = Request("POST", PATH, json.dumps(body).encode(), body)
+    request = GatewayRequest("POST", PATH, json.dumps(body).encode(), body)
     async with aclosing(forwarder.send(request)) as responses:
         async for response in responses:
             return response.status, b"".join([piece async for piece in response.pieces])
@@ -205,7 +205,7 @@ async def test_a_stream_whose_replica_dies_goes_on_from_its_tokens() -> None:
         assert counters.resumed == 1
 
 
-async def test_a_stream_that_cannot_carry_on_starts_again_and_nothing_is_sent_twice() -> None:
+async def test_a_stream_that_cannot_be_resumed_starts_again_and_nothing_is_sent_twice() -> None:
     async with served(streams(0, 2, ends=False), streams(0, 4, ends=True)) as (forwarder, replicas, _):
         body = (await ask(forwarder, stream=True, temperature=0, logprobs=True))[1]
         assert text_of(body) == "".join(WORDS)
@@ -227,10 +227,10 @@ async def test_a_stream_that_costs_two_replicas_ends_in_an_error() -> None:
         assert replicas.given == 2
 
 
-async def test_requests_that_follow_one_another_share_a_ticket_that_is_given_back_when_nobody_comes(
+async def test_requests_that_follow_one_another_share_a_lease_that_is_given_back_when_nobody_comes(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(kept_tickets, "KEEP_SECONDS", 0.2)
+    monkeypatch.setattr(leases, "KEEP_SECONDS", 0.2)
     async with served(answers) as (forwarder, replicas, _):
         for _ in range(3):
             assert (await ask(forwarder))[0] == 200
@@ -242,7 +242,7 @@ async def test_requests_that_follow_one_another_share_a_ticket_that_is_given_bac
         assert replicas.given == 2
 
 
-async def test_requests_at_the_same_time_have_a_ticket_each_and_those_after_them_none_more() -> None:
+async def test_requests_at_the_same_time_have_a_lease_each_and_those_after_them_none_more() -> None:
     async with served(streams(0, 4, ends=True)) as (forwarder, replicas, _):
         for _ in range(2):
             bodies = await asyncio.gather(*(ask(forwarder, stream=True) for _ in range(4)))
@@ -250,38 +250,38 @@ async def test_requests_at_the_same_time_have_a_ticket_each_and_those_after_them
         assert replicas.given == 4
 
 
-async def test_an_old_ticket_is_given_back_so_that_serve_chooses_a_replica_again(
+async def test_an_old_lease_is_given_back_so_that_serve_chooses_a_replica_again(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(kept_tickets, "LIFE_SECONDS", 0.05)
+    monkeypatch.setattr(leases, "LIFE_SECONDS", 0.05)
     async with served(answers) as (forwarder, replicas, _):
         await ask(forwarder)
         await asyncio.sleep(0.1)
-        await ask(forwarder)  # with the kept ticket, the last time
+        await ask(forwarder)  # with the kept lease, the last time
         await ask(forwarder)
         assert (replicas.given, replicas.cancelled) == (2, 1)
 
 
-async def test_a_ticket_is_not_kept_while_a_request_waits_for_a_place(monkeypatch: pytest.MonkeyPatch) -> None:
-    class OnePlace(Tickets):
-        """Serve with one place: the next ticket comes when one has been given back."""
+async def test_a_lease_is_not_kept_while_a_request_waits_for_a_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    class OnePlace(Leases):
+        """Serve with one place: the next lease comes when one has been given back."""
 
         async def __aiter__(self) -> AsyncIterator[dict[str, str]]:
             while self._replicas.given > self._replicas.cancelled:
                 await asyncio.sleep(0.01)
-            async for ticket in Tickets.__aiter__(self):
-                yield ticket
+            async for lease in Leases.__aiter__(self):
+                yield lease
 
-    monkeypatch.setattr(kept_tickets, "KEEP_SECONDS", 60)
+    monkeypatch.setattr(leases, "KEEP_SECONDS", 60)
     monkeypatch.setattr(Replicas, "remote", lambda self: OnePlace(self))
     async with served(streams(0, 4, ends=True)) as (forwarder, _, _), asyncio.timeout(5):
         assert len(await asyncio.gather(*(ask(forwarder, stream=True) for _ in range(3)))) == 3
 
 
-async def test_a_request_that_is_left_gives_its_ticket_back() -> None:
+async def test_a_request_that_is_left_gives_its_lease_back() -> None:
     async with served(streams(0, 4, ends=True)) as (forwarder, replicas, _):
         body = {"stream": True}
-        async with aclosing(forwarder.send(Request("POST", PATH, json.dumps(body).encode(), body))) as responses:
+        async with aclosing(forwarder.send(GatewayRequest("POST", PATH, json.dumps(body).encode(), body))) as responses:
             await anext(responses)
         assert (replicas.given, replicas.cancelled) == (1, 1)
 
@@ -289,16 +289,18 @@ async def test_a_request_that_is_left_gives_its_ticket_back() -> None:
 async def test_requests_for_an_adapter_ask_serve_each_time() -> None:
     async with served(answers) as (forwarder, replicas, _):
         for _ in range(2):
-            async with aclosing(forwarder.send(Request("POST", PATH, b"{}", {}, adapter="base:red"))) as responses:
+            async with aclosing(
+                forwarder.send(GatewayRequest("POST", PATH, b"{}", {}, adapter="base:red"))
+            ) as responses:
                 async for response in responses:
                     assert [piece async for piece in response.pieces]
         assert (replicas.given, replicas.cancelled) == (2, 2)
 
 
-async def test_tickets_kept_for_a_replica_that_has_died_since_cost_one_more_try(
+async def test_leases_kept_for_a_replica_that_has_died_since_cost_one_more_try(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(kept_tickets, "KEEP_SECONDS", 60)
+    monkeypatch.setattr(leases, "KEEP_SECONDS", 60)
     living = True
 
     async def ends(request: web.Request) -> web.StreamResponse:
@@ -312,9 +314,9 @@ async def test_tickets_kept_for_a_replica_that_has_died_since_cost_one_more_try(
         assert (replicas.given, counters.retries, replicas.cancelled) == (5, 1, 4)
 
 
-async def test_a_ticket_that_the_replica_has_forgotten_is_replaced() -> None:
+async def test_a_lease_that_the_replica_has_forgotten_is_replaced() -> None:
     async def forgot(request: web.Request) -> web.StreamResponse:
-        return web.Response(status=NO_TICKET)
+        return web.Response(status=NO_LEASE)
 
     async with served(forgot, answers) as (forwarder, replicas, _):
         assert (await ask(forwarder))[0] == 200

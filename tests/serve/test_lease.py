@@ -1,4 +1,4 @@
-"""What a ticket lets in at a replica, and when it ends."""
+"""What a lease lets in at a replica, and when it ends."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from rayswift.serve import lease as tickets
-from rayswift.serve.lease import NO_TICKET, TICKET_HEADER, TicketMiddleware, TicketOffice
+from rayswift.serve import lease as leases
+from rayswift.serve.lease import LEASE_HEADER, NO_LEASE, LeaseBook, LeaseMiddleware
 
 pytestmark = pytest.mark.anyio
 
@@ -22,8 +22,8 @@ class Door:
     """A replica's middleware over an app that waits for ``go`` between the halves of its answer."""
 
     def __init__(self) -> None:
-        self.office, self.go, self.fails = TicketOffice(), asyncio.Event(), False
-        self._middleware = TicketMiddleware(self._app, self.office)
+        self.book, self.go, self.fails = LeaseBook(), asyncio.Event(), False
+        self._middleware = LeaseMiddleware(self._app, self.book)
 
     async def _app(self, scope: Any, receive: Any, send: Any) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": []})
@@ -32,50 +32,50 @@ class Door:
             raise RuntimeError("the app fails in the middle")
         await send({"type": "http.response.body", "body": b"whole"})
 
-    async def ask(self, ticket: str) -> int:
-        """The status of a request with this ticket."""
+    async def ask(self, token: str) -> int:
+        """The status of a request with this token."""
         statuses: list[int] = []
 
         async def send(message: Any) -> None:
             statuses.extend([message["status"]] if "status" in message else [])
 
-        headers = [(TICKET_HEADER.encode(), ticket.encode())]
+        headers = [(LEASE_HEADER.encode(), token.encode())]
         await self._middleware({"type": "http", "headers": headers}, None, send)  # type: ignore[arg-type]
         return statuses[0]
 
 
-async def test_a_ticket_lets_one_request_in_after_the_other_and_no_two_at_once() -> None:
+async def test_a_lease_lets_one_request_in_after_the_other_and_no_two_at_once() -> None:
     door = Door()
-    ticket = door.office.issue()
-    first = asyncio.ensure_future(door.ask(ticket))
+    token = door.book.open()
+    first = asyncio.ensure_future(door.ask(token))
     await asyncio.sleep(0)
-    assert await door.ask(ticket) == NO_TICKET
+    assert await door.ask(token) == NO_LEASE
     door.go.set()
-    assert [await first, await door.ask(ticket)] == [200, 200]
-    assert await door.ask("guessed") == NO_TICKET
+    assert [await first, await door.ask(token)] == [200, 200]
+    assert await door.ask("guessed") == NO_LEASE
 
 
-async def test_a_ticket_ends_with_a_request_that_breaks_off() -> None:
+async def test_a_lease_ends_with_a_request_that_breaks_off() -> None:
     door = Door()
-    ticket, door.fails = door.office.issue(), True
-    ended = asyncio.ensure_future(door.office.ended(ticket))
+    token, door.fails = door.book.open(), True
+    ended = asyncio.ensure_future(door.book.ended(token))
     await asyncio.sleep(0)
     door.go.set()
     with pytest.raises(RuntimeError):
-        await door.ask(ticket)
+        await door.ask(token)
     await asyncio.wait_for(ended, 1)
-    assert await door.ask(ticket) == NO_TICKET
+    assert await door.ask(token) == NO_LEASE
 
 
-async def test_a_ticket_ends_when_no_request_comes_but_not_under_a_long_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tickets, "TICKET_SECONDS", 0.1)
+async def test_a_lease_ends_when_no_request_comes_but_not_under_a_long_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(leases, "IDLE_SECONDS", 0.1)
     door = Door()
-    ticket = door.office.issue()
-    ended = asyncio.ensure_future(door.office.ended(ticket))
-    asked = asyncio.ensure_future(door.ask(ticket))
+    token = door.book.open()
+    ended = asyncio.ensure_future(door.book.ended(token))
+    asked = asyncio.ensure_future(door.ask(token))
     await asyncio.sleep(0.3)
     assert not ended.done()
     door.go.set()
     assert await asked == 200
     await asyncio.wait_for(ended, 1)
-    assert await door.ask(ticket) == NO_TICKET
+    assert await door.ask(token) == NO_LEASE

@@ -1,4 +1,4 @@
-"""A stream that another replica carries on: the client gets each character once."""
+"""A stream that another replica resumes: the client gets each character once."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rayswift.serve.gateway.stream_resume import Diverged, Resumed, SentStream, can_carry_on, longest_stop
+from rayswift.serve.gateway.stream_resume import Mismatch, ResumedStream, StreamLog, can_resume, longest_stop
 
 
 def chat_events(pieces: list[str], *, ids: bool = False, role: bool = True, finish: str | None = "stop") -> list[bytes]:
@@ -34,21 +34,21 @@ def text_of(events: list[bytes]) -> str:
 def test_events_are_found_however_the_bytes_are_cut_and_ids_are_taken_out() -> None:
     wire = b"".join(event + b"\n\n" for event in chat_events(["Hel", "lo"], ids=True))
     for size in (1, 7, 64, len(wire)):
-        stream = SentStream()
+        stream = StreamLog()
         events = [e for i in range(0, len(wire), size) for e in stream.take(wire[i : i + size])]
         for event in events:
-            stream.sent(event)
+            stream.events.append(event)
         assert events == chat_events(["Hel", "lo"])
         assert stream.finished
-        assert stream.ids_to_carry_on(held_back=0) == [10, 11, 20, 21, 30]
-        assert stream.ids_to_carry_on(held_back=4) == [10, 11]
-        assert stream.ids_to_carry_on(held_back=50) == []
+        assert stream.ids_to_resume(held_back=0) == [10, 11, 20, 21, 30]
+        assert stream.ids_to_resume(held_back=4) == [10, 11]
+        assert stream.ids_to_resume(held_back=50) == []
 
 
 def test_a_stream_that_was_cut_has_no_end() -> None:
-    stream = SentStream()
+    stream = StreamLog()
     for event in stream.take(b"".join(event + b"\n\n" for event in chat_events(["a"])[:-1])):
-        stream.sent(event)
+        stream.events.append(event)
     assert not stream.finished
 
 
@@ -67,7 +67,7 @@ def test_the_client_gets_each_character_once_wherever_the_first_replica_died(pie
         size = data.draw(st.integers(min_value=1, max_value=len(rest)))
         again.append(rest[:size])
         rest = rest[size:]
-    resumed = Resumed(sent)
+    resumed = ResumedStream(sent)
     passed = [event for event in map(resumed.pass_on, chat_events(again)) if event is not None]
     assert text_of(sent + passed) == whole
     choices = [json.loads(event[6:])["choices"][0] for event in (sent + passed)[:-1]]
@@ -77,24 +77,24 @@ def test_the_client_gets_each_character_once_wherever_the_first_replica_died(pie
 
 
 def test_a_different_text_is_noticed_and_not_sent() -> None:
-    resumed = Resumed(chat_events(["Paris", " is"])[:3])
+    resumed = ResumedStream(chat_events(["Paris", " is"])[:3])
     role, same, other, *_ = chat_events(["Paris", " was"])
     assert resumed.pass_on(role) is None
     assert resumed.pass_on(same) is None
-    with pytest.raises(Diverged):
+    with pytest.raises(Mismatch):
         resumed.pass_on(other)
 
 
 def test_an_answer_that_ends_before_what_was_sent_is_noticed() -> None:
-    resumed = Resumed(chat_events(["Paris", " is"])[:3])
+    resumed = ResumedStream(chat_events(["Paris", " is"])[:3])
     role, same, finish, _ = chat_events(["Paris"])
     assert resumed.pass_on(role) is None
     assert resumed.pass_on(same) is None
-    with pytest.raises(Diverged):
+    with pytest.raises(Mismatch):
         resumed.pass_on(finish)
 
 
-def test_tool_calls_and_completions_are_carried_on_too() -> None:
+def test_tool_calls_and_completions_are_resumed_too() -> None:
     def event(choice: dict) -> bytes:
         return b"data: " + json.dumps({"choices": [{"index": 0, "finish_reason": None, **choice}]}).encode()
 
@@ -103,14 +103,14 @@ def test_tool_calls_and_completions_are_carried_on_too() -> None:
 
     call = {"index": 0, "id": "call-1", "type": "function", "function": {"name": "f", "arguments": ""}}
     first = [event({"delta": {"tool_calls": [call]}}), event(arguments('{"a"'))]
-    resumed = Resumed(first)
+    resumed = ResumedStream(first)
     other = {**call, "id": "call-2"}
     assert resumed.pass_on(event({"delta": {"tool_calls": [other]}})) is None
     rest = resumed.pass_on(event(arguments('{"a": 1}')))
     assert rest is not None
     assert json.loads(rest[6:])["choices"][0]["delta"]["tool_calls"][0]["function"]["arguments"] == ": 1}"
 
-    resumed = Resumed([event({"text": "one two"})])
+    resumed = ResumedStream([event({"text": "one two"})])
     assert resumed.pass_on(event({"text": "one"})) is None
     rest = resumed.pass_on(event({"text": " two three"}))
     assert rest is not None
@@ -133,7 +133,7 @@ def test_tool_calls_and_completions_are_carried_on_too() -> None:
     ],
 )
 def test_only_requests_whose_state_is_in_their_tokens_go_on_from_tokens(body: dict, expected: bool) -> None:
-    assert can_carry_on(body) is expected
+    assert can_resume(body) is expected
 
 
 def test_the_longest_stop_text_counts() -> None:

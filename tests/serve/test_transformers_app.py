@@ -17,7 +17,8 @@ from starlette.testclient import TestClient
 
 from rayswift.data.tokens.encoder import Encoder
 from rayswift.generate.transformers import TransformersEngine
-from rayswift.serve.lease import RESUME_HEADER, bind
+from rayswift.serve.lease import RESUME_HEADER
+from rayswift.serve.ports import bind
 from rayswift.serve.replica.transformers import TransformersServing
 
 ASK = [{"role": "user", "content": "What is the capital of France?"}]

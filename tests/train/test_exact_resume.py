@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -23,7 +23,7 @@ from rayswift.data import files as sources
 from rayswift.data.flow import stream as streaming
 from rayswift.data.flow.cache import TokenCache
 from rayswift.data.flow.prepare import load_train_data
-from rayswift.data.flow.stream import StreamMix, StreamPlan, plan_streams, task_tokens
+from rayswift.data.flow.stream import plan_streams, task_tokens
 from rayswift.data.names import resolve_datasets
 from rayswift.data.tokens.encoder import Encoder
 from rayswift.data.tokens.packing import pack
@@ -70,9 +70,10 @@ def number_of(row: Row, encoder: Encoder) -> int:
 BATCH = 6
 
 
-def epoch_source(dataset: str, encoder: Encoder, cache: str, packing: bool, seed: int) -> Source:
+@cache
+def epoch_source(dataset: str, encoder: Encoder, cache_dir: str, packing: bool, seed: int) -> Source:
     args = make_arguments("sft", model="m/m", dataset=[dataset], split_dataset_ratio=0, data_seed=seed)
-    data = load_train_data(args, resolve_datasets(args), encoder, lambda *_: None, TokenCache(cache))
+    data = load_train_data(args, resolve_datasets(args), encoder, lambda *_: None, TokenCache(cache_dir))
     assert data.train is not None
     units = Units(data.train, pack(data.train.lengths, PACK) if packing else None)
     steps = -(-len(units) // BATCH) if packing else len(units) // BATCH
@@ -83,31 +84,34 @@ def epoch_source(dataset: str, encoder: Encoder, cache: str, packing: bool, seed
     return Source(loader, steps)
 
 
-def stream_source(datasets: list[str], encoder: Encoder, packing: bool, seed: int, mix: list[float] | None) -> Source:
+@cache
+def stream_source(
+    datasets: tuple[str, ...], encoder: Encoder, packing: bool, seed: int, mix: tuple[float, ...] | None
+) -> Source:
     args = make_arguments(
-        "sft", model="m/m", dataset=datasets, streaming=True, max_steps=10**6, data_seed=seed, shuffle_buffer_size=7,
-        interleave_prob=mix,
+        "sft", model="m/m", dataset=list(datasets), streaming=True, max_steps=10**6, data_seed=seed,
+        shuffle_buffer_size=7, interleave_prob=list(mix) if mix else None,
     )  # fmt: skip
     streams = plan_streams(args, resolve_datasets(args).train, PACK if packing else None)
     for plan in streams.plans:
         assert len({epoch for task in plan.tasks for epoch, _ in task}) == 2
 
+    @cache
+    def task_tables(stream: int, task: int, first_unit: int) -> list[pa.Table]:
+        """A task from a unit on, encoded once for all runs that read it from there."""
+        return list(task_tokens(streams.plans[stream], task, first_unit, encoder, None))
+
+    def tables(stream: int, start: StreamPosition) -> Iterator[pa.Table]:
+        """What a reader hands out, without Ray."""
+        for task in range(start.task, len(streams.plans[stream].tasks)):
+            yield from task_tables(stream, task, start.unit if task == start.task else 0)
+
     def loader(rank: Rank, steps: StepPlan, step: int, places: StreamPlaces) -> StreamLoader:
         order = streams.order(step * steps.global_batch_size)
-        opened = partial(tables, streams, encoder, places)
-        return StreamLoader(opened, places, order, steps, rank, Collator(0, packing), step)
+        return StreamLoader(lambda: list(map(tables, range(len(places)), places)), places, order, steps, rank,
+                            Collator(0, packing), step)  # fmt: skip
 
     return Source(loader, None, streams.start())
-
-
-def tables(streams: StreamMix, encoder: Encoder, start: StreamPlaces) -> list[Iterator[pa.Table]]:
-    """What the readers hand out, without Ray."""
-    return [_tables(plan, encoder, place) for plan, place in zip(streams.plans, start, strict=True)]
-
-
-def _tables(plan: StreamPlan, encoder: Encoder, start: StreamPosition) -> Iterator[pa.Table]:
-    for task in range(start.task, len(plan.tasks)):
-        yield from task_tokens(plan, task, start.unit if task == start.task else 0, encoder, None)
 
 
 Attempt = tuple[int, int]  # (workers, steps until they are killed)
@@ -165,11 +169,11 @@ def test_any_kill_and_any_worker_count(
 ) -> None:
     small_pieces(monkeypatch)
     if streaming_:
-        source = stream_source([dataset], encoder, packing, seed, None)
+        source = stream_source((dataset,), encoder, packing, seed, None)
         plan = StepPlan(BATCH, 1, 10**6, None)
     else:
-        cache = str(tmp_path_factory.getbasetemp() / "cache")
-        source = epoch_source(dataset, encoder, cache, packing, seed)
+        cache_dir = str(tmp_path_factory.getbasetemp() / "cache")
+        source = epoch_source(dataset, encoder, cache_dir, packing, seed)
         assert source.steps_per_epoch is not None
         plan = StepPlan(BATCH, 1, 2 * source.steps_per_epoch, source.steps_per_epoch)
     found = run(source, plan, attempts, encoder)
@@ -194,12 +198,17 @@ def check_undisturbed(
     found: list[list[list[int]]], source: Source, plan: StepPlan, attempts: list[Attempt], encoder: Encoder
 ) -> None:
     """Each step's rows are those of a run that nothing disturbs, with the same number of workers in the same order."""
-    undisturbed = run(source, plan, [attempts[-1]], encoder)
+    expected = undisturbed(source, plan, attempts[-1][0], encoder)
     assert [sorted(n for micro in step for n in micro) for step in found] == [
-        sorted(n for micro in step for n in micro) for step in undisturbed
+        sorted(n for micro in step for n in micro) for step in expected
     ]
     if len({workers for workers, _ in attempts}) == 1:
-        assert found == undisturbed
+        assert found == expected
+
+
+@cache
+def undisturbed(source: Source, plan: StepPlan, workers: int, encoder: Encoder) -> list[list[list[int]]]:
+    return run(source, plan, [(workers, 0)], encoder)
 
 
 @pytest.mark.parametrize("packing", [False, True])
@@ -216,8 +225,8 @@ def test_mixed_streams_resume_each_at_its_place(
 ) -> None:
     small_pieces(monkeypatch)
     # Rows 0 to 14, 15 to 29 and 30 to 44, a file each.
-    files = [f"{dataset}/{file}.jsonl" for file in range(3)]
-    source = stream_source(files, encoder, packing, seed, [0.6, 0.3, 0.1])
+    files = tuple(f"{dataset}/{file}.jsonl" for file in range(3))
+    source = stream_source(files, encoder, packing, seed, (0.6, 0.3, 0.1))
     plan = StepPlan(BATCH, 1, 10**6, None)
     found = run(source, plan, attempts, encoder)
     trained = [[n for step in found for micro in step for n in micro if n // 15 == file] for file in range(3)]

@@ -105,7 +105,7 @@ def dpo(model: Any, reference: Any, rows: list[Row]) -> dict[str, float]:
     """The DPO paper's equation 7 and the rewards beside it, written out."""
     rewards = [
         [BETA * float(log_probability(model, side.input_ids, side.labels) -
-                      log_probability(reference, side.input_ids, side.labels)) for side in row.sides()]
+                      log_probability(reference, side.input_ids, side.labels)) for side in row.chosen_and_rejected()]
         for row in rows
     ]  # fmt: skip
     margins = torch.tensor([chosen - rejected for chosen, rejected in rewards])
@@ -153,7 +153,7 @@ def test_the_likelihood_of_the_chosen_answer_can_be_trained_too(
     rows = [pair(0), pair(1)]
     plain, both = (Run(tokenizer, tmp_path / name, [rows], **flags) for name, flags in
                    (("plain", {}), ("both", {"rpo_alpha": 0.5})))  # fmt: skip
-    sides = [row.sides()[0] for row in rows]
+    sides = [row.chosen_and_rejected()[0] for row in rows]
     tokens = sum(int((side.labels != -100).sum()) for side in sides)
     likelihood = sum(float(log_probability(plain.reference, side.input_ids, side.labels)) for side in sides)
     added = both.rows[0]["loss"] - plain.rows[0]["loss"]

@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
@@ -49,7 +50,12 @@ def process_and_modules() -> Callable[[dict[str, Any]], tuple[int, bool]]:
 
 def sleep_after_saying_so() -> Callable[[dict[str, Any]], None]:
     def loop(config: dict[str, Any]) -> None:
-        Path(config["folder"], "pid").write_text(str(os.getpid()))
+        import sys
+
+        imported = "transformers.models.llama.modeling_llama" in sys.modules
+        part = Path(config["folder"], "said.part")
+        part.write_text(f"{os.getpid()} {imported}")
+        part.rename(part.with_name("said"))
         time.sleep(600)
 
     return loop
@@ -65,18 +71,29 @@ def test_a_run_begins_in_the_process_that_has_imported(ray_cluster: None, smollm
     assert fit(process_and_modules(), tmp_path, warm) == (pid, True)
 
 
-def test_a_process_that_died_early_is_replaced(ray_cluster: None, smollm2_dir: str, tmp_path: Path) -> None:
-    import ray
+def test_a_notebook_leaves_the_controller_to_a_process_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ray.train.torch import TorchTrainer
 
-    from rayswift.train.start.warm_workers import start_warm_workers
+    started: list[dict[str, Any]] = []
 
-    warm = start_warm_workers(smollm2_dir, 1)
-    ray.kill(warm[0])
-    pid, imported = fit(process_and_modules(), tmp_path, warm)
-    assert pid != os.getpid()
-    assert not imported
+    def run_elsewhere(self: Any, **options: Any) -> Any:
+        started.append(options)
+        return SimpleNamespace(error=None, return_value=7)
+
+    monkeypatch.setattr(TorchTrainer, "_initialize_and_run_controller", run_elsewhere)
+    warm: list[Any] = [object()]
+
+    async def cell() -> Any:
+        return fit(process_and_modules(), tmp_path, warm)
+
+    assert asyncio.run(cell()) == 7
+    assert len(started) == 1
+    assert warm == []  # they wait for a controller in this process
 
 
+@pytest.mark.slow
 def test_a_notebook_trains_too(ray_cluster: None, tmp_path: Path) -> None:
     async def cell() -> Any:
         return fit(process_and_modules(), tmp_path, [])
@@ -85,8 +102,16 @@ def test_a_notebook_trains_too(ray_cluster: None, tmp_path: Path) -> None:
     assert pid != os.getpid()
 
 
-def test_ctrl_c_ends_the_run_and_its_workers(ray_cluster: None, tmp_path: Path) -> None:
-    said = tmp_path / "pid"
+def test_a_process_that_died_early_is_replaced_and_ctrl_c_ends_the_run_and_its_workers(
+    ray_cluster: None, smollm2_dir: str, tmp_path: Path
+) -> None:
+    import ray
+
+    from rayswift.train.start.warm_workers import start_warm_workers
+
+    warm = start_warm_workers(smollm2_dir, 1)
+    ray.kill(warm[0])
+    said = tmp_path / "said"
 
     def interrupt_when_it_runs() -> None:
         while not said.exists():
@@ -96,10 +121,12 @@ def test_ctrl_c_ends_the_run_and_its_workers(ray_cluster: None, tmp_path: Path) 
 
     threading.Thread(target=interrupt_when_it_runs, daemon=True).start()
     with pytest.raises(KeyboardInterrupt):
-        fit(sleep_after_saying_so(), tmp_path, [])
-    worker = int(said.read_text())
+        fit(sleep_after_saying_so(), tmp_path, warm)
+    worker, imported = said.read_text().split()
+    assert int(worker) != os.getpid()
+    assert imported == "False"
     for _ in range(300):
-        if not psutil.pid_exists(worker) or psutil.Process(worker).status() == psutil.STATUS_ZOMBIE:
+        if not psutil.pid_exists(int(worker)) or psutil.Process(int(worker)).status() == psutil.STATUS_ZOMBIE:
             return
         time.sleep(0.1)
     pytest.fail(f"the worker {worker} still runs")

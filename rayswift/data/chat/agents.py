@@ -22,7 +22,7 @@ _MARK = re.compile(r"\{\{([A-Z_]+)\}\}")
 _SPECIAL = re.compile(r"<[|｜]")
 
 
-class Stretch(NamedTuple):
+class Span(NamedTuple):
     """A text; `literal`: special tokens in it count."""
 
     text: str
@@ -62,7 +62,7 @@ class AgentFormat:
     result_separator: str = ""
     results_end: str = ""
 
-    def describe_tools(self, tools: Any) -> list[Stretch]:
+    def describe_tools(self, tools: Any) -> list[Span]:
         """The text that tells the model of its tools (a list of definitions, or JSON text); empty if there are none.
 
         Raises:
@@ -77,7 +77,7 @@ class AgentFormat:
         described = self.tool_separator.join("".join(part.text for part in _fill(self.tool, each)) for each in marks)
         return _fill(self.tools, {"TOOLS": described, "NAMES": ",".join(each["NAME"] for each in marks)})
 
-    def write_call(self, text: str, *, first: bool, last: bool) -> list[Stretch]:
+    def write_call(self, text: str, *, first: bool, last: bool) -> list[Span]:
         """One call (a JSON object with name and arguments) of a row of calls, as the model writes it.
 
         Raises:
@@ -87,7 +87,7 @@ class AgentFormat:
         marks = {"CALL_TEXT": text} if "{{CALL_TEXT}}" in self.call else _call_marks(text)
         return _fill(start + self.call + (self.calls_end if last else ""), marks)
 
-    def write_result(self, text: str, *, first: bool) -> list[Stretch]:
+    def write_result(self, text: str, *, first: bool) -> list[Span]:
         """One tool result of a row of results, without :attr:`results_end`."""
         if self.result.endswith("{{RESULT}}\n"):
             text = text.removesuffix("\n")
@@ -101,16 +101,16 @@ class AgentFormat:
         return tuple(text for text in texts if _SPECIAL.search(text))
 
 
-def _fill(record: str, marks: Mapping[str, str]) -> list[Stretch]:
-    """A record text with its `{{MARKS}}` filled; what needs no special token is joined into one stretch of content."""
-    stretches: list[Stretch] = []
+def _fill(record: str, marks: Mapping[str, str]) -> list[Span]:
+    """A record text with its `{{MARKS}}` filled; what needs no special token is joined into one span of content."""
+    spans: list[Span] = []
     for number, part in enumerate(_parts(record)):
         text, literal = (marks[part], False) if number % 2 else (part, bool(_SPECIAL.search(part)))
-        if stretches and not literal and not stretches[-1].literal:
-            stretches[-1] = Stretch(stretches[-1].text + text, False)
+        if spans and not literal and not spans[-1].literal:
+            spans[-1] = Span(spans[-1].text + text, False)
         elif text:
-            stretches.append(Stretch(text, literal))
-    return stretches
+            spans.append(Span(text, literal))
+    return spans
 
 
 @functools.cache

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from rayswift.data.chat.agents import AgentFormat, BadTool, Stretch
+from rayswift.data.chat.agents import AgentFormat, BadTool, Span
 
 Message = Mapping[str, Any]
 
@@ -49,7 +49,7 @@ class Round:
     query: str | None
     reply: list[ReplyPart] | None = None
     follows_user: bool = True
-    results: list[Stretch] | None = None
+    results: list[Span] | None = None
 
 
 @dataclass(slots=True)
@@ -61,7 +61,7 @@ class Conversation:
 
     system: str | None = None
     rounds: list[Round] = field(default_factory=list)
-    tools: list[Stretch] = field(default_factory=list)
+    tools: list[Span] = field(default_factory=list)
     agent: AgentFormat | None = None
 
     @property
@@ -155,26 +155,26 @@ def _add_call(rounds: list[Round], messages: Sequence[Message], number: int, age
         flagged -= 1
     loss, loss_scale = messages[flagged].get("loss"), messages[flagged].get("loss_scale")
     try:
-        stretches = agent.write_call(messages[number]["content"], first=first, last=last)
+        spans = agent.write_call(messages[number]["content"], first=first, last=last)
     except BadTool as bad:
         raise DropRow(str(bad)) from None
-    for place, (text, literal) in enumerate(stretches):
+    for place, (text, literal) in enumerate(spans):
         # A thought and the call that follows it are two lines of one turn.
         _add_reply(rounds, ReplyPart(text, loss, loss_scale, literal=literal), "\n" if first and not place else "")
 
 
 def _add_result(rounds: list[Round], text: str, agent: AgentFormat, *, first: bool) -> None:
-    stretches = agent.write_result(text, first=first)
+    spans = agent.write_result(text, first=first)
     if agent.result_place == "reply":
-        for text, literal in stretches:
+        for text, literal in spans:
             _add_reply(rounds, ReplyPart(text, given=True, literal=literal))
     elif agent.result_place == "turn":
         if first:
-            rounds.append(Round(None, None, False, stretches))
+            rounds.append(Round(None, None, False, spans))
         else:
-            rounds[-1].results = [*(rounds[-1].results or ()), *stretches]
+            rounds[-1].results = [*(rounds[-1].results or ()), *spans]
     else:
-        joined = "".join(stretch.text for stretch in stretches)
+        joined = "".join(span.text for span in spans)
         last = rounds[-1] if rounds else None
         if last is not None and last.reply is None:
             last.query = (last.query or "") + (agent.result_separator if first and last.query else "") + joined
@@ -182,7 +182,7 @@ def _add_result(rounds: list[Round], text: str, agent: AgentFormat, *, first: bo
             rounds.append(Round(joined, None, False))
 
 
-def _describe_tools(tools: Any, agent: AgentFormat | None) -> list[Stretch]:
+def _describe_tools(tools: Any, agent: AgentFormat | None) -> list[Span]:
     if agent is None:
         raise DropRow("tools need the agent templates (--agent_template)")
     try:

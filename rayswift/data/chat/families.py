@@ -1,8 +1,8 @@
 """Chat template families as records, and how a conversation is laid out with one.
 
-The records are in `families.json` (names and wording as in SWIFT). A template turns a conversation into *pieces*:
+The records are in `families.json` (names and wording as in SWIFT). A template turns a conversation into *spans*:
 text with its training weight, marked as template text (special tokens in it are tokens) or as content of the dataset
-(special tokens in it are plain characters). `encoding.py` turns pieces into ids.
+(special tokens in it are plain characters). :mod:`rayswift.data.tokens.segments` turns spans into ids.
 
 Unlike SWIFT 4.x the ChatML families end with `<|im_end|>` without a newline, as SWIFT 3.3 did.
 """
@@ -10,9 +10,8 @@ Unlike SWIFT 4.x the ChatML families end with `<|im_end|>` without a newline, as
 from __future__ import annotations
 
 import functools
-import logging
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -21,19 +20,18 @@ from rayswift.data.chat.conversation import Conversation, DropRow, ReplyPart, Ro
 from rayswift.data.chat.loss_weights import LossScale, read_loss_scale
 from rayswift.errors import UserError
 
-logger = logging.getLogger("rayswift.data.chat.families")
-
 #: Llama 3.2 puts a date into every prompt. A fixed one (the default of the model's own chat template where there is
 #: no clock) makes token ids the same today and tomorrow.
 FIXED_DATE = "26 Jul 2024"
 _EMPTY_THINK = re.compile(r"(?:<think>\s*)?</think>\s*")
+_THOUGHTS = re.compile(r"^.*</think>\s*", re.DOTALL)
 
 
-class Piece(NamedTuple):
-    """A stretch of text.
+class TextSpan(NamedTuple):
+    """A span of text.
 
     `literal`: template text, special tokens in it count; otherwise content. `weight`: 0 is not trained (labels −100).
-    `hard`: no token may reach over the start of this piece.
+    `hard`: no token may reach over the start of this span.
     """
 
     text: str
@@ -71,13 +69,13 @@ class RenderOptions:
         trained = part.loss if part.loss is not None else in_last_round or self.scale.base != "last_round"
         return float(trained)
 
-    def weigh(self, part: ReplyPart, in_last_round: bool, query: str) -> list[Piece]:
-        """A part of an assistant turn as pieces with their weights."""
+    def weigh(self, part: ReplyPart, in_last_round: bool, query: str) -> list[TextSpan]:
+        """A part of an assistant turn as spans with their weights."""
         weight = self.reply_weight(part, in_last_round)
         rules = self.scale.rules and weight and part.loss_scale is None and not (part.given or part.literal)
         if not rules:
-            return [Piece(part.text, part.literal, weight, True)]
-        return [Piece(text, False, weight * factor, True) for text, factor in self.scale.split(part.text, query)]
+            return [TextSpan(part.text, part.literal, weight, True)]
+        return [TextSpan(text, False, weight * factor, True) for text, factor in self.scale.split(part.text, query)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,23 +137,19 @@ class Template:
         """All template text in which special tokens count."""
         return (self.prefix, self.system_prefix or "", self.prompt, self.chat_sep, self.suffix)
 
-    def render(self, conversation: Conversation, options: RenderOptions) -> list[Piece]:
+    def render(self, conversation: Conversation, options: RenderOptions) -> list[TextSpan]:
         """Lay out a conversation for training.
 
         Raises:
             DropRow: a system text where the template has no place for one.
         """
-        rounds = conversation.rounds
-        pieces = self._start(conversation, options)
+        spans = self._start(conversation, options)
         last_round = conversation.last_round
-        for index, round_ in enumerate(rounds):
-            self._query(pieces, conversation, index, options.prompt_weight)
-            if round_.reply is not None:
-                self._reply(pieces, round_, options, index >= last_round)
-                self._end_of_turn(pieces, conversation, index, options, index >= last_round)
-        return pieces
+        for index in range(len(conversation.rounds)):
+            spans += self._round(conversation, index, options, index >= last_round)
+        return spans
 
-    def render_prompt(self, conversation: Conversation, options: RenderOptions) -> list[Piece]:
+    def render_prompt(self, conversation: Conversation, options: RenderOptions) -> list[TextSpan]:
         """Lay out a conversation for generation: earlier rounds as in training, then up to where the reply starts.
 
         A conversation that ends with an assistant turn is continued: its text stands open at the end. Thinking of
@@ -164,22 +158,19 @@ class Template:
         """
         marked = options.add_non_thinking_prefix and not options.enable_thinking
         options = replace(options, loss_scale="last_round", add_non_thinking_prefix=marked or bool(self.history_prefix))
-        pieces = self._start(conversation, options)
-        last_round = conversation.last_round
-        for index, round_ in enumerate(conversation.rounds[:-1]):
-            self._query(pieces, conversation, index, 0.0)
-            if round_.reply is not None:
-                self._reply(pieces, round_, options, index >= last_round)
-                self._end_of_turn(pieces, conversation, index, options, index >= last_round)
-        self._query(pieces, conversation, len(conversation.rounds) - 1, 0.0)
+        spans = self._start(conversation, options)
+        last_round, end = conversation.last_round, len(conversation.rounds) - 1
+        for index in range(end):
+            spans += self._round(conversation, index, options, index >= last_round)
+        spans += self._query(conversation, end, 0.0)
         reply = conversation.rounds[-1].reply
         if reply is None:
             # After a tool result in a turn of its own the reply goes on: no think mark, as in training.
             goes_on = conversation.rounds[-1].results is not None and options.response_prefix is None
-            pieces.append(Piece("" if goes_on else self.opening(options), True))
+            spans.append(TextSpan("" if goes_on else self.opening(options), True))
         else:
-            pieces += [Piece(part.text, part.literal, hard=True) for part in reply]
-        return pieces
+            spans += [TextSpan(part.text, part.literal, hard=True) for part in reply]
+        return spans
 
     def opening(self, options: RenderOptions) -> str:
         """What stands before the first generated token: `--response_prefix`, or the think mark the mode asks for."""
@@ -191,119 +182,125 @@ class Template:
             return self.thinking_prefix
         return ""
 
-    def _start(self, conversation: Conversation, options: RenderOptions) -> list[Piece]:
+    def _start(self, conversation: Conversation, options: RenderOptions) -> list[TextSpan]:
         weight, tools, agent = options.prompt_weight, conversation.tools, conversation.agent
         in_system = tools and agent is not None and agent.tools_place != "before_query"
         default = None if in_system and agent and agent.tools_place == "instead_of_default" else self.default_system
         system = choose_system(conversation.system, options.system, default)
         if not system and not in_system:
-            return [Piece(self.prefix, True, weight)] if self.prefix else []
+            return [TextSpan(self.prefix, True, weight)] if self.prefix else []
         if self.system_prefix is None:
             raise DropRow(f"template {self.name} has no place for a system message")
         before, after = _around(self.system_prefix, "{{SYSTEM}}")
-        pieces = [Piece(before, True, weight)]
+        spans = [TextSpan(before, True, weight)]
         if system:
-            pieces.append(Piece(system, False, weight))
+            spans.append(TextSpan(system, False, weight))
         if in_system:
-            pieces.append(Piece("\n\n" if system else "", False, weight))
-            pieces += [Piece(text, literal, weight) for text, literal in tools]
-        pieces.append(Piece(after, True, weight))
-        return pieces
+            spans.append(TextSpan("\n\n" if system else "", False, weight))
+            spans += [TextSpan(text, literal, weight) for text, literal in tools]
+        spans.append(TextSpan(after, True, weight))
+        return spans
 
-    def _query(self, pieces: list[Piece], conversation: Conversation, index: int, weight: float) -> None:
-        """Append what the model reads in a round, up to where its reply starts."""
-        round_, agent = conversation.rounds[index], conversation.agent
-        answered = round_.reply is not None or index == len(conversation.rounds) - 1
-        if round_.results is not None and agent is not None:
-            pieces += [Piece(text, literal, weight) for text, literal in round_.results]
-            pieces.append(Piece(agent.results_end if answered else "", True, weight))
-            return
-        if round_.query is None and self.reply_start is not None:
-            pieces.append(Piece(self.reply_start, True, weight))
-            return
-        follows_reply = index > 0 and conversation.rounds[index - 1].reply is not None
-        prompt = self.next_prompt if follows_reply and self.next_prompt is not None else self.prompt
-        before, after = _around(prompt, "{{QUERY}}")
-        pieces.append(Piece(before, True, weight))
-        if index == 0 and conversation.tools and agent is not None and agent.tools_place == "before_query":
-            pieces += [Piece(text, literal, weight) for text, literal in conversation.tools]
-        pieces.append(Piece(round_.query or "", False, weight))
-        # A user who goes on after a tool result: the first user turn is closed as SWIFT closes it.
-        pieces.append(Piece(after if answered else self.chat_sep, True, weight))
-
-    def _reply(self, pieces: list[Piece], round_: Round, options: RenderOptions, in_last_round: bool) -> None:
-        reply = round_.reply or []
-        if self.thinking is not None:
-            if options.scale.base == "last_round" and not in_last_round:
-                reply = [part._replace(text=strip_thoughts(part.text)) for part in reply]
-                if self.history_prefix:
-                    pieces.append(Piece(self.history_prefix, True, 0.0))
-            opening, reply = self._think_block(reply, options, in_last_round, after_results=round_.results is not None)
-            pieces += opening
-        for part in reply:
-            pieces += options.weigh(part, in_last_round, round_.query or "")
-
-    def _end_of_turn(
-        self, pieces: list[Piece], conversation: Conversation, index: int, options: RenderOptions, in_last_round: bool
-    ) -> None:
-        """Append the end-of-turn token, trained like the end of the reply, and what stands before the next round."""
-        rounds, agent = conversation.rounds, conversation.agent
-        last_part = (rounds[index].reply or [ReplyPart("")])[-1]
-        weight, prompt_weight = options.reply_weight(last_part, in_last_round), options.prompt_weight
+    def _round(
+        self, conversation: Conversation, index: int, options: RenderOptions, in_last_round: bool
+    ) -> list[TextSpan]:
+        """A round, with the end-of-turn token (trained like the end of the reply) and what stands before the next."""
+        rounds, agent, prompt_weight = conversation.rounds, conversation.agent, options.prompt_weight
+        spans, reply = self._query(conversation, index, prompt_weight), rounds[index].reply
+        if reply is None:
+            return spans
+        spans += self._reply(rounds[index], options, in_last_round)
+        last_part = reply[-1]
         is_end = index == len(rounds) - 1
         called = agent is not None and agent.call_ends_turn and last_part.literal and last_part.text == agent.calls_end
         if called and (is_end or rounds[index + 1].results is not None):
-            return
+            return spans
+        weight = options.reply_weight(last_part, in_last_round)
         if is_end:
-            pieces.append(Piece(self.suffix, True, weight))
+            spans.append(TextSpan(self.suffix, True, weight))
         # SWIFT trains, after an earlier reply, the part of chat_sep that equals the suffix (the end-of-turn token).
         elif self.suffix and self.chat_sep.startswith(self.suffix):
-            pieces.append(Piece(self.suffix, True, weight))
-            pieces.append(Piece(self.chat_sep[len(self.suffix) :], True, prompt_weight, hard=True))
+            spans.append(TextSpan(self.suffix, True, weight))
+            spans.append(TextSpan(self.chat_sep[len(self.suffix) :], True, prompt_weight, hard=True))
         else:
-            pieces.append(Piece(self.chat_sep, True, prompt_weight, hard=True))
+            spans.append(TextSpan(self.chat_sep, True, prompt_weight, hard=True))
+        return spans
+
+    def _query(self, conversation: Conversation, index: int, weight: float) -> list[TextSpan]:
+        """What the model reads in a round, up to where its reply starts."""
+        round_, agent = conversation.rounds[index], conversation.agent
+        answered = round_.reply is not None or index == len(conversation.rounds) - 1
+        if round_.results is not None and agent is not None:
+            results = [TextSpan(text, literal, weight) for text, literal in round_.results]
+            return [*results, TextSpan(agent.results_end if answered else "", True, weight)]
+        if round_.query is None and self.reply_start is not None:
+            return [TextSpan(self.reply_start, True, weight)]
+        follows_reply = index > 0 and conversation.rounds[index - 1].reply is not None
+        prompt = self.next_prompt if follows_reply and self.next_prompt is not None else self.prompt
+        before, after = _around(prompt, "{{QUERY}}")
+        spans = [TextSpan(before, True, weight)]
+        if index == 0 and conversation.tools and agent is not None and agent.tools_place == "before_query":
+            spans += [TextSpan(text, literal, weight) for text, literal in conversation.tools]
+        spans.append(TextSpan(round_.query or "", False, weight))
+        # A user who goes on after a tool result: the first user turn is closed as SWIFT closes it.
+        spans.append(TextSpan(after if answered else self.chat_sep, True, weight))
+        return spans
+
+    def _reply(self, round_: Round, options: RenderOptions, in_last_round: bool) -> list[TextSpan]:
+        reply, spans = round_.reply or [], []
+        if self.thinking is not None:
+            if options.scale.base == "last_round" and not in_last_round:
+                reply = [part._replace(text=_THOUGHTS.sub("", part.text)) for part in reply]
+                if self.history_prefix:
+                    spans.append(TextSpan(self.history_prefix, True, 0.0))
+            opening, reply = self._think_block(reply, options, in_last_round, after_results=round_.results is not None)
+            spans += opening
+        for part in reply:
+            spans += options.weigh(part, in_last_round, round_.query or "")
+        return spans
 
     def _think_block(
         self, reply: list[ReplyPart], options: RenderOptions, in_last_round: bool, *, after_results: bool
-    ) -> tuple[list[Piece], list[ReplyPart]]:
+    ) -> tuple[list[TextSpan], list[ReplyPart]]:
         """Split off the start of a reply that is not trained, or at whose end a prompt for generation would stop."""
         first, rest = reply[0], reply[1:]
         if self.thinking == "hybrid":
             empty = _EMPTY_THINK.match(first.text)
             if empty:
-                return [Piece(empty.group(), False, 0.0, True)], [first._replace(text=first.text[empty.end() :]), *rest]
+                answer = first._replace(text=first.text[empty.end() :])
+                return [TextSpan(empty.group(), False, 0.0, True)], [answer, *rest]
             wanted = options.add_non_thinking_prefix and (in_last_round or options.scale.base != "last_round")
             if wanted and not after_results and not first.text.lstrip().startswith("<think>"):
-                return [Piece(self.non_thinking_prefix, True, 0.0)], reply
+                return [TextSpan(self.non_thinking_prefix, True, 0.0)], reply
         elif self.thinking_prefix and first.text.startswith(self.thinking_prefix):
             opening = options.weigh(first._replace(text=self.thinking_prefix), in_last_round, "")
             return opening, [first._replace(text=first.text[len(self.thinking_prefix) :]), *rest]
         return [], reply
 
 
-def render_bare(conversation: Conversation, options: RenderOptions, bos: str, eos: str) -> list[Piece]:
+def render_plain(conversation: Conversation, options: RenderOptions, bos: str, eos: str) -> list[TextSpan]:
     """`--use_chat_template false`: bos, every text of the conversation in order, eos.
 
     SWIFT keeps only the last round and no system text; here nothing is lost. An empty `bos` or `eos` leaves it out.
     """
     weight = options.prompt_weight
-    pieces = [Piece(bos, True, weight)] if bos else []
+    spans = [TextSpan(bos, True, weight)] if bos else []
     system = choose_system(conversation.system, options.system, None)
     if system:
-        pieces.append(Piece(system, False, weight))
-    pieces += [Piece(stretch.text, False, weight) for stretch in conversation.tools]
+        spans.append(TextSpan(system, False, weight))
+    spans += [TextSpan(span.text, False, weight) for span in conversation.tools]
     end_weight = weight
     last_round = conversation.last_round
     for index, round_ in enumerate(conversation.rounds):
         if round_.query:
-            pieces.append(Piece(round_.query, False, weight))
+            spans.append(TextSpan(round_.query, False, weight))
         for part in round_.reply or ():
             weighed = options.weigh(part, index >= last_round, round_.query or "")
-            if len(pieces) <= bool(bos):
+            if len(spans) <= bool(bos):
                 weighed[0] = weighed[0]._replace(hard=False)
-            pieces += weighed
+            spans += weighed
             end_weight = options.reply_weight(part, index >= last_round)
-    return [*pieces, Piece(eos, True, end_weight)] if eos else pieces
+    return [*spans, TextSpan(eos, True, end_weight)] if eos else spans
 
 
 def choose_system(in_row: str | None, from_flag: str | None, default: str | None) -> str | None:
@@ -311,9 +308,15 @@ def choose_system(in_row: str | None, from_flag: str | None, default: str | None
     return in_row if in_row is not None else from_flag if from_flag is not None else default
 
 
-def strip_thoughts(text: str) -> str:
-    """A reply without its `<think>…</think>`."""
-    return text.rsplit("</think>", 1)[-1].lstrip() if "</think>" in text else text
+def text_of(spans: list[TextSpan]) -> str:
+    """The spans as one text."""
+    return "".join(span.text for span in spans)
+
+
+def adds_bos(tokenizer: Any) -> bool:
+    """Whether the tokenizer puts its bos token before a text by itself."""
+    ids = tokenizer("a")["input_ids"]
+    return tokenizer.bos_token_id is not None and bool(ids) and ids[0] == tokenizer.bos_token_id
 
 
 @functools.cache
@@ -328,10 +331,10 @@ def _around(text: str, mark: str) -> tuple[str, str]:
 @functools.cache
 def load_templates() -> Mapping[str, Template]:
     """All families by name, in the order in which a tokenizer is matched against them."""
-    templates = {}
-    for name, record in read_records("families.json").items():
-        templates[name] = Template(name=name, **{**record, "stop_words": tuple(record.get("stop_words", ()))})
-    return templates
+    return {
+        name: Template(name=name, **{**record, "stop_words": tuple(record.get("stop_words", ()))})
+        for name, record in read_records("families.json").items()
+    }
 
 
 def get_template(name: str) -> Template:
@@ -345,91 +348,3 @@ def get_template(name: str) -> Template:
     except KeyError:
         names = ", ".join(load_templates())
         raise UserError(f"--template {name}: unknown; choose auto or one of {names}") from None
-
-
-# --- which family a tokenizer belongs to ------------------------------------------------------------------------
-
-_PROBE_ROUNDS = [Round("q 1", [ReplyPart("r 1")]), Round("q 2", [ReplyPart("r 2")]), Round("q 3")]
-
-
-def match_template(tokenizer: Any) -> Template | None:
-    """The family whose layout equals what the tokenizer's own chat template renders, bound to the tokenizer.
-
-    Compared with and without a system text, over two rounds, with the generation prompt and at the end of a reply
-    (where a newline after the end-of-turn token does not count). None when no family fits.
-    """
-    if not getattr(tokenizer, "chat_template", None):
-        return None
-    try:
-        expected = [own_rendering(tokenizer, as_messages(probe, probe.system), **kwargs) for probe, kwargs in _probes()]
-    except DropRow as refused:  # no place for a system text, for instance
-        logger.debug("no family fits: %s", refused.reason)
-        return None
-    starts_with_bos = adds_bos(tokenizer)
-    for template in load_templates().values():
-        bound = template.bind(tokenizer.bos_token, tokenizer.eos_token or "\0", starts_with_bos)
-        try:
-            if _same_layout(bound, expected):
-                return bound
-        except DropRow:  # the family has no place for a system text
-            continue
-    return None
-
-
-def _probes() -> Iterator[tuple[Conversation, dict[str, Any]]]:
-    for system in ("s 1", None):
-        asked = Conversation(system, _PROBE_ROUNDS)
-        for thinking in (True, False):  # the switch is `enable_thinking` with Qwen, `thinking` with DeepSeek
-            yield asked, {"add_generation_prompt": True, "enable_thinking": thinking, "thinking": thinking}
-        yield asked.without_trailing_query(), {}
-
-
-def _same_layout(template: Template, expected: list[str]) -> bool:
-    for (probe, kwargs), own in zip(_probes(), expected, strict=True):
-        if kwargs:
-            options = RenderOptions(enable_thinking=kwargs["enable_thinking"])
-            if template.thinking == "always":  # has no switch
-                options = RenderOptions(enable_thinking=True)
-            if text_of(template.render_prompt(probe, options)) != own:
-                return False
-        else:
-            text = text_of(template.render(probe, RenderOptions(add_non_thinking_prefix=False)))
-            if text.rstrip("\n") != own.replace(template.non_thinking_prefix, "").rstrip("\n"):
-                return False
-    return True
-
-
-def text_of(pieces: list[Piece]) -> str:
-    """The pieces as one text."""
-    return "".join(piece.text for piece in pieces)
-
-
-def as_messages(conversation: Conversation, system: str | None) -> list[dict[str, str]]:
-    """A conversation as plain chat messages, the system text first if there is one."""
-    messages = [{"role": "system", "content": system}] if system else []
-    for round_ in conversation.rounds:
-        if round_.query is not None:
-            messages.append({"role": "user", "content": round_.query})
-        if round_.reply is not None:
-            messages.append({"role": "assistant", "content": "".join(part.text for part in round_.reply)})
-    return messages
-
-
-def own_rendering(tokenizer: Any, messages: list[dict[str, str]], **kwargs: Any) -> str:
-    """What the tokenizer's own chat template makes of the messages.
-
-    Raises:
-        DropRow: the template refuses them. It is a program of the model's author and can fail as programs do.
-    """
-    from jinja2 import TemplateError
-
-    try:
-        return str(tokenizer.apply_chat_template(messages, tokenize=False, date_string=FIXED_DATE, **kwargs))
-    except (TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
-        raise DropRow(f"the model's chat template refuses the conversation: {error}") from None
-
-
-def adds_bos(tokenizer: Any) -> bool:
-    """Whether the tokenizer puts its bos token before a text by itself."""
-    ids = tokenizer("a")["input_ids"]
-    return tokenizer.bos_token_id is not None and bool(ids) and ids[0] == tokenizer.bos_token_id

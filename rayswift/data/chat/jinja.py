@@ -1,4 +1,4 @@
-"""A template derived from the model's own chat template, for tokenizers that no family of `templates.py` fits.
+"""A template derived from the model's own chat template, for tokenizers that no family of `families.json` fits.
 
 A chat template is a program that writes text; nothing in it says which part the model is to learn. It is found by
 rendering: a reply starts where the rendering of the messages before it, with the generation prompt, ends; and it ends
@@ -17,7 +17,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 from rayswift.data.chat.conversation import Conversation, DropRow, Round
-from rayswift.data.chat.families import Piece, RenderOptions, as_messages, choose_system, own_rendering
+from rayswift.data.chat.families import FIXED_DATE, RenderOptions, TextSpan, choose_system
 
 _PLACEHOLDER = re.compile("\ue000(\\d+)\ue001")
 _EMPTY_THINK = re.compile(r"<think>\s*</think>\s*")
@@ -64,7 +64,7 @@ class JinjaTemplate:
             return ()
         return tuple(special for special in self.specials if ends[-1].endswith(special))
 
-    def render(self, conversation: Conversation, options: RenderOptions) -> list[Piece]:
+    def render(self, conversation: Conversation, options: RenderOptions) -> list[TextSpan]:
         """Lay out a conversation for training.
 
         Raises:
@@ -83,17 +83,17 @@ class JinjaTemplate:
                 rules.append(round_.reply[0].loss_scale is None)
         if weights and slots[-1].reply < 0 and not slots[-1].text.strip():
             slots = slots[:-1]  # the newline after the last turn, which the families leave out too
-        pieces = []
-        for piece, slot in zip(_pieces(slots, weights, options.prompt_weight), slots, strict=True):
-            if slot.reply >= 0 and slot.message >= 0 and piece.weight and options.scale.rules and rules[slot.reply]:
+        spans = []
+        for span, slot in zip(_text_spans(slots, weights, options.prompt_weight), slots, strict=True):
+            if slot.reply >= 0 and slot.message >= 0 and span.weight and options.scale.rules and rules[slot.reply]:
                 query = messages[slot.message - 1]["content"] if slot.message else ""
-                cuts = options.scale.split(piece.text, query)
-                pieces += [piece._replace(text=text, weight=piece.weight * factor) for text, factor in cuts]
+                cuts = options.scale.split(span.text, query)
+                spans += [span._replace(text=text, weight=span.weight * factor) for text, factor in cuts]
             else:
-                pieces.append(piece)
-        return pieces
+                spans.append(span)
+        return spans
 
-    def render_prompt(self, conversation: Conversation, options: RenderOptions) -> list[Piece]:
+    def render_prompt(self, conversation: Conversation, options: RenderOptions) -> list[TextSpan]:
         """Lay out a conversation for generation; a last assistant turn is continued.
 
         Raises:
@@ -115,15 +115,15 @@ class JinjaTemplate:
         if filled is None:
             self._refuse_specials(messages)
             filled = [Slot(real)]
-        pieces = _pieces(filled, [0.0] * len(messages), 0.0)
+        spans = _text_spans(filled, [0.0] * len(messages), 0.0)
         if options.response_prefix:
-            pieces.append(Piece(options.response_prefix, True))
+            spans.append(TextSpan(options.response_prefix, True))
         if continued is not None:
-            pieces.append(Piece("".join(part.text for part in continued), False, hard=True))
-        return pieces
+            spans.append(TextSpan("".join(part.text for part in continued), False, hard=True))
+        return spans
 
     def _render(self, messages: list[dict[str, str]], **kwargs: Any) -> str:
-        return own_rendering(self.tokenizer, messages, **kwargs)
+        return apply_chat_template(self.tokenizer, messages, **kwargs)
 
     def _skeleton(self, roles: tuple[str, ...]) -> list[Slot]:
         if roles not in self._skeletons:
@@ -146,13 +146,13 @@ class JinjaTemplate:
         return slots
 
     def _slots(self, messages: list[dict[str, str]], text: str) -> list[Slot]:
-        """Cut the rendering `text` of messages with placeholders, with a span for every assistant turn."""
+        """Cut the rendering `text` of messages with placeholders, with the bounds of every assistant turn."""
         if sorted(int(number) for number in _PLACEHOLDER.findall(text)) != list(range(len(messages))):
             raise DropRow("the model's chat template does not show every message once")
         replies = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-        return _cut(text, [self._span(messages, i, text) for i in replies])
+        return _cut(text, [self._bounds(messages, i, text) for i in replies])
 
-    def _span(self, messages: list[dict[str, str]], index: int, text: str) -> tuple[int, int]:
+    def _bounds(self, messages: list[dict[str, str]], index: int, text: str) -> tuple[int, int]:
         """Where assistant message `index` starts and ends in the rendering `text` of all messages."""
         content = messages[index]["content"]
         at = text.index(content)
@@ -195,7 +195,7 @@ class JinjaTemplate:
         return filled if filled is not None else self._from_real(messages, real)
 
     def _from_real(self, messages: list[dict[str, str]], real: str) -> list[Slot]:
-        """Spans of a row that the chat template rewrites (thoughts dropped, text changed), from its own rendering."""
+        """A row that the chat template rewrites (thoughts dropped, text changed), cut by its own rendering."""
         self._refuse_specials(messages)
         slots, position, reply = [], 0, 0
         for index, message in enumerate(messages):
@@ -216,11 +216,11 @@ class JinjaTemplate:
 
 def _messages(conversation: Conversation, options: RenderOptions) -> list[dict[str, str]]:
     """The conversation as the chat template takes it, tools in the system text or the first query."""
-    agent, tools = conversation.agent, "".join(stretch.text for stretch in conversation.tools)
+    agent, tools = conversation.agent, "".join(span.text for span in conversation.tools)
     literal = any(part.literal for round_ in conversation.rounds for part in round_.reply or ())
     if (
         literal
-        or any(stretch.literal for stretch in conversation.tools)
+        or any(span.literal for span in conversation.tools)
         or any(round_.results is not None for round_ in conversation.rounds)
     ):
         raise DropRow(f"agent template {agent.name if agent else ''} needs a template family (--template)")
@@ -238,16 +238,16 @@ def _placeholders(roles: Iterable[str]) -> list[dict[str, str]]:
     return [{"role": role, "content": f"\ue000{i}\ue001"} for i, role in enumerate(roles)]
 
 
-def _cut(text: str, spans: list[tuple[int, int]]) -> list[Slot]:
-    """Cut a rendering with placeholders into slots, at the placeholders and at the ends of the learned spans."""
-    marks = {0, len(text), *(end for span in spans for end in span)}
+def _cut(text: str, bounds: list[tuple[int, int]]) -> list[Slot]:
+    """Cut a rendering with placeholders into slots, at the placeholders and at the ends of the learned bounds."""
+    marks = {0, len(text), *(end for pair in bounds for end in pair)}
     contents = {found.start(): found for found in _PLACEHOLDER.finditer(text)}
     for found in contents.values():
         marks |= {found.start(), found.end()}
     ordered = sorted(marks)
     slots = []
     for start, end in itertools.pairwise(ordered):
-        reply = next((i for i, (first, last) in enumerate(spans) if first <= start and end <= last), -1)
+        reply = next((i for i, (first, last) in enumerate(bounds) if first <= start and end <= last), -1)
         message = int(contents[start][1]) if start in contents else -1
         slots.append(Slot("" if message >= 0 else text[start:end], message, reply))
     return slots
@@ -263,10 +263,35 @@ def _filled(slots: list[Slot], contents: list[str], real: str, eos: str = "") ->
     return None
 
 
-def _pieces(slots: list[Slot], weights: list[float], prompt_weight: float) -> list[Piece]:
-    pieces, reply = [], -1
+def _text_spans(slots: list[Slot], weights: list[float], prompt_weight: float) -> list[TextSpan]:
+    spans, reply = [], -1
     for slot in slots:
         weight = weights[slot.reply] if slot.reply >= 0 else prompt_weight
-        pieces.append(Piece(slot.text, slot.message < 0, weight, hard=slot.reply != reply))
+        spans.append(TextSpan(slot.text, slot.message < 0, weight, hard=slot.reply != reply))
         reply = slot.reply
-    return pieces
+    return spans
+
+
+def as_messages(conversation: Conversation, system: str | None) -> list[dict[str, str]]:
+    """A conversation as plain chat messages, the system text first if there is one."""
+    messages = [{"role": "system", "content": system}] if system else []
+    for round_ in conversation.rounds:
+        if round_.query is not None:
+            messages.append({"role": "user", "content": round_.query})
+        if round_.reply is not None:
+            messages.append({"role": "assistant", "content": "".join(part.text for part in round_.reply)})
+    return messages
+
+
+def apply_chat_template(tokenizer: Any, messages: list[dict[str, str]], **kwargs: Any) -> str:
+    """What the tokenizer's own chat template makes of the messages.
+
+    Raises:
+        DropRow: the template refuses them. It is a program of the model's author and can fail as programs do.
+    """
+    from jinja2 import TemplateError
+
+    try:
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, date_string=FIXED_DATE, **kwargs))
+    except (TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        raise DropRow(f"the model's chat template refuses the conversation: {error}") from None

@@ -4,7 +4,8 @@ An entry is an Arrow IPC file and, written last, a JSON summary: an entry withou
 is a hash of everything it depends on: the bytes of the data file, the rules and settings, and this package's code.
 
 Schemas:
-    rows: ``row: large_binary`` (a standard row as JSON), ``position: int64`` (see :func:`sources.locate`).
+    rows: ``row: large_binary`` (a standard row as JSON), ``kind: string`` and ``number: int64`` (its
+        :class:`~rayswift.data.files.Position`).
     tokens: ``input_ids: list<int32>``, ``labels: list<int32>`` (−100 where not trained), ``loss_scale: list<float>``
         (null where every weight is 0 or 1), ``rejected_start: int32`` (of a pair, where the rejected conversation
         begins; else null), ``source: int64`` (number of the standard row it came from), ``length: int32`` (tokens).
@@ -13,37 +14,26 @@ Schemas:
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
 import hashlib
 import json
 import os
-import shutil
-import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rayswift.data.files import Chunk, filesystem_of
+from rayswift.data.tokens.arrow_files import default_root, open_arrow
+from rayswift.data.tokens.packed_encoder import CONFIGURATION, tokenizer_files
 from rayswift.errors import UserError
+from rayswift.files import atomic_file
 
 if TYPE_CHECKING:
-    import numpy as np
     import pyarrow as pa
 
     from rayswift.data.rows.standard import RowRules
     from rayswift.data.tokens.encoder import Encoder
-
-#: What a tokenizer is made of, in a model's folder.
-_TOKENIZER_FILES = ("*token*", "vocab*", "merges*", "*.model", "*.tiktoken", "chat_template*", "*.py")
-#: What says which class of tokenizer that is, where nothing else does; it changes no token.
-_CONFIGURATION = "config.json"
-
-
-def default_root() -> str:
-    """The cache folder of this machine: ``RAYSWIFT_CACHE``, else ``~/.cache/rayswift``."""
-    return os.path.abspath(os.path.expanduser(os.environ.get("RAYSWIFT_CACHE") or "~/.cache/rayswift"))
 
 
 @dataclass(frozen=True)
@@ -76,33 +66,29 @@ class TokenCache:
         """A writer of record batches; the entry is whole once its summary follows (:meth:`finish`)."""
         import pyarrow as pa
 
-        filesystem, inner = filesystem_of(self.path(key))
-        # A bucket shows an object when it is complete; on a file system a rename does that.
-        target = inner if "://" in self.root else f"{inner}.{uuid.uuid4().hex}"
         options = pa.ipc.IpcWriteOptions(compression="lz4" if schema.names[0] == "row" else None)
-        try:
-            with self._usable():
-                filesystem.create_dir(os.path.dirname(inner), recursive=True)
-                sink = filesystem.open_output_stream(target)
-            with sink, pa.ipc.new_file(sink, schema, options=options) as file:
-                yield file
-            if target != inner:
-                os.replace(target, inner)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                filesystem.delete_file(target)
-            raise
+        with self._new_file(self.path(key)) as sink, pa.ipc.new_file(sink, schema, options=options) as file:
+            yield file
 
     def finish(self, key: str, summary: dict[str, Any]) -> None:
         """Make an entry whole."""
-        filesystem, inner = filesystem_of(self.path(key).removesuffix(".arrow") + ".json")
-        target = inner if "://" in self.root else f"{inner}.{uuid.uuid4().hex}"
-        with self._usable():
-            filesystem.create_dir(os.path.dirname(inner), recursive=True)
-            with filesystem.open_output_stream(target) as sink:
-                sink.write(json.dumps(summary).encode())
-            if target != inner:
-                os.replace(target, inner)
+        path = self.path(key).removesuffix(".arrow") + ".json"
+        with self._usable(), self._new_file(path) as sink:
+            sink.write(json.dumps(summary).encode())
+
+    @contextlib.contextmanager
+    def _new_file(self, path: str) -> Iterator[Any]:
+        """A stream into a file that is whole or not there."""
+        filesystem, inner = filesystem_of(path)
+        with contextlib.ExitStack() as stack:
+            with self._usable():
+                filesystem.create_dir(os.path.dirname(inner), recursive=True)
+                if "://" in path:  # a bucket shows an object when it is complete
+                    stack.push(lambda failed, *_: filesystem.delete_file(inner) if failed else None)
+                else:
+                    inner = str(stack.enter_context(atomic_file(inner)))
+                sink = stack.enter_context(filesystem.open_output_stream(inner))
+            yield sink
 
     @contextlib.contextmanager
     def _usable(self) -> Iterator[None]:
@@ -146,24 +132,18 @@ def rules_hash(rules: RowRules) -> str:
     return hashlib.sha256(cloudpickle.dumps(rules)).hexdigest()[:40]
 
 
-def tokens_key(rows_key: str, encoder: Encoder, picked: Any = None) -> str:
-    """The key of the token rows of a chunk, all of them or the picked standard rows (int64 numbers)."""
-    return _hash("tokens", rows_key, encoder_hash(encoder), None if picked is None else picked.tobytes().hex())
+def tokens_key(rows_key: str, encoder: Encoder, subset: Any = None) -> str:
+    """The key of the token rows of a chunk, those of all its standard rows or of a subset (int64 numbers)."""
+    return _hash("tokens", rows_key, encoder_hash(encoder), None if subset is None else subset.tobytes().hex())
 
 
 @functools.lru_cache(maxsize=16)
 def encoder_hash(encoder: Encoder) -> str:
     """A hash of the settings of an encoder and of the tokenizer's files; where the model lies does not count."""
-    settings = {**dataclasses.asdict(encoder), "model_dir": ""}
-    files = [file for file in tokenizer_files(encoder.model_dir) if file.name != _CONFIGURATION]
+    settings = {**encoder.settings(), "model_dir": ""}
+    files = [file for file in tokenizer_files(encoder.model_dir) if file.name != CONFIGURATION]
     digests = [(file.name, hashlib.sha256(file.read_bytes()).hexdigest()) for file in files]
     return _hash(sorted(settings.items()), digests)
-
-
-def tokenizer_files(model_dir: str) -> list[Path]:
-    """The files of a model's folder that its tokenizer is loaded from."""
-    patterns, folder = (*_TOKENIZER_FILES, _CONFIGURATION), Path(model_dir)
-    return sorted({file for pattern in patterns for file in folder.glob(pattern) if file.is_file()})
 
 
 @functools.cache
@@ -175,36 +155,3 @@ def code_hash() -> str:
 
 def _hash(*parts: Any) -> str:
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:40]
-
-
-def read_columns(path: str, names: list[str]) -> list[np.ndarray]:
-    """Columns of numbers of an Arrow IPC file, whole; the others are not read."""
-    import pyarrow as pa
-
-    filesystem, inner = filesystem_of(path)
-    with filesystem.open_input_file(inner) if "://" in path else pa.memory_map(path) as file:
-        schema = pa.ipc.open_file(file).schema
-        options = pa.ipc.IpcReadOptions(included_fields=[schema.get_field_index(name) for name in names])
-        table = pa.ipc.open_file(file, options=options).read_all()
-    return [table[name].to_numpy() for name in names]
-
-
-def open_arrow(path: str) -> pa.ipc.RecordBatchFileReader:
-    """An Arrow IPC file, memory-mapped; one in a bucket is copied to this machine's cache first."""
-    import pyarrow as pa
-
-    if "://" in path:
-        path = _fetch(path)
-    return pa.ipc.open_file(pa.memory_map(path))
-
-
-def _fetch(uri: str) -> str:
-    local = f"{default_root()}/fetched/{_hash(uri)}.arrow"
-    if not os.path.exists(local):
-        os.makedirs(os.path.dirname(local), exist_ok=True)
-        temporary = f"{local}.{uuid.uuid4().hex}"
-        filesystem, inner = filesystem_of(uri)
-        with filesystem.open_input_stream(inner) as source, open(temporary, "wb") as target:
-            shutil.copyfileobj(source, target)
-        os.replace(temporary, local)
-    return local

@@ -1,19 +1,20 @@
 """An encoded dataset as a folder: ``export --to_cached_dataset true`` writes it, ``--cached_dataset`` reads it.
 
 The folder holds the token rows of the training and validation part in their order (Arrow files ``train-*.arrow``,
-``val-*.arrow``, schema of :func:`rayswift.data.flow.encode_tasks.token_schema`) and ``cached_dataset.json``, written
+``val-*.arrow``, schema of :func:`rayswift.data.flow.stage.token_schema`) and ``cached_dataset.json``, written
 last: the settings they were encoded with. SWIFT's cached datasets hold rows and lengths; these hold the token ids.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rayswift.data.flow.cache import encoder_hash, read_columns
+from rayswift.data.flow.cache import encoder_hash
+from rayswift.data.flow.stage import token_schema
+from rayswift.data.tokens.arrow_files import read_columns
 from rayswift.data.tokens.row_index import BlockRows, all_rows, concat
 from rayswift.data.tokens.table import TokenRows
 from rayswift.errors import UserError
@@ -36,15 +37,13 @@ def save_cached_dataset(folder: str, data: TrainData, encoder: Encoder) -> None:
     for part, rows in (("train", data.train), ("val", data.val)):
         if rows is not None:
             _write_part(folder, part, rows)
-    settings = {**dataclasses.asdict(encoder), "model_dir": os.path.basename(encoder.model_dir)}
+    settings = {**encoder.settings(), "model_dir": os.path.basename(encoder.model_dir)}
     text = json.dumps({"encoder": settings, "encoder_hash": encoder_hash(encoder)}, ensure_ascii=False, indent=2)
     (Path(folder) / _SETTINGS).write_text(text, encoding="utf-8")
 
 
 def _write_part(folder: str, part: str, rows: BlockRows) -> None:
     import pyarrow as pa
-
-    from rayswift.data.flow.encode_tasks import token_schema
 
     read = TokenRows(rows)
     for number, first in enumerate(range(0, len(rows), ROWS_PER_FILE)):
@@ -56,8 +55,6 @@ def _write_part(folder: str, part: str, rows: BlockRows) -> None:
 
 def _batch(read: TokenRows, numbers: range) -> pa.RecordBatch:
     import pyarrow as pa
-
-    from rayswift.data.flow.encode_tasks import token_schema
 
     rows = [read[number] for number in numbers]
     columns = [[row.input_ids for row in rows], [row.labels for row in rows], [row.loss_scale for row in rows],
@@ -91,10 +88,10 @@ def _check(folder: str, encoder: Encoder) -> None:
         ) from None
     if saved["encoder_hash"] == encoder_hash(encoder):
         return
-    if saved["encoder"].get("pairs", False) != encoder.pairs:
-        mode = "rlhf" if encoder.pairs else "train"
+    if saved["encoder"].get("pairs", False) != encoder.preference:
+        mode = "rlhf" if encoder.preference else "train"
         raise UserError(f"--cached_dataset {folder}: export it with --template_mode {mode} for this command")
-    now: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(encoder)))
+    now: dict[str, Any] = json.loads(json.dumps(encoder.settings()))
     differing = [
         f"--{name} {saved['encoder'].get(name)} (now {now[name]})"
         for name in now

@@ -12,10 +12,12 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from rayswift.data.files import chunk_bytes, plan_chunks
-from rayswift.data.flow.cache import TokenCache, default_root, read_columns, tokens_key
-from rayswift.data.flow.encode_tasks import ChunkWork, build_chunks, refuse_bad_rows, report_of, standard_batches
+from rayswift.data.flow.cache import TokenCache, tokens_key
+from rayswift.data.flow.encode_tasks import EncodeTask, encode_all, report_of
 from rayswift.data.flow.export import load_cached_datasets
+from rayswift.data.flow.stage import refuse_bad_rows, standard_batches
 from rayswift.data.names import ResolvedDataset, ResolvedDatasets
+from rayswift.data.tokens.arrow_files import default_root, read_columns
 from rayswift.data.tokens.row_index import (
     BlockRows,
     DropReport,
@@ -138,26 +140,26 @@ class _Load:
         self.encoder, self.cache, self.strict, self.lazy, self.on_progress = encoder, cache, strict, lazy, on_progress
         self.drops = DropReport()
         # By the path of its standard rows, what was or will be made of a chunk.
-        self.works: dict[str, ChunkWork] = {}
+        self.tasks: dict[str, EncodeTask] = {}
 
     def standard_rows(self, dataset: ResolvedDataset) -> BlockRows:
         """All usable rows of a dataset. Where every row will be wanted as tokens, it is encoded on the way."""
         import numpy as np
 
         name = dataset.spec.text
-        works = []
+        tasks = []
         for chunk in plan_chunks(dataset.files):
             key = self.cache.rows_key(chunk, dataset.rules)
             every = dataset.spec.num_samples is None and not self.lazy
             wanted = tokens_key(key, self.encoder) if every else None
-            works.append(ChunkWork(chunk, dataset.rules, key, wanted, size=chunk_bytes(chunk)))
-        self._build(works, f"read {name}")
-        seen = report_of(works, [self._summary(work.rows_key) for work in works])
+            tasks.append(EncodeTask(chunk, dataset.rules, key, wanted, size=chunk_bytes(chunk)))
+        self._build(tasks, f"read {name}")
+        seen = report_of(tasks, [self._summary(task.rows_key) for task in tasks])
         self.drops.rows_in += seen.rows_in
         self.drops.merge(seen)
-        files = [self.cache.path(work.rows_key) for work in works]
-        self.works |= dict(zip(files, works, strict=True))
-        counts = [self._summary(work.rows_key)["rows"] for work in works]
+        files = [self.cache.path(task.rows_key) for task in tasks]
+        self.tasks |= dict(zip(files, tasks, strict=True))
+        counts = [self._summary(task.rows_key)["rows"] for task in tasks]
         if not sum(counts):
             reasons = "; ".join(seen.lines()) or "it is empty"
             raise UserError(f"--dataset {name}: none of its {seen.rows_in} rows can be used: {reasons}")
@@ -168,18 +170,18 @@ class _Load:
         import numpy as np
 
         wanted = dict.fromkeys(file for part in parts for file in _files_of(part))
-        unencoded = [file for file in wanted if self.works[file].tokens_key is None]
+        unencoded = [file for file in wanted if self.tasks[file].tokens_key is None]
         picks: dict[str, list[np.ndarray]] = {}
         for file, rows in ((file, rows) for part in parts if unencoded for file, rows in _rows_by_file(part)):
             picks.setdefault(file, []).append(rows)
         for file in unencoded:
-            work, numbers = self.works[file], np.unique(np.concatenate(picks[file]))
-            picked = None if len(numbers) == self._summary(work.rows_key)["rows"] else numbers
-            key = tokens_key(work.rows_key, self.encoder, picked)
-            self.works[file] = replace(work, tokens_key=key, picked=picked)
-        self._build([self.works[file] for file in unencoded], "encode")
-        works = [self.works[file] for file in wanted]
-        self.drops.merge(report_of(works, [self._summary(work.key) for work in works]))
+            task, numbers = self.tasks[file], np.unique(np.concatenate(picks[file]))
+            subset = None if len(numbers) == self._summary(task.rows_key)["rows"] else numbers
+            key = tokens_key(task.rows_key, self.encoder, subset)
+            self.tasks[file] = replace(task, tokens_key=key, row_subset=subset)
+        self._build([self.tasks[file] for file in unencoded], "encode")
+        tasks = [self.tasks[file] for file in wanted]
+        self.drops.merge(report_of(tasks, [self._summary(task.key) for task in tasks]))
 
     def token_rows(self, rows: BlockRows) -> BlockRows:
         """For each standard row in turn, the token rows that came from it (none if dropped, several if split)."""
@@ -189,21 +191,21 @@ class _Load:
         places: dict[str, list[int]] = {}
         for place, file in enumerate(rows.files):
             places.setdefault(file, []).append(place)
-        sizes = [self._summary(self.works[file].rows_key)["rows"] for file in files]
+        sizes = [self._summary(self.tasks[file].rows_key)["rows"] for file in files]
         total = sum(sizes)
         # Numbers of all rows together: as small as they can be.
         bases = np.zeros(len(rows.files), np.int32 if total < 2**31 else np.int64)
         base = 0
         origins, lengths = [bases[:0]], [np.zeros(0, np.int32)]
         for file, size in zip(files, sizes, strict=True):
-            source, length = read_columns(self.cache.path(self.works[file].key), ["source", "length"])
+            source, length = read_columns(self.cache.path(self.tasks[file].key), ["source", "length"])
             bases[places[file]] = base
             origins.append(source.astype(bases.dtype) + bases.dtype.type(base))
             lengths.append(length)
             base += size
         order = _selected_order(np.concatenate(origins), bases, rows.index)
         index = all_rows([len(length) for length in lengths[1:]])
-        paths = [self.cache.path(self.works[file].key) for file in files]
+        paths = [self.cache.path(self.tasks[file].key) for file in files]
         return BlockRows(paths, index, np.concatenate(lengths)).select(order)
 
     def blended(self, parts: list[BlockRows], args: Any, rng: np.random.RandomState) -> BlockRows:
@@ -219,10 +221,10 @@ class _Load:
         """Standard rows with what is needed to encode each when it is trained."""
         import numpy as np
 
-        origins = [self.works[file].chunk.path for file in rows.files]
+        origins = [self.tasks[file].chunk.path for file in rows.files]
         return LazyRows(rows.files, rows.index, np.ones(len(rows), np.int32), origins)
 
-    def _build(self, works: list[ChunkWork], stage: str) -> None:
+    def _build(self, tasks: list[EncodeTask], stage: str) -> None:
         done = 0
 
         def count(rows: int) -> None:
@@ -230,7 +232,7 @@ class _Load:
             done += rows
             self.on_progress(stage, done)
 
-        build_chunks(works, self.encoder, self.cache, self.strict, count)
+        encode_all(tasks, self.encoder, self.cache, self.strict, count)
 
     def _summary(self, key: str) -> dict[str, Any]:
         summary = self.cache.summary(key)

@@ -19,13 +19,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from rayswift.data.files import Chunk, chunk_bytes, plan_chunks
+from rayswift import private
+from rayswift.data.files import Chunk, Position, chunk_bytes, plan_chunks
 from rayswift.data.flow.cache import encoder_hash, rules_hash
-from rayswift.data.flow.encode_tasks import StandardBatch, encode_rows, refuse_bad_rows, standard_batches
+from rayswift.data.flow.ray_data import one_task_each
+from rayswift.data.flow.stage import StandardBatch, encode_rows, refuse_bad_rows, standard_batches
 from rayswift.data.names import ResolvedDataset
-from rayswift.data.rows.standard import RowRules
+from rayswift.data.rows.standard import RowRules, StandardRow
 from rayswift.data.tokens.packed_encoder import PackedEncoder, pack_encoder
-from rayswift.data.tokens.row_index import FATAL, FATAL_LINE, DropReport, plain_reason
+from rayswift.data.tokens.row_index import DropReport
 from rayswift.data.tokens.table import StreamPlaces, StreamPosition
 
 if TYPE_CHECKING:
@@ -171,33 +173,6 @@ def _pieces(dataset: ResolvedDataset) -> list[Piece]:
     return [Piece(tuple(group), dataset.rules, limit, sum(map(chunk_bytes, group))) for group in groups]
 
 
-def data_context(block_bytes: int | None = None) -> Any:
-    """A copy of Ray Data's context for training: fixed order, no bars of its own, no time-out while training pauses.
-
-    Args:
-        block_bytes: the size at which a task hands on a block; None for Ray's own.
-    """
-    from ray.data import DataContext
-
-    context = DataContext.get_current().copy()
-    context.execution_options.preserve_order = True
-    context.enable_progress_bars = False
-    context.execution_no_progress_timeout_s = -1
-    context.target_max_block_size = block_bytes or context.target_max_block_size
-    return context
-
-
-def one_task_each(count: int, block_bytes: int | None = None) -> Dataset:
-    """A dataset of ids 0 … count-1 whose every row is a task of its own."""
-    import pyarrow as pa
-    import ray.data
-    from ray.data import DataContext
-
-    with DataContext.current(data_context(block_bytes)):
-        # Not `range`: reading it would be an operator of its own beside one that asks for less than a CPU.
-        return ray.data.from_arrow([pa.table({"id": [number]}) for number in range(count)])
-
-
 # --- one task ---------------------------------------------------------------------------------------------------
 
 
@@ -220,6 +195,7 @@ def stream_tokens(
         reader: the :class:`StreamReader` that says when enough is ready; None: read on.
         num_cpus: what each task asks of Ray.
     """
+    import pyarrow as pa
     import ray
 
     begin = start or StreamPosition()
@@ -232,7 +208,7 @@ def stream_tokens(
             first = begin.unit if task == begin.task else 0
             yield from _in_step(task_tokens(plan, task, first, encoder, drop_log), task, reader)
 
-    tasks = one_task_each(len(plan.tasks) - begin.task, STREAM_BLOCK_BYTES)
+    tasks = one_task_each(pa.table({"id": range(len(plan.tasks) - begin.task)}), True, STREAM_BLOCK_BYTES)
     return tasks.map_batches(read, batch_size=None, num_cpus=num_cpus)
 
 
@@ -301,18 +277,17 @@ def _piece_units(
 
 
 #: A standard row with its file and position.
-PlacedRow = tuple[dict[str, Any], str, int]
+PlacedRow = tuple[StandardRow, str, Position]
 
 
 def _reported(batches: Iterator[StandardBatch], strict: bool, drop_log: Any | None) -> Iterator[PlacedRow]:
     """The usable rows; the others are reported with their place, or stop the run under ``--strict true``."""
     for batch in batches:
         drops = batch.report
-        for reason in [reason for reason in drops.counts if reason.startswith(FATAL)]:
-            told = plain_reason(reason)
-            if not reason.startswith(FATAL_LINE):
-                told += "; what follows in this part of the file is lost"
-            drops.add(told, drops.counts.pop(reason), *drops.first[reason])
+        for reason in [reason for reason, broken in drops.broken.items() if broken == "file"]:
+            lost = f"{reason}; what follows in this part of the file is lost"
+            drops.add(lost, drops.counts.pop(reason), *drops.first[reason])
+        drops.broken.clear()  # a stream goes on behind it
         _tell(drops, strict, drop_log)
         yield from ((row, batch.path, position) for row, position in zip(batch.rows, batch.positions, strict=True))
 
@@ -434,9 +409,8 @@ class StreamReader:
         try:
             dataset = stream_tokens(*stream)
             with DataContext.current(dataset.context):
-                for bundle in dataset.iter_internal_ref_bundles():
-                    for entry in bundle.blocks:
-                        self._add(entry.ref, entry.metadata.size_bytes or 0)
+                for ref, size in private.iter_block_refs(dataset):
+                    self._add(ref, size)
         except BaseException as error:
             self._error = error
         with self._changed:

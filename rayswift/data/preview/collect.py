@@ -1,15 +1,8 @@
-"""``rayswift data preview``: what becomes of a dataset's first rows on their way to the model.
-
-One process and no Ray, through the functions that training calls for each row. :func:`collect` gathers what there is
-to see; :mod:`~rayswift.data.preview.text` prints it, :mod:`~rayswift.data.preview.page` makes an HTML page of it.
-"""
+"""What there is to see of a dataset's first rows: one process and no Ray, through what training calls for each row."""
 
 from __future__ import annotations
 
 import itertools
-import logging
-import os
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -17,16 +10,14 @@ from typing import Any
 import numpy as np
 
 from rayswift.arguments import PreviewArguments
-from rayswift.data.files import BadRow, filesystem_of, iter_rows, locate, plan_chunks
-from rayswift.data.flow.encode_tasks import ENCODE_BATCH, refuse_bad_rows
-from rayswift.data.names import ResolvedDataset, resolve_datasets
-from rayswift.data.rows.standard import WARNINGS, BrokenLine, Drop, StandardRow, standardise_rows
+from rayswift.data.files import Position, filesystem_of, locate, plan_chunks
+from rayswift.data.flow.stage import ENCODE_BATCH, read_rows, refuse_bad_rows
+from rayswift.data.names import ResolvedDataset
+from rayswift.data.rows.standard import WARNINGS, Drop, StandardRow
 from rayswift.data.tokens.encoder import IGNORED, Dropped, Encoded, Encoder
-from rayswift.data.tokens.row_index import FATAL, DropReport
+from rayswift.data.tokens.row_index import DropReport
 from rayswift.errors import UserError
 from rayswift.hub import resolve_model
-
-logger = logging.getLogger("rayswift.data.preview.collect")
 
 #: A preview needs the tokenizer, not the weights.
 _WEIGHTS = ["*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf"]
@@ -101,30 +92,9 @@ class _Read:
     """A standard row with what it came from."""
 
     path: str
-    position: int
+    position: Position
     raw: Any
     standard: StandardRow
-
-
-def preview(args: PreviewArguments) -> None:
-    """Print a preview of every dataset, and write it as a page if ``--output`` names one.
-
-    Raises:
-        UserError: unknown dataset or model, a file that is broken among the rows read (names file:line), a dataset
-            without a usable row, a page that cannot be written.
-    """
-    from rayswift.data.preview.page import render_page
-    from rayswift.data.preview.text import print_preview
-
-    if args.output:
-        _check_folder(args.output)
-    datasets = resolve_datasets(args)
-    encoder = make_encoder(args) if args.model else None
-    previews = [collect(dataset, encoder, args) for dataset in [*datasets.train, *datasets.val]]
-    for shown in previews:
-        print_preview(shown, sys.stdout)
-    if args.output:
-        _write_page(args.output, render_page(previews, args.model))
 
 
 def make_encoder(args: PreviewArguments) -> Encoder:
@@ -163,34 +133,26 @@ def collect(dataset: ResolvedDataset, encoder: Encoder | None, args: PreviewArgu
 
 
 def _standard_rows(dataset: ResolvedDataset, limit: int | None, result: DatasetPreview) -> Iterator[_Read]:
-    """Standard rows of the first ``limit`` raw rows; what is dropped is counted in ``result``."""
-    for path, position, raw in _raw_rows(dataset.files, limit, result):
-        result.drops.rows_in += 1
-        for standard in standardise_rows(raw, dataset.rules):
-            if isinstance(standard, Drop):
-                result.drops.add(standard.reason, 1, path, position)
-                continue
-            for warning in standard.pop(WARNINGS, ()):
-                result.warnings.add(warning, 1, path, position)
-            yield _Read(path, position, raw, standard)
+    """Standard rows of the first ``limit`` raw rows; what is dropped is counted in ``result``.
 
-
-def _raw_rows(files: list[str], limit: int | None, result: DatasetPreview) -> Iterator[tuple[str, int, Any]]:
-    """Path, position and row. One row more is looked for, to say whether these are all; it may be a broken one."""
-    for chunk in plan_chunks(files):
-        try:
-            for raw, position in iter_rows(chunk):
-                if result.drops.rows_in == limit:
-                    result.whole = False
-                    return
-                if isinstance(raw, BrokenLine):
-                    raise BadRow(position, raw.reason)
-                yield chunk.path, position, raw
-        except BadRow as error:
-            result.whole = False
-            if result.drops.rows_in != limit:
-                result.drops.add(FATAL + error.reason, 1, chunk.path, error.position)
-            return
+    One row more is looked for, to say whether these are all; it may be a broken one.
+    """
+    for chunk in plan_chunks(dataset.files):
+        for raw, standard, position in read_rows(chunk, dataset.rules):
+            if result.drops.rows_in == limit:
+                result.whole = False
+                return
+            result.drops.rows_in += 1
+            for row in standard:
+                if isinstance(row, Drop):
+                    result.drops.drop(row, chunk.path, position)
+                    if row.broken:
+                        result.whole = False
+                        return
+                    continue
+                for warning in row.pop(WARNINGS, ()):
+                    result.warnings.add(warning, 1, chunk.path, position)
+                yield _Read(chunk.path, position, raw, row)
 
 
 def _encode(batch: list[_Read], encoder: Encoder, result: DatasetPreview) -> list[list[Encoded]]:
@@ -261,20 +223,3 @@ def token_texts(tokenizer: Any, sample: Encoded, limit: int = MAX_SHOWN_TOKENS) 
 def _size(path: str) -> int:
     filesystem, inner = filesystem_of(path)
     return filesystem.get_file_info(inner).size or 0
-
-
-def _check_folder(output: str) -> None:
-    """A page that cannot be written is refused before anything is read."""
-    folder = os.path.dirname(os.path.abspath(output))
-    if not os.path.isdir(folder):
-        raise UserError(f"--output {output}: no folder {folder}; make it first")
-
-
-def _write_page(output: str, page: str) -> None:
-    try:
-        # What is no text (half a surrogate pair) is shown as its number.
-        with open(output, "w", encoding="utf-8", errors="backslashreplace") as file:
-            file.write(page)
-    except OSError as error:
-        raise UserError(f"--output {output}: cannot be written ({error.strerror})") from None
-    logger.info("%s: written, open it in a browser", output)

@@ -78,7 +78,7 @@ USUAL_NAMES = MessageNames()
 
 
 @dataclass
-class Reading:
+class ParsedMessages:
     """What a messages value held: the messages, the files inside them by column, and what was left out."""
 
     messages: list[dict[str, Any]] = field(default_factory=list)
@@ -113,7 +113,7 @@ def plain_messages(value: Any, names: MessageNames = USUAL_NAMES) -> list[dict[s
     return messages
 
 
-def read_messages(value: Any, names: MessageNames = USUAL_NAMES) -> Reading:
+def read_messages(value: Any, names: MessageNames = USUAL_NAMES) -> ParsedMessages:
     """Read a messages value: a list of messages or pairs, or its JSON or Python text.
 
     Raises:
@@ -123,10 +123,10 @@ def read_messages(value: Any, names: MessageNames = USUAL_NAMES) -> Reading:
         value = parse_text(value)
     if not isinstance(value, (list, tuple)) or not value:
         raise Unusable("the messages column is empty or not a list")
-    reading = Reading()
+    parsed = ParsedMessages()
     for item in value:
-        _read_message(item, names, reading)
-    return reading
+        _read_message(item, names, parsed)
+    return parsed
 
 
 def parse_text(text: str) -> Any:
@@ -175,7 +175,7 @@ def _data_uri(data: bytes) -> str:
     return f"data:{kind};base64,{base64.b64encode(data).decode()}"
 
 
-def _read_message(item: Any, names: MessageNames, reading: Reading) -> None:
+def _read_message(item: Any, names: MessageNames, parsed: ParsedMessages) -> None:
     """One message of any spelling; it may become several (text, tool calls, tool results)."""
     if isinstance(item, str):  # ms-swift writes its val_dataset.jsonl so
         item = parse_text(item)
@@ -183,7 +183,7 @@ def _read_message(item: Any, names: MessageNames, reading: Reading) -> None:
         raise Unusable("a message is not an object with role and content")
     name = _first(item, names.role_keys)
     if name is None:
-        _read_pair(item, names, reading)
+        _read_pair(item, names, parsed)
         return
     role = names.roles.get(name) if isinstance(name, str) else None
     if role is None:
@@ -191,14 +191,14 @@ def _read_message(item: Any, names: MessageNames, reading: Reading) -> None:
     keys = ("loss", "loss_scale", "name") if role in ("tool", "tool_response") else ("loss", "loss_scale")
     kept = {key: item[key] for key in keys if item.get(key) is not None}
     if any(item.get(key) for key in _THOUGHT_KEYS):
-        reading.warn(THOUGHTS_LEFT_OUT)
+        parsed.warn(THOUGHTS_LEFT_OUT)
     content, calls = _first(item, names.content_keys), _tool_calls(item)
     if content is None and not calls:
         raise Unusable("a message has no content")
     if content is not None and not (calls and content in ("", [])):
-        _read_content(content, role, kept, reading)
+        _read_content(content, role, kept, parsed)
     for call in calls:
-        reading.add("tool_call", _call_text(call), kept)
+        parsed.add("tool_call", _call_text(call), kept)
 
 
 def _first(item: Mapping[str, Any], keys: tuple[str, ...]) -> Any:
@@ -234,7 +234,7 @@ def _json(value: Any) -> str:
         raise Unusable("a tool message is not valid JSON") from None
 
 
-def _read_pair(item: Mapping[str, Any], names: MessageNames, reading: Reading) -> None:
+def _read_pair(item: Mapping[str, Any], names: MessageNames, parsed: ParsedMessages) -> None:
     """Sharegpt's ``{"human": …, "assistant": …}``: two messages in one object."""
     user = _first(item, (*filter(None, [names.user_role]), "human", "user"))
     assistant = _first(item, (*filter(None, [names.assistant_role]), "assistant", "gpt", "bot"))
@@ -242,22 +242,22 @@ def _read_pair(item: Mapping[str, Any], names: MessageNames, reading: Reading) -
         raise Unusable("a message has no role")
     if not isinstance(user, str) or not isinstance(assistant, str):
         raise Unusable("a pair of messages has no text on one side")
-    reading.add("user", user, {})
-    reading.add("assistant", assistant, {})
+    parsed.add("user", user, {})
+    parsed.add("assistant", assistant, {})
 
 
-def _read_content(content: Any, role: str, kept: Mapping[str, Any], reading: Reading) -> None:
+def _read_content(content: Any, role: str, kept: Mapping[str, Any], parsed: ParsedMessages) -> None:
     if isinstance(content, str):
-        reading.add(role, content, kept)
+        parsed.add(role, content, kept)
         return
     listed = [content] if isinstance(content, Mapping) else content
     tool = role in ("tool_call", "tool_response", "tool")
     if isinstance(listed, (list, tuple)) and listed and all(_is_part(part, known_only=tool) for part in listed):
-        _read_parts(list(listed), role, kept, reading)
+        _read_parts(list(listed), role, kept, parsed)
     elif tool and isinstance(content, (Mapping, list)):
         # Tool messages are JSON text; datasets also write the value itself.
         refuse_half_surrogates(content)
-        reading.add(role, _json(content), kept)
+        parsed.add(role, _json(content), kept)
     else:
         raise Unusable("a message's content is neither text nor text parts")
 
@@ -271,14 +271,14 @@ def _is_part(part: Any, *, known_only: bool) -> bool:
     return known or (not known_only and isinstance(part, Mapping) and ("type" in part or "text" in part))
 
 
-def _read_parts(parts: list[Any], role: str, kept: Mapping[str, Any], reading: Reading) -> None:
+def _read_parts(parts: list[Any], role: str, kept: Mapping[str, Any], parsed: ParsedMessages) -> None:
     """Parts in order: text and placeholders are joined, tool calls and results become messages of their own."""
     text: list[str] = []
-    before = len(reading.messages)
+    before = len(parsed.messages)
 
     def flush() -> None:
         if text:
-            reading.add(role, "".join(text), kept)
+            parsed.add(role, "".join(text), kept)
             text.clear()
 
     for part in parts:
@@ -291,19 +291,19 @@ def _read_parts(parts: list[Any], role: str, kept: Mapping[str, Any], reading: R
             text.append(placeholder)
             file = _file_of_part(part, kind)
             if file is not None:
-                reading.media.setdefault(column, []).append(file)
+                parsed.media.setdefault(column, []).append(file)
         elif kind == "tool_use":
             flush()
-            reading.add("tool_call", _call_text(part), kept)
+            parsed.add("tool_call", _call_text(part), kept)
         elif kind == "tool_result":
             flush()
-            _read_content("" if part.get("content") is None else part["content"], "tool_response", kept, reading)
+            _read_content("" if part.get("content") is None else part["content"], "tool_response", kept, parsed)
         elif kind in _THOUGHT_PARTS:
-            reading.warn(THOUGHTS_LEFT_OUT)
+            parsed.warn(THOUGHTS_LEFT_OUT)
         else:
             raise Unusable(f"a message holds a part of type {str(kind)[:40]!r} that is not text, a file or a tool's")
     flush()
-    if len(reading.messages) == before:
+    if len(parsed.messages) == before:
         raise Unusable("a message has no content")
 
 

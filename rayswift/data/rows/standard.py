@@ -13,12 +13,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from decimal import Decimal
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 from rayswift.data.rows.columns import MEDIA, Layout, new_name, plan_layout
 from rayswift.data.rows.messages import (
     MessageNames,
-    Reading,
+    ParsedMessages,
     Unusable,
     is_message,
     media_file,
@@ -42,14 +42,14 @@ Preprocess = Callable[[dict[str, Any]], dict[str, Any] | list[dict[str, Any]] | 
 
 @dataclass(frozen=True)
 class Drop:
-    """A row that cannot be trained on, and why, in words a user can act on."""
+    """A row that cannot be trained on, and why, in words a user can act on.
+
+    ``broken``: what cannot be read, which stops a run whatever ``--strict`` says: the ``line`` alone (a stream reads on
+    behind it), or the ``file`` from here on. None for a row that is merely of no use.
+    """
 
     reason: str
-
-
-@dataclass(frozen=True)
-class BrokenLine(Drop):
-    """A line that cannot be read, in a file that can be read on behind it: a stream goes on, other reading stops."""
+    broken: Literal["line", "file"] | None = None
 
 
 @dataclass(frozen=True)
@@ -201,9 +201,9 @@ def _from_messages(row: Mapping[str, Any], layout: Layout, rules: RowRules) -> S
     if messages is not None:
         standard["messages"] = messages
     else:
-        reading = read_messages(value, rules.message_names)
-        messages = reading.messages
-        _add_reading(standard, "", reading)
+        parsed = read_messages(value, rules.message_names)
+        messages = parsed.messages
+        _add_parsed(standard, "", parsed)
     if "system" in layout.sources and messages[0]["role"] != "system":
         system = _text(_choose(row, "system", layout, standard, rules), "system")
         if system is not None:
@@ -261,24 +261,24 @@ def _alpaca_query(row: Mapping[str, Any], layout: Layout, rules: RowRules) -> st
 def _add_query(standard: StandardRow, query: Any, rules: RowRules) -> None:
     """A query that is no plain text: a list of messages (TRL's conversational prompts) or a number."""
     if isinstance(query, (list, tuple)) and query and is_message(query[0], rules.message_names):
-        _add_reading(standard, "", read_messages(query, rules.message_names))
+        _add_parsed(standard, "", read_messages(query, rules.message_names))
     else:
         standard["messages"].append({"role": "user", "content": _text(query, "query")})
 
 
-def _read_reply(response: Any, what: str, rules: RowRules) -> Reading:
+def _read_reply(response: Any, what: str, rules: RowRules) -> ParsedMessages:
     """A response that is no plain text: a message, messages, several texts (SWIFT takes the first) or a number."""
     response = _first_of_list(response, what, rules)
     if isinstance(response, list):
         return read_messages(response, rules.message_names)
-    return Reading([{"role": "assistant", "content": _text(response, what)}])
+    return ParsedMessages([{"role": "assistant", "content": _text(response, what)}])
 
 
-def _add_reply(standard: StandardRow, reply: Reading) -> None:
+def _add_reply(standard: StandardRow, reply: ParsedMessages) -> None:
     """End the messages with a reply; a whole conversation (TRL's ``chosen``) replaces the prompt that it repeats."""
     if reply.messages[0]["role"] in ("system", "user"):
         standard["messages"].clear()
-    _add_reading(standard, "", reply)
+    _add_parsed(standard, "", reply)
 
 
 def _first_of_list(value: Any, what: str, rules: RowRules) -> Any:
@@ -292,15 +292,15 @@ def _first_of_list(value: Any, what: str, rules: RowRules) -> Any:
     return value
 
 
-def _add_reading(standard: StandardRow, side: str, reading: Reading) -> None:
+def _add_parsed(standard: StandardRow, side: str, parsed: ParsedMessages) -> None:
     """Put what a conversation held into the row; ``side`` is a prefix such as ``rejected_``."""
-    known = standard.setdefault(f"{side}messages", reading.messages)
-    if known is not reading.messages:
-        known += reading.messages
-    for column, files in reading.media.items():
+    known = standard.setdefault(f"{side}messages", parsed.messages)
+    if known is not parsed.messages:
+        known += parsed.messages
+    for column, files in parsed.media.items():
         standard.setdefault(f"{side}{column}", []).extend(files)
-    if reading.warnings:
-        standard.setdefault(WARNINGS, []).extend(reading.warnings)
+    if parsed.warnings:
+        standard.setdefault(WARNINGS, []).extend(parsed.warnings)
 
 
 def _text(value: Any, what: str) -> str | None:
@@ -347,17 +347,17 @@ def _add_rejected(standard: StandardRow, value: Any, rules: RowRules) -> None:
     if value is None:
         return
     messages = standard["messages"]
-    reading = _read_reply(value, "rejected response", rules)
-    first = reading.messages[0]
-    if len(reading.messages) == 1 and first["role"] == "assistant" and not reading.media:
+    parsed = _read_reply(value, "rejected response", rules)
+    first = parsed.messages[0]
+    if len(parsed.messages) == 1 and first["role"] == "assistant" and not parsed.media:
         standard["rejected_response"] = first["content"]
         same = first["content"] == messages[-1]["content"]
     else:
         if first["role"] not in ("system", "user"):
             prompt = messages[:-1] if messages[-1]["role"] == "assistant" else messages
-            reading.messages[:0] = [dict(message) for message in prompt]
-        _add_reading(standard, "rejected_", reading)
-        same = reading.messages == messages
+            parsed.messages[:0] = [dict(message) for message in prompt]
+        _add_parsed(standard, "rejected_", parsed)
+        same = parsed.messages == messages
     if same:
         raise Unusable("the rejected response is the same as the answer")
 
@@ -365,11 +365,11 @@ def _add_rejected(standard: StandardRow, value: Any, rules: RowRules) -> None:
 def _kept_value(target: str, value: Any, standard: StandardRow, rules: RowRules) -> Any:
     """A kept column in its standard form; most are carried as they are."""
     if target == "rejected_messages":
-        reading = read_messages(value, rules.message_names)
-        _add_reading(standard, "rejected_", reading)
-        if reading.messages == standard["messages"]:
+        parsed = read_messages(value, rules.message_names)
+        _add_parsed(standard, "rejected_", parsed)
+        if parsed.messages == standard["messages"]:
             raise Unusable("rejected_messages are the same as messages")
-        return reading.messages
+        return parsed.messages
     if target in ("positive_messages", "negative_messages"):
         return _conversations(target, value, standard, rules)
     if target.endswith(MEDIA):
@@ -391,12 +391,12 @@ def _conversations(target: str, value: Any, standard: StandardRow, rules: RowRul
         raise Unusable(f"{target} is not a list of conversations")
     if value and is_message(value[0], rules.message_names):
         value = [value]
-    readings = [read_messages(item, rules.message_names) for item in value]
+    all_parsed = [read_messages(item, rules.message_names) for item in value]
     side = target.removesuffix("messages")
     for column in MEDIA:
-        if any(column in reading.media for reading in readings):
-            standard[f"{side}{column}"] = [reading.media.get(column, []) for reading in readings]
-    return [reading.messages for reading in readings]
+        if any(column in parsed.media for parsed in all_parsed):
+            standard[f"{side}{column}"] = [parsed.media.get(column, []) for parsed in all_parsed]
+    return [parsed.messages for parsed in all_parsed]
 
 
 def _objects(value: Any) -> dict[str, Any]:

@@ -7,30 +7,15 @@ at first use. Rows are encoded by the batch; one row in, one or more :class:`Enc
 from __future__ import annotations
 
 import functools
-import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 import numpy as np
 
-from rayswift.data.chat.agents import AgentFormat, get_agent_format
-from rayswift.data.chat.conversation import DropRow, Message, read_conversation
-from rayswift.data.chat.families import (
-    Piece,
-    RenderOptions,
-    Template,
-    adds_bos,
-    get_template,
-    match_template,
-    render_bare,
-)
-from rayswift.data.chat.jinja import JinjaTemplate
-from rayswift.data.chat.loss_weights import read_loss_scale
-from rayswift.data.tokens.segments import CONTENT_TAG, SegmentTokenizer
+from rayswift.data.chat.conversation import DropRow, Message
+from rayswift.data.tokens.template_choice import TemplateSettings, load_template, one_of
 from rayswift.errors import UserError
-
-logger = logging.getLogger("rayswift.data.tokens.encoder")
 
 TRUNCATION_STRATEGIES = ("delete", "left", "right", "split")
 #: Label of a token that is not trained (the index that PyTorch's cross entropy ignores).
@@ -83,47 +68,25 @@ class EncodedBatch:
 
 
 @dataclass(frozen=True)
-class Encoder:
+class Encoder(TemplateSettings):
     """Encodes standard rows for training and messages for generation. Fields are SWIFT's flags of the same name.
 
-    `template`: a family of `families.json`, or None/"auto": the family whose layout equals the tokenizer's own chat
-    template, else that chat template itself. `template_backend`: `jinja` takes the chat template in any case.
-    `use_chat_template` False: bos, the bare texts, eos. `max_length` in tokens, None is no limit. `agent_template`: a
-    format of `agents.json` for tools and tool messages, None is the template's own. `pairs`: each row is a pair:
-    its conversation, then the one that ends in the rejected answer, each within `max_length`.
+    `max_length` in tokens, None is no limit. `preference`: each row is a pair: its conversation, then the one that
+    ends in the rejected answer, each within `max_length`.
 
     Raises:
         UserError: a setting has no such value; the message names flag and choices.
     """
 
-    model_dir: str
-    template: str | None = None
-    system: str | None = None
     max_length: int | None = None
     truncation_strategy: str = "delete"
-    use_chat_template: bool = True
-    loss_scale: str = "default"
-    enable_thinking: bool | None = None
-    add_non_thinking_prefix: bool = True
-    template_backend: str = "swift"
-    response_prefix: str | None = None
-    new_special_tokens: tuple[str, ...] = ()
-    trust_remote_code: bool = False
-    agent_template: str | None = None
-    pairs: bool = False
+    preference: bool = False
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "model_dir", str(self.model_dir))
-        object.__setattr__(self, "new_special_tokens", tuple(self.new_special_tokens))
-        _one_of("--truncation_strategy", self.truncation_strategy, TRUNCATION_STRATEGIES)
-        _one_of("--template_backend", self.template_backend, ("swift", "jinja"))
-        read_loss_scale(self.loss_scale)
+        super().__post_init__()
+        one_of("--truncation_strategy", self.truncation_strategy, TRUNCATION_STRATEGIES)
         if self.max_length is not None and self.max_length < 2:
             raise UserError(f"--max_length {self.max_length}: a sample needs at least 2 tokens")
-        if self.template not in (None, "auto"):
-            get_template(self.template)
-        if self.agent_template is not None:
-            get_agent_format(self.agent_template)
 
     @classmethod
     def from_args(cls, args: Any, model_dir: str, *, max_length: int | None = None) -> Encoder:
@@ -143,54 +106,13 @@ class Encoder:
         from rayswift.modeling.loading import read_config
 
         encoder = cls.from_args(args, model_dir, max_length=read_config(model_dir).get("max_position_embeddings"))
-        return replace(encoder, pairs=args.command == "rlhf" or getattr(args, "template_mode", None) == "rlhf")
+        return replace(encoder, preference=args.command == "rlhf" or getattr(args, "template_mode", None) == "rlhf")
 
-    # --- what the tokenizer and the template say ----------------------------------------------------------------
-
-    @property
-    def tokenizer(self) -> Any:
-        """The model's tokenizer, with `new_special_tokens` added."""
-        return _load(self).tokenizer
-
-    @property
-    def template_name(self) -> str:
-        """Name of the family in use; `jinja` for the model's own chat template, `bare` for none."""
-        return _load(self).name
-
-    @property
-    def stop_words(self) -> list[str]:
-        """Texts at which generation stops."""
-        return list(_load(self).stop_words)
-
-    @property
-    def eos_token_ids(self) -> list[int]:
-        """Token ids at which generation stops: the tokenizer's eos, and what ends a trained reply or is a stop word, if
-        that is one special token."""
-        loaded = _load(self)
-        words = [loaded.segments.split_literal(word) for word in loaded.ends]
-        ids = [parts[0] for parts in words if len(parts) == 1 and isinstance(parts[0], int)]
-        eos = [] if loaded.tokenizer.eos_token_id is None else [loaded.tokenizer.eos_token_id]
-        return list(dict.fromkeys([*eos, *(i for i in ids if isinstance(i, int))]))
-
-    @property
-    def stop_strings(self) -> list[str]:
-        """The ends that are not one special token and so have to be looked for in the text."""
-        loaded = _load(self)
-        parts = {word: loaded.segments.split_literal(word) for word in loaded.ends}
-        return [word for word, split in parts.items() if len(split) != 1 or isinstance(split[0], str)]
-
-    @property
-    def takes_tools(self) -> bool:
-        """Whether tools and tool messages have a format."""
-        return _load(self).agent is not None
-
-    @property
-    def call_end(self) -> str:
-        """What ends a tool call whose result follows in the same turn (``Observation:``); empty for other formats."""
-        agent = _load(self).agent
-        return agent.calls_end if agent is not None and agent.result_place == "reply" else ""
-
-    # --- encoding -----------------------------------------------------------------------------------------------
+    def settings(self) -> dict[str, Any]:
+        """The settings by name, as hashes and files hold them: there `preference` is `pairs`, its name before."""
+        values = asdict(self)
+        values["pairs"] = values.pop("preference")
+        return values
 
     def encode_batch(self, rows: Sequence[Mapping[str, Any]]) -> list[Encoded | Dropped]:
         """Encode standard rows.
@@ -215,7 +137,7 @@ class Encoder:
     def encode_columns(self, rows: Sequence[Mapping[str, Any]]) -> EncodedBatch:
         """Encode standard rows to flat arrays: each row is in `rows` (several times under truncation_strategy `split`)
         or in `dropped`."""
-        return self._encode_pairs(rows) if self.pairs else self._encode(rows)
+        return self._encode_pairs(rows) if self.preference else self._encode(rows)
 
     def _encode_pairs(self, rows: Sequence[Mapping[str, Any]]) -> EncodedBatch:
         """Both conversations of each row in one sample; a row whose one side is dropped is dropped."""
@@ -241,13 +163,13 @@ class Encoder:
     def _encode(
         self, rows: Sequence[Mapping[str, Any]], side: Callable[[Mapping[str, Any]], Mapping[str, Any]] | None = None
     ) -> EncodedBatch:
-        loaded = _load(self)
+        loaded = load_template(self)
         batch = loaded.segments.batch()
         kept: list[int] = []
         dropped: list[Dropped] = []
         for index, row in enumerate(rows):
             try:
-                batch.plan(_render(loaded, side(row) if side else row))
+                batch.plan(loaded.render(side(row) if side else row))
                 kept.append(index)
             except DropRow as refused:
                 dropped.append(Dropped(refused.reason, index))
@@ -263,17 +185,13 @@ class Encoder:
         Raises:
             UserError: the messages cannot be a conversation of this template.
         """
-        loaded = _load(self)
+        loaded = load_template(self)
         try:
-            conversation = read_conversation(messages, tools, loaded.agent)
-            if loaded.prompt_template is None:
-                pieces = render_bare(conversation, loaded.options, loaded.bos, "")
-            else:
-                pieces = loaded.prompt_template.render_prompt(conversation, loaded.options)
+            spans = loaded.render_prompt(messages, tools)
         except DropRow as refused:
             raise UserError(f"these messages cannot be a prompt: {refused.reason}") from None
         batch = loaded.segments.batch()
-        batch.plan(pieces)
+        batch.plan(spans)
         ids: list[int] = batch.assemble()[0].tolist()
         return ids
 
@@ -336,18 +254,6 @@ def _rejected_row(row: Mapping[str, Any]) -> Mapping[str, Any]:
     return {"messages": messages, "tools": row.get("rejected_tools", row.get("tools"))}
 
 
-def _render(loaded: _Loaded, row: Mapping[str, Any]) -> list[Piece]:
-    options = loaded.options
-    conversation = read_conversation(row.get("messages") or (), row.get("tools"), loaded.agent)
-    if options.scale.base != "all":
-        conversation = conversation.without_trailing_query()
-        if not conversation.rounds:
-            raise DropRow("no assistant message")
-    if loaded.template is None:
-        return render_bare(conversation, options, loaded.bos, loaded.eos)
-    return loaded.template.render(conversation, options)
-
-
 def _spans_within(
     strategy: str, limit: int, starts: np.ndarray, ends: np.ndarray, rows: np.ndarray, too_long: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
@@ -367,103 +273,3 @@ def _spans_within(
 
 def _is_binary(weights: np.ndarray) -> bool:
     return bool(((weights == 0) | (weights == 1)).all())
-
-
-def _one_of(flag: str, value: str, choices: Sequence[str]) -> None:
-    if value not in choices:
-        raise UserError(f"{flag} {value}: choose one of {', '.join(choices)}")
-
-
-# --- per process ------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class _Loaded:
-    """What an encoder needs at work; `template` None is bare mode. `prompt_template` lays out generation prompts."""
-
-    tokenizer: Any
-    template: Template | JinjaTemplate | None
-    prompt_template: Template | JinjaTemplate | None
-    segments: SegmentTokenizer
-    bos: str
-    eos: str
-    agent: AgentFormat | None
-    options: RenderOptions
-
-    @property
-    def name(self) -> str:
-        return self.template.name if self.template else "bare"
-
-    @property
-    def stop_words(self) -> tuple[str, ...]:
-        return self.template.stop_words if self.template else ()
-
-    @property
-    def ends(self) -> tuple[str, ...]:
-        """The stop words, and what ends a trained reply."""
-        suffix = self.template.suffix if isinstance(self.template, Template) else ""
-        return tuple(dict.fromkeys([*self.stop_words, *filter(None, [suffix])]))
-
-
-# A server asks with an encoder per adapter and thinking mode.
-@functools.lru_cache(maxsize=128)
-def _load(encoder: Encoder) -> _Loaded:
-    """Tokenizer and template of these settings; equal encoders in one process share them."""
-    tokenizer = _load_tokenizer(encoder.model_dir, encoder.new_special_tokens, encoder.trust_remote_code)
-    bos = tokenizer.bos_token if adds_bos(tokenizer) else ""
-    template = _choose_template(encoder, tokenizer) if encoder.use_chat_template else None
-    prompt_template = template
-    if isinstance(template, Template) and template.own_prompt and tokenizer.chat_template:
-        prompt_template = _jinja(tokenizer)
-    options = RenderOptions(
-        encoder.system,
-        encoder.loss_scale,
-        encoder.add_non_thinking_prefix,
-        encoder.enable_thinking,
-        encoder.response_prefix,
-    )
-    format_name = encoder.agent_template or (template.agent if template else "raw")
-    agent = get_agent_format(format_name) if format_name else None
-    literals = (*(template.literals if template else ()), *(agent.literals if agent else ()))
-    segments = _load_segments(tokenizer, literals, encoder.new_special_tokens)
-    return _Loaded(tokenizer, template, prompt_template, segments, bos, tokenizer.eos_token or "", agent, options)
-
-
-# Loading a tokenizer of 150,000 tokens and copying it takes seconds: encoders that differ in other settings share both.
-@functools.lru_cache(maxsize=16)
-def _load_tokenizer(model_dir: str, new_special_tokens: tuple[str, ...], trust_remote_code: bool) -> Any:
-    from rayswift.modeling.loading import load_tokenizer
-
-    tokenizer = load_tokenizer(model_dir, trust_remote_code=trust_remote_code)
-    if new_special_tokens:
-        tokenizer.add_tokens(list(new_special_tokens), special_tokens=True)
-    return tokenizer
-
-
-@functools.lru_cache(maxsize=16)
-def _load_segments(tokenizer: Any, literals: tuple[str, ...], in_content: tuple[str, ...]) -> SegmentTokenizer:
-    return SegmentTokenizer(tokenizer, literals, in_content)
-
-
-def _choose_template(encoder: Encoder, tokenizer: Any) -> Template | JinjaTemplate:
-    bos, eos = tokenizer.bos_token, tokenizer.eos_token
-    if encoder.template_backend == "jinja":
-        if not tokenizer.chat_template:
-            raise UserError("--template_backend jinja: the model has no chat template; leave it out or set --template")
-        return _jinja(tokenizer)
-    if encoder.template not in (None, "auto"):
-        return get_template(encoder.template).bind(bos, eos, adds_bos(tokenizer))
-    if not tokenizer.chat_template:
-        logger.warning("%s has no chat template: using template `default` (--template sets another)", encoder.model_dir)
-        return get_template("default").bind(bos, eos, adds_bos(tokenizer))
-    matched = match_template(tokenizer)
-    if matched is None:
-        logger.info("no template family fits the model's chat template: using that chat template itself")
-        return _jinja(tokenizer)
-    return matched
-
-
-def _jinja(tokenizer: Any) -> JinjaTemplate:
-    added = (str(token) for token in tokenizer.added_tokens_decoder.values())
-    specials = tuple(token for token in added if not CONTENT_TAG.fullmatch(token))
-    return JinjaTemplate(tokenizer, specials, tokenizer.eos_token or "")

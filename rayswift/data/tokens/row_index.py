@@ -12,31 +12,41 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from rayswift.data import json_text
-from rayswift.data.files import locate
-from rayswift.data.flow.cache import open_arrow
+from rayswift.data.files import Position, locate
+from rayswift.data.tokens.arrow_files import open_arrow
 
 if TYPE_CHECKING:
     import numpy as np
+
+    from rayswift.data.rows.standard import Drop
 
 
 @dataclass
 class DropReport:
     """Rows in, rows out, and for each reason its count and the first ``file:line``.
 
-    ``notes`` counts rows that were kept, but not with everything that was in them.
+    ``notes`` counts rows that were kept, but not with everything that was in them. ``broken``: the reasons for which
+    reading cannot go on, and what is broken (see :class:`~rayswift.data.rows.standard.Drop`).
     """
 
     rows_in: int = 0
     counts: Counter[str] = field(default_factory=Counter)
     notes: Counter[str] = field(default_factory=Counter)
-    first: dict[str, tuple[str, int]] = field(default_factory=dict)
+    first: dict[str, tuple[str, Position]] = field(default_factory=dict)
+    broken: dict[str, str] = field(default_factory=dict)
 
-    def add(self, reason: str, count: int, path: str, position: int) -> None:
+    def add(self, reason: str, count: int, path: str, position: Position) -> None:
         """Count rows dropped for one reason; the first place seen is kept."""
         self.counts[reason] += count
         self.first.setdefault(reason, (path, position))
 
-    def note(self, text: str, count: int, path: str, position: int) -> None:
+    def drop(self, drop: Drop, path: str, position: Position) -> None:
+        """Count a row that was dropped."""
+        self.add(drop.reason, 1, path, position)
+        if drop.broken:
+            self.broken[drop.reason] = drop.broken
+
+    def note(self, text: str, count: int, path: str, position: Position) -> None:
         """Count rows that something was left out of."""
         self.notes[text] += count
         self.first.setdefault(text, (path, position))
@@ -47,6 +57,7 @@ class DropReport:
             self.add(reason, count, *other.first[reason])
         for text, count in other.notes.items():
             self.note(text, count, *other.first[text])
+        self.broken |= other.broken
 
     def place(self, reason: str) -> str:
         """``file:line`` of the first row dropped for this reason."""
@@ -58,18 +69,20 @@ class DropReport:
         noted = [("rows", text, count) for text, count in self.notes.most_common()]
         return [f"{count} {what}: {text} (first at {self.place(text)})" for what, text, count in dropped + noted]
 
-    def as_json(self) -> dict[str, dict[str, list[int]]]:
+    def as_json(self) -> dict[str, Any]:
         """Counts and first positions, without the path: what a file's summary keeps of it."""
         parts = {"drops": self.counts, "notes": self.notes}
-        return {name: {text: [count, self.first[text][1]] for text, count in found.items()}
+        kept = {name: {text: [count, *self.first[text][1]] for text, count in found.items()}
                 for name, found in parts.items()}  # fmt: skip
+        return {**kept, "broken": self.broken}
 
-    def add_json(self, summary: dict[str, dict[str, list[int]]], path: str) -> None:
+    def add_json(self, summary: dict[str, Any], path: str) -> None:
         """Add what :meth:`as_json` kept, for the file at ``path``."""
-        for reason, (count, position) in summary["drops"].items():
-            self.add(reason, count, path, position)
-        for text, (count, position) in summary["notes"].items():
-            self.note(text, count, path, position)
+        for reason, (count, *position) in summary["drops"].items():
+            self.add(reason, count, path, Position(*position))
+        for text, (count, *position) in summary["notes"].items():
+            self.note(text, count, path, Position(*position))
+        self.broken |= summary["broken"]
 
 
 @dataclass
@@ -202,14 +215,3 @@ def iter_standard_rows(rows: BlockRows) -> Iterator[dict[str, Any]]:
             here = wanted[(wanted >= start) & (wanted < start + len(batch))] - start
             yield from (json_text.loads(text) for text in batch["row"].take(np.sort(here)).to_pylist())
             start += len(batch)
-
-
-#: Starts a reason that stops the run whatever --strict says: the file itself is broken …
-FATAL = "!"
-#: … in one line, behind which a stream reads on.
-FATAL_LINE = FATAL + "line "
-
-
-def plain_reason(reason: str) -> str:
-    """A reason in the words of whoever gave it."""
-    return reason.removeprefix(FATAL_LINE).removeprefix(FATAL)

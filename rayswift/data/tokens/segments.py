@@ -1,8 +1,8 @@
-"""Pieces of text to token ids: special tokens only where the template wrote them, many rows in one tokenizer call.
+"""Spans of text to token ids: special tokens only where the template wrote them, many rows in one tokenizer call.
 
 The model's own chat template is one text that is tokenised as a whole, so a `<|im_end|>` typed by a user ends the
-turn. Here template text is split at the tokenizer's special tokens first; what stands between two of them is one run,
-encoded with the parsing of special tokens switched off. For content without such strings the ids are the same.
+turn. Here template text is split at the tokenizer's special tokens first; what stands between two of them is one
+segment, encoded with the parsing of special tokens switched off. For content without such strings the ids are the same.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from rayswift.data.chat.families import Piece
+from rayswift.data.chat.families import TextSpan
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -39,7 +39,7 @@ FAST_TOKENIZER = "RAYSWIFT_FAST_TOKENIZER"
 Backend = Callable[[list[str]], "tuple[np.ndarray, np.ndarray]"]
 
 
-class Constant(NamedTuple):
+class TemplateIds(NamedTuple):
     """Template text: the text before its first special token, the ids from there to its last one (none if it has no
     special token), and the text after that. `opens` and `closes` are these two tokens."""
 
@@ -80,11 +80,13 @@ class SegmentTokenizer:
             self.outer = _Adaptive(outer, list(added))
             self.inner = _Adaptive(inner, list(added)) if inner is not None else self.outer
         else:
-            self.outer = self.inner = functools.partial(_slow_ids, tokenizer)
-        #: Whether a run is the same tokens wherever it stands.
+            self.outer = self.inner = lambda texts: _ids_of(
+                tokenizer(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+            )
+        #: Whether a segment is the same tokens wherever it stands.
         self.plain = not (self.prefixing or self.strip_after or self.strip_before)
         # Bounded: a chat template that rewrites its messages makes template text out of rows.
-        self.constant = functools.lru_cache(maxsize=1024)(self._make_constant)
+        self.template_ids = functools.lru_cache(maxsize=1024)(self._encode_template)
 
     def batch(self) -> Batch:
         """Start a batch of rows."""
@@ -103,131 +105,130 @@ class SegmentTokenizer:
             parts.append(text[position:])
         return parts
 
-    def _make_constant(self, text: str) -> Constant:
+    def _encode_template(self, text: str) -> TemplateIds:
         """Template text with what never changes in it encoded."""
         parts = self.split_literal(text)
         specials = [number for number, part in enumerate(parts) if not isinstance(part, str)]
         if not specials:
-            return Constant(text, (), -1, -1, "")
+            return TemplateIds(text, (), -1, -1, "")
         first, last = specials[0], specials[-1]
         ids: list[int] = []
         for number in range(first, last + 1):
             part = parts[number]
-            ids += self._between(part, parts[number - 1], parts[number + 1]) if isinstance(part, str) else [part]
+            if not isinstance(part, str):
+                ids.append(part)
+                continue
+            part = part.lstrip() if parts[number - 1] in self.strip_after else part
+            part = part.rstrip() if parts[number + 1] in self.strip_before else part
+            backend = self.inner if self.prefixing == "first" else self.outer
+            ids += backend([part])[0].tolist() if part else []
         lead, trail = "".join(map(str, parts[:first])), "".join(map(str, parts[last + 1 :]))
-        return Constant(lead, tuple(ids), ids[0], ids[-1], trail)
-
-    def _between(self, text: str, after: int | str, before: int | str) -> list[int]:
-        """Ids of template text between two special tokens."""
-        text = text.lstrip() if after in self.strip_after else text
-        text = text.rstrip() if before in self.strip_before else text
-        backend = self.inner if self.prefixing == "first" else self.outer
-        return backend([text])[0].tolist() if text else []
+        return TemplateIds(lead, tuple(ids), ids[0], ids[-1], trail)
 
 
 class Batch:
     """Rows laid out one by one (:meth:`plan`), then encoded together (:meth:`assemble`).
 
-    A row is a list of spans. A span is a *run* (text without special tokens; equal runs of a batch are encoded once),
-    whose ref is its number, or a constant of the template, whose ref is negative.
+    A row is a list of refs with weights: of a *segment* (text without special tokens; equal ones of a batch are encoded
+    once) its number, of ids of the template a negative number.
     """
 
-    def __init__(self, segments: SegmentTokenizer) -> None:
-        self._segments = segments
-        self._constants: dict[str, tuple[str, int, int, int, str]] = {}
-        self._constant_ids: list[np.ndarray] = []
-        self._runs: dict[str, int] = {}
-        self._inner_runs: dict[str, int] = {}
+    def __init__(self, tokenizer: SegmentTokenizer) -> None:
+        self._tokenizer = tokenizer
+        #: Template text → text before its ids, their ref or 0, the first and the last of them, text after.
+        self._templates: dict[str, tuple[str, int, int, int, str]] = {}
+        self._template_ids: list[np.ndarray] = []
+        self._segments: dict[str, int] = {}
+        self._inner_segments: dict[str, int] = {}
         self._refs: list[int] = []
         self._weights: list[float] = []
         self._row_ends: list[int] = []
 
-    def plan(self, pieces: Iterable[Piece]) -> None:
+    def plan(self, spans: Iterable[TextSpan]) -> None:
         """Lay out one row."""
-        constants, refs, weights = self._constants, self._refs, self._weights
+        templates, refs, weights = self._templates, self._refs, self._weights
         row_start = len(refs)
-        run, run_weight = "", 0.0
-        after = -1  # the special token that the run stands behind
-        cut = True  # whether the run starts at the start of the row or after a special token
-        for text, literal, weight, hard in pieces:
-            if run and (hard or weight != run_weight):
-                self._close(run, run_weight, row_start, cut, after, -1)
-                run, cut, after = "", False, -1
-            run_weight = weight
+        segment, segment_weight = "", 0.0
+        after = -1  # the special token that the segment stands behind
+        cut = True  # whether the segment starts at the start of the row or after a special token
+        for text, literal, weight, hard in spans:
+            if segment and (hard or weight != segment_weight):
+                self._close(segment, segment_weight, row_start, cut, after, -1)
+                segment, cut, after = "", False, -1
+            segment_weight = weight
             if not literal:
-                run += text
+                segment += text
                 continue
-            lead, ref, opens, closes, trail = constants.get(text) or self._constant(text)
-            run += lead
+            known = templates.get(text)
+            if known is None:
+                lead, ids, opens, closes, trail = self._tokenizer.template_ids(text)
+                if ids:
+                    self._template_ids.append(np.array(ids, dtype=np.int32))
+                templates[text] = known = (lead, -len(self._template_ids) if ids else 0, opens, closes, trail)
+            lead, ref, opens, closes, trail = known
+            segment += lead
             if ref:
-                if run:
-                    self._close(run, weight, row_start, cut, after, opens)
+                if segment:
+                    self._close(segment, weight, row_start, cut, after, opens)
                 refs.append(ref)
                 weights.append(weight)
-                run, cut, after = trail, True, closes
-        if run:
-            self._close(run, run_weight, row_start, cut, after, -1)
+                segment, cut, after = trail, True, closes
+        if segment:
+            self._close(segment, segment_weight, row_start, cut, after, -1)
         self._row_ends.append(len(refs))
 
-    def _constant(self, text: str) -> tuple[str, int, int, int, str]:
-        """Template text as (text before, ref of the constant or 0, its first and last id, text after)."""
-        lead, ids, opens, closes, trail = self._segments.constant(text)
-        if ids:
-            self._constant_ids.append(np.array(ids, dtype=np.int32))
-        self._constants[text] = known = (lead, -len(self._constant_ids) if ids else 0, opens, closes, trail)
-        return known
-
     def _close(self, text: str, weight: float, row_start: int, cut: bool, after: int, before: int) -> None:
-        segments, runs = self._segments, self._runs
-        if not segments.plain:
-            text = text.lstrip() if after in segments.strip_after else text
-            text = text.rstrip() if before in segments.strip_before else text
+        tokenizer, segments = self._tokenizer, self._segments
+        if not tokenizer.plain:
+            text = text.lstrip() if after in tokenizer.strip_after else text
+            text = text.rstrip() if before in tokenizer.strip_before else text
             if not text:
                 return
-            # A run that does not start where the tokenizer would put its leading space is encoded without that.
+            # A segment that does not start where the tokenizer would put its leading space is encoded without that.
             at_start = row_start == len(self._refs)
-            if segments.prefixing and (not cut or (segments.prefixing == "first" and not at_start)):
-                runs = self._inner_runs
-        ref = runs.get(text)
+            if tokenizer.prefixing and (not cut or (tokenizer.prefixing == "first" and not at_start)):
+                segments = self._inner_segments
+        ref = segments.get(text)
         if ref is None:
-            ref = runs[text] = len(self._runs) + len(self._inner_runs)
+            ref = segments[text] = len(self._segments) + len(self._inner_segments)
         self._refs.append(ref)
         self._weights.append(weight)
 
     def assemble(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Encode the runs, each distinct text once, and put the rows together.
+        """Encode the segments, each distinct text once, and put the rows together.
 
         Returns:
             ids: int32, shape (tokens,), the rows one after the other. weights: float32, shape (tokens,).
             offsets: int64, shape (rows + 1,): row i is `ids[offsets[i] : offsets[i + 1]]`.
         """
-        pool, starts, sizes = self._encode_runs()
-        constants = len(self._constant_ids)
-        # Constants come first in the pool, in the order of falling refs; −1 − ref is the place of one.
+        pool, starts, sizes = self._encode_segments()
+        # Ids of the template come first in the pool, in the order of falling refs; −1 − ref is their place.
         refs = np.array(self._refs, dtype=np.int64)
-        index = np.where(refs < 0, -1 - refs, refs + constants)
-        span_sizes = sizes[index]
-        span_ends = np.cumsum(span_sizes)
-        token = np.arange(span_ends[-1] if len(span_ends) else 0)
-        ids = pool[token + np.repeat(starts[index] - (span_ends - span_sizes), span_sizes)]
-        weights = np.repeat(np.array(self._weights, dtype=np.float32), span_sizes)
-        offsets = np.concatenate([[0], span_ends])[[0, *self._row_ends]]
+        index = np.where(refs < 0, -1 - refs, refs + len(self._template_ids))
+        ref_sizes = sizes[index]
+        ref_ends = np.cumsum(ref_sizes)
+        token = np.arange(ref_ends[-1] if len(ref_ends) else 0)
+        ids = pool[token + np.repeat(starts[index] - (ref_ends - ref_sizes), ref_sizes)]
+        weights = np.repeat(np.array(self._weights, dtype=np.float32), ref_sizes)
+        offsets = np.concatenate([[0], ref_ends])[[0, *self._row_ends]]
         return ids, weights, offsets
 
-    def _encode_runs(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """All ids that spans refer to: (pool, start of each in the pool, size of each), constants first."""
-        segments = self._segments
-        pools = list(self._constant_ids)
+    def _encode_segments(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """All ids that refs stand for: (pool, start of each in the pool, size of each), the template's first."""
+        pools = list(self._template_ids)
         sizes = [np.array([len(ids) for ids in pools], dtype=np.int64)]
         order = [np.arange(len(pools))]
-        for runs, backend in ((self._runs, segments.outer), (self._inner_runs, segments.inner)):
-            if runs:
-                ids, lengths = backend(list(runs))
+        for segments, encode in (
+            (self._segments, self._tokenizer.outer),
+            (self._inner_segments, self._tokenizer.inner),
+        ):
+            if segments:
+                ids, lengths = encode(list(segments))
                 pools.append(ids)
                 sizes.append(lengths)
-                order.append(np.fromiter(runs.values(), np.int64, len(runs)) + len(self._constant_ids))
+                order.append(np.fromiter(segments.values(), np.int64, len(segments)) + len(self._template_ids))
         in_pool = np.concatenate(sizes)
-        by_ref = np.argsort(np.concatenate(order))  # runs of the two backends are numbered together
+        by_ref = np.argsort(np.concatenate(order))  # segments of the two backends are numbered together
         starts = np.cumsum(in_pool) - in_pool
         return np.concatenate([*pools, np.zeros(0, np.int32)]), starts[by_ref], in_pool[by_ref]
 
@@ -238,10 +239,6 @@ class Batch:
 def _ids_of(lists: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
     lengths = np.fromiter(map(len, lists), np.int64, len(lists))
     return np.fromiter(itertools.chain.from_iterable(lists), np.int32, int(lengths.sum())), lengths
-
-
-def _slow_ids(tokenizer: Any, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
-    return _ids_of(tokenizer(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"])
 
 
 def _plain_ids(backend: Tokenizer, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:

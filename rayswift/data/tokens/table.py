@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rayswift.data import json_text
-from rayswift.data.files import locate
-from rayswift.data.flow.cache import open_arrow
+from rayswift.data.files import Position, locate
+from rayswift.data.tokens.arrow_files import open_arrow
 from rayswift.data.tokens.encoder import Dropped, Encoded
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ class Row(NamedTuple):
     loss_scale: np.ndarray | None = None
     rejected_start: int | None = None
 
-    def sides(self) -> tuple[Row, Row]:
+    def chosen_and_rejected(self) -> tuple[Row, Row]:
         """A pair as the row with the chosen answer and the one with the rejected answer."""
         cut = self.rejected_start
         return Row(self.input_ids[:cut], self.labels[:cut]), Row(self.input_ids[cut:], self.labels[cut:])
@@ -165,7 +165,8 @@ class LazyUnits:
         batch = self._files[place].batch(at)
         samples = self._encoder.encode_batch([json_text.loads(batch["row"][row].as_py())])
         for dropped in (sample for sample in samples if isinstance(sample, Dropped)):
-            where = locate(self._rows.origins[place], batch["position"][row].as_py())
+            position = Position(batch["kind"][row].as_py(), batch["number"][row].as_py())
+            where = locate(self._rows.origins[place], position)
             self._report(f"{where}: {dropped.reason}: the row trains nothing")
         return [Row(one.input_ids, one.labels, one.loss_scale, one.rejected_start)
                 for one in samples if isinstance(one, Encoded)]  # fmt: skip

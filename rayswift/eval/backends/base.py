@@ -1,16 +1,14 @@
-"""What runs benchmarks: the interface of a backend, and which one ``--eval_backend`` means."""
+"""What runs benchmarks: the interface of a backend, and what several of them need."""
 
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import io
 import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from rayswift.errors import UserError
 from rayswift.eval.benchmarks import Benchmark
 from rayswift.eval.models import Contender, Serving
 from rayswift.eval.results import Result
@@ -18,9 +16,6 @@ from rayswift.serve.running import Endpoint
 
 if TYPE_CHECKING:
     from rayswift.arguments import EvalArguments
-
-#: Environment of the extra, as the Makefile makes it.
-_INSTALL = "install the extra `eval` in an environment of its own: make install SET=eval VENV=.venv-eval"
 
 
 class Backend(Protocol):
@@ -36,29 +31,6 @@ class Backend(Protocol):
 
     def run(self, benchmark: Benchmark, contender: Contender, endpoint: Endpoint, folder: Path) -> Result:
         """Ask and score every question. Answers are kept in ``folder``; called again there, it asks for the rest."""
-
-
-def choose_backend(args: EvalArguments) -> Backend:
-    """The backend of ``--eval_backend``. Raises UserError when its library is not installed."""
-    if args.eval_backend == "lm-eval":
-        require("lm_eval", "--eval_backend lm-eval")
-        from rayswift.eval.backends.lm_eval import Harness
-
-        return Harness(args)
-    if args.eval_backend == "Native":
-        require("evalscope", "--eval_backend Native")
-        from rayswift.eval.backends.evalscope import Native
-
-        return Native(args)
-    from rayswift.eval.backends.opencompass_vlmeval import Toolkit
-
-    return Toolkit(args)
-
-
-def require(module: str, flag: str) -> None:
-    """UserError naming the extra when a library is missing."""
-    if importlib.util.find_spec(module) is None:
-        raise UserError(f"{flag} needs the library {module.replace('_', '-')}: {_INSTALL}")
 
 
 @contextlib.contextmanager
@@ -83,12 +55,6 @@ def without_bars() -> Iterator[None]:
 def is_debugging() -> bool:
     """Whether the libraries' own logs are wanted in the terminal (``LOG_LEVEL=debug``)."""
     return logging.getLogger("rayswift").getEffectiveLevel() <= logging.DEBUG
-
-
-def one_line(error: BaseException) -> str:
-    """A library's error as one line."""
-    text = " ".join(str(error).split())
-    return text[:400] or type(error).__name__
 
 
 def generation_flags(args: EvalArguments) -> dict[str, Any]:

@@ -13,8 +13,8 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rayswift.errors import UserError
-from rayswift.eval.backends.base import generation_flags, is_debugging, one_line, own_logging, without_bars
+from rayswift.errors import UserError, one_line
+from rayswift.eval.backends.base import generation_flags, is_debugging, own_logging, without_bars
 from rayswift.eval.benchmarks import QUESTION_SETS, Benchmark, require_known
 from rayswift.eval.local_data import LocalData, data_line, lay_out
 from rayswift.eval.models import Contender, Serving

@@ -17,9 +17,9 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rayswift.errors import UserError
+from rayswift.errors import UserError, telling_line
 from rayswift.eval.backends.base import generation_flags
-from rayswift.eval.benchmarks import Benchmark
+from rayswift.eval.benchmarks import Benchmark, require_known
 from rayswift.eval.models import Contender, Serving
 from rayswift.eval.results import Question, Result
 from rayswift.serve.running import Endpoint
@@ -75,12 +75,10 @@ class Toolkit:
                 text=True,
             )
             if done.returncode:
-                raise UserError(f"--eval_backend {self.kind}: {self.python} cannot load it ({_last_line(done.stderr)})")
+                why = telling_line(done.stderr, "no output")[:300]
+                raise UserError(f"--eval_backend {self.kind}: {self.python} cannot load it ({why})")
             self.known = json.loads(done.stdout.strip().splitlines()[-1])
-        if benchmark.name not in self.known:
-            from rayswift.eval.benchmarks import require_known
-
-            require_known(benchmark, self.kind, self.known)
+        require_known(benchmark, self.kind, self.known)
         if benchmark.local_path and not os.path.isdir(benchmark.local_path):
             raise UserError(f"--eval_dataset {benchmark.asked}: {benchmark.local_path} is no folder; {self.kind} takes "
                             "the folder that holds its `data` folder")  # fmt: skip
@@ -111,9 +109,10 @@ class Toolkit:
         read = _read_opencompass if self.kind == "OpenCompass" else _read_vlmeval
         scores, questions = read(folder) if not done.returncode else ({}, [])
         if not scores:
+            log_file = folder / "log.txt"
+            why = telling_line(log_file.read_text("utf-8", "replace"), "no output")[:300]
             raise UserError(
-                f"--eval_dataset {benchmark.asked}: {self.kind} gave no score "
-                f"({_last_line((folder / 'log.txt').read_text('utf-8', 'replace'))}); its log is {folder / 'log.txt'}"
+                f"--eval_dataset {benchmark.asked}: {self.kind} gave no score ({why}); its log is {log_file}"
             )
         main = next((name for name in scores if "acc" in name.lower() or "overall" in name.lower()), next(iter(scores)))
         return Result(benchmark.asked, contender.label, self.kind, main, scores, None, questions)
@@ -131,7 +130,8 @@ class Toolkit:
             }  # fmt: skip
             if generation.get("max_tokens"):
                 model["max_out_len"] = generation["max_tokens"]
-            own = {"datasets": [benchmark.name], "models": [model], "reuse": "latest" if _has_run(folder) else None}
+            reuse = "latest" if any(folder.glob("*/predictions")) else None
+            own = {"datasets": [benchmark.name], "models": [model], "reuse": reuse}
         else:
             model = {"type": endpoint.model, "name": "CustomAPIModel", "api_base": url, **generation}
             own = {"data": [benchmark.name], "model": [model], "nproc": args.eval_num_proc, "reuse": True}
@@ -140,16 +140,6 @@ class Toolkit:
             "eval_backend": self.kind, "work_dir": str(folder), "no_timestamp": True,
             "eval_config": {key: value for key, value in own.items() if value is not None},
         }  # fmt: skip
-
-
-def _has_run(folder: Path) -> bool:
-    return any(folder.glob("*/predictions"))
-
-
-def _last_line(text: str) -> str:
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    errors = [line for line in lines if "Error" in line]
-    return (errors or lines or ["no output"])[-1][:300]
 
 
 def _read_opencompass(folder: Path) -> tuple[dict[str, float], list[Question]]:

@@ -2,7 +2,8 @@
 
 It is a Serve deployment, so that Serve starts it again when it dies; but it listens by itself (``listen``), because a
 request then takes one hop less, errors keep OpenAI's shape, and nothing answers without a key. Without ``listen`` it
-answers through Serve's own proxy (KubeRay's RayService): the same app in both cases.
+answers through Serve's own proxy (KubeRay's RayService): the same app in both cases. What is about the server itself
+is a FastAPI app; forwarded requests go past it, for its layers would cost every token two calls more.
 """
 
 from __future__ import annotations
@@ -13,21 +14,28 @@ import hmac
 import json
 import logging
 import time
-from collections.abc import Awaitable, Callable
 from contextlib import aclosing, suppress
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
 
 import aiohttp
+from fastapi import Depends, FastAPI, Request
+from fastapi.openapi.docs import get_swagger_ui_html
+from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse
+from pydantic import BaseModel
 from ray import serve
 from starlette.requests import ClientDisconnect
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from rayswift.serve.adapters import AdapterBook, AdapterRefused, split_key
-from rayswift.serve.gateway.forwarding import Forwarder, Request
-from rayswift.serve.lease import App, Receive, Scope, Send, bind, run_http
+from rayswift import __version__
+from rayswift.serve.gateway.adapters import AdapterRegistry
+from rayswift.serve.gateway.forwarding import Forwarder, GatewayRequest
+from rayswift.serve.gateway.metrics import as_prometheus
 from rayswift.serve.node_address import keep_replica_ports_inside
-from rayswift.serve.openai_errors import ApiError
-from rayswift.serve.request_body import check_roles, read_object
+from rayswift.serve.openai_errors import ApiError, Refusal, add_error_handlers
+from rayswift.serve.ports import bind, run_http
+from rayswift.serve.replica.adapters import split_key
+from rayswift.serve.request_body import check_roles, client_left, read_object
 
 logger = logging.getLogger("rayswift.serve.gateway.app")
 
@@ -35,6 +43,22 @@ logger = logging.getLogger("rayswift.serve.gateway.app")
 FORWARDED = (
     "/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/score", "/tokenize", "/detokenize",
 )  # fmt: skip
+FAILURE = "the gateway failed; its log says why"
+
+
+class AdapterRequest(BaseModel):
+    """What vLLM takes to load and unload an adapter."""
+
+    lora_name: str
+    lora_path: str | None = None
+    model: str | None = None
+
+
+async def _read_body(request: Request) -> dict[str, Any]:
+    return (await read_object(request.scope, request.receive))[1]
+
+
+Body = Annotated[dict[str, Any], Depends(_read_body)]
 
 
 @dataclass
@@ -57,47 +81,10 @@ class ServedModel:
 
     name: str
     forwarder: Forwarder
-    book: AdapterBook
+    adapters: AdapterRegistry
     default_adapter: str | None
     owned_by: str
     created: int
-
-
-class _Sending:
-    """ASGI ``send`` with helpers for whole answers; counts statuses."""
-
-    def __init__(self, send: Send, counters: Counters) -> None:
-        self._send, self._counters, self._started = send, counters, False
-
-    async def __call__(self, message: Any) -> None:
-        if message["type"] == "http.response.start":
-            self._started = True
-            status = message["status"]
-            self._counters.by_status[status] = self._counters.by_status.get(status, 0) + 1
-        await self._send(message)
-
-    async def bytes(
-        self, body: bytes, content_type: str, status: int = 200, headers: dict[str, str] | None = None
-    ) -> None:
-        pairs = [(b"content-type", content_type.encode()), (b"content-length", str(len(body)).encode())]
-        pairs += [(key.encode(), value.encode()) for key, value in (headers or {}).items()]
-        await self({"type": "http.response.start", "status": status, "headers": pairs})
-        await self({"type": "http.response.body", "body": body})
-
-    async def text(self, body: str, content_type: str) -> None:
-        await self.bytes(body.encode(), content_type)
-
-    async def json(self, value: Any) -> None:
-        await self.bytes(json.dumps(value, ensure_ascii=True).encode(), "application/json")
-
-    async def error(self, error: ApiError) -> None:
-        """Answer with an error, unless an answer has begun."""
-        self._counters.errors += 1
-        if not self._started:
-            await self.bytes(error.body(), "application/json", error.status, error.headers)
-
-
-Handler = Callable[[Scope, Receive, _Sending], Awaitable[None]]
 
 
 class Gateway:
@@ -135,82 +122,63 @@ class Gateway:
                     serve.get_deployment_handle(model["deployment"], model["app"]),
                     self._session, queue_timeout, self.counters,
                 ),
-                AdapterBook(model.get("adapters") or {}, model.get("adapter_root")),
+                AdapterRegistry(model.get("adapters") or {}, model.get("adapter_root")),
                 model.get("default_adapter"),
                 owned_by,
                 started,
             )
             for model in models
         }  # fmt: skip
-        self.routes = self._routes()
-        self._schema: bytes | None = None
+        self._own = self._make_own_app()
+        self._schema: dict[str, Any] | None = None
         self._server = None
         if listen is not None:
             options = {key: listen[key] for key in ("ssl_keyfile", "ssl_certfile") if listen.get(key)}
             app = await self.__serve_build_asgi_app__()
             self._server = await run_http(app, bind(listen["host"], listen["port"]), **options)
 
-    def _routes(self) -> dict[str, dict[str, Handler]]:
-        """Path → method → handler."""
-        routes: dict[str, dict[str, Handler]] = {path: {"POST": self._forward} for path in FORWARDED}
-        routes |= {
-            "/v1/models": {"GET": self._list_models},
-            "/v1/adapters": {"GET": self._list_adapters},
-            "/v1/load_lora_adapter": {"POST": self._load_adapter},
-            "/v1/unload_lora_adapter": {"POST": self._unload_adapter},
-            "/health": {"GET": self._health},
-            "/ping": {"GET": self._health, "POST": self._health},
-            "/metrics": {"GET": self._metrics},
-            "/openapi.json": {"GET": self._openapi},
-            "/docs": {"GET": self._docs},
-        }
-        return routes
-
-    # --- the app ------------------------------------------------------------------------------------------------
-
-    async def __serve_build_asgi_app__(self) -> App:
+    async def __serve_build_asgi_app__(self) -> ASGIApp:
         # A function: uvicorn takes a bound method for an app of ASGI's second version.
         async def app(scope: Scope, receive: Receive, send: Send) -> None:
-            await self._answer(scope, receive, send)
+            if scope["type"] == "http":
+                await self._answer(scope, receive, send)
+            elif scope["type"] == "lifespan":
+                await self._own(scope, receive, send)
 
         return app
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "lifespan":
-            await _live(receive, send)
-        if scope["type"] != "http":
-            return
+        status, failed = 0, False
+
+        async def counting(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                self.counters.by_status[status] = self.counters.by_status.get(status, 0) + 1
+            await send(message)
+
         self.counters.requests += 1
         self.counters.running += 1
-        sending = _Sending(send, self.counters)
+        path, method = scope["path"].rstrip("/") or "/", scope["method"]
         try:
             self._check_key(scope)
-            await self._handler(scope)(scope, receive, sending)
-        except ApiError as error:
-            await sending.error(error)
-        except AdapterRefused as error:
-            await sending.error(ApiError(error.status, str(error), code="adapter_refused"))
+            if method == "POST" and path in FORWARDED:
+                await self._forward(path, scope, receive, counting)
+            else:
+                own = {**scope, "path": path, "method": "GET" if method == "HEAD" else method}
+                await self._own(own, receive, counting)
         except (ClientDisconnect, asyncio.CancelledError):
             raise
-        except Exception:
-            logger.exception("a request failed")
-            await sending.error(ApiError(500, "the gateway failed; its log says why"))
+        except Exception as error:
+            failed = True
+            if not isinstance(error, ApiError):
+                logger.exception("a request failed")
+                error = ApiError(500, FAILURE)
+            if not status:
+                await error.response()(scope, receive, counting)
         finally:
             self.counters.running -= 1
-
-    def _handler(self, scope: Scope) -> Handler:
-        path, method = scope["path"].rstrip("/") or "/", scope["method"]
-        if path.startswith("/v1/models/"):
-            methods: dict[str, Handler] = {"GET": self._one_model}
-        elif path in self.routes:
-            methods = self.routes[path]
-        else:
-            raise ApiError(404, f"no such path: {path[:200]}", code="not_found")
-        if method == "HEAD" and "GET" in methods:
-            method = "GET"
-        if method not in methods:
-            raise ApiError(405, f"{path[:200]} takes {', '.join(methods)}", code="method_not_allowed")
-        return methods[method]
+            self.counters.errors += failed or status >= 400
 
     def _check_key(self, scope: Scope) -> None:
         """Raises ApiError (401) without one of the keys. Every key is compared, so that time tells nothing."""
@@ -225,19 +193,18 @@ class Gateway:
 
     # --- forwarded ----------------------------------------------------------------------------------------------
 
-    async def _forward(self, scope: Scope, receive: Receive, send: _Sending) -> None:
+    async def _forward(self, path: str, scope: Scope, receive: Receive, send: Send) -> None:
         raw, body = await read_object(scope, receive)
         check_roles(body)
         model, adapter = self._find(body.get("model"))
-        path = scope["path"].rstrip("/")
         wanted = split_key(adapter)[0] if adapter else model.name
         if body.get("model") != wanted:
             body["model"] = wanted
             raw = json.dumps(body, ensure_ascii=True).encode()
         request_id = dict(scope["headers"]).get(b"x-request-id", b"").decode("latin-1")[:100]
-        request = Request("POST", path, raw, body, adapter, request_id)
+        request = GatewayRequest("POST", path, raw, body, adapter, request_id)
         sending = asyncio.ensure_future(self._relay(model.forwarder, request, send))
-        leaving = asyncio.ensure_future(_client_left(receive))
+        leaving = asyncio.ensure_future(client_left(receive))
         try:
             await asyncio.wait({sending, leaving}, return_when=asyncio.FIRST_COMPLETED)
             if sending.done():
@@ -248,7 +215,7 @@ class Gateway:
                 with suppress(asyncio.CancelledError, Exception):
                     await task
 
-    async def _relay(self, forwarder: Forwarder, request: Request, send: Send) -> None:
+    async def _relay(self, forwarder: Forwarder, request: GatewayRequest, send: Send) -> None:
         async with aclosing(forwarder.send(request)) as responses:
             async for response in responses:
                 headers = [(b"content-type", response.content_type.encode())]
@@ -275,101 +242,119 @@ class Gateway:
         base, _, adapter = name.partition(":")
         candidates = [self.models[base]] if adapter and base in self.models else list(self.models.values())
         for model in candidates:
-            if key := model.book.key_of(adapter if adapter and base in self.models else name):
+            if key := model.adapters.key_of(adapter if adapter and base in self.models else name):
                 return model, key
-        known = ", ".join(self.models)
-        raise ApiError(
-            404, f"The model `{name[:200]}` does not exist; models: {known}", code="model_not_found", param="model"
-        )
+        raise _no_model(name, f"; models: {', '.join(self.models)}")
 
     # --- about the server ---------------------------------------------------------------------------------------
 
-    def cards(self) -> list[dict[str, Any]]:
-        """The models and adapters as OpenAI's model cards."""
+    def _make_own_app(self) -> FastAPI:
+        """The app of every path that is not forwarded."""
+        app = FastAPI(
+            title="RaySwift", version=__version__, openapi_url=None, redirect_slashes=False,
+            responses={"4XX": {"model": Refusal}},
+        )  # fmt: skip
+        add_error_handlers(app, FAILURE)
+        app.add_api_route("/v1/models", self.list_models)
+        app.add_api_route("/v1/models/{model:path}", self.get_model)
+        app.add_api_route("/v1/adapters", self.list_adapters)
+        content = {"application/json": {"schema": AdapterRequest.model_json_schema()}}
+        body = {"requestBody": {"required": True, "content": content}}
+        app.add_api_route("/v1/load_lora_adapter", self.load_adapter, methods=["POST"], openapi_extra=body)
+        app.add_api_route("/v1/unload_lora_adapter", self.unload_adapter, methods=["POST"], openapi_extra=body)
+        app.add_api_route("/health", self.health)
+        app.add_api_route("/metrics", self.metrics)
+        app.add_api_route("/ping", self.health, methods=["GET", "POST"], include_in_schema=False)
+        app.add_api_route("/openapi.json", self.openapi, include_in_schema=False)
+        app.add_api_route("/docs", self.docs, include_in_schema=False)
+        for path in FORWARDED:  # for their 405; `_answer` takes what they can do
+            app.add_api_route(path, self.health, methods=["POST"], include_in_schema=False)
+        return app
+
+    def list_models(self) -> Any:
+        """Models and adapters, as OpenAI's model cards."""
         cards = []
         for model in self.models.values():
             card = {"id": model.name, "object": "model", "created": model.created, "owned_by": model.owned_by}
-            cards.append(card)
-            adapters = [name for name in model.book.names() if name != model.default_adapter]
-            cards += [{**card, "id": name, "root": model.name, "parent": model.name} for name in adapters]
-        return cards
+            adapters = [name for name in model.adapters.names() if name != model.default_adapter]
+            cards += [card, *({**card, "id": name, "root": model.name, "parent": model.name} for name in adapters)]
+        return {"object": "list", "data": cards}
 
-    async def _list_models(self, scope: Scope, receive: Receive, send: _Sending) -> None:
-        await send.json({"object": "list", "data": await asyncio.to_thread(self.cards)})
+    def get_model(self, model: str) -> Any:
+        """One model or adapter."""
+        for card in self.list_models()["data"]:
+            if card["id"] == model:
+                return card
+        raise _no_model(model)
 
-    async def _one_model(self, scope: Scope, receive: Receive, send: _Sending) -> None:
-        name = scope["path"].removeprefix("/v1/models/").rstrip("/")
-        for card in await asyncio.to_thread(self.cards):
-            if card["id"] == name:
-                await send.json(card)
-                return
-        raise ApiError(404, f"The model `{name[:200]}` does not exist", code="model_not_found", param="model")
-
-    async def _list_adapters(self, scope: Scope, receive: Receive, send: _Sending) -> None:
+    def list_adapters(self) -> Any:
+        """Adapters that can be asked for."""
         data = [
             {"id": name, "object": "adapter", "model": model.name}
             for model in self.models.values()
-            for name in await asyncio.to_thread(model.book.names)
+            for name in model.adapters.names()
         ]
-        await send.json({"object": "list", "data": data})
+        return {"object": "list", "data": data}
 
-    async def _load_adapter(self, scope: Scope, receive: Receive, send: _Sending) -> None:
-        """vLLM's ``{"lora_name", "lora_path"}``; the path is below ``--adapter_root``."""
-        _, body = await read_object(scope, receive)
+    async def load_adapter(self, body: Body) -> Any:
+        """Load an adapter from below ``--adapter_root`` (the fields are vLLM's)."""
         name, path = body.get("lora_name"), body.get("lora_path")
         if not isinstance(name, str):
             raise ApiError(400, "lora_name: expected the name of an adapter", param="lora_name")
-        model = self._owner(body.get("model"))
-        key = await asyncio.to_thread(model.book.add, name, name if path is None else path)
+        model = self._owner(body)
+        key = await asyncio.to_thread(model.adapters.add, name, name if path is None else path)
         try:
-            await model.forwarder.touch(key)
+            await model.forwarder.preload(key)
         except ApiError:
-            model.book.remove(name)
+            model.adapters.remove(name)
             raise
-        await send.json({"id": name, "object": "adapter", "model": model.name})
+        return {"id": name, "object": "adapter", "model": model.name}
 
-    async def _unload_adapter(self, scope: Scope, receive: Receive, send: _Sending) -> None:
-        _, body = await read_object(scope, receive)
-        name, model = body.get("lora_name"), self._owner(body.get("model"))
-        key = model.book.key_of(name) if isinstance(name, str) else None
+    async def unload_adapter(self, body: Body) -> Any:
+        """Unload an adapter; what is below ``--adapter_root`` loads again when it is asked for."""
+        name, model = body.get("lora_name"), self._owner(body)
+        key = await asyncio.to_thread(model.adapters.key_of, name) if isinstance(name, str) else None
         if key is None:
             raise ApiError(404, f"adapter {str(name)[:200]}: not known", code="adapter_not_found", param="lora_name")
-        model.book.remove(str(name))
-        await _broadcast(model.forwarder.handle, "forget_adapter", key)
-        await send.json({"id": name, "object": "adapter", "unloaded": True})
+        model.adapters.remove(str(name))
+        await _broadcast(model, "forget_adapter", key)
+        return {"id": name, "object": "adapter", "unloaded": True}
 
-    def _owner(self, name: Any) -> ServedModel:
+    def _owner(self, body: dict[str, Any]) -> ServedModel:
+        """The model of an adapter request; the first one where it names none."""
+        name = body.get("model")
         if name is None:
             return next(iter(self.models.values()))
         if not isinstance(name, str) or name not in self.models:
-            raise ApiError(404, f"The model `{str(name)[:200]}` does not exist", code="model_not_found", param="model")
+            raise _no_model(name)
         return self.models[name]
 
-    async def _health(self, scope: Scope, receive: Receive, send: _Sending) -> None:
-        await send.json({"status": "ok", "models": list(self.models)})
+    async def health(self) -> Any:
+        """Whether the server is up."""
+        return {"status": "ok", "models": list(self.models)}
 
-    async def _metrics(self, scope: Scope, receive: Receive, send: _Sending) -> None:
-        from rayswift.serve.gateway.metrics import as_prometheus
+    async def metrics(self) -> PlainTextResponse:
+        """Metrics of the gateway and of each replica's engine, for Prometheus."""
+        texts = {name: dict(await _broadcast(model, "engine_metrics")) for name, model in self.models.items()}
+        return PlainTextResponse(as_prometheus(self.counters, texts), media_type="text/plain; version=0.0.4")
 
-        texts = {
-            name: dict(await _broadcast(model.forwarder.handle, "engine_metrics"))
-            for name, model in self.models.items()
-        }
-        await send.text(as_prometheus(self.counters, texts), "text/plain; version=0.0.4")
-
-    async def _openapi(self, scope: Scope, receive: Receive, send: _Sending) -> None:
+    async def openapi(self) -> JSONResponse:
+        """The schema of the public paths: this app's, and the engine's own for those that are forwarded."""
         if self._schema is None:
-            from rayswift.serve.gateway.api_schema import public_schema
+            forwarder = next(iter(self.models.values())).forwarder
+            engine = json.loads(await forwarder.whole(GatewayRequest("GET", "/openapi.json")))
+            own = self._own.openapi()
+            refused = own["paths"]["/health"]["get"]["responses"]["4XX"]
+            own["paths"] |= {path: engine["paths"][path] for path in FORWARDED if path in engine["paths"]}
+            for operation in (one for path in FORWARDED for one in own["paths"].get(path, {}).values()):
+                operation["responses"] = {**operation.get("responses", {}), "4XX": refused, "503": refused}
+            own["components"]["schemas"] |= engine.get("components", {}).get("schemas", {})
+            self._schema = own
+        return JSONResponse(self._schema)
 
-            engine = await next(iter(self.models.values())).forwarder.get_json("/openapi.json")
-            self._schema = json.dumps(public_schema(engine, FORWARDED)).encode()
-        await send.bytes(self._schema, "application/json")
-
-    async def _docs(self, scope: Scope, receive: Receive, send: _Sending) -> None:
-        from fastapi.openapi.docs import get_swagger_ui_html
-
-        page = get_swagger_ui_html(openapi_url="/openapi.json", title="RaySwift")
-        await send.bytes(bytes(page.body), "text/html; charset=utf-8")
+    async def docs(self) -> HTMLResponse:
+        """A page to try the paths."""
+        return get_swagger_ui_html(openapi_url="/openapi.json", title="RaySwift")
 
     # --- for Serve and for the driver -----------------------------------------------------------------------------
 
@@ -383,20 +368,11 @@ class Gateway:
         await self._session.close()
 
 
-async def _broadcast(handle: Any, method: str, *args: Any) -> list[Any]:
+def _no_model(name: Any, more: str = "") -> ApiError:
+    message = f"The model `{str(name)[:200]}` does not exist{more}"
+    return ApiError(404, message, code="model_not_found", param="model")
+
+
+async def _broadcast(model: ServedModel, method: str, *args: Any) -> list[Any]:
     """What every running replica answers to a call."""
-    return list(await handle.broadcast(method, *args).results_async())
-
-
-async def _live(receive: Receive, send: Send) -> None:
-    """ASGI's lifespan: Serve starts and ends apps with it."""
-    while True:
-        kind = (await receive())["type"]
-        await send({"type": f"{kind}.complete"})
-        if kind == "lifespan.shutdown":
-            return
-
-
-async def _client_left(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
+    return list(await model.forwarder.handle.broadcast(method, *args).results_async())

@@ -1,8 +1,8 @@
 """One request from the gateway to a replica and back, whatever replicas do meanwhile.
 
 A replica that dies before its first byte: the request goes to another. One that dies in the middle of a stream: another
-goes on from the tokens that the client has (`sent_stream`). A replica that answers with an error of its own (its engine
-died) counts as dead; an error that a second replica repeats is the request's and is passed on.
+resumes it from the tokens that the client has (`stream_resume`). A replica that answers with an error of its own (its
+engine died) counts as dead; an error that a second replica repeats is the request's and is passed on.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import json
 import logging
 import re
 from collections.abc import AsyncGenerator, AsyncIterator
-from contextlib import aclosing, asynccontextmanager, suppress
+from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,10 +21,18 @@ import aiohttp
 from ray.exceptions import RayActorError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 
-from rayswift.serve.gateway.lease_cache import KeptTickets, Ticket
-from rayswift.serve.gateway.stream_resume import ERROR, Diverged, Resumed, SentStream, can_carry_on, longest_stop
-from rayswift.serve.lease import NO_TICKET, RESUME_HEADER, TICKET_HEADER
-from rayswift.serve.openai_errors import ApiError, error_event
+from rayswift.serve.gateway.stream_resume import (
+    DONE,
+    ERROR,
+    EVENT_END,
+    Mismatch,
+    ResumedStream,
+    StreamLog,
+    can_resume,
+    longest_stop,
+)
+from rayswift.serve.lease import LEASE_HEADER, NO_LEASE, RESUME_HEADER, Lease, LeaseCache
+from rayswift.serve.openai_errors import ApiError
 
 logger = logging.getLogger("rayswift.serve.gateway.forwarding")
 
@@ -51,7 +59,7 @@ _DEAD = (ReplicaDied, RayActorError, aiohttp.ClientError, ConnectionError)
 
 
 @dataclass
-class Request:
+class GatewayRequest:
     """What a client asked. ``body`` is the JSON object of a POST; ``raw`` its bytes; ``adapter`` a key or ``""``."""
 
     method: str
@@ -90,15 +98,16 @@ class Forwarder:
 
     def __init__(self, handle: Any, session: aiohttp.ClientSession, queue_timeout: float, counters: Any) -> None:
         self.handle, self._session, self._queue_timeout, self.counters = handle, session, queue_timeout, counters
-        self._kept, self._waiting = KeptTickets(), 0
-        # A handle with options costs a look-up in Serve: one per adapter is kept.
-        self._ticket_calls = functools.lru_cache(maxsize=1024)(self._ticket_call)
+        self._leases, self._waiting = LeaseCache(), 0
 
-    def _ticket_call(self, adapter: str) -> Any:
-        options = {"multiplexed_model_id": adapter} if adapter else {}
-        return self.handle.options(method_name="ticket", stream=True, **options)
+        @functools.lru_cache(maxsize=1024)  # a handle with options costs a look-up in Serve: one per adapter is kept
+        def lease_call(adapter: str) -> Any:
+            options = {"multiplexed_model_id": adapter} if adapter else {}
+            return self.handle.options(method_name="lease", stream=True, **options)
 
-    async def send(self, request: Request) -> AsyncGenerator[Response]:
+        self._lease_call = lease_call
+
+    async def send(self, request: GatewayRequest) -> AsyncGenerator[Response]:
         """Yields the one response; leaving the generator early drops the request at the replica.
 
         Raises:
@@ -109,9 +118,7 @@ class Forwarder:
             tries += 1
             try:
                 async with self._connection(request) as upstream:
-                    if upstream.status == NO_TICKET or (
-                        upstream.status >= 500 and (errors := errors + 1) < ERROR_TRIES
-                    ):
+                    if upstream.status == NO_LEASE or (upstream.status >= 500 and (errors := errors + 1) < ERROR_TRIES):
                         raise ReplicaFailed(f"status {upstream.status}")
                     if is_event_stream(upstream):
                         yield Response(upstream.status, upstream.content_type, self._stream(request, upstream))
@@ -128,15 +135,12 @@ class Forwarder:
                     raise ApiError(503, "no replica could answer the request", retry_after=5) from error
                 await self._before_retry(error, tries)
 
-    async def touch(self, adapter: str) -> None:
+    async def preload(self, adapter: str) -> None:
         """Have one replica load an adapter. Raises ApiError when it cannot be used."""
-        await self._whole(Request("GET", "/health", adapter=adapter))
+        await self.whole(GatewayRequest("GET", "/health", adapter=adapter))
 
-    async def get_json(self, path: str) -> Any:
-        """The JSON that a replica's own app has at ``path``."""
-        return json.loads(await self._whole(Request("GET", path)))
-
-    async def _whole(self, request: Request) -> bytes:
+    async def whole(self, request: GatewayRequest) -> bytes:
+        """The whole answer to a request. Raises ApiError for one that is refused."""
         async with aclosing(self.send(request)) as responses:
             async for response in responses:
                 return b"".join([piece async for piece in response.pieces])
@@ -147,27 +151,27 @@ class Forwarder:
         logger.warning("a replica did not answer (%s); trying another", type(error).__name__)
         await asyncio.sleep(RETRY_SECONDS * tries)
 
-    async def _stream(self, request: Request, upstream: aiohttp.ClientResponse) -> AsyncIterator[bytes]:
-        """The pieces of a stream, carried on at another replica when one dies."""
-        stream = SentStream()
+    async def _stream(self, request: GatewayRequest, upstream: aiohttp.ClientResponse) -> AsyncIterator[bytes]:
+        """The pieces of a stream, resumed at another replica when one dies."""
+        log = StreamLog()
         try:
-            async for piece in self._pass(stream, upstream):
+            async for piece in self._pass(log, upstream):
                 yield piece
             return
         except _DEAD as error:
-            self._kept.replica_failed(str(upstream.url.origin()))
+            self._leases.replica_failed(str(upstream.url.origin()))
             request.deaths += cost_a_replica(error)
             await self._before_retry(error, 0)
         ids: list[int] = []
         for tries in range(1, MAX_TRIES + 1):
-            ids = max(ids, self._ids(request, stream), key=len)
-            stream.token_ids.clear()
-            stream.reset()
+            if can_resume(request.body):
+                ids = max(ids, log.ids_to_resume(longest_stop(request.body)), key=len)
+            log.reset()
             try:
                 async with self._connection(request, ids) as upstream:
                     if not is_event_stream(upstream):
                         raise ReplicaFailed(f"status {upstream.status}")
-                    async for piece in self._pass(stream, upstream, Resumed(stream.events)):
+                    async for piece in self._pass(log, upstream, ResumedStream(log.events)):
                         yield piece
                 self.counters.resumed += 1
                 return
@@ -176,39 +180,37 @@ class Forwarder:
                 if request.deaths >= MAX_DEATHS:
                     break
                 await self._before_retry(error, tries)
-            except (Diverged, ApiError) as error:
-                logger.warning("a stream could not be carried on: %s", error)
+            except (Mismatch, ApiError) as error:
+                logger.warning("a stream could not be resumed: %s", error)
                 break
-        yield error_event(503, "the replica that wrote this answer stopped, and no other could go on with it")
-
-    def _ids(self, request: Request, stream: SentStream) -> list[int]:
-        return stream.ids_to_carry_on(longest_stop(request.body)) if can_carry_on(request.body) else []
+        message = "the replica that wrote this answer stopped, and no other could go on with it"
+        yield ApiError(503, message, code="stream_interrupted").event() + DONE + EVENT_END
 
     async def _pass(
-        self, stream: SentStream, upstream: aiohttp.ClientResponse, resumed: Resumed | None = None
+        self, log: StreamLog, upstream: aiohttp.ClientResponse, resumed: ResumedStream | None = None
     ) -> AsyncIterator[bytes]:
         """Pieces for the client. Raises ReplicaDied for a stream without an end or with the engine's death in it."""
         async for chunk in upstream.content.iter_any():
             out: list[bytes] = []
-            for event in stream.take(chunk):
+            for event in log.take(chunk):
                 if event.startswith(ERROR) and is_engine_error(event):
                     raise ReplicaDied("the engine died")
                 passed = event if resumed is None else resumed.pass_on(event)
                 if passed is not None:
-                    stream.sent(passed)
-                    out += (passed, b"\n\n")
+                    log.events.append(passed)
+                    out += (passed, EVENT_END)
             if out:
                 self.counters.tokens += len(out) // 2
                 yield b"".join(out)
-        if not stream.finished:
+        if not log.finished:
             raise ReplicaDied("the stream has no end")
 
     @asynccontextmanager
-    async def _connection(self, request: Request, resume: list[int] | None = None) -> AsyncIterator[Any]:
+    async def _connection(self, request: GatewayRequest, resume: list[int] | None = None) -> AsyncIterator[Any]:
         """A connection to the replica that Serve chooses, which counts the request until this ends."""
-        ticket = None if request.adapter else self._kept.take()  # an adapter may have been unloaded since
-        ticket = ticket or await self._ask_for_ticket(request.adapter)
-        headers = {TICKET_HEADER: ticket.word, "content-type": "application/json"}
+        lease = None if request.adapter else self._leases.take()  # an adapter may have been unloaded since
+        lease = lease or await self._take_lease(request.adapter)
+        headers = {LEASE_HEADER: lease.token, "content-type": "application/json"}
         if request.request_id:
             headers["x-request-id"] = request.request_id
         if resume:
@@ -216,35 +218,35 @@ class Forwarder:
         is_answered = False
         try:
             async with self._session.request(
-                request.method, ticket.url + request.path, data=request.raw or None, headers=headers
+                request.method, lease.url + request.path, data=request.raw or None, headers=headers
             ) as upstream:
                 try:
                     yield upstream
-                finally:
-                    is_answered = was_read(upstream)
+                finally:  # came to its end, and was read to it
+                    is_answered = upstream.content.at_eof() and upstream.content.exception() is None
         except _DEAD:
-            self._kept.replica_failed(ticket.url)
+            self._leases.replica_failed(lease.url)
             raise
         finally:
             # While others wait for one of Serve's places, this one is theirs.
             if is_answered and not request.adapter and not self._waiting:
-                self._kept.keep(ticket)
+                self._leases.keep(lease)
             else:
-                ticket.end()
+                lease.give_back()
 
-    async def _ask_for_ticket(self, adapter: str) -> Ticket:
-        """A ticket through Serve. Raises ApiError when there is none."""
-        call = self._ticket_calls(adapter).remote()
+    async def _take_lease(self, adapter: str) -> Lease:
+        """A lease through Serve. Raises ApiError when there is none."""
+        lease = Lease(self._lease_call(adapter).remote())
         self.counters.waiting += 1
         self._waiting += 1
         try:
-            given = await asyncio.wait_for(anext(aiter(call)), self._queue_timeout)
+            given = await asyncio.wait_for(anext(aiter(lease.call)), self._queue_timeout)
             if "message" in given:
                 raise ApiError(given["status"], given["message"], code="adapter_refused", param="model")
-            return Ticket(call, given["url"], given["ticket"])
+            lease.url, lease.token = given["url"], given["token"]
+            return lease
         except BaseException as error:
-            with suppress(Exception):  # cancelling a call that failed raises its error once more
-                call.cancel()
+            lease.give_back()
             if isinstance(error, BackPressureError):
                 raise ApiError(429, "too many requests are waiting; try again later", retry_after=5) from None
             if isinstance(error, (TimeoutError, DeploymentUnavailableError, StopAsyncIteration)):
@@ -253,11 +255,6 @@ class Forwarder:
         finally:
             self.counters.waiting -= 1
             self._waiting -= 1
-
-
-def was_read(upstream: aiohttp.ClientResponse) -> bool:
-    """Whether an answer came to its end and was read to it."""
-    return upstream.content.at_eof() and upstream.content.exception() is None
 
 
 def cost_a_replica(error: BaseException) -> bool:
@@ -283,7 +280,7 @@ def refusal(status: int, body: bytes) -> ApiError:
         message, param, code = None, None, None
     if status >= 500:
         return ApiError(422, f"every replica failed on this request: {message or status}", code="engine_failed")
-    if status == 404 and code is None:
+    if status == 404 and code in (None, "not_found"):
         message = "this model does not do that: the engine has no such path for it"
     code = code if isinstance(code, str) else None
     return ApiError(status, str(message or f"refused with status {status}"), param=param, code=code)

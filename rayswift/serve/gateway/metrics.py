@@ -10,7 +10,7 @@ _COUNTERS = {
     "errors": ("rayswift_errors_total", "counter", "Requests answered with an error by the gateway."),
     "tokens": ("rayswift_generated_tokens_total", "counter", "Generated tokens (a piece of a stream counts as one)."),
     "retries": ("rayswift_retries_total", "counter", "Requests sent to another replica because one failed."),
-    "resumed": ("rayswift_resumed_streams_total", "counter", "Streams that another replica carried on."),
+    "resumed": ("rayswift_resumed_streams_total", "counter", "Streams that another replica resumed."),
     "running": ("rayswift_running_requests", "gauge", "Requests in progress."),
     "waiting": ("rayswift_waiting_requests", "gauge", "Requests that wait for a replica."),
 }  # fmt: skip

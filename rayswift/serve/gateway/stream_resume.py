@@ -1,10 +1,13 @@
-"""What a client has already been sent of a stream, so that another replica can go on with exactly the rest.
+"""What a client has already been sent of a stream, so that another replica can resume it with exactly the rest.
 
 A replica writes before each piece of a stream the ids of its tokens, as a comment of the event stream (``: 12,13``,
 which the gateway takes out). When the replica dies, the request goes to another one together with those ids; that one
-delivers the text of the ids again, followed by new text, and `Resumed` passes on only what is new. Where ids cannot
-be carried on (see `can_carry_on`) the other replica starts from the beginning, which gives the same text under greedy
-decoding, and again only what is new is passed on.
+delivers the text of the ids again, followed by new text, and `ResumedStream` passes on only what is new. A request
+that cannot be resumed from ids (see `can_resume`) starts from the beginning there, which gives the same text under
+greedy decoding, and again only what is new is passed on.
+
+Neither Ray Serve (it retries before an answer begins) nor vLLM resumes streams. A healthy stream costs a split and two
+appends an event.
 """
 
 from __future__ import annotations
@@ -21,12 +24,12 @@ DONE = b"data: [DONE]"
 ERROR = b'data: {"error"'
 
 
-class Diverged(Exception):
+class Mismatch(Exception):
     """The other replica wrote something else than what the client already has."""
 
 
 @dataclass
-class SentStream:
+class StreamLog:
     """The events of one stream as they came from replicas: ``events`` went to the client, ``token_ids`` are in them.
 
     Bytes are kept as they are and read only when a replica dies: a healthy stream costs next to nothing.
@@ -46,12 +49,9 @@ class SentStream:
             elif event:
                 yield event
 
-    def sent(self, event: bytes) -> None:
-        """``event`` is on its way to the client."""
-        self.events.append(event)
-
     def reset(self) -> None:
-        """Forget a half-read event: its connection is gone."""
+        """Forget the ids and a half-read event: their connection is gone."""
+        self.token_ids.clear()
         self._rest = b""
 
     @property
@@ -59,7 +59,7 @@ class SentStream:
         """Whether the client has the end of the stream."""
         return bool(self.events) and self.events[-1].startswith(DONE)
 
-    def ids_to_carry_on(self, held_back: int) -> list[int]:
+    def ids_to_resume(self, held_back: int) -> list[int]:
         """The token ids that another replica goes on from.
 
         Args:
@@ -71,15 +71,16 @@ class SentStream:
         return ids[: max(0, len(ids) - max(1, held_back))]
 
 
-def can_carry_on(body: dict[str, Any]) -> bool:
-    """Whether a request can go on from token ids: one choice, and no state that only its own tokens give.
+def can_resume(body: dict[str, Any]) -> bool:
+    """Whether a request can be resumed from token ids: one choice, and no state that only its own tokens give.
 
     A grammar would start anew in the middle of its text; penalties count generated tokens only; the log
     probabilities of the tokens so far are gone.
     """
+    prompt = body.get("prompt")  # one text or one list of ids; a chat has none
     return (
         body.get("n") in (None, 1)
-        and _is_one_prompt(body.get("prompt"))
+        and (not isinstance(prompt, list) or all(isinstance(one, int) for one in prompt))
         and not body.get("echo")
         and not body.get("logprobs")
         and not body.get("use_beam_search")
@@ -93,11 +94,6 @@ def can_carry_on(body: dict[str, Any]) -> bool:
     )
 
 
-def _is_one_prompt(prompt: Any) -> bool:
-    """Whether ``prompt`` of a completion is one text or one list of ids (or, for a chat, missing)."""
-    return not isinstance(prompt, list) or all(isinstance(one, int) for one in prompt)
-
-
 def longest_stop(body: dict[str, Any]) -> int:
     """Characters of the longest stop text of a request."""
     stop = body.get("stop") or []
@@ -105,7 +101,7 @@ def longest_stop(body: dict[str, Any]) -> int:
     return max((len(text) for text in texts if isinstance(text, str)), default=0)
 
 
-class Resumed:
+class ResumedStream:
     """Passes on what a second stream has beyond the first one's ``events``.
 
     The text of a choice is compared in each of its fields (content, reasoning, arguments of a tool call, text of a
@@ -117,23 +113,20 @@ class Resumed:
         self._marks: set[tuple[Any, ...]] = set()  # parts that come once: roles, names of tools, reasons of finishing
         self._first: dict[str, Any] = {}
         for event in events:
-            if chunk := _read(event):
-                self._first = self._first or chunk
-                self._note(chunk)
-
-    def _note(self, chunk: dict[str, Any]) -> None:
-        for choice in chunk.get("choices") or []:
-            for place, text in _texts(choice):
-                self._waiting[place] = self._waiting.get(place, "") + text
-            self._marks |= set(_marks(choice))
-        if chunk.get("usage") and not chunk.get("choices"):
-            self._marks.add(("usage",))
+            chunk = _read(event) or {}
+            self._first = self._first or chunk
+            for choice in chunk.get("choices") or []:
+                for place, text in _texts(choice):
+                    self._waiting[place] = self._waiting.get(place, "") + text
+                self._marks |= set(_marks(choice))
+            if chunk.get("usage") and not chunk.get("choices"):
+                self._marks.add(("usage",))
 
     def pass_on(self, event: bytes) -> bytes | None:
         """``event`` of the second stream without what the client has; None when nothing is left of it.
 
         Raises:
-            Diverged: it says something else than what the client has.
+            Mismatch: it says something else than what the client has.
         """
         chunk = _read(event)
         if chunk is None:
@@ -151,7 +144,7 @@ class Resumed:
             waiting = self._waiting.get(place, "")
             known = min(len(waiting), len(text))
             if waiting[:known] != text[:known]:
-                raise Diverged(f"{waiting[:known]!r} was sent, {text[:known]!r} came")
+                raise Mismatch(f"{waiting[:known]!r} was sent, {text[:known]!r} came")
             self._waiting[place] = waiting[known:]
             _set_text(choice, place, text[known:])
             left = left or len(text) > known
@@ -160,12 +153,11 @@ class Resumed:
                 _drop_mark(choice, mark)
             else:
                 left = True
-        if choice.get("finish_reason") and any(self._waiting.get(place) for place in self._places(choice)):
-            raise Diverged("the answer ended before what was sent")
+        if choice.get("finish_reason") and any(
+            text for place, text in self._waiting.items() if place[0] == choice.get("index")
+        ):
+            raise Mismatch("the answer ended before what was sent")
         return left
-
-    def _places(self, choice: dict[str, Any]) -> list[tuple[Any, ...]]:
-        return [place for place in self._waiting if place[0] == choice.get("index")]
 
 
 def _read(event: bytes) -> dict[str, Any] | None:

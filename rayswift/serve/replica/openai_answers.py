@@ -1,14 +1,20 @@
-"""Answers in OpenAI's shapes: whole ones, chunks of streams, usage, log probabilities."""
+"""Answers in OpenAI's shapes: whole ones, chunks of streams, usage, log probabilities; and their pieces."""
 
 from __future__ import annotations
 
+import asyncio
 import json
 import time
 import uuid
+from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from rayswift.generate.continuous_batching import Piece
+from fastapi.responses import StreamingResponse
+from starlette.types import Receive, Scope, Send
+
+from rayswift.generate.continuous_batching import Piece, Row
+from rayswift.serve.openai_errors import ApiError
 
 
 @dataclass
@@ -91,19 +97,51 @@ def usage_of(prompts: list[list[int]], generated: int) -> dict[str, int]:
     return {"prompt_tokens": prompt, "completion_tokens": generated, "total_tokens": prompt + generated}
 
 
-def joined(pieces: list[Piece]) -> Piece:
-    """The pieces of one answer as one."""
-    return Piece(
-        "".join(piece.text for piece in pieces),
-        [token for piece in pieces for token in piece.token_ids],
-        [entry for piece in pieces for entry in piece.logprobs],
-        pieces[-1].finish_reason,
-    )
-
-
 def event(value: dict[str, Any]) -> bytes:
     """One event of a stream."""
     return b"data: " + json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
 
 
 DONE = b"data: [DONE]\n\n"
+
+
+class EventStream(StreamingResponse):
+    """A stream of events; when it ends, or its client has left even before it began, the model drops the rows."""
+
+    def __init__(self, events: AsyncIterator[bytes], rows: list[Row]) -> None:
+        super().__init__(events, media_type="text/event-stream")
+        self._rows = rows
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            for row in self._rows:
+                row.cancel()
+
+
+async def pieces_of(rows: list[Row], queue: asyncio.Queue[tuple[int, Piece]]) -> AsyncIterator[tuple[int, Piece]]:
+    """Pieces as they come, until every row has ended. Raises ApiError (500) when the model fails."""
+    unfinished = len(rows)
+    while unfinished:
+        index, piece = await queue.get()
+        if piece.error is not None:
+            raise ApiError(500, f"the model failed: {piece.error}", code="generation_failed")
+        yield index, piece
+        unfinished -= piece.finish_reason is not None
+
+
+async def collect(pieces: AsyncIterator[tuple[int, Piece]], count: int) -> list[Piece]:
+    """The pieces of each answer as one."""
+    found: list[list[Piece]] = [[] for _ in range(count)]
+    async for index, piece in pieces:
+        found[index].append(piece)
+    return [
+        Piece(
+            "".join(piece.text for piece in parts),
+            [token for piece in parts for token in piece.token_ids],
+            [entry for piece in parts for entry in piece.logprobs],
+            parts[-1].finish_reason,
+        )
+        for parts in found
+    ]

@@ -1,4 +1,4 @@
-"""A replica: one engine, its OpenAI app on a private port, and the tickets that let the gateway in.
+"""A replica: one engine, its OpenAI app on a private port, and the leases that let the gateway in.
 
 Ray Serve owns it: starts, scales, health-checks, drains and replaces it. Nothing heavy is imported before it starts, so
 that building the application costs nothing in the process that deploys.
@@ -14,9 +14,10 @@ from typing import Any
 from ray import serve
 
 from rayswift.generate.model_spec import ModelPlan
-from rayswift.serve.adapters import AdapterRefused, AdapterStore, split_key
-from rayswift.serve.lease import TicketMiddleware, TicketOffice, bind, run_http
+from rayswift.serve.lease import LeaseBook, LeaseMiddleware
 from rayswift.serve.node_address import keep_replica_ports_inside, node_ip
+from rayswift.serve.ports import bind, run_http
+from rayswift.serve.replica.adapters import AdapterLoader, AdapterRefused, split_key
 
 logger = logging.getLogger("rayswift.serve.replica.server")
 
@@ -37,12 +38,20 @@ class LLMServer:
     async def __init__(self, plan: dict[str, Any]) -> None:  # type: ignore[misc]  # Serve awaits it
         keep_replica_ports_inside()
         self.plan = ModelPlan(**plan)
-        self.adapters = AdapterStore(self.plan)
-        self.office = TicketOffice()
+        self.adapters = AdapterLoader(self.plan)
+        self.leases = LeaseBook()
         model_dir = await asyncio.to_thread(self.plan.resolve_model)
         self.adapters.read_base(model_dir)
         self.encoders = self.plan.encoders(model_dir)
-        self.serving = self._make_serving(model_dir)
+        self.serving: Any
+        if self.plan.engine == "vllm":
+            from rayswift.serve.replica.vllm import VllmServing
+
+            self.serving = VllmServing(self.plan.llm_config(model_dir), self.encoders)
+        else:
+            from rayswift.serve.replica.transformers import TransformersServing
+
+            self.serving = TransformersServing.from_plan(self.plan, model_dir, self.encoders)
         await self.serving.start()
 
         async def load(key: str) -> LoadedAdapter:  # a function: Serve sets attributes on it
@@ -51,19 +60,10 @@ class LLMServer:
         self._load = serve.multiplexed(max_num_models_per_replica=self.plan.max_adapters)(load)
         self._socket = bind("127.0.0.1" if self.plan.local else node_ip())
         self.url = "http://{}:{}".format(*self._socket.getsockname()[:2])
-        self._http = await run_http(TicketMiddleware(self.serving.app, self.office), self._socket)
+        self._http = await run_http(LeaseMiddleware(self.serving.app, self.leases), self._socket)
 
-    def _make_serving(self, model_dir: str) -> Any:
-        if self.plan.engine == "vllm":
-            from rayswift.serve.replica.vllm import VllmServing
-
-            return VllmServing(self.plan.llm_config(model_dir), self.encoders)
-        from rayswift.serve.replica.transformers import TransformersServing
-
-        return TransformersServing.from_plan(self.plan, model_dir, self.encoders)
-
-    async def ticket(self) -> AsyncIterator[dict[str, Any]]:
-        """Where requests go and their ticket; then nothing until the ticket has ended.
+    async def lease(self) -> AsyncIterator[dict[str, Any]]:
+        """Where requests go and the token of a new lease; then nothing until the lease has ended.
 
         A request for an adapter (Serve's multiplexed model id) finds it loaded. One that cannot be used gives
         ``{"status", "message"}`` instead.
@@ -74,14 +74,9 @@ class LLMServer:
         except AdapterRefused as error:
             yield {"status": error.status, "message": str(error)}
             return
-        ticket = self.office.issue()
-        yield {"url": self.url, "ticket": ticket, "replica": self.replica_id}
-        await self.office.ended(ticket)
-
-    @property
-    def replica_id(self) -> str:
-        """Serve's name of this replica."""
-        return serve.get_replica_context().replica_id.unique_id
+        token = self.leases.open()
+        yield {"url": self.url, "token": token}
+        await self.leases.ended(token)
 
     async def _load_adapter(self, key: str) -> LoadedAdapter:
         name, _ = split_key(key)
@@ -100,7 +95,7 @@ class LLMServer:
 
     async def engine_metrics(self) -> tuple[str, str]:
         """Name of the replica and the Prometheus text of its engine."""
-        return self.replica_id, await asyncio.to_thread(self.serving.metrics)
+        return serve.get_replica_context().replica_id.unique_id, await asyncio.to_thread(self.serving.metrics)
 
     async def check_health(self) -> None:
         """Serve replaces the replica when this raises."""

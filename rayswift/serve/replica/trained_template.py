@@ -12,6 +12,7 @@ from contextvars import ContextVar
 from dataclasses import replace
 from typing import Any
 
+from rayswift import private
 from rayswift.data.rows.messages import Unusable, read_messages
 from rayswift.data.tokens.encoder import Encoder
 from rayswift.errors import UserError
@@ -46,7 +47,7 @@ def chat_prompt_ids(encoder: Encoder, request: Mapping[str, Any]) -> list[int] |
     if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
         raise ValueError("messages: expected a list with at least one message")
     tools = None if request.get("tool_choice") == "none" else request.get("tools") or None
-    if _needs_engine(request, settings, messages) or (not encoder.takes_tools and (tools or _tells_of_tools(messages))):
+    if _needs_engine(encoder, request, settings, tools):
         return None
     encoder = _with_thinking(encoder, settings)
     try:
@@ -73,25 +74,23 @@ def stop_strings(encoder: Encoder, *, tools: bool = False) -> list[str]:
 # --- what a request asks for ------------------------------------------------------------------------------------
 
 
-def _needs_engine(request: Mapping[str, Any], settings: Mapping[str, Any], messages: Sequence[Any]) -> bool:
+def _needs_engine(encoder: Encoder, request: Mapping[str, Any], settings: Mapping[str, Any], tools: Any) -> bool:
     """Whether only the engine's own rendering can give what is asked."""
-    if any(settings.get(name) for name in _NOT_LAID_OUT):
-        return True
     opens_answer = settings.get("add_generation_prompt", True) or settings.get("continue_final_message")
-    unknown = {name for name, value in (request.get("chat_template_kwargs") or {}).items() if value is not None}
-    if not opens_answer or unknown - _UNDERSTOOD - set(_NOT_LAID_OUT):
+    given = {name for name, value in (request.get("chat_template_kwargs") or {}).items() if value is not None}
+    if (
+        not opens_answer
+        or given - _UNDERSTOOD - set(_NOT_LAID_OUT)
+        or any(settings.get(name) for name in _NOT_LAID_OUT)
+    ):
         return True
-    return any(_has_files(message.get("content")) for message in messages if isinstance(message, Mapping))
-
-
-def _has_files(content: Any) -> bool:
-    parts = content if isinstance(content, list) else ()
-    return any(isinstance(part, Mapping) and part.get("type", "text") not in _TEXT_PARTS for part in parts)
-
-
-def _tells_of_tools(messages: Sequence[Any]) -> bool:
-    listed = [message for message in messages if isinstance(message, Mapping)]
-    return any(message.get("role") in ("tool", "function") or message.get("tool_calls") for message in listed)
+    messages = [message for message in request["messages"] if isinstance(message, Mapping)]
+    contents = (message.get("content") for message in messages)
+    parts = [part for content in contents if isinstance(content, list) for part in content]
+    if any(isinstance(part, Mapping) and part.get("type", "text") not in _TEXT_PARTS for part in parts):
+        return True
+    told = any(message.get("role") in ("tool", "function") or message.get("tool_calls") for message in messages)
+    return not encoder.takes_tools and bool(tools or told)
 
 
 def _with_thinking(encoder: Encoder, settings: Mapping[str, Any]) -> Encoder:
@@ -135,7 +134,7 @@ def use_trained_templates(online_renderer: Any, encoder_of: EncoderOf) -> None:
     chat request that gets such a prompt also stops at the template's stop words.
     """
     renderer, config = online_renderer.renderer, online_renderer.model_config
-    render_messages, preprocess_chat = renderer.render_messages_async, online_renderer.preprocess_chat
+    preprocess_chat, render_messages = private.rendering(online_renderer)
     engine_stops = _engine_stops(renderer, config)
 
     async def preprocess(request: Any, messages: list[Any], **settings: Any) -> Any:
@@ -163,7 +162,7 @@ def use_trained_templates(online_renderer: Any, encoder_of: EncoderOf) -> None:
         conversation, _, _ = await parse_chat_messages_async(messages, config, content_format="string")
         return conversation, TokensPrompt(prompt_token_ids=ids)
 
-    online_renderer.preprocess_chat, renderer.render_messages_async = preprocess, render
+    private.replace_rendering(online_renderer, preprocess, render)
 
 
 def _as_mapping(request: Any, messages: list[Any], settings: Mapping[str, Any]) -> dict[str, Any] | None:

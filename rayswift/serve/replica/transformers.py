@@ -1,7 +1,7 @@
 """OpenAI's interface over the Transformers engine, for models that vLLM lacks (``--infer_backend transformers``).
 
 Prompts are those of training (`trained_template`), answers come from `batches`. A streamed request can go on after
-tokens that another replica generated: ``x-rayswift-resume: 12,34`` (or the notes of the replica's ticket).
+tokens that another replica generated: ``x-rayswift-resume: 12,34`` (or the notes of the replica's lease).
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-from fastapi import Request
-from fastapi.responses import JSONResponse, Response, StreamingResponse
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse, Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from rayswift.data.tokens.encoder import Encoder
 from rayswift.errors import UserError
@@ -23,12 +24,18 @@ from rayswift.generate.continuous_batching import BASE, BatchRunner, Busy, Piece
 from rayswift.generate.token_choice import Sampling
 from rayswift.generate.transformers import TransformersEngine
 from rayswift.modeling.adapters import add_adapter
-from rayswift.serve.lease import RESUME_HEADER, App, Receive, Scope, Send, current_notes
-from rayswift.serve.openai_errors import ApiError
-from rayswift.serve.replica.openai_answers import DONE, Shape, joined, usage_of
-from rayswift.serve.replica.openai_requests import ChatRequest, GenerationRequest, TokenizeRequest
-from rayswift.serve.replica.routes import make_app
+from rayswift.serve.lease import RESUME_HEADER, current_notes
+from rayswift.serve.openai_errors import ApiError, add_error_handlers
+from rayswift.serve.replica.openai_answers import DONE, EventStream, Shape, collect, pieces_of, usage_of
+from rayswift.serve.replica.openai_requests import (
+    ChatRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    GenerationRequest,
+    TokenizeRequest,
+)
 from rayswift.serve.replica.trained_template import chat_prompt_ids
+from rayswift.serve.request_body import client_left, read_object
 
 logger = logging.getLogger("rayswift.serve.replica.transformers")
 
@@ -71,7 +78,7 @@ class TransformersServing:
         self._adapters = {served_model_name: next(iter(getattr(engine.model, "peft_config", ())), BASE)}
         self._loaded = 0
         self.requests = self.prompt_tokens = 0
-        self.app: App = make_app(self)
+        self.app = make_app(self)
 
     @classmethod
     def from_plan(cls, plan: Any, model_dir: str, encoders: dict[str, Encoder] | None = None) -> TransformersServing:
@@ -192,22 +199,19 @@ class TransformersServing:
             own = getattr(body, name)
             chosen[name] = getattr(config, name, None) if own is None else own
         chosen |= {name: getattr(body, name) for name in ("presence_penalty", "frequency_penalty", "seed")}
+        if not all(key.isascii() and key.isdigit() and len(key) < 10 for key in body.logit_bias or ()):
+            raise ApiError(400, "logit_bias: keys are token ids", param="logit_bias")
+        bias = {int(key): value for key, value in (body.logit_bias or {}).items()}
+        self.check_ids(list(bias), "logit_bias")
         skips = body.skip_special_tokens
         return Sampling(
             max_tokens=wanted or room,
-            logit_bias=self._bias(body.logit_bias or {}),
+            logit_bias=bias,
             logprobs=body.alternatives,
             skip_special_tokens=True if skips is None else skips,
             index=index,
             **{name: value for name, value in chosen.items() if value is not None},
         )
-
-    def _bias(self, given: dict[str, float]) -> dict[int, float]:
-        if not all(key.isascii() and key.isdigit() and len(key) < 10 for key in given):
-            raise ApiError(400, "logit_bias: keys are token ids", param="logit_bias")
-        bias = {int(key): value for key, value in given.items()}
-        self.check_ids(list(bias), "logit_bias")
-        return bias
 
     def rows(
         self, body: GenerationRequest, prompts: list[Prompt], adapter: str, encoder: Encoder,
@@ -250,18 +254,18 @@ class TransformersServing:
         self.prompt_tokens += sum(len(prompt.ids) for prompt in prompts)
         texts = [prompt.text for prompt in prompts for _ in range(body.n or 1)] if echo else []
         shape = Shape(name, isinstance(body, ChatRequest), bool(body.return_token_ids), texts)
-        answers = _answers(rows, pieces)
+        answers = pieces_of(rows, pieces)
         if body.stream:
             events = self._events(body, shape, rows, [prompt.ids for prompt in prompts], answers)
-            return _Stream(events, rows)
+            return EventStream(events, rows)
         return await self._whole(request, shape, rows, [prompt.ids for prompt in prompts], answers)
 
     async def _whole(
         self, request: Request, shape: Shape, rows: list[Row], prompts: list[list[int]],
         answers: AsyncIterator[tuple[int, Piece]],
     ) -> Response:  # fmt: skip
-        collecting = asyncio.ensure_future(_collect(answers, len(rows)))
-        leaving = asyncio.ensure_future(_client_left(request))
+        collecting = asyncio.ensure_future(collect(answers, len(rows)))
+        leaving = asyncio.ensure_future(client_left(request.receive))
         try:
             await asyncio.wait({collecting, leaving}, return_when=asyncio.FIRST_COMPLETED)
             if not collecting.done():
@@ -291,46 +295,8 @@ class TransformersServing:
             if body.stream_options is not None and body.stream_options.include_usage:
                 yield shape.usage_event(usage_of(prompts, sum(len(row.generated) for row in rows)))
         except ApiError as error:
-            yield b"data: " + error.body() + b"\n\n"
+            yield error.event()
         yield DONE
-
-
-class _Stream(StreamingResponse):
-    """An event stream; when it ends, or its client has left even before it began, the model drops the rows."""
-
-    def __init__(self, events: AsyncIterator[bytes], rows: list[Row]) -> None:
-        super().__init__(events, media_type="text/event-stream")
-        self._rows = rows
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        try:
-            await super().__call__(scope, receive, send)
-        finally:
-            for row in self._rows:
-                row.cancel()
-
-
-async def _answers(rows: list[Row], pieces: asyncio.Queue[tuple[int, Piece]]) -> AsyncIterator[tuple[int, Piece]]:
-    """Pieces as they come, until every row has ended. Raises ApiError (500) when the model fails."""
-    unfinished = len(rows)
-    while unfinished:
-        index, piece = await pieces.get()
-        if piece.error is not None:
-            raise ApiError(500, f"the model failed: {piece.error}", code="generation_failed")
-        yield index, piece
-        unfinished -= piece.finish_reason is not None
-
-
-async def _collect(answers: AsyncIterator[tuple[int, Piece]], count: int) -> list[Piece]:
-    found: list[list[Piece]] = [[] for _ in range(count)]
-    async for index, piece in answers:
-        found[index].append(piece)
-    return [joined(pieces) for pieces in found]
-
-
-async def _client_left(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
 
 
 def _resumed_ids(request: Request) -> list[int]:
@@ -340,3 +306,80 @@ def _resumed_ids(request: Request) -> list[int]:
     if not all(part.isascii() and part.isdigit() and len(part) < 10 for part in ids):
         raise ApiError(400, f"{RESUME_HEADER}: expected token ids, for example 12,34")
     return [int(part) for part in ids]
+
+
+def make_app(serving: TransformersServing) -> ASGIApp:
+    """The ASGI app with its routes."""
+    app = FastAPI(title="RaySwift", docs_url=None, redoc_url=None, redirect_slashes=False)
+
+    @app.post("/v1/chat/completions")
+    async def chat(body: ChatRequest, request: Request) -> Response:
+        body.check()
+        _, _, encoder = serving.find(body.model)
+        return await serving.answer(request, body, [await serving.chat_prompt(encoder, body)], echo=False)
+
+    @app.post("/v1/completions")
+    async def complete(body: CompletionRequest, request: Request) -> Response:
+        body.check()
+        serving.find(body.model)
+        prompts = [await serving.plain_prompt(prompt) for prompt in body.prompts]
+        return await serving.answer(request, body, prompts, echo=bool(body.echo))
+
+    @app.get("/v1/models")
+    async def models() -> Any:
+        card = {"object": "model", "owned_by": "rayswift", "max_model_len": serving.engine.context_length}
+        parents = {name: None if name == serving.name else serving.name for name in serving.names()}
+        return {
+            "object": "list",
+            "data": [{"id": name, **card, "parent": parent} for name, parent in parents.items()],
+        }
+
+    @app.post("/tokenize")
+    async def tokenize(body: TokenizeRequest) -> Any:
+        _, _, encoder = serving.find(body.model)
+        if (body.prompt is None) == (body.messages is None):
+            raise ApiError(400, "tokenize: give either prompt or messages", param="prompt")
+        if body.prompt is None:
+            ids = (await serving.chat_prompt(encoder, body)).ids
+        else:
+            special = body.add_special_tokens is not False
+            ids = (await serving.plain_prompt(body.prompt, special_tokens=special)).ids
+        texts = encoder.tokenizer.convert_ids_to_tokens(ids) if body.return_token_strs else None
+        limit = serving.engine.context_length
+        return {"count": len(ids), "max_model_len": limit, "tokens": ids, "token_strs": texts}
+
+    @app.post("/detokenize")
+    async def detokenize(body: DetokenizeRequest) -> Any:
+        serving.find(body.model)
+        serving.check_ids(body.tokens, "tokens")
+        return {"prompt": await asyncio.to_thread(serving.engine.encoder.tokenizer.decode, body.tokens)}
+
+    @app.get("/health")
+    async def health() -> Any:
+        await serving.check_health()
+        return {"status": "ok"}
+
+    add_error_handlers(app, "the engine failed; its log says why")
+    return _checked(app)
+
+
+def _checked(app: ASGIApp) -> ASGIApp:
+    """``app``, which gets bodies only when they are within their limits."""
+
+    async def checking(scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["method"] != "POST":
+            await app(scope, receive, send)
+            return
+        try:
+            raw, _ = await read_object(scope, receive)
+        except ApiError as error:
+            await error.response()(scope, receive, send)
+            return
+        read = [{"type": "http.request", "body": raw, "more_body": False}]
+
+        async def reading() -> Message:
+            return read.pop() if read else await receive()
+
+        await app(scope, reading, send)
+
+    return checking

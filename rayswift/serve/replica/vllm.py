@@ -11,17 +11,15 @@ import os
 from collections.abc import AsyncIterator
 from typing import Any, cast
 
-from ray._common.usage import usage_lib
-from ray.llm._internal.serve.core.configs.llm_config import DiskMultiplexConfig
-from ray.llm._internal.serve.core.server import llm_server
 from ray.serve.llm import LLMConfig
 from ray.serve.llm.deployment import LLMServer
 from vllm.outputs import CompletionOutput, RequestOutput
 from vllm.platforms import current_platform
 from vllm.sampling_params import SamplingParams
 
+from rayswift import private
 from rayswift.data.tokens.encoder import Encoder
-from rayswift.serve.lease import App, TokenNotes, current_notes
+from rayswift.serve.lease import TokenNotes, current_notes
 from rayswift.serve.replica.trained_template import use_trained_templates
 
 logger = logging.getLogger("rayswift.serve.replica.vllm")
@@ -34,24 +32,20 @@ class VllmServing:
     """One vLLM engine and its OpenAI app. ``encoders``: served name or adapter name → how its prompts are laid out."""
 
     def __init__(self, llm_config: dict[str, Any], encoders: dict[str, Encoder]) -> None:
-        if not usage_lib.usage_stats_enabled():
-            # Its report would start a process of 400 MB that has nothing to send.
-            llm_server.push_telemetry_report_for_all_models = lambda all_models: None
+        private.without_vllm_report()
         self._server: Any = LLMServer.sync_init(LLMConfig(**llm_config))
         self.encoders = encoders
-        self.app: App | None = None
+        self.app: Any = None
         self._number = 0
 
     async def start(self) -> None:
         """Start the engine and build its app."""
         await self._server.start()
-        engine = self._server.engine
-        client = engine._engine_client
+        client = private.engine_client(self._server)
         client.generate = resuming(client.generate, client)
-        app = await engine.build_asgi_app()
-        if (chat := getattr(app.state, "openai_serving_chat", None)) is not None:  # a pooling model has none
-            use_trained_templates(chat.online_renderer, lambda name: self.encoders.get(name or ""))
-        self.app = app
+        self.app, online_renderer = await private.openai_app(self._server)
+        if online_renderer is not None:
+            use_trained_templates(online_renderer, lambda name: self.encoders.get(name or ""))
         self._watch = asyncio.ensure_future(self._end_with_engine(client))
 
     def metrics(self) -> str:
@@ -77,17 +71,11 @@ class VllmServing:
     async def load_adapter(self, name: str, folder: str) -> None:
         """Make the adapter in ``folder`` answer requests for the model ``name``. Raises ValueError with the reason."""
         self._number += 1
-        await self._server.engine.resolve_lora(
-            DiskMultiplexConfig(
-                model_id=name, max_total_tokens=None, local_path=folder, lora_assigned_int_id=self._number
-            )
-        )
+        await private.load_adapter(self._server, name, folder, self._number)
 
     async def unload_adapter(self, name: str) -> None:
         """Forget an adapter; requests that are running finish."""
-        from vllm.entrypoints.serve.lora.protocol import UnloadLoRAAdapterRequest
-
-        await self._server.engine._oai_models.unload_lora_adapter(UnloadLoRAAdapterRequest(lora_name=name))
+        await private.unload_adapter(self._server, name)
 
 
 def resuming(generate: Any, client: Any) -> Any:

@@ -1,1 +1,30 @@
-"""Fewer processes and warm workers for a run on one machine."""
+"""Fewer processes and warm workers for a run on one machine, with as much of Ray Train as there is to build on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from rayswift import private
+from rayswift.errors import one_line
+
+
+def make_trainer(
+    train_loop: Callable[..., Any], *, embedded: bool, alone: bool, warm: list[Any], **options: Any
+) -> Any:
+    """Ray Train's ``TorchTrainer`` without the processes that this run does not need.
+
+    A plain one, which starts some seconds later, where Ray Train is another than this program was made for. See
+    :class:`~rayswift.train.start.lean_trainer.LeanTorchTrainer` for the arguments.
+    """
+    try:
+        private.check_ray_train()
+        from rayswift.train.start.lean_trainer import LeanTorchTrainer
+
+        return LeanTorchTrainer(train_loop, embedded=embedded, alone=alone, warm=warm, **options)
+    except Exception as error:
+        from ray.train.torch import TorchTrainer
+
+        private.report("Ray Train", f"training starts some seconds later ({one_line(error)})")
+        warm.clear()
+        return TorchTrainer(train_loop, **options)

@@ -10,26 +10,21 @@ import logging
 import signal
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import ray
-from ray._private.log import PlainRayHandler
 from ray.exceptions import RayActorError
 from ray.train.torch import TorchTrainer
 from ray.train.v2._internal.callbacks import DatasetsCallback
-from ray.train.v2._internal.callbacks.metrics import ControllerMetricsCallback, WorkerMetricsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
-from ray.train.v2._internal.callbacks.preemption_callback import PreemptionCallback
 from ray.train.v2._internal.execution.controller import TrainController
 from ray.train.v2._internal.execution.scaling_policy import FixedScalingPolicy
 from ray.train.v2._internal.execution.worker_group import Worker, WorkerGroup
 
+from rayswift import private
+from rayswift.errors import one_line
 from rayswift.train.start.warm_workers import wait_until_warm
-
-#: What nobody needs on a Ray that ends with this process: a watch over placement groups that a dead controller leaves
-#: behind, and numbers for a dashboard.
-_UNNEEDED_HERE = (PlacementGroupCleanerCallback, ControllerMetricsCallback, WorkerMetricsCallback)
 
 
 class LeanTorchTrainer(TorchTrainer):
@@ -45,22 +40,23 @@ class LeanTorchTrainer(TorchTrainer):
         self._embedded = embedded
         self._alone = alone
         self._warm = warm
-        self._unneeded: tuple[type, ...] = () if self.datasets else (DatasetsCallback,)
-        if embedded:
-            self._unneeded += _UNNEEDED_HERE
+
+    def fit(self) -> Any:
+        """Train; what Ray Train gives."""
+        with private.quiet_train() if self._embedded else nullcontext():
+            return super().fit()
 
     def _create_default_callbacks(self) -> list[Any]:
-        return [one for one in super()._create_default_callbacks() if not isinstance(one, self._unneeded)]
+        unneeded: tuple[type, ...] = () if self.datasets else (DatasetsCallback,)
+        if self._embedded:  # a watch over placement groups that a dead controller leaves behind
+            unneeded += (PlacementGroupCleanerCallback,)
+        return [one for one in super()._create_default_callbacks() if not isinstance(one, unneeded)]
 
     def _initialize_and_run_controller(self, **options: Any) -> Any:
-        if not self._embedded or _in_event_loop():
+        controller = self._controller_here(dict(options)) if self._embedded and not _in_event_loop() else None
+        if controller is None:
             self._warm.clear()  # they wait for a controller in this process
             return super()._initialize_and_run_controller(**options)
-        if self._alone and type(options["scaling_policy"]) is FixedScalingPolicy:
-            options["scaling_policy"] = _UncoordinatedScaling(self.scaling_config)
-        # The group's other process, which makes ranks wait for each other, would take the CPU from their imports.
-        wait_until_warm(self._warm)
-        controller = _ControllerHere(self._warm, **options)
         try:
             with _interrupted_at_once():
                 asyncio.run(controller.run())
@@ -68,6 +64,18 @@ class LeanTorchTrainer(TorchTrainer):
             controller.stop_workers()
             raise
         return controller.get_result()
+
+    def _controller_here(self, options: dict[str, Any]) -> _ControllerHere | None:
+        """The controller in this process; None when this Ray Train's cannot be built here."""
+        # The group's other process, which makes ranks wait for each other, would take the CPU from their imports.
+        wait_until_warm(self._warm)
+        try:
+            if self._alone and type(options["scaling_policy"]) is FixedScalingPolicy:
+                options["scaling_policy"] = _UncoordinatedScaling(self.scaling_config)
+            return _ControllerHere(self._warm, **options)
+        except Exception as error:
+            private.report("Ray Train's controller", f"training starts some seconds later ({one_line(error)})")
+            return None
 
 
 class _WorkerGroupHere(WorkerGroup):
@@ -114,17 +122,15 @@ class _WorkerGroupHere(WorkerGroup):
 
 
 class _ControllerHere(TrainController):
-    """Ray Train's controller in the driver's process. Nobody takes this machine away: no watch for that either."""
+    """Ray Train's controller in the driver's process."""
 
     def __init__(self, warm: list[Any], **options: Any) -> None:
         self.worker_group_cls = type("WarmWorkerGroup", (_WorkerGroupHere,), {"warm": warm})
         super().__init__(**options)
         # What it says about failures belongs into its files, as on a cluster; the terminal gets one line at the end.
         log = logging.getLogger("ray.train")
-        for handler in [one for one in log.handlers if isinstance(one, PlainRayHandler)]:
+        for handler in [one for one in log.handlers if isinstance(one, logging.StreamHandler)]:
             log.removeHandler(handler)
-        callbacks: list[Any] = self._worker_group_callbacks_to_propagate  # type: ignore[has-type]
-        self._worker_group_callbacks_to_propagate = [c for c in callbacks if not isinstance(c, PreemptionCallback)]
 
     def stop_workers(self) -> None:
         """End the workers that still run, without waiting for what they do."""

@@ -11,6 +11,8 @@ import importlib
 from collections.abc import Callable
 from typing import Any
 
+from rayswift import private
+
 #: What training imports on its way, the slowest ones.
 _MODULES = ("ray.train.torch", "peft", "accelerate", "rayswift.train.trainers.sft", "rayswift.train.worker")
 
@@ -39,8 +41,7 @@ def _forwarded(name: str) -> Callable[..., Any]:
     return call
 
 
-for _name in ("clear_result_queue", "execute", "get_metadata", "init_train_context", "poll_status", "run_train_fn",
-              "shutdown"):  # fmt: skip
+for _name in private.WORKER_METHODS:
     setattr(RayTrainWorker, _name, _forwarded(_name))
 
 
@@ -62,8 +63,8 @@ def wait_until_warm(workers: list[Any]) -> None:
 
 def _import_training(model_dir: str) -> None:
     """Import what :func:`rayswift.train.worker.train_loop` will use, the model's own module included."""
-    from transformers import AutoModelForCausalLM
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
     from rayswift.modeling.loading import read_config
 
@@ -71,4 +72,4 @@ def _import_training(model_dir: str) -> None:
         importlib.import_module(name)
     model_type = read_config(model_dir).get("model_type", "")
     if model_type in CONFIG_MAPPING:  # else its code comes with the model
-        AutoModelForCausalLM._model_mapping.get(CONFIG_MAPPING[model_type], None)
+        MODEL_FOR_CAUSAL_LM_MAPPING.get(CONFIG_MAPPING[model_type], None)

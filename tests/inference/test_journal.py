@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from rayswift.errors import UserError
-from rayswift.sampling.journal import open_journal
+from rayswift.journal import open_journal
 
 
 def test_records_come_back_and_a_number_is_kept_once(tmp_path: Path) -> None:

@@ -1,0 +1,64 @@
+"""Which family a tokenizer belongs to: the one that lays a conversation out as the model's own chat template does."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+from rayswift.data.chat.conversation import Conversation, DropRow, ReplyPart, Round
+from rayswift.data.chat.families import RenderOptions, Template, adds_bos, load_templates, text_of
+from rayswift.data.chat.jinja import apply_chat_template, as_messages
+
+logger = logging.getLogger("rayswift.data.chat.matching")
+
+_PROBE_ROUNDS = [Round("q 1", [ReplyPart("r 1")]), Round("q 2", [ReplyPart("r 2")]), Round("q 3")]
+
+
+def match_template(tokenizer: Any) -> Template | None:
+    """The family whose layout equals what the tokenizer's own chat template renders, bound to the tokenizer.
+
+    Compared with and without a system text, over two rounds, with the generation prompt and at the end of a reply
+    (where a newline after the end-of-turn token does not count). None when no family fits.
+    """
+    if not getattr(tokenizer, "chat_template", None):
+        return None
+    try:
+        expected = [
+            apply_chat_template(tokenizer, as_messages(probe, probe.system), **kwargs) for probe, kwargs in _probes()
+        ]
+    except DropRow as refused:  # no place for a system text, for instance
+        logger.debug("no family fits: %s", refused.reason)
+        return None
+    starts_with_bos = adds_bos(tokenizer)
+    for template in load_templates().values():
+        bound = template.bind(tokenizer.bos_token, tokenizer.eos_token or "\0", starts_with_bos)
+        try:
+            if _same_layout(bound, expected):
+                return bound
+        except DropRow:  # the family has no place for a system text
+            continue
+    return None
+
+
+def _probes() -> Iterator[tuple[Conversation, dict[str, Any]]]:
+    for system in ("s 1", None):
+        asked = Conversation(system, _PROBE_ROUNDS)
+        for thinking in (True, False):  # the switch is `enable_thinking` with Qwen, `thinking` with DeepSeek
+            yield asked, {"add_generation_prompt": True, "enable_thinking": thinking, "thinking": thinking}
+        yield asked.without_trailing_query(), {}
+
+
+def _same_layout(template: Template, expected: list[str]) -> bool:
+    for (probe, kwargs), own in zip(_probes(), expected, strict=True):
+        if kwargs:
+            options = RenderOptions(enable_thinking=kwargs["enable_thinking"])
+            if template.thinking == "always":  # has no switch
+                options = RenderOptions(enable_thinking=True)
+            if text_of(template.render_prompt(probe, options)) != own:
+                return False
+        else:
+            text = text_of(template.render(probe, RenderOptions(add_non_thinking_prefix=False)))
+            if text.rstrip("\n") != own.replace(template.non_thinking_prefix, "").rstrip("\n"):
+                return False
+    return True

@@ -1,0 +1,226 @@
+"""The template and tokenizer of a model, chosen by settings and loaded once per process."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rayswift.data.chat.agents import AgentFormat, get_agent_format
+from rayswift.data.chat.conversation import DropRow, Message, read_conversation
+from rayswift.data.chat.families import RenderOptions, Template, TextSpan, adds_bos, get_template, render_plain
+from rayswift.data.chat.jinja import JinjaTemplate
+from rayswift.data.chat.loss_weights import read_loss_scale
+from rayswift.data.chat.matching import match_template
+from rayswift.data.tokens.segments import CONTENT_TAG, SegmentTokenizer
+from rayswift.errors import UserError
+
+logger = logging.getLogger("rayswift.data.tokens.template_choice")
+
+
+@dataclass(frozen=True)
+class TemplateSettings:
+    """What decides how conversations are laid out. Fields are SWIFT's flags of the same name.
+
+    `template`: a family of `families.json`, or None/"auto": the family whose layout equals the tokenizer's own chat
+    template, else that chat template itself. `template_backend`: `jinja` takes the chat template in any case.
+    `use_chat_template` False: bos, the bare texts, eos. `agent_template`: a format of `agents.json` for tools and tool
+    messages, None is the template's own.
+
+    Raises:
+        UserError: a setting has no such value; the message names flag and choices.
+    """
+
+    model_dir: str
+    template: str | None = None
+    system: str | None = None
+    use_chat_template: bool = True
+    loss_scale: str = "default"
+    enable_thinking: bool | None = None
+    add_non_thinking_prefix: bool = True
+    template_backend: str = "swift"
+    response_prefix: str | None = None
+    new_special_tokens: tuple[str, ...] = ()
+    trust_remote_code: bool = False
+    agent_template: str | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "model_dir", str(self.model_dir))
+        object.__setattr__(self, "new_special_tokens", tuple(self.new_special_tokens))
+        one_of("--template_backend", self.template_backend, ("swift", "jinja"))
+        read_loss_scale(self.loss_scale)
+        if self.template not in (None, "auto"):
+            get_template(self.template)
+        if self.agent_template is not None:
+            get_agent_format(self.agent_template)
+
+    @property
+    def tokenizer(self) -> Any:
+        """The model's tokenizer, with `new_special_tokens` added."""
+        return load_template(self).tokenizer
+
+    @property
+    def template_name(self) -> str:
+        """Name of the family in use; `jinja` for the model's own chat template, `bare` for none."""
+        return load_template(self).name
+
+    @property
+    def stop_words(self) -> list[str]:
+        """Texts at which generation stops."""
+        return list(load_template(self).stop_words)
+
+    @property
+    def eos_token_ids(self) -> list[int]:
+        """Token ids at which generation stops: the tokenizer's eos, and what ends a trained reply or is a stop word, if
+        that is one special token."""
+        loaded = load_template(self)
+        words = [loaded.segments.split_literal(word) for word in loaded.ends]
+        ids = [parts[0] for parts in words if len(parts) == 1 and isinstance(parts[0], int)]
+        eos = [] if loaded.tokenizer.eos_token_id is None else [loaded.tokenizer.eos_token_id]
+        return list(dict.fromkeys([*eos, *(i for i in ids if isinstance(i, int))]))
+
+    @property
+    def stop_strings(self) -> list[str]:
+        """The ends that are not one special token and so have to be looked for in the text."""
+        loaded = load_template(self)
+        parts = {word: loaded.segments.split_literal(word) for word in loaded.ends}
+        return [word for word, split in parts.items() if len(split) != 1 or isinstance(split[0], str)]
+
+    @property
+    def takes_tools(self) -> bool:
+        """Whether tools and tool messages have a format."""
+        return load_template(self).agent is not None
+
+    @property
+    def call_end(self) -> str:
+        """What ends a tool call whose result follows in the same turn (``Observation:``); empty for other formats."""
+        agent = load_template(self).agent
+        return agent.calls_end if agent is not None and agent.result_place == "reply" else ""
+
+
+def one_of(flag: str, value: str, choices: Sequence[str]) -> None:
+    """Raise UserError if a flag has none of the values it may have."""
+    if value not in choices:
+        raise UserError(f"{flag} {value}: choose one of {', '.join(choices)}")
+
+
+@dataclass
+class LoadedTemplate:
+    """What an encoder works with; `template` None is bare mode. `prompt_template` lays out generation prompts."""
+
+    tokenizer: Any
+    template: Template | JinjaTemplate | None
+    prompt_template: Template | JinjaTemplate | None
+    segments: SegmentTokenizer
+    bos: str
+    eos: str
+    agent: AgentFormat | None
+    options: RenderOptions
+
+    @property
+    def name(self) -> str:
+        return self.template.name if self.template else "bare"
+
+    @property
+    def stop_words(self) -> tuple[str, ...]:
+        return self.template.stop_words if self.template else ()
+
+    @property
+    def ends(self) -> tuple[str, ...]:
+        """The stop words, and what ends a trained reply."""
+        suffix = self.template.suffix if isinstance(self.template, Template) else ""
+        return tuple(dict.fromkeys([*self.stop_words, *filter(None, [suffix])]))
+
+    def render(self, row: Mapping[str, Any]) -> list[TextSpan]:
+        """Lay out a standard row for training.
+
+        Raises:
+            DropRow: it cannot be a conversation of this template, or has nothing to train.
+        """
+        conversation = read_conversation(row.get("messages") or (), row.get("tools"), self.agent)
+        if self.options.scale.base != "all":
+            conversation = conversation.without_trailing_query()
+            if not conversation.rounds:
+                raise DropRow("no assistant message")
+        if self.template is None:
+            return render_plain(conversation, self.options, self.bos, self.eos)
+        return self.template.render(conversation, self.options)
+
+    def render_prompt(self, messages: Sequence[Message], tools: Any) -> list[TextSpan]:
+        """Lay out messages for generation, up to where the reply starts.
+
+        Raises:
+            DropRow: they cannot be a conversation of this template.
+        """
+        conversation = read_conversation(messages, tools, self.agent)
+        if self.prompt_template is None:
+            return render_plain(conversation, self.options, self.bos, "")
+        return self.prompt_template.render_prompt(conversation, self.options)
+
+
+# A server asks with an encoder per adapter and thinking mode.
+@functools.lru_cache(maxsize=128)
+def load_template(settings: TemplateSettings) -> LoadedTemplate:
+    """Tokenizer and template of these settings; equal encoders in one process share them."""
+    tokenizer = _load_tokenizer(settings.model_dir, settings.new_special_tokens, settings.trust_remote_code)
+    bos = tokenizer.bos_token if adds_bos(tokenizer) else ""
+    template = _choose_template(settings, tokenizer) if settings.use_chat_template else None
+    prompt_template = template
+    if isinstance(template, Template) and template.own_prompt and tokenizer.chat_template:
+        prompt_template = _jinja(tokenizer)
+    options = RenderOptions(
+        settings.system,
+        settings.loss_scale,
+        settings.add_non_thinking_prefix,
+        settings.enable_thinking,
+        settings.response_prefix,
+    )
+    format_name = settings.agent_template or (template.agent if template else "raw")
+    agent = get_agent_format(format_name) if format_name else None
+    literals = (*(template.literals if template else ()), *(agent.literals if agent else ()))
+    segments = _load_segments(tokenizer, literals, settings.new_special_tokens)
+    return LoadedTemplate(
+        tokenizer, template, prompt_template, segments, bos, tokenizer.eos_token or "", agent, options
+    )
+
+
+# Loading a tokenizer of 150,000 tokens and copying it takes seconds: encoders that differ in other settings share both.
+_load_segments = functools.lru_cache(maxsize=16)(SegmentTokenizer)
+
+
+@functools.lru_cache(maxsize=16)
+def _load_tokenizer(model_dir: str, new_special_tokens: tuple[str, ...], trust_remote_code: bool) -> Any:
+    from rayswift.modeling.loading import load_tokenizer
+
+    tokenizer = load_tokenizer(model_dir, trust_remote_code=trust_remote_code)
+    if new_special_tokens:
+        tokenizer.add_tokens(list(new_special_tokens), special_tokens=True)
+    return tokenizer
+
+
+def _choose_template(settings: TemplateSettings, tokenizer: Any) -> Template | JinjaTemplate:
+    bos, eos = tokenizer.bos_token, tokenizer.eos_token
+    if settings.template_backend == "jinja":
+        if not tokenizer.chat_template:
+            raise UserError("--template_backend jinja: the model has no chat template; leave it out or set --template")
+        return _jinja(tokenizer)
+    if settings.template not in (None, "auto"):
+        return get_template(settings.template).bind(bos, eos, adds_bos(tokenizer))
+    if not tokenizer.chat_template:
+        logger.warning(
+            "%s has no chat template: using template `default` (--template sets another)", settings.model_dir
+        )
+        return get_template("default").bind(bos, eos, adds_bos(tokenizer))
+    matched = match_template(tokenizer)
+    if matched is None:
+        logger.info("no template family fits the model's chat template: using that chat template itself")
+        return _jinja(tokenizer)
+    return matched
+
+
+def _jinja(tokenizer: Any) -> JinjaTemplate:
+    added = (str(token) for token in tokenizer.added_tokens_decoder.values())
+    specials = tuple(token for token in added if not CONTENT_TAG.fullmatch(token))
+    return JinjaTemplate(tokenizer, specials, tokenizer.eos_token or "")

@@ -1,0 +1,345 @@
+"""What RaySwift takes of Ray, vLLM, PEFT and PyTorch that they promise to nobody: internal, underscored, undocumented.
+
+Each part is one function here. Where there is another way, a part that moved costs one warning and some time; where
+there is none, :class:`NotAvailable` says in one line what is missing. ``tests/test_private.py`` touches them all in
+seconds: run it first after an upgrade. Not here: the two classes that stand in for parts of Ray Train's controller
+(``train/start``, guarded by :func:`check_ray_train`) and TRL's trainer (``train/trainers/dpo.py``).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+import logging
+import os
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from rayswift.errors import RunFailedError, one_line
+
+logger = logging.getLogger("rayswift.private")
+
+#: What a part that is gone, or has other arguments, ends with.
+MOVED = (ImportError, AttributeError, TypeError, KeyError)
+
+
+class NotAvailable(RunFailedError):
+    """A part that nothing replaces is not where this version of RaySwift knows it."""
+
+
+@functools.cache
+def report(part: str, instead: str) -> None:
+    """Say once in this process that a part moved, and what happens instead."""
+    logger.warning("%s is not as in the version this program was made for: %s", part, instead)
+
+
+@contextlib.contextmanager
+def needed(part: str) -> Iterator[None]:
+    """Raises NotAvailable where the block does not find what it looks for."""
+    try:
+        yield
+    except MOVED as error:
+        raise NotAvailable(f"{part} is not as in the version this program was made for: {one_line(error)}") from error
+
+
+# --- Ray ----------------------------------------------------------------------------------------------------------
+
+_CLUSTER_VARIABLE = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
+
+
+@contextlib.contextmanager
+def small_ray() -> Iterator[None]:
+    """A Ray that starts here is for this process: on 127.0.0.1 alone, and without the processes that serve others.
+
+    Those count usage (switched off), follow log files (for drivers that print them) and watch a cluster's size: three
+    imports of Ray that would compete with the work. The variable is Ray's for Windows and macOS, where no other node
+    joins a Ray; ``1`` in the environment keeps all interfaces. Ray reads it once, when it is imported.
+    """
+    from ray._private import node, ray_constants
+
+    inside = os.environ.setdefault(_CLUSTER_VARIABLE, "0") == "0"
+    wanted: list[tuple[Any, str, Any, str]] = [
+        (getattr(node, "Node", None), name, lambda *_, **__: None, "Ray starts some seconds later")
+        for name in ("start_api_server", "start_log_monitor", "start_monitor")
+    ]
+    if inside:
+        wanted.append((ray_constants, "ENABLE_RAY_CLUSTER", False, f"set {_CLUSTER_VARIABLE}=0 before this command, "
+                       "or Ray listens on all addresses of this machine"))  # fmt: skip
+    with contextlib.ExitStack() as undo:
+        for owner, name, value, without in wanted:
+            if hasattr(owner, name):
+                undo.callback(setattr, owner, name, getattr(owner, name))
+                setattr(owner, name, value)
+            else:
+                report(f"Ray's {name}", without)
+        try:
+            yield
+        finally:
+            if os.environ[_CLUSTER_VARIABLE] == "0":
+                del os.environ[_CLUSTER_VARIABLE]  # a Ray that a program starts later is its own affair
+
+
+def autoscaler_limits() -> dict[str, float]:
+    """The most of each resource that the cluster's autoscaler may start; empty without an autoscaler."""
+    try:
+        from ray._private.state import state
+
+        # Ray Train and Ray Data read the same table.
+        return state.get_max_resources_from_cluster_config() or {}
+    except MOVED:
+        report("Ray's table of the autoscaler", "only nodes that run already are counted")
+        return {}
+
+
+def autoscaler_nodes() -> list[dict[str, float]]:
+    """The resources of each kind of node that the autoscaler may start."""
+    try:
+        from ray._private.state import state
+
+        config = state.get_cluster_config()
+        return [dict(group.resources) for group in config.node_group_configs] if config else []
+    except MOVED:
+        report("Ray's table of the autoscaler", "only nodes that run already are counted")
+        return []
+
+
+def iter_block_refs(dataset: Any) -> Iterator[tuple[Any, int]]:
+    """Reference and bytes of each block of a Ray Dataset, in order, without a copy of it in this process."""
+    if not hasattr(dataset, "iter_internal_ref_bundles"):
+        import ray
+
+        report("Ray Data's iter_internal_ref_bundles", "every block is copied once more")
+        for table in dataset.iter_batches(batch_size=None, batch_format="pyarrow"):
+            yield ray.put(table), table.nbytes
+        return
+    for bundle in dataset.iter_internal_ref_bundles():
+        for entry in bundle.blocks:
+            yield entry.ref, entry.metadata.size_bytes or 0
+
+
+# --- Ray Train ----------------------------------------------------------------------------------------------------
+
+#: Methods of Ray Train's worker actor; a class that stands in for it passes them on.
+WORKER_METHODS = (
+    "clear_result_queue", "execute", "get_metadata", "init_train_context", "mark_preempt", "poll_status",
+    "run_train_fn", "shutdown",
+)  # fmt: skip
+#: Arguments of the worker's ``init_train_context`` that the group gives beside those it is told.
+_CONTEXT_ARGUMENTS = {"train_run_context", "distributed_context", "synchronization_actor", "storage_context",
+                      "worker_callbacks", "controller_actor"}  # fmt: skip
+
+
+@contextlib.contextmanager
+def quiet_train() -> Iterator[None]:
+    """A Ray Train on a Ray of this process: no numbers for a dashboard, no watch for a machine that is taken away.
+
+    Both variables are documented; what the user set stays.
+    """
+    variables = ("RAY_TRAIN_METRICS_ENABLED", "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER")
+    ours = [name for name in variables if name not in os.environ]
+    os.environ.update(dict.fromkeys(ours, "0"))
+    try:
+        yield
+    finally:
+        for name in ours:
+            os.environ.pop(name, None)
+
+
+def check_ray_train() -> None:
+    """Raises NotAvailable when something of Ray Train that ``train/start`` replaces or calls has changed."""
+    from ray.train.torch import TorchTrainer
+    from ray.train.v2._internal.execution.controller import TrainController
+    from ray.train.v2._internal.execution.scaling_policy import FixedScalingPolicy
+    from ray.train.v2._internal.execution.worker_group import Worker, WorkerGroup
+    from ray.train.v2._internal.execution.worker_group.worker import RayTrainWorker
+
+    def arguments(owner: Any, name: str) -> list[str]:
+        return [one for one in inspect.signature(getattr(owner, name)).parameters if one != "self"]
+
+    checks = {
+        "TorchTrainer": arguments(TorchTrainer, "_create_default_callbacks") == []
+        and arguments(TorchTrainer, "_initialize_and_run_controller") == ["controller_init_kwargs"],
+        "TrainController": arguments(TrainController, "run") == arguments(TrainController, "get_result") == []
+        and hasattr(TrainController, "worker_group_cls"),
+        "FixedScalingPolicy": arguments(FixedScalingPolicy, "after_controller_start") == ["train_run_context"]
+        and arguments(FixedScalingPolicy, "_maybe_send_resource_request") == [],
+        "WorkerGroup": arguments(WorkerGroup, "_create_workers")[:3]
+        == ["num_workers", "placement_group", "resources_per_worker"]
+        and arguments(WorkerGroup, "_init_train_context_on_workers") == ["workers", "sync_actor", "train_context_args"]
+        and arguments(WorkerGroup, "_assign_worker_ranks")[:1] == ["workers"]
+        and arguments(WorkerGroup, "_decorate_worker_log_file_paths") == ["workers"]
+        and arguments(WorkerGroup, "abort") == [],
+        "Worker": {"actor", "metadata", "resources", "placement_group_bundle_index"}
+        <= set(arguments(Worker, "__init__")),
+        "RayTrainWorker": {name for name in vars(RayTrainWorker) if name[0] != "_"} == set(WORKER_METHODS)
+        and set(arguments(RayTrainWorker, "init_train_context")) >= _CONTEXT_ARGUMENTS,
+    }
+    if changed := [name for name, same in checks.items() if not same]:
+        raise NotAvailable(f"Ray Train's {', '.join(changed)} changed")
+
+
+def forget_train_snapshot(filesystem: Any, folder: str) -> None:
+    """Ray Train resumes on its own from a snapshot of the same name; the manifests are what counts in a run directory.
+
+    A name of its own for each attempt would be the public way, but a bucket's checkpoints go below that name.
+    """
+    snapshot = f"{folder}/checkpoint_manager_snapshot.json"
+    if filesystem.get_file_info(snapshot).is_file:
+        filesystem.delete_file(snapshot)
+
+
+# --- Ray Serve ----------------------------------------------------------------------------------------------------
+
+
+def bind_replica_ports(host: str) -> None:
+    """Have this Serve replica open its gRPC port at ``host``: Ray Serve 2.60 opens it on all interfaces, and takes
+    pickles from whoever connects. Without that the replica is not to run."""
+    with needed("Ray Serve's add_port_to_grpc_server"):
+        from ray.serve._private import replica
+
+        open_port = replica.add_port_to_grpc_server
+    inside = f"[{host}]" if ":" in host else host
+
+    def open_inside(server: object, address: str) -> int:
+        return int(open_port(server, f"{inside}:{address.rpartition(':')[2]}"))
+
+    replica.add_port_to_grpc_server = open_inside
+
+
+def replace_applications(config: dict[str, Any]) -> None:
+    """Hand a running Serve the configuration of its applications; those of other names stay as they are.
+
+    ``serve.run_many`` would deploy each application anew.
+    """
+    with needed("Ray Serve's client"):
+        from ray.serve.context import _get_global_client
+        from ray.serve.schema import ServeDeploySchema
+
+        client = _get_global_client()
+        details, deploy = client.get_serve_details(), client.deploy_apps
+        names = {app["name"] for app in config["applications"]}
+        found = details["applications"].values()
+        others = [app["deployed_app_config"] for app in found if app["name"] not in names]
+    schema = {**config, "applications": [*config["applications"], *filter(None, others)]}
+    deploy(ServeDeploySchema.model_validate(schema))
+
+
+# --- vLLM, and Ray's server of it ---------------------------------------------------------------------------------
+
+
+def spin_condition() -> Any:
+    """The class with which vLLM's processes wait for shared memory: ``wait(timeout_ms)``, ``record_read()`` and
+    ``busy_loop_s``; None when it is another, and then engines on CPUs are slower."""
+    try:
+        from vllm.distributed.device_communicators.shm_broadcast import SpinCondition
+
+        found = [list(inspect.signature(getattr(SpinCondition, name)).parameters) for name in ("wait", "record_read")]
+        if found == [["self", "timeout_ms"], ["self"]]:
+            return SpinCondition
+    except MOVED:
+        pass
+    report("vLLM's SpinCondition", "engines on CPUs are up to a half slower")
+    return None
+
+
+def retry_engine_blocks(processor: Any, tries: int) -> None:
+    """Ask the blocks of `ray.data.llm`'s engine stage again when an engine dies; its configuration has no place for
+    it."""
+    try:
+        processor.get_stage_by_name("vLLMEngineStage").map_batches_kwargs["max_task_retries"] = tries
+    except (*MOVED, ValueError):
+        report("the engine stage of ray.data.llm", "the work of an engine that dies is not asked again")
+
+
+def without_vllm_report() -> None:
+    """Where Ray's usage report is off, no process of 400 MB that has nothing to send."""
+    try:
+        from ray._common.usage import usage_lib
+        from ray.llm._internal.serve.core.server import llm_server
+
+        if not usage_lib.usage_stats_enabled() and llm_server.push_telemetry_report_for_all_models:
+            llm_server.push_telemetry_report_for_all_models = lambda all_models: None
+    except (ImportError, AttributeError):
+        report("the usage report of ray.serve.llm", "it takes 400 MB more")
+
+
+def engine_client(server: Any) -> Any:
+    """The ``AsyncLLM`` of a started ``LLMServer``."""
+    with needed("the engine of ray.serve.llm"):
+        return server.engine._engine_client
+
+
+async def openai_app(server: Any) -> tuple[Any, Any]:
+    """vLLM's OpenAI app of a started ``LLMServer``, and its ``OnlineRenderer`` (None: a pooling model has none)."""
+    with needed("the OpenAI app of ray.serve.llm"):
+        build = server.engine.build_asgi_app
+    app = await build()
+    chat = getattr(app.state, "openai_serving_chat", None)
+    with needed("vLLM's OpenAIServingChat"):
+        return app, None if chat is None else chat.online_renderer
+
+
+def rendering(online_renderer: Any) -> tuple[Any, Any]:
+    """How vLLM's ``OnlineRenderer`` reads a chat request: its ``preprocess_chat(request, messages, **settings)``, and
+    its renderer's ``render_messages_async(messages, params)``."""
+    with needed("vLLM's OnlineRenderer"):
+        return online_renderer.preprocess_chat, online_renderer.renderer.render_messages_async
+
+
+def replace_rendering(online_renderer: Any, preprocess: Any, render: Any) -> None:
+    """Have it call these instead of what :func:`rendering` gives."""
+    online_renderer.preprocess_chat, online_renderer.renderer.render_messages_async = preprocess, render
+
+
+async def load_adapter(server: Any, name: str, folder: str, number: int) -> None:
+    """Have a started ``LLMServer`` answer for the model ``name`` with an adapter. Raises ValueError with the reason."""
+    with needed("the adapters of ray.serve.llm"):
+        from ray.llm._internal.serve.core.configs.llm_config import DiskMultiplexConfig
+
+        load = server.engine.resolve_lora
+        adapter = DiskMultiplexConfig(
+            model_id=name, max_total_tokens=None, local_path=folder, lora_assigned_int_id=number
+        )
+    await load(adapter)
+
+
+async def unload_adapter(server: Any, name: str) -> None:
+    """Have it forget an adapter; requests that are running finish."""
+    with needed("the adapters of vLLM's server"):
+        from vllm.entrypoints.serve.lora.protocol import UnloadLoRAAdapterRequest
+
+        unload = server.engine._oai_models.unload_lora_adapter
+    await unload(UnloadLoRAAdapterRequest(lora_name=name))
+
+
+# --- PyTorch and PEFT ---------------------------------------------------------------------------------------------
+
+
+def cpu_has_bfloat16() -> bool:
+    """Whether this CPU multiplies bfloat16 matrices at speed."""
+    import torch
+
+    try:
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    except MOVED:
+        # What oneDNN asks of an x86 CPU.
+        return torch.backends.cpu.get_cpu_capability().startswith("AVX512")
+
+
+def lora_targets(target_modules: Any) -> Callable[[str], bool]:
+    """Whether LoRA's ``target_modules`` mean a module, by PEFT's rules."""
+    with needed("PEFT's check_target_module_exists"):
+        from peft import LoraConfig
+        from peft.tuners.tuners_utils import check_target_module_exists
+
+    config = LoraConfig(target_modules=target_modules)
+    return lambda module: bool(check_target_module_exists(config, module))
+
+
+def lora_pattern(patterns: list[str], module: str) -> str:
+    """Which of ``rank_pattern``'s keys is meant for a module; without one, the module's name."""
+    with needed("PEFT's get_pattern_key"):
+        from peft.utils.other import get_pattern_key
+
+    return str(get_pattern_key(patterns, module))

@@ -1,0 +1,250 @@
+"""The public app in this process: routes, keys, errors in OpenAI's shape, adapters; before a stand-in for replicas."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from starlette.testclient import TestClient
+
+from rayswift.serve.gateway import app as gateway_app
+from rayswift.serve.gateway.app import FORWARDED, Gateway
+from rayswift.serve.gateway.forwarding import Forwarder, GatewayRequest, Response
+from rayswift.serve.openai_errors import ApiError
+
+KEY = "sk-of-this-test"
+CHAT = "/v1/chat/completions"
+#: What a replica's own app says of itself: more than the gateway lets through.
+ENGINE_SCHEMA = {
+    "openapi": "3.1.0",
+    "paths": {CHAT: {"post": {"summary": "Chat", "responses": {"200": {"description": "OK"}}}}, "/pause": {"post": {}}},
+    "components": {"schemas": {"ChatRequest": {"type": "object"}}},
+}
+
+
+class Replicas:
+    """Stands for the replicas of a model: what was asked of them, what they answer."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.asked: list[GatewayRequest] = []
+        self.broadcasts: list[tuple[Any, ...]] = []
+        self.fails: Exception | None = None
+        monkeypatch.setattr(Forwarder, "send", self._send)
+        monkeypatch.setattr(gateway_app, "keep_replica_ports_inside", lambda: None)
+        monkeypatch.setattr(gateway_app.serve, "get_deployment_handle", lambda deployment, app: self)
+
+    async def _send(self, request: GatewayRequest) -> AsyncIterator[Response]:
+        self.asked.append(request)
+        if self.fails is not None:
+            raise self.fails
+        if request.path == "/openapi.json":
+            raw = json.dumps(ENGINE_SCHEMA).encode()
+        else:
+            raw = json.dumps({"path": request.path, "model": request.body.get("model")}).encode()
+
+        async def pieces() -> AsyncIterator[bytes]:
+            yield raw
+
+        yield Response(200, "application/json", pieces(), len(raw))
+
+    def broadcast(self, method: str, *args: Any) -> Any:
+        self.broadcasts.append((method, *args))
+
+        class Answers:
+            async def results_async(self) -> list[Any]:
+                return [("replica-1", "# TYPE own counter\nown 1\n")]
+
+        return Answers()
+
+
+@pytest.fixture
+def replicas(monkeypatch: pytest.MonkeyPatch) -> Replicas:
+    return Replicas(monkeypatch)
+
+
+@pytest.fixture
+def make(replicas: Replicas, tmp_path: Path) -> Callable[..., tuple[Gateway, TestClient]]:
+    root = tmp_path / "root"
+    for name in ("one", "run/checkpoint-10"):
+        (root / name).mkdir(parents=True)
+        (root / name / "adapter_config.json").write_text("{}")
+
+    def make(**options: Any) -> tuple[Gateway, TestClient]:
+        model = {"name": "m", "app": "a", "deployment": "d", "adapters": {"start": "/x"}, "adapter_root": str(root)}
+
+        async def build() -> tuple[Gateway, Any]:
+            gateway = object.__new__(type("Gateway", (Gateway,), {"__del__": lambda self: None}))  # Serve awaits it
+            await Gateway.__init__(gateway, [model], **options)  # type: ignore[misc]  # a coroutine
+            await gateway._session.close()
+            return gateway, await gateway.__serve_build_asgi_app__()
+
+        gateway, app = asyncio.run(build())
+        return gateway, TestClient(app, raise_server_exceptions=False)
+
+    return make
+
+
+@pytest.fixture
+def client(make: Callable[..., tuple[Gateway, TestClient]]) -> TestClient:
+    return make()[1]
+
+
+def error_of(answer: Any) -> dict[str, Any]:
+    assert answer.headers["content-type"].startswith("application/json")
+    error: dict[str, Any] = answer.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    return error
+
+
+def test_a_path_that_is_not_there_and_a_method_that_is_not_taken_are_openai_errors(client: TestClient) -> None:
+    for path in ("/no/such/path", "/v1/chat/completions/x", "/", "/v1", "/pause", "/redoc", "/docs/oauth2-redirect"):
+        answer = client.get(path)
+        assert (answer.status_code, error_of(answer)["type"]) == (404, "not_found_error"), path
+    for method, path, taken in (
+        ("GET", CHAT, "POST"), ("HEAD", CHAT, "POST"), ("PUT", "/v1/models", "GET"), ("POST", "/v1/models/m", "GET"),
+        ("GET", "/v1/load_lora_adapter", "POST"), ("DELETE", "/health", "GET"), ("PROPFIND", "/metrics", "GET"),
+        ("OPTIONS", "/v1/models", "GET"), ("POST", "/openapi.json", "GET"), ("PUT", "/ping", "GET, POST"),
+    ):  # fmt: skip
+        answer = client.request(method, path)
+        assert answer.status_code == 405, (method, path)
+        if method != "HEAD":
+            error = error_of(answer)
+            assert error["type"] == "invalid_request_error"
+            assert error["code"] == "method_not_allowed"
+            assert error["message"].endswith(f"takes {taken}")
+
+
+def test_head_is_answered_where_get_is_and_a_slash_at_the_end_changes_nothing(client: TestClient) -> None:
+    for path in ("/v1/models", "/v1/models/m", "/health", "/ping", "/metrics", "/openapi.json", "/docs"):
+        assert client.head(path).status_code == client.get(path).status_code == 200, path
+        assert client.get(f"{path}/").status_code == 200, path
+    assert client.post("/ping").json() == {"status": "ok", "models": ["m"]}
+    assert client.post(f"{CHAT}/", json={"model": "m"}).json()["path"] == CHAT
+
+
+def test_nothing_is_answered_without_the_key(make: Callable[..., tuple[Gateway, TestClient]]) -> None:
+    gateway, client = make(api_keys=[hashlib.sha256(KEY.encode()).hexdigest()])
+    for method in ("GET", "POST", "OPTIONS", "HEAD"):
+        for path in ("/v1/models", CHAT, "/docs", "/openapi.json", "/health", "/no/such/path"):
+            answer = client.request(method, path, headers={"Authorization": "Bearer wrong"})
+            assert answer.status_code == 401
+            assert answer.headers["www-authenticate"] == "Bearer"
+    assert error_of(client.get("/v1/models"))["code"] == "invalid_api_key"
+    for headers in ({"Authorization": f"bearer {KEY}"}, {"api-key": KEY}, {"x-api-key": KEY}):
+        assert client.get("/v1/models", headers=headers).status_code == 200
+    assert gateway.counters.by_status == {401: 25, 200: 3}
+    assert (gateway.counters.errors, gateway.counters.requests, gateway.counters.running) == (25, 28, 0)
+
+
+def test_models_and_adapters_are_listed_and_found(client: TestClient) -> None:
+    cards = client.get("/v1/models").json()["data"]
+    assert [card["id"] for card in cards] == ["m", "one", "run/checkpoint-10", "start"]
+    assert cards[1]["parent"] == "m"
+    assert client.get("/v1/models/run/checkpoint-10").json() == cards[2]
+    missing = client.get("/v1/models/nobody")
+    assert (missing.status_code, error_of(missing)["code"]) == (404, "model_not_found")
+    listed = client.get("/v1/adapters").json()["data"]
+    assert listed[0] == {"id": "one", "object": "adapter", "model": "m"}
+
+
+def test_what_is_forwarded_names_the_model_or_the_adapter(client: TestClient, replicas: Replicas) -> None:
+    for asked, answered, adapter in (
+        (None, "m", ""), ("m", "m", ""), ("one", "one", "one"), ("m:start", "start", "start"),
+    ):  # fmt: skip
+        assert client.post(CHAT, json={"model": asked}, headers={"x-request-id": "r"}).json()["model"] == answered
+        assert (replicas.asked[-1].adapter, replicas.asked[-1].request_id) == (adapter, "r")
+    for model, status in (("nobody", 404), (5, 400)):
+        answer = client.post(CHAT, json={"model": model})
+        assert (answer.status_code, error_of(answer)["param"]) == (status, "model")
+    answer = client.post(CHAT, json={"messages": [{"role": "nobody"}]})
+    assert (answer.status_code, error_of(answer)["param"]) == (400, "messages")
+    assert client.post("/tokenize", content=b"[1").status_code == 400
+
+
+def test_adapters_are_loaded_and_unloaded_by_name(client: TestClient, replicas: Replicas) -> None:
+    given = {"lora_name": "mine", "lora_path": "run/checkpoint-10"}
+    assert client.post("/v1/load_lora_adapter", json=given).json()["id"] == "mine"
+    assert (replicas.asked[-1].path, replicas.asked[-1].adapter) == ("/health", "mine=run/checkpoint-10")
+    assert client.get("/v1/models/mine").status_code == 200
+    assert client.post("/v1/unload_lora_adapter", json={"lora_name": "mine"}).json()["unloaded"] is True
+    assert replicas.broadcasts == [("forget_adapter", "mine=run/checkpoint-10")]
+    assert client.get("/v1/models/mine").status_code == 404
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "status", "param", "code"),
+    [
+        ("load", {}, 400, "lora_name", None),
+        ("load", {"lora_name": 5}, 400, "lora_name", None),
+        ("load", {"lora_name": "new", "lora_path": "/etc"}, 403, None, "adapter_refused"),
+        ("load", {"lora_name": "new", "lora_path": 5}, 400, None, "adapter_refused"),
+        ("load", {"lora_name": "new", "lora_path": "nothing"}, 404, None, "adapter_refused"),
+        ("load", {"lora_name": "../new"}, 400, None, "adapter_refused"),
+        ("load", {"lora_name": "new", "model": "nobody"}, 404, "model", "model_not_found"),
+        ("load", [], 400, None, None),
+        ("unload", {"lora_name": "nobody"}, 404, "lora_name", "adapter_not_found"),
+        ("unload", {"lora_name": 5}, 404, "lora_name", "adapter_not_found"),
+        ("unload", {"lora_name": "one", "model": []}, 404, "model", "model_not_found"),
+    ],
+)
+def test_wrong_adapter_requests_say_why(
+    client: TestClient, path: str, body: Any, status: int, param: str | None, code: str | None
+) -> None:
+    answer = client.post(f"/v1/{path}_lora_adapter", json=body)
+    error = error_of(answer)
+    assert (answer.status_code, error["param"], error["code"]) == (status, param, code)
+
+
+def test_an_adapter_that_no_replica_can_load_is_forgotten(client: TestClient, replicas: Replicas) -> None:
+    replicas.fails = ApiError(422, "adapter mine: broken", code="adapter_refused")
+    given = {"lora_name": "mine", "lora_path": "one"}
+    assert client.post("/v1/load_lora_adapter", json=given).status_code == 422
+    assert client.get("/v1/models/mine").status_code == 404
+
+
+def test_a_failure_of_the_gateway_is_a_500_that_tells_nothing(
+    make: Callable[..., tuple[Gateway, TestClient]], replicas: Replicas, caplog: pytest.LogCaptureFixture
+) -> None:
+    replicas.fails = RuntimeError("a secret")
+    gateway, client = make()
+    for answer in (client.post(CHAT, json={}), client.get("/openapi.json")):
+        assert (answer.status_code, error_of(answer)["type"]) == (500, "server_error")
+        assert "secret" not in answer.text
+    assert caplog.text.count("a request failed") == gateway.counters.errors == 2
+    replicas.fails = ApiError(429, "too many requests are waiting", retry_after=5)
+    assert client.post(CHAT, json={}).headers["retry-after"] == "5"
+
+
+def test_the_schema_has_the_public_paths_of_the_engine_and_the_gateways_own(client: TestClient) -> None:
+    schema = client.get("/openapi.json").json()
+    assert schema["info"]["title"] == "RaySwift"
+    assert set(schema["paths"]) == {
+        CHAT, "/v1/models", "/v1/models/{model}", "/v1/adapters", "/v1/load_lora_adapter", "/v1/unload_lora_adapter",
+        "/health", "/metrics",
+    }  # fmt: skip
+    assert CHAT in FORWARDED
+    assert {"200", "4XX", "503"} <= set(schema["paths"][CHAT]["post"]["responses"])
+    assert "ChatRequest" in schema["components"]["schemas"]
+    for path, method in (("/v1/models", "get"), ("/v1/models/{model}", "get"), ("/v1/load_lora_adapter", "post")):
+        assert set(schema["paths"][path]) == {method}
+        assert set(schema["paths"][path][method]["responses"]) == {"200", "4XX"}
+    load = schema["paths"]["/v1/load_lora_adapter"]["post"]["requestBody"]["content"]["application/json"]["schema"]
+    assert load["required"] == ["lora_name"]
+    assert set(load["properties"]) == {"lora_name", "lora_path", "model"}
+    assert "/openapi.json" in client.get("/docs").text
+
+
+def test_metrics_are_those_of_the_gateway_and_of_each_replica(client: TestClient) -> None:
+    text = client.get("/metrics").text
+    assert "rayswift_requests_total 1" in text
+    assert 'own{served_model="m",replica="replica-1"} 1' in text
+
+
+def test_the_app_lives_as_serve_starts_and_ends_it(make: Callable[..., tuple[Gateway, TestClient]]) -> None:
+    with make()[1] as client:
+        assert client.get("/health").status_code == 200

@@ -1,0 +1,388 @@
+"""Every part that Ray, vLLM, PEFT, PyTorch and TRL promise to nobody is where the code looks for it, and what does not
+stop a command has a way without it. Run after an upgrade: it says in seconds what moved."""
+
+from __future__ import annotations
+
+import ast
+import asyncio
+import importlib.util
+import inspect
+import logging
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pyarrow as pa
+import pytest
+from pyarrow import fs
+
+from rayswift import private
+
+
+@pytest.fixture(autouse=True)
+def _every_report_is_said() -> Iterator[None]:
+    private.report.cache_clear()
+    yield
+    private.report.cache_clear()
+
+
+def methods(package: str, file: str, kind: str) -> dict[str, list[str]]:
+    """The methods of a class and their arguments, read from its text: importing vLLM or TRL takes long."""
+    spec = importlib.util.find_spec(package)
+    if spec is None or not spec.submodule_search_locations:
+        pytest.skip(f"{package} is not installed")
+    tree = ast.parse(Path(spec.submodule_search_locations[0], file).read_text(encoding="utf-8"))
+    found = next(node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == kind)
+    return {
+        node.name: [one.arg for one in (*node.args.args, *node.args.kwonlyargs)]
+        for node in found.body
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+    }
+
+
+# --- Ray -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_small_ray_replaces_three_starts_and_one_constant_and_puts_them_back(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from ray._private import ray_constants
+    from ray._private.node import Node
+
+    monkeypatch.delenv("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", raising=False)
+    before = Node.start_monitor, Node.start_log_monitor, Node.start_api_server, ray_constants.ENABLE_RAY_CLUSTER
+    with private.small_ray():
+        assert Node.start_monitor is not before[0]
+        assert Node.start_log_monitor is not before[1]
+        assert Node.start_api_server is not before[2]
+        assert ray_constants.ENABLE_RAY_CLUSTER is False
+        assert os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] == "0"
+    assert (
+        Node.start_monitor, Node.start_log_monitor, Node.start_api_server, ray_constants.ENABLE_RAY_CLUSTER
+    ) == before  # fmt: skip
+    assert "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER" not in os.environ
+    assert caplog.messages == []
+
+
+def test_all_addresses_when_the_user_asks_for_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    from ray._private import ray_constants
+
+    monkeypatch.setenv("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "1")
+    before = ray_constants.ENABLE_RAY_CLUSTER
+    with private.small_ray():
+        assert before == ray_constants.ENABLE_RAY_CLUSTER
+    assert os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] == "1"
+
+
+def test_ray_starts_when_a_helper_process_has_another_name(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from ray._private.node import Node
+
+    before = Node.start_api_server
+    monkeypatch.delattr(Node, "start_monitor")
+    with private.small_ray():
+        assert Node.start_api_server is not before
+    with private.small_ray():
+        pass
+    (line,) = caplog.messages
+    assert line == (
+        "Ray's start_monitor is not as in the version this program was made for: Ray starts some seconds later"
+    )
+
+
+def test_it_is_said_when_ray_may_listen_everywhere(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from ray._private import ray_constants
+
+    monkeypatch.delattr(ray_constants, "ENABLE_RAY_CLUSTER")
+    monkeypatch.delenv("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", raising=False)
+    with private.small_ray():
+        pass
+    (line,) = caplog.messages
+    assert "set RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0 before this command, or Ray listens on all addresses" in line
+
+
+def test_the_autoscalers_table_is_read(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    from ray._private.state import state
+
+    group = SimpleNamespace(resources={"GPU": 8, "CPU": 96})
+    monkeypatch.setattr(state, "get_max_resources_from_cluster_config", lambda: {"GPU": 64.0})
+    monkeypatch.setattr(state, "get_cluster_config", lambda: SimpleNamespace(node_group_configs=[group]))
+    assert private.autoscaler_limits() == {"GPU": 64.0}
+    assert private.autoscaler_nodes() == [{"GPU": 8, "CPU": 96}]
+    monkeypatch.undo()
+    assert callable(state.get_max_resources_from_cluster_config)
+    monkeypatch.delattr(type(state), "get_max_resources_from_cluster_config")
+    monkeypatch.delattr(type(state), "get_cluster_config")
+    assert private.autoscaler_limits() == {}
+    assert private.autoscaler_nodes() == []
+    assert len(caplog.messages) == 1
+    assert "only nodes that run already are counted" in caplog.text
+
+
+def test_blocks_come_by_reference_and_without_that_as_copies(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert methods("ray", "data/dataset.py", "Dataset")["iter_internal_ref_bundles"] == ["self"]
+    bundle = SimpleNamespace(blocks=[SimpleNamespace(ref="ref", metadata=SimpleNamespace(size_bytes=None))])
+    assert list(private.iter_block_refs(SimpleNamespace(iter_internal_ref_bundles=lambda: [bundle]))) == [("ref", 0)]
+    assert caplog.messages == []
+
+    import ray
+
+    monkeypatch.setattr(ray, "put", lambda table: ("put", table))
+    table = pa.table({"x": [1, 2]})
+    dataset = SimpleNamespace(iter_batches=lambda batch_size, batch_format: iter([table]))
+    assert list(private.iter_block_refs(dataset)) == [(("put", table), table.nbytes)]
+    assert len(caplog.messages) == 1
+
+
+# --- Ray Train -----------------------------------------------------------------------------------------------------
+
+
+def test_ray_train_is_as_the_lean_trainer_needs_it() -> None:
+    from ray.train.v2._internal import constants
+    from ray.train.v2._internal.callbacks import DatasetsCallback
+    from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
+    from ray.train.v2._internal.execution.checkpoint.checkpoint_manager import CheckpointManager
+
+    private.check_ray_train()
+    assert DatasetsCallback
+    assert PlacementGroupCleanerCallback
+    assert constants.METRICS_ENABLED_ENV_VAR == "RAY_TRAIN_METRICS_ENABLED"
+    assert constants.ENABLE_PREEMPTION_WATCHER_ENV_VAR == "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"
+    assert "checkpoint_manager_snapshot.json" in inspect.getsource(inspect.getmodule(CheckpointManager)) or (
+        constants.CHECKPOINT_MANAGER_SNAPSHOT_FILENAME == "checkpoint_manager_snapshot.json"
+    )
+
+
+def test_the_quiet_switches_are_off_again_and_the_users_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAY_TRAIN_METRICS_ENABLED", raising=False)
+    monkeypatch.setenv("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "1")
+    with private.quiet_train():
+        assert os.environ["RAY_TRAIN_METRICS_ENABLED"] == "0"
+        assert os.environ["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] == "1"
+    assert "RAY_TRAIN_METRICS_ENABLED" not in os.environ
+    assert os.environ["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] == "1"
+
+
+@pytest.mark.parametrize("moved", ["name", "arguments", "method"])
+def test_another_ray_train_starts_plainly_with_one_line(
+    moved: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    from ray.train import RunConfig, ScalingConfig
+    from ray.train.torch import TorchTrainer
+    from ray.train.v2._internal.execution.worker_group import WorkerGroup
+    from ray.train.v2._internal.execution.worker_group.worker import RayTrainWorker
+
+    from rayswift.train.start import make_trainer
+
+    if moved == "name":
+        monkeypatch.delattr(WorkerGroup, "_create_workers")
+    elif moved == "arguments":
+        monkeypatch.setattr(WorkerGroup, "_init_train_context_on_workers", lambda self, workers: None)
+    else:
+        monkeypatch.setattr(RayTrainWorker, "a_new_one", lambda self: None, raising=False)
+    warm = [object()]
+    trainer = make_trainer(
+        lambda: None, embedded=True, alone=True, warm=warm, scaling_config=ScalingConfig(num_workers=1),
+        run_config=RunConfig(storage_path=str(tmp_path)),
+    )  # fmt: skip
+    assert type(trainer) is TorchTrainer
+    assert warm == []
+    (line,) = caplog.messages
+    assert "training starts some seconds later" in line
+
+
+def test_a_controller_that_cannot_be_built_here_runs_as_an_actor(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    from ray.train import RunConfig, ScalingConfig
+    from ray.train.torch import TorchTrainer
+
+    from rayswift.train.start import lean_trainer, make_trainer
+
+    def _as_an_actor(self: TorchTrainer, **controller_init_kwargs: Any) -> list[str]:
+        return sorted(controller_init_kwargs)
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise TypeError("unexpected keyword argument 'run_id'")
+
+    monkeypatch.setattr(lean_trainer, "_ControllerHere", refuse)
+    monkeypatch.setattr(TorchTrainer, "_initialize_and_run_controller", _as_an_actor)
+    trainer = make_trainer(
+        lambda: None, embedded=True, alone=True, warm=[], scaling_config=ScalingConfig(num_workers=1),
+        run_config=RunConfig(storage_path=str(tmp_path)),
+    )  # fmt: skip
+    assert trainer._initialize_and_run_controller(scaling_policy=None, run_id=1) == ["run_id", "scaling_policy"]
+    (line,) = caplog.messages
+    assert "training starts some seconds later (unexpected keyword argument 'run_id')" in line
+
+
+def test_ray_trains_snapshot_is_forgotten(tmp_path: Path) -> None:
+    (tmp_path / "checkpoint_manager_snapshot.json").write_text("{}")
+    for _ in range(2):
+        private.forget_train_snapshot(fs.LocalFileSystem(), str(tmp_path))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_trl_has_the_hooks_that_preference_training_replaces() -> None:
+    found = methods("trl", "trainer/dpo_trainer.py", "DPOTrainer")
+    assert found["_compute_loss"][:4] == ["self", "model", "inputs", "return_outputs"]
+    assert found["_prepare_dataset"][:2] == ["self", "dataset"]
+    base = methods("transformers", "trainer.py", "Trainer")
+    assert base["_save_checkpoint"] == ["self", "model", "trial"]
+    assert base["get_batch_samples"] == ["self", "epoch_iterator", "num_batches", "device"]
+
+
+# --- Ray Serve -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("host", "opened"), [("127.0.0.1", "127.0.0.1:0"), ("fd00::1", "[fd00::1]:0")])
+@pytest.mark.parametrize("address", ["[::]:0", "0.0.0.0:0"])
+def test_a_replicas_port_is_opened_at_the_nodes_address(
+    host: str, opened: str, address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ray.serve._private import replica
+
+    asked: list[str] = []
+    assert callable(replica.add_port_to_grpc_server)
+    assert "add_port_to_grpc_server(self._server, " in inspect.getsource(replica)
+    monkeypatch.setattr(replica, "add_port_to_grpc_server", lambda server, where: asked.append(where) or 5000)
+    private.bind_replica_ports(host)
+    assert replica.add_port_to_grpc_server(object(), address) == 5000
+    assert asked == [opened]
+
+
+def test_a_replica_whose_port_would_be_open_does_not_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    from ray.serve._private import replica
+
+    monkeypatch.delattr(replica, "add_port_to_grpc_server")
+    with pytest.raises(private.NotAvailable, match="Ray Serve's add_port_to_grpc_server is not as in the version"):
+        private.bind_replica_ports("127.0.0.1")
+
+
+def test_serves_client_takes_a_whole_configuration(monkeypatch: pytest.MonkeyPatch) -> None:
+    from ray.serve import context
+    from ray.serve._private.client import ServeControllerClient
+
+    assert callable(context._get_global_client)
+    assert callable(ServeControllerClient.get_serve_details)
+    assert next(iter(inspect.signature(ServeControllerClient.deploy_apps).parameters)) == "self"
+    others = {"name": "other", "route_prefix": "/other", "import_path": "a:b"}
+    details = {"ours": {"name": "ours", "deployed_app_config": {"name": "ours", "import_path": "c:d"}},
+               "other": {"name": "other", "deployed_app_config": others},
+               "run": {"name": "run", "deployed_app_config": None}}  # fmt: skip
+    sent: list[Any] = []
+    client = SimpleNamespace(get_serve_details=lambda: {"applications": details}, deploy_apps=sent.append)
+    monkeypatch.setattr(context, "_get_global_client", lambda: client)
+    private.replace_applications({"applications": [{"name": "ours", "import_path": "e:f"}]})
+    assert [(app.name, app.import_path) for app in sent[0].applications] == [("ours", "e:f"), ("other", "a:b")]
+    monkeypatch.delattr(context, "_get_global_client")
+    with pytest.raises(private.NotAvailable, match="Ray Serve's client"):
+        private.replace_applications({"applications": []})
+
+
+# --- vLLM, and Ray's server of it ----------------------------------------------------------------------------------
+
+
+def test_vllm_is_as_its_patches_need_it() -> None:
+    waits = methods("vllm", "distributed/device_communicators/shm_broadcast.py", "SpinCondition")
+    assert waits["wait"] == ["self", "timeout_ms"]
+    assert waits["record_read"] == ["self"]
+    rendering = methods("vllm", "renderers/online_renderer.py", "OnlineRenderer")
+    assert rendering["preprocess_chat"][:3] == ["self", "request", "messages"]
+    assert methods("vllm", "renderers/base.py", "BaseRenderer")["render_messages_async"] == [
+        "self", "messages", "params"
+    ]  # fmt: skip
+
+
+def test_rays_server_of_vllm_is_as_the_replica_needs_it() -> None:
+    engine = methods("ray", "llm/_internal/serve/engines/vllm/vllm_engine.py", "VLLMEngine")
+    assert engine["build_asgi_app"] == ["self"]
+    assert engine["resolve_lora"] == ["self", "disk_lora_model"]
+    spec = importlib.util.find_spec("ray")
+    assert spec is not None and spec.submodule_search_locations
+    folder = Path(spec.submodule_search_locations[0], "llm/_internal")
+    text = (folder / "serve/engines/vllm/vllm_engine.py").read_text()
+    assert "self._engine_client = " in text
+    assert "self._oai_models = " in text
+    assert (
+        "push_telemetry_report_for_all_models(all_models=" in (folder / "serve/core/server/llm_server.py").read_text()
+    )
+    assert "class DiskMultiplexConfig" in (folder / "serve/core/configs/llm_config.py").read_text()
+    assert methods("ray", "llm/_internal/batch/processor/base.py", "Processor")["get_stage_by_name"] == ["self", "name"]
+    assert "vLLMEngineStage" in (folder / "batch/stages/vllm_engine_stage.py").read_text()
+
+
+def test_another_spin_condition_is_left_alone(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    import sys
+
+    name = "vllm.distributed.device_communicators.shm_broadcast"
+
+    class Other:
+        def wait(self, timeout: float) -> None: ...
+        def record_read(self) -> None: ...
+
+    for part in ("vllm", "vllm.distributed", "vllm.distributed.device_communicators"):
+        monkeypatch.setitem(sys.modules, part, SimpleNamespace())
+    monkeypatch.setitem(sys.modules, name, SimpleNamespace(SpinCondition=Other))
+    assert private.spin_condition() is None
+    monkeypatch.setitem(sys.modules, name, SimpleNamespace())
+    assert private.spin_condition() is None
+    (line,) = caplog.messages
+    assert "engines on CPUs are up to a half slower" in line
+
+
+def test_blocks_are_asked_again_where_the_stage_is_known(caplog: pytest.LogCaptureFixture) -> None:
+    stage = SimpleNamespace(map_batches_kwargs={})
+    private.retry_engine_blocks(SimpleNamespace(get_stage_by_name=lambda name: stage), 3)
+    assert stage.map_batches_kwargs == {"max_task_retries": 3}
+    private.retry_engine_blocks(SimpleNamespace(), 3)
+    assert len(caplog.messages) == 1
+
+
+def test_a_replica_says_in_one_line_what_it_misses() -> None:
+    for call in (
+        lambda: private.engine_client(SimpleNamespace(engine=object())),
+        lambda: private.rendering(SimpleNamespace(renderer=object())),
+        lambda: asyncio.run(private.openai_app(SimpleNamespace(engine=object()))),
+        lambda: asyncio.run(private.load_adapter(SimpleNamespace(engine=object()), "name", "folder", 1)),
+        lambda: asyncio.run(private.unload_adapter(SimpleNamespace(engine=object()), "name")),
+    ):
+        with pytest.raises(private.NotAvailable, match="is not as in the version this program was made for") as caught:
+            call()
+        assert "\n" not in str(caught.value)
+
+
+# --- PyTorch and PEFT ----------------------------------------------------------------------------------------------
+
+
+def test_pytorch_knows_the_cpus_bfloat16_and_without_that_its_instructions(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    assert private.cpu_has_bfloat16() == torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    monkeypatch.setattr(torch.ops, "mkldnn", SimpleNamespace())
+    for capability, expected in (("AVX512", True), ("AVX2", False), ("NO AVX", False)):
+        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda capability=capability: capability)
+        assert private.cpu_has_bfloat16() is expected
+
+
+def test_pefts_rules_for_names() -> None:
+    targets = private.lora_targets(["q_proj"])
+    assert targets("model.layers.0.self_attn.q_proj")
+    assert not targets("model.layers.0.self_attn.k_proj")
+    assert private.lora_targets(r".*\.k_proj")("model.layers.0.self_attn.k_proj")
+    assert private.lora_pattern(["layers.0.q_proj"], "model.layers.0.q_proj") == "layers.0.q_proj"
+    assert private.lora_pattern(["v_proj"], "model.layers.0.q_proj") == "model.layers.0.q_proj"
+
+
+def test_the_report_is_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+    private.report("a", "b")
+    assert [record.levelno for record in caplog.records] == [logging.WARNING]
