@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from typing import Any
 
 __version__ = "0.1.0"
-__all__ = ["app", "deploy", "evaluate", "export", "infer", "pretrain", "rlhf", "sample", "sft"]
+__all__ = ["app", "deploy", "evaluate", "export", "infer", "pretrain", "rlhf", "sample", "sft", "submit"]
 
 
 def _run(command: str, overrides: Sequence[str] | None, settings: dict[str, Any]) -> Any:
@@ -82,3 +82,15 @@ def evaluate(*, overrides: Sequence[str] | None = None, **settings: Any) -> Any:
 def export(*, overrides: Sequence[str] | None = None, **settings: Any) -> Any:
     """``rayswift export``: merge, quantise, convert, push."""
     return _run("export", overrides, settings)
+
+
+def submit(
+    command: str, *, address: str | None = None, working_dir: str = ".", wait: bool = True, **settings: Any
+) -> int:
+    """``rayswift submit``: ``command`` with these settings as a job on a Ray cluster, whose dashboard has ``address``.
+
+    Returns the job's exit status, or 0 at once without ``wait``.
+    """
+    from rayswift.cli.jobs import submit_job, words_of
+
+    return submit_job([command, *words_of(settings)], address, working_dir, wait=wait)

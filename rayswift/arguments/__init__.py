@@ -5,7 +5,7 @@ with SWIFT's flag names as attributes, or a `UserError` with one line per proble
 `training`, `rlhf` and `serving`; `commands` puts them together. Imports no torch, ray, transformers or numpy.
 """
 
-from rayswift.arguments.base import Arguments, read_saved_arguments
+from rayswift.arguments.base import Arguments, deciding_settings, read_saved_arguments
 from rayswift.arguments.commands import (
     COMMANDS,
     AppArguments,
@@ -35,6 +35,7 @@ __all__ = [
     "RlhfArguments",
     "SampleArguments",
     "SftArguments",
+    "deciding_settings",
     "format_help",
     "make_arguments",
     "parse_arguments",

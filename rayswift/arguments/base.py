@@ -15,6 +15,7 @@ import rayswift
 from rayswift.arguments.fields import Spec, convert, is_unset, specs_of
 from rayswift.arguments.redaction import REDACTED, redact
 from rayswift.errors import UserError
+from rayswift.files import write_whole
 
 logger = logging.getLogger("rayswift.arguments")
 
@@ -42,6 +43,7 @@ class Arguments:
 
     command: ClassVar[str] = ""
     topic: ClassVar[str] = ""
+    decides: ClassVar[str] = ""  # the default of the group's flags, see `Spec`
 
     given: frozenset[str] = frozenset()  # canonical names of what the user set
     restored: frozenset[str] = frozenset()  # ... and of what a checkpoint's args.json set
@@ -70,6 +72,11 @@ class Arguments:
         """What contradicts what, one line each."""
         return list(dict.fromkeys(self._each("problems")))
 
+    def remarks(self) -> Iterator[str]:
+        for name, spec in specs_of(type(self)).items():
+            if spec.no_effect and name in self.given:
+                yield f"{spec.flag}: no effect, {spec.no_effect}"
+
     def _each(self, hook: str) -> Iterator[str]:
         for cls in reversed(type(self).__mro__):
             if hook in cls.__dict__:
@@ -95,10 +102,7 @@ class Arguments:
         path = os.fspath(path)
         path = os.path.join(path, ARGS_FILE) if os.path.isdir(path) else path
         content = {"command": self.command, "rayswift_version": rayswift.__version__, **self.to_dict()}
-        with open(f"{path}.tmp", "w", encoding="utf-8") as file:
-            json.dump(content, file, ensure_ascii=False, indent=2)
-            file.write("\n")
-        os.replace(f"{path}.tmp", path)
+        write_whole(path, json.dumps(content, ensure_ascii=False, indent=2) + "\n")
 
     def with_saved(self, saved: dict[str, Any]) -> Self:
         """These arguments completed from a checkpoint's ``args.json``, by SWIFT's rules for ``load_args``.
@@ -122,6 +126,11 @@ class Arguments:
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k, v in self.to_dict().items())})"
+
+
+def deciding_settings(args: Arguments, what: str = "answers") -> dict[str, Any]:
+    """The settings that decide what a command answers, or its ``scores``: runs that agree in them are the same run."""
+    return {name: getattr(args, name) for name, spec in specs_of(type(args)).items() if spec.decides == what}
 
 
 def _readable(specs: dict[str, Spec], saved: dict[str, Any]) -> dict[str, Any]:

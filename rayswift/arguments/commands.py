@@ -17,7 +17,7 @@ from rayswift.arguments.groups import (
     TemplateArguments,
     WorkerArguments,
 )
-from rayswift.arguments.rlhf import RlhfRules
+from rayswift.arguments.rlhf import DPO_LOSSES, RlhfRules
 from rayswift.arguments.serving import (
     BenchmarkArguments,
     EndpointArguments,
@@ -62,6 +62,12 @@ class RlhfArguments(RlhfRules, SftArguments):
     def problems(self) -> Iterator[str]:
         if self.rlhf_type != "dpo":
             return
+        for name in [name for name in self.loss_type if name not in DPO_LOSSES]:
+            yield f"--loss_type {name}: DPO has no such loss; choose from {', '.join(DPO_LOSSES)}"
+        if "exo_pair" in self.loss_type and not self.label_smoothing:
+            yield "--loss_type exo_pair needs --label_smoothing above 0, for example 0.001"
+        if "robust" in self.loss_type and self.label_smoothing >= 0.5:
+            yield "--loss_type robust needs --label_smoothing below 0.5"
         for flag in ("packing", "padding_free"):
             if getattr(self, flag):
                 yield f"--{flag} true: pairs are padded; drop --{flag}"

@@ -47,6 +47,8 @@ class Spec:
     le: float | None = None
     lt: float | None = None
     parse: Callable[[Any], Any] | None = None  # raises ValueError("expected ...")
+    decides: str = ""  # what two runs must agree in to be the same run: "answers" or "scores"; else ""
+    no_effect: str = ""  # why it changes nothing, where it is taken for SWIFT's command lines only
 
     @property
     def flag(self) -> str:
@@ -86,20 +88,16 @@ def arg_like(group: type, name: str, default: Any, **details: Any) -> Any:
 
 
 @functools.cache
-def _specs_of(cls: type) -> dict[str, Spec]:
+def specs_of(cls: type) -> dict[str, Spec]:
+    """The flags of an arguments class by name; topic and ``decides`` are those of the group, if not the flag's own."""
     found: dict[str, Spec] = {}
     for field in dataclasses.fields(cls):
         if "spec" in field.metadata:
             owner = next(base for base in reversed(cls.__mro__) if field.name in inspect.get_annotations(base))
             kind = str(field.type).removesuffix(" | None")
-            topic: str = owner.topic  # type: ignore[attr-defined]  # every group has one (see base.Arguments)
-            found[field.name] = Spec(name=field.name, kind=kind, topic=topic, **field.metadata["spec"])
+            group = {name: getattr(owner, name) for name in ("topic", "decides")}  # see base.Arguments
+            found[field.name] = Spec(name=field.name, kind=kind, **{**group, **field.metadata["spec"]})
     return found
-
-
-def specs_of(cls: type) -> dict[str, Spec]:
-    """The flags of an arguments class by name."""
-    return _specs_of(cls)
 
 
 def is_unset(spec: Spec, raw: Any) -> bool:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from rayswift.arguments.base import Arguments
-from rayswift.arguments.fields import arg, read_lines, read_text_file
+from rayswift.arguments.fields import arg, read_lines, read_text_file, specs_of
 
 _DTYPES = ("bfloat16", "float16", "float32")
 _HUB_ENV = "USE_HF"
@@ -20,6 +20,7 @@ class ModelArguments(Arguments):
     """Which model, from where, in which precision."""
 
     topic: ClassVar[str] = "Model"
+    decides: ClassVar[str] = "answers"
 
     model: str | None = arg(None, "model id on the hub, or a local folder")
     model_type: str | None = arg(None, "model family", shown="found from the model's config")
@@ -46,7 +47,7 @@ class ModelArguments(Arguments):
     load_args: bool = arg(True, "read model, template and system from the checkpoint's args.json")
     load_data_args: bool = arg(False, "read the dataset settings from it too")
     use_hf: bool = arg(False, "use the Hugging Face hub instead of ModelScope", shown="false; true if USE_HF=1 is set")
-    hub_token: str | None = arg(None, "access token for the hub", example="TOKEN")
+    hub_token: str | None = arg(None, "access token for the hub", example="TOKEN", decides="")
     trust_remote_code: bool = arg(False, "run Python code that comes with a model")
     external_plugins: list[str] = arg(
         [], "Python files to import first (they register models, templates, ...)", aliases=("custom_register_path",)
@@ -73,6 +74,7 @@ class DatasetArguments(Arguments):
     """Which rows, how many, in which order."""
 
     topic: ClassVar[str] = "Dataset"
+    decides: ClassVar[str] = "answers"
 
     dataset: list[str] = arg(
         [], "dataset ids, files or folders, each [HF::|MS::]NAME[:SUBSET][#ROWS]", example="train.jsonl"
@@ -85,7 +87,7 @@ class DatasetArguments(Arguments):
     dataset_shuffle: bool = arg(True, "shuffle the training rows")
     val_dataset_shuffle: bool = arg(False, "shuffle the validation rows")
     data_seed: int = arg(42, "seed of sampling, splitting and shuffling")
-    dataset_num_proc: int = arg(1, "processes that preprocess rows", ge=1)
+    dataset_num_proc: int = arg(1, "processes that preprocess rows", ge=1, decides="", no_effect="all cores are used")
     streaming: bool = arg(False, "read the dataset as a stream; needs --max_steps")
     shuffle_buffer_size: int = arg(1000, "rows held for shuffling a stream", ge=1)
     interleave_prob: list[float] | None = arg(
@@ -101,7 +103,7 @@ class DatasetArguments(Arguments):
     columns: dict[str, Any] = arg(
         {}, "columns to rename before the row format is recognised, as JSON", example='\'{"text1": "query"}\''
     )
-    strict: bool = arg(False, "stop at the first bad row instead of counting and skipping it")
+    strict: bool = arg(False, "stop at the first bad row instead of counting and skipping it", decides="")
     model_name: list[str] = arg([], "self-cognition: the model's name (Chinese, English)")
     model_author: list[str] = arg([], "self-cognition: the author's name (Chinese, English)")
     custom_dataset_info: list[str] = arg([], "dataset_info.json files, or JSON text")
@@ -109,8 +111,11 @@ class DatasetArguments(Arguments):
         "reuse_dataset_if_exists",
         "what to do with a dataset already downloaded",
         choices=("reuse_dataset_if_exists", "force_redownload"),
+        no_effect="what changed on the hub is downloaded again, the rest never",
     )
-    load_from_cache_file: bool = arg(True, "reuse rows and tokens of unchanged data", aliases=("enable_cache",))
+    load_from_cache_file: bool = arg(
+        True, "reuse rows and tokens of unchanged data", aliases=("enable_cache",), decides=""
+    )
     remove_unused_columns: bool = arg(True, "drop columns that the model does not take")
 
     def problems(self) -> Iterator[str]:
@@ -136,6 +141,7 @@ class TemplateArguments(Arguments):
     """How a conversation becomes token ids."""
 
     topic: ClassVar[str] = "Template"
+    decides: ClassVar[str] = "answers"
 
     template: str | None = arg(None, "chat template name", shown="found from the model")
     system: str | None = arg(
@@ -154,7 +160,12 @@ class TemplateArguments(Arguments):
         None, "format of tools and tool calls", aliases=("tools_prompt",), shown="the model's"
     )
     response_prefix: str | None = arg(None, "text that every answer starts with", shown="the template's")
-    padding_side: str = arg("right", "where short rows are padded", choices=("left", "right"))
+    padding_side: str = arg(
+        "right",
+        "where short rows are padded",
+        choices=("left", "right"),
+        no_effect="training pads on the right, generation on the left",
+    )
 
 
 @dataclass(init=False, repr=False, eq=False)
@@ -227,6 +238,7 @@ class GenerationArguments(Arguments):
     """How answers are sampled."""
 
     topic: ClassVar[str] = "Generation"
+    decides: ClassVar[str] = "answers"
 
     max_new_tokens: int | None = arg(None, "longest answer, in tokens", ge=1, shown="until the context is full")
     temperature: float | None = arg(None, "sampling temperature, 0 for greedy", ge=0, shown="the model's")
@@ -237,7 +249,9 @@ class GenerationArguments(Arguments):
     repetition_penalty: float | None = arg(None, "above 1, repeated tokens get less likely", gt=0, shown="the model's")
     num_beams: int = arg(1, "beams of beam search", ge=1)
     stop_words: list[str] = arg([], "texts that end an answer")
-    stream: bool | None = arg(None, "show tokens as they come", shown="true in a terminal, false over a dataset")
+    stream: bool | None = arg(
+        None, "show tokens as they come", shown="true in a terminal, false over a dataset", decides=""
+    )
     seed: int = arg(42, "seed of sampling")
     logprobs: bool = arg(False, "return the log probabilities of the tokens")
     top_logprobs: int | None = arg(None, "how many alternatives per token to return with --logprobs", ge=0)
@@ -285,7 +299,11 @@ class VllmArguments(Arguments):
         None, "parser that splits thinking from the answer", aliases=("reasoning_parser",)
     )
     vllm_use_async_engine: bool | None = arg(
-        None, "asynchronous engine", aliases=("use_async_engine",), shown="as the command needs"
+        None,
+        "asynchronous engine",
+        aliases=("use_async_engine",),
+        shown="as the command needs",
+        no_effect="the command takes the engine that it needs",
     )
     vllm_engine_kwargs: dict[str, Any] = arg({}, "any other engine setting, as JSON")
 
@@ -301,9 +319,10 @@ class EngineArguments(VllmArguments):
         "engine that generates",
         value_aliases={"pt": "transformers"},
         choices=("transformers", "vllm", "sglang", "lmdeploy"),
+        decides="answers",
     )
     max_batch_size: int = arg(1, "rows per batch of the transformers engine (-1: no limit)", ge=-1)
-    merge_lora: bool = arg(False, "merge the adapter into the weights first, into ADAPTER-merged")
+    merge_lora: bool = arg(False, "merge the adapter into the weights first, into ADAPTER-merged", decides="answers")
     sglang_tp_size: int = arg(1, "SGLang: GPUs that share each layer", ge=1)
     sglang_pp_size: int = arg(1, "SGLang: groups of GPUs that share the layers", ge=1)
     sglang_dp_size: int = arg(1, "SGLang: copies of the engine", ge=1)
@@ -322,7 +341,10 @@ class EngineArguments(VllmArguments):
 
     def remarks(self) -> Iterator[str]:
         for prefix, engine in (("vllm_", "vllm"), ("sglang_", "sglang"), ("lmdeploy_", "lmdeploy")):
-            flags = sorted(f"--{name}" for name in self.given if name.startswith(prefix))
+            names = (
+                name for name in self.given if name.startswith(prefix) and not specs_of(type(self))[name].no_effect
+            )
+            flags = sorted(f"--{name}" for name in names)
             flag = "sampler_engine" if hasattr(self, "sampler_engine") else "infer_backend"
             if flags and getattr(self, flag) != engine:
                 yield f"{', '.join(flags)}: no effect without --{flag} {engine}"

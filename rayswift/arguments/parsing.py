@@ -152,7 +152,7 @@ class _Reader:
         flags = [word.partition("=")[0] for word in tokens if _is_flag(word)]
         for flag in sorted({flag for flag in flags if flags.count(flag) > 1}):
             logger.warning("%s is given more than once: the last one counts", flag)
-        parsed, extra = _parser(self.flags).parse_known_args(tokens)
+        parsed, extra = _parser(self.flags, prog=f"rayswift {self.command}").parse_known_args(tokens)
         values = vars(parsed)
         if config := values.pop("config", None):
             if config == _MISSING:
@@ -287,9 +287,11 @@ def read_config(path: str) -> dict[str, Any]:
     return content
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
+    """argparse's, with a mistake as a `UserError`."""
+
     def error(self, message: str) -> Any:
-        raise UserError(message)
+        raise UserError(f"{message}; {self.prog} --help explains")
 
 
 def _parser(
@@ -299,7 +301,7 @@ def _parser(
 
     With ``values`` it is made for printing help, where they replace the defaults.
     """
-    parser = _Parser(
+    parser = Parser(
         add_help=False, allow_abbrev=False, argument_default=argparse.SUPPRESS,
         formatter_class=functools.partial(argparse.RawDescriptionHelpFormatter, max_help_position=34), **details,
     )  # fmt: skip
@@ -337,7 +339,8 @@ def _help_line(spec: Spec, values: Mapping[str, Any]) -> str:
         text = " ".join(map(str, default)) if isinstance(default, (list, tuple)) else str(default)
     also = f"; also {', '.join(f'--{alias}' for alias in spec.aliases)}" if spec.aliases else ""
     text = REDACTED if is_secret(spec.name) and spec.name in values else redact_text(text)
-    return f"{spec.help} (default: {text}{also})".replace("%", "%%")
+    effect = f"; no effect, {spec.no_effect}" if spec.no_effect else ""
+    return f"{spec.help}{effect} (default: {text}{also})".replace("%", "%%")
 
 
 def format_help(command: str, values: Mapping[str, Any] | None = None, prog: str | None = None) -> str:

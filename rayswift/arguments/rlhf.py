@@ -53,16 +53,6 @@ class PreferenceArguments(Arguments):
             yield f"--loss_weights has {weights} values but --loss_type has {losses}: give one weight per loss"
         if self.ref_model and self.rlhf_type in ("orpo", "simpo", "cpo", "rm"):
             yield f"--ref_model contradicts --rlhf_type {self.rlhf_type}, which has none: drop --ref_model"
-        if self.rlhf_type == "dpo":
-            yield from self._dpo_problems()
-
-    def _dpo_problems(self) -> Iterator[str]:
-        for name in [name for name in self.loss_type if name not in DPO_LOSSES]:
-            yield f"--loss_type {name}: DPO has no such loss; choose from {', '.join(DPO_LOSSES)}"
-        if "exo_pair" in self.loss_type and not self.label_smoothing:
-            yield "--loss_type exo_pair needs --label_smoothing above 0, for example 0.001"
-        if "robust" in self.loss_type and self.label_smoothing >= 0.5:
-            yield "--loss_type robust needs --label_smoothing below 0.5"
 
     def resolve(self) -> None:
         if not self.is_set("beta"):

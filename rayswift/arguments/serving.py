@@ -20,8 +20,10 @@ class ResultArguments(Arguments):
     topic: ClassVar[str] = "Results"
 
     result_path: str | None = arg(None, "jsonl file of the answers", shown="<checkpoint>/infer_result/<date>.jsonl")
-    write_batch_size: int = arg(1000, "rows between writes of the result file", ge=1)
-    val_dataset_sample: int | None = arg(None, "rows to take from --val_dataset", ge=1, shown="all")
+    write_batch_size: int = arg(
+        1000, "rows between writes of the result file", ge=1, no_effect="each row is written as it is answered"
+    )
+    val_dataset_sample: int | None = arg(None, "rows to take from --val_dataset", ge=1, shown="all", decides="answers")
     metric: str | None = arg(None, "score the answers against the dataset's", choices=("acc", "rouge"))
 
 
@@ -34,11 +36,14 @@ class ServerArguments(Arguments):
     host: str = arg("127.0.0.1", "address to listen on; 0.0.0.0 opens it to the network")
     port: int = arg(8000, "port to listen on", ge=1, le=65535)
     api_key: list[str] = arg([], "keys, one of which clients must send", shown="no key", example="KEY")
-    served_model_name: str | None = arg(None, "name of the model for clients", shown="the last part of --model")
+    served_model_name: str | None = arg(
+        None, "name of the model for clients", shown="the last part of --model", decides="answers"
+    )
     owned_by: str = arg("rayswift", "owner shown by /v1/models")
     models: dict[str, Any] = arg(
-        {}, "several models, as JSON or in a YAML: name to its flags", example='\'{"small": {"model": "DIR"}}\''
-    )
+        {}, "several models, as JSON or in a YAML: name to its flags", example='\'{"small": {"model": "DIR"}}\'',
+        decides="answers",
+    )  # fmt: skip
     app_name: str = arg("rayswift", "name on the cluster; deploying a name again replaces its models one by one")
     adapter_root: str | None = arg(
         None, "folder or URI whose adapters are loaded when asked for", example="s3://bucket/adapters"
@@ -94,11 +99,12 @@ class EndpointArguments(Arguments):
     """A model that is served already, by any server with OpenAI's interface."""
 
     topic: ClassVar[str] = "Endpoint"
+    decides: ClassVar[str] = "answers"
 
     base_url: str | None = arg(
         None, "endpoint to talk to; --model is then a name it serves", shown="none", example="http://127.0.0.1:8000/v1"
     )
-    api_key: str | None = arg(None, "key of the endpoint", shown="OPENAI_API_KEY", example="KEY")
+    api_key: str | None = arg(None, "key of the endpoint", shown="OPENAI_API_KEY", example="KEY", decides="")
 
     def problems(self) -> Iterator[str]:
         yield from endpoint_problems(self)
@@ -120,8 +126,9 @@ def endpoint_problems(args: Any) -> Iterator[str]:
 def endpoint_remarks(args: Any) -> Iterator[str]:
     """Flags about a model of one's own beside ``--base_url``: the server has decided."""
     theirs = ("Template", "Engine", "vLLM", "Server", "Ray")
-    topics = {name: spec.topic for name, spec in specs_of(type(args)).items()}
-    flags = sorted(f"--{name}" for name in args.given if topics[name] in theirs and name not in ("system", "api_key"))
+    topics = {name: spec.topic for name, spec in specs_of(type(args)).items() if not spec.no_effect}
+    own = args.given - {"system", "api_key"}
+    flags = sorted(f"--{name}" for name in own if topics.get(name) in theirs)
     if args.base_url and flags:
         yield f"{', '.join(flags)}: no effect with --base_url, the server decides"
 
@@ -153,25 +160,28 @@ class SamplingArguments(Arguments):
 
     topic: ClassVar[str] = "Sampling"
 
-    sampler_type: str = arg("sample", "sample, or distil from a stronger model", choices=("sample", "distill"))
+    sampler_type: str = arg(
+        "sample", "sample, or distil from a stronger model", choices=("sample", "distill"), decides="answers"
+    )
     sampler_engine: str = arg(
         "transformers",
         "engine that samples; no scores --cache_files only",
         value_aliases={"pt": "transformers"},
         choices=("transformers", "vllm", "lmdeploy", "no", "client"),
+        decides="answers",
     )
-    num_return_sequences: int = arg(64, "answers per prompt", ge=1)
+    num_return_sequences: int = arg(64, "answers per prompt", ge=1, decides="answers")
     n_best_to_keep: int = arg(5, "best answers per prompt to keep", ge=1)
-    num_sampling_batch_size: int = arg(1, "prompts per batch", ge=1)
-    num_sampling_batches: int | None = arg(None, "batches to sample", ge=1, shown="all")
-    orm_model: str | None = arg(None, "outcome reward: accuracy, math, gsm8k, format, ... or a model")
-    prm_model: str | None = arg(None, "process reward: a registered name or a model")
+    num_sampling_batch_size: int = arg(1, "prompts per batch", ge=1, decides="answers")
+    num_sampling_batches: int | None = arg(None, "batches to sample", ge=1, shown="all", decides="answers")
+    orm_model: str | None = arg(None, "outcome reward: accuracy, math, gsm8k, format, ... or a model", decides="scores")
+    prm_model: str | None = arg(None, "process reward: a registered name or a model", decides="scores")
     prm_threshold: float = arg(0.0, "least process reward of an answer to keep")
     easy_query_threshold: float | None = arg(None, "drop prompts with a larger share of right answers", ge=0, le=1)
-    data_range: list[int] = arg([], "part I of N of the prompts: --data_range I N, I from 0", ge=0)
-    cache_files: list[str] = arg([], "answers sampled before")
+    data_range: list[int] = arg([], "part I of N of the prompts: --data_range I N, I from 0", ge=0, decides="answers")
+    cache_files: list[str] = arg([], "answers sampled before", decides="answers")
     engine_kwargs: dict[str, Any] = arg(
-        {}, "further engine settings, as JSON: vLLM's, the model's, or fields of a client's requests"
+        {}, "further engine settings, as JSON: vLLM's, the model's, or fields of a client's requests", decides="answers"
     )
     output_dir: str = arg("sample_output", "folder of the results")
     output_file: str | None = arg(None, "name of the result file, .jsonl or .parquet", shown="<date>.jsonl")
@@ -181,9 +191,11 @@ class SamplingArguments(Arguments):
     max_replicas: int | None = arg(None, "most engines; they come and go with the work", ge=1, shown="--min_replicas")
     max_requests_per_minute: int | None = arg(None, "rate limit of --sampler_engine client", ge=1, shown="none")
     max_parallel_requests: int = arg(32, "requests under way at a time with --sampler_engine client", ge=1)
-    judge_base_url: str | None = arg(None, "endpoint of --prm_model client", example="http://127.0.0.1:8000/v1")
-    judge_model: str | None = arg(None, "model that judges there", shown="the first it serves")
-    judge_max_tokens: int = arg(1024, "longest judgement, in tokens", ge=1)
+    judge_base_url: str | None = arg(
+        None, "endpoint of --prm_model client", example="http://127.0.0.1:8000/v1", decides="scores"
+    )
+    judge_model: str | None = arg(None, "model that judges there", shown="the first it serves", decides="scores")
+    judge_max_tokens: int = arg(1024, "longest judgement, in tokens", ge=1, decides="scores")
     judge_api_key: str | None = arg(None, "key of that endpoint", shown="OPENAI_API_KEY", example="KEY")
 
     def problems(self) -> Iterator[str]:
@@ -222,6 +234,7 @@ class BenchmarkArguments(Arguments):
     """Benchmarks over an endpoint."""
 
     topic: ClassVar[str] = "Benchmarks"
+    decides: ClassVar[str] = "answers"
 
     eval_dataset: list[str] = arg(
         [], "benchmarks, by the backend's names", aliases=("eval_datasets",), example="gsm8k arc"
@@ -236,8 +249,8 @@ class BenchmarkArguments(Arguments):
     eval_base: bool = arg(False, "with --adapters: evaluate the model without them too, side by side")
     eval_dataset_args: dict[str, Any] = arg({}, "settings of each benchmark, as JSON", aliases=("eval_datasets_args",))
     eval_generation_config: dict[str, Any] = arg({}, "settings of generation, as JSON")
-    eval_output_dir: str = arg("eval_output", "folder of the results")
-    eval_num_proc: int = arg(16, "requests at a time", ge=1)
+    eval_output_dir: str = arg("eval_output", "folder of the results", decides="")
+    eval_num_proc: int = arg(16, "requests at a time", ge=1, decides="")
     eval_url: str | None = arg(None, "endpoint to evaluate", shown="one is started", example="http://127.0.0.1:8000/v1")
     extra_eval_args: dict[str, Any] = arg({}, "further settings of the backend, as JSON")
     local_dataset: str | None = arg(

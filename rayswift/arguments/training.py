@@ -152,7 +152,9 @@ class BatchingArguments(Arguments):
     topic: ClassVar[str] = "Batches"
 
     train_dataloader_shuffle: bool = arg(True, "shuffle the batches of each epoch")
-    dataloader_num_workers: int | None = arg(None, "processes that feed each worker", ge=0, shown="Ray Data's")
+    dataloader_num_workers: int | None = arg(
+        None, "processes that feed each worker", ge=0, shown="Ray Data's", no_effect="all cores are used"
+    )
     lazy_tokenize: bool | None = arg(None, "encode rows when they are needed instead of before", shown="false")
     packing: bool = arg(False, "fill each sequence with several rows")
     packing_length: int | None = arg(None, "length of a packed sequence", ge=1, shown="--max_length")
@@ -197,11 +199,12 @@ class CheckpointArguments(Arguments):
     per_device_eval_batch_size: int = arg(1, "rows per worker and forward pass in evaluation", ge=1)
     eval_metric: str | None = arg(
         None,
-        "metric of evaluation; token accuracy is always measured",
+        "metric of evaluation",
         choices=("acc",),
         swift_only=("nlg", "infonce", "paired", "reranker"),
         aliases=("metric",),
         shown="acc",
+        no_effect="token accuracy is always measured",
     )
     save_strategy: str = arg("steps", "when to save a checkpoint", choices=("no", "steps", "epoch", "best"))
     save_steps: int | float = arg(500, "steps between checkpoints", gt=0)

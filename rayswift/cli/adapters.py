@@ -10,14 +10,10 @@ import urllib.request
 from collections.abc import Sequence
 from typing import Any
 
+from rayswift.arguments.parsing import Parser
 from rayswift.errors import UserError
 
 _DEFAULT_URL = "http://127.0.0.1:8000/v1"
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> Any:
-        raise UserError(f"{message}; {self.prog} --help explains")
 
 
 def adapters(argv: Sequence[str]) -> int:
@@ -39,7 +35,7 @@ def adapters(argv: Sequence[str]) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="rayswift adapters", description="Adapters of a running rayswift deploy.", allow_abbrev=False)
+    parser = Parser(prog="rayswift adapters", description="Adapters of a running rayswift deploy.", allow_abbrev=False)
     words = parser.add_subparsers(dest="word", required=True, metavar="list|load|unload")
     texts = {
         "list": "what can be asked for",
@@ -67,13 +63,10 @@ def _call(base_url: str, path: str, key: str | None, body: dict[str, Any] | None
         with urllib.request.urlopen(request, timeout=600) as response:
             return dict(json.load(response))
     except urllib.error.HTTPError as error:
-        raise UserError(_message(error)) from None
+        try:
+            message = str(json.load(error)["error"]["message"])
+        except (ValueError, KeyError, TypeError):
+            message = f"status {error.code}"
+        raise UserError(message) from None
     except (urllib.error.URLError, ValueError, OSError) as error:
         raise UserError(f"--base_url {base_url}: no rayswift deploy answers there ({error})") from None
-
-
-def _message(error: urllib.error.HTTPError) -> str:
-    try:
-        return str(json.load(error)["error"]["message"])
-    except (ValueError, KeyError, TypeError):
-        return f"status {error.code}"

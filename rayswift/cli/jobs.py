@@ -5,13 +5,15 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import json
 import os
 import shlex
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from rayswift.errors import UserError
+from rayswift.arguments.parsing import Parser
+from rayswift.errors import UserError, one_line
 
 if TYPE_CHECKING:
     from ray.job_submission import JobSubmissionClient
@@ -19,18 +21,9 @@ if TYPE_CHECKING:
 _ADDRESS_HELP = "address of the cluster's dashboard (default: RAY_ADDRESS, else the cluster on this machine)"
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> Any:
-        raise UserError(f"{message}; {self.prog} --help explains")
-
-
 def submit(argv: Sequence[str]) -> int:
-    """Run ``rayswift COMMAND ...`` as a Ray job and follow its log.
-
-    Returns the job's exit status (0 at once with ``--no_wait``). Secrets travel as environment variables, so that the
-    job's command line, which Ray shows to everyone, does not hold them.
-    """
-    parser = _Parser(
+    """Run ``rayswift submit COMMAND ...``; returns what `submit_job` does."""
+    parser = Parser(
         prog="rayswift submit",
         description="Run a command as a job on a Ray cluster.",
         allow_abbrev=False,
@@ -49,17 +42,40 @@ def submit(argv: Sequence[str]) -> int:
     options = parser.parse_args(list(argv))
     if not options.words:
         raise UserError("name the command to run, for example rayswift submit sft --model M --dataset D")
-    command, rest = _checked(options.words, options.working_dir)
-    words, secrets = take_secrets(rest)
+    return submit_job(options.words, options.address, options.working_dir, wait=not options.no_wait)
 
-    client = _client(options.address)
+
+def submit_job(words: Sequence[str], address: str | None = None, working_dir: str = ".", *, wait: bool = True) -> int:
+    """Run ``rayswift WORDS`` as a Ray job and follow its log.
+
+    Returns the job's exit status (0 at once without ``wait``). Secrets travel as environment variables, so that the
+    job's command line, which Ray shows to everyone, does not hold them.
+    """
+    command, rest = _checked(words, working_dir)
+    shown, secrets = take_secrets(rest)
+    client = _client(address)
     runtime_env: dict[str, Any] = {"env_vars": secrets} if secrets else {}
-    if options.working_dir.lower() != "none":
-        runtime_env["working_dir"] = options.working_dir
+    if working_dir.lower() != "none":
+        runtime_env["working_dir"] = working_dir
     with _as_user_error("the cluster did not take the job"):
-        job = client.submit_job(entrypoint=shlex.join(["rayswift", command, *words]), runtime_env=runtime_env)
+        job = client.submit_job(entrypoint=shlex.join(["rayswift", command, *shown]), runtime_env=runtime_env)
     print(f"{job}: submitted. Log: ray job logs -f {job}; stop: ray job stop {job}", file=sys.stderr)
-    return 0 if options.no_wait else _follow(client, job)
+    return _follow(client, job) if wait else 0
+
+
+def words_of(settings: Mapping[str, Any]) -> list[str]:
+    """Settings by name as the flags that a command line has for them."""
+    words = []
+    for name, value in settings.items():
+        if isinstance(value, list) and value:
+            words += [f"--{name}", *map(str, value)]
+        elif isinstance(value, dict):
+            words.append(f"--{name}={json.dumps(value)}")
+        elif isinstance(value, tuple):  # --num_workers MIN,MAX
+            words.append(f"--{name}={','.join(map(str, value))}")
+        else:
+            words.append(f"--{name}={'null' if value in (None, []) else value}")
+    return words
 
 
 def _checked(words: Sequence[str], working_dir: str) -> tuple[str, list[str]]:
@@ -109,17 +125,13 @@ def _client(address: str | None) -> JobSubmissionClient:
         if address.isdigit() or "://" not in address:
             raise UserError(f"--address {address}: expected the dashboard's address, for example http://127.0.0.1:8265")
         os.environ["RAY_API_SERVER_ADDRESS"] = address  # or Ray lets RAY_ADDRESS win over what was asked for
-    if _has_token():
+    paths = (os.environ.get("RAY_AUTH_TOKEN_PATH", ""), os.path.expanduser("~/.ray/auth_token"))
+    if os.environ.get("RAY_AUTH_TOKEN") or any(map(os.path.isfile, paths)):
         os.environ.setdefault("RAY_AUTH_MODE", "token")  # as Ray's own commands do; its client library does not
     from ray.job_submission import JobSubmissionClient
 
     with _as_user_error("no Ray cluster answers; start one (ray start --head) or give --address http://HEAD:8265"):
         return JobSubmissionClient(address)
-
-
-def _has_token() -> bool:
-    paths = (os.environ.get("RAY_AUTH_TOKEN_PATH", ""), os.path.expanduser("~/.ray/auth_token"))
-    return bool(os.environ.get("RAY_AUTH_TOKEN")) or any(map(os.path.isfile, paths))
 
 
 @contextlib.contextmanager
@@ -128,10 +140,9 @@ def _as_user_error(message: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        first = str(error).strip().split("\n")[0]
         if type(error).__name__ == "AuthenticationError":  # importing it would mean importing Ray
             message = "the cluster wants its token; set RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH"
-        raise UserError(f"{message} ({type(error).__name__}: {first})") from error
+        raise UserError(f"{message} ({type(error).__name__}: {one_line(error)})") from error
 
 
 def _follow(client: JobSubmissionClient, job: str) -> int:
@@ -155,7 +166,7 @@ def _follow(client: JobSubmissionClient, job: str) -> int:
 
 def status(argv: Sequence[str]) -> int:
     """Print a cluster's nodes with their resources, and its jobs. Returns 0."""
-    parser = _Parser(prog="rayswift status", description="Show a Ray cluster's nodes and jobs.", allow_abbrev=False)
+    parser = Parser(prog="rayswift status", description="Show a Ray cluster's nodes and jobs.", allow_abbrev=False)
     parser.add_argument("--address", metavar="URL", help=_ADDRESS_HELP)
     client = _client(parser.parse_args(list(argv)).address)
     from ray.util.state import list_nodes

@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rayswift.arguments.fields import specs_of
+from rayswift import arguments
 from rayswift.eval.backends import choose_backend
 from rayswift.eval.backends.base import Backend
 from rayswift.eval.benchmarks import Benchmark, read_benchmarks
@@ -28,11 +28,6 @@ if TYPE_CHECKING:
     from rayswift.arguments import EvalArguments
 
 logger = logging.getLogger("rayswift.eval")
-
-#: Topics of the flags that decide what the answers are; two evaluations that agree in them are the same one.
-_DECIDING = ("Model", "Template", "Generation", "Benchmarks")
-_DECIDING_FLAGS = ("infer_backend", "merge_lora", "served_model_name", "models")
-_IRRELEVANT = ("stream", "hub_token", "eval_output_dir", "eval_num_proc")
 
 
 def evaluate(args: EvalArguments) -> dict[str, dict[str, float]]:
@@ -107,10 +102,9 @@ def _running(endpoint: EvalEndpoint) -> Iterator[Endpoint]:
 
 def deciding_settings(args: EvalArguments, benchmarks: list[Benchmark]) -> dict[str, Any]:
     """What decides the answers: the flags, and the local files as they are now."""
-    topics = {name: spec.topic for name, spec in specs_of(type(args)).items()}
-    chosen = [name for name, topic in topics.items() if topic in _DECIDING or name in _DECIDING_FLAGS]
-    settings = {name: getattr(args, name) for name in chosen if name not in _IRRELEVANT}
-    return settings | {"files": {one.asked: _fingerprint(one.local_path) for one in benchmarks if one.local_path}}
+    return arguments.deciding_settings(args) | {
+        "files": {one.asked: _fingerprint(one.local_path) for one in benchmarks if one.local_path}
+    }
 
 
 def _fingerprint(path: str) -> list[tuple[str, int, int]]:

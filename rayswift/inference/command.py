@@ -6,9 +6,9 @@ import contextlib
 import logging
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from rayswift.arguments.fields import specs_of
+from rayswift.arguments import deciding_settings
 from rayswift.generate.sources import open_answers, open_engine
 from rayswift.generate.types import AnswerSource, JsonRow, SamplingParams
 from rayswift.inference.chat import chat
@@ -20,14 +20,9 @@ from rayswift.modeling.resolved import resolve_model
 from rayswift.serve.running import running_deployment
 
 if TYPE_CHECKING:
-    from rayswift.arguments import InferArguments, SampleArguments
+    from rayswift.arguments import InferArguments
 
 logger = logging.getLogger("rayswift.inference.command")
-
-#: Topics of the flags that decide what the answers are; two runs that agree in them are the same run.
-_DECIDING = ("Model", "Dataset", "Template", "Generation", "Endpoint")
-_DECIDING_FLAGS = ("infer_backend", "merge_lora", "val_dataset_sample")
-_IRRELEVANT = ("stream", "api_key", "hub_token", "dataset_num_proc", "strict", "load_from_cache_file")
 
 
 def infer(args: InferArguments) -> list[JsonRow] | None:
@@ -74,10 +69,3 @@ def result_path(args: InferArguments) -> Path:
     if args.base_url or (not args.adapters and not (checkpoint / "args.json").is_file()):
         checkpoint = Path("result", args.model_suffix)
     return checkpoint / "infer_result" / f"{time.strftime('%Y%m%d-%H%M%S')}.jsonl"
-
-
-def deciding_settings(args: InferArguments | SampleArguments) -> dict[str, Any]:
-    """The settings that decide what the answers are."""
-    topics = {name: spec.topic for name, spec in specs_of(type(args)).items()}
-    chosen = [name for name, topic in topics.items() if topic in _DECIDING or name in _DECIDING_FLAGS]
-    return {name: getattr(args, name) for name in chosen if name not in _IRRELEVANT}

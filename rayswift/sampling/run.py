@@ -7,10 +7,10 @@ import logging
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+from rayswift.arguments import deciding_settings
 from rayswift.data.plugins import PluginFile
 from rayswift.errors import UserError
 from rayswift.generate.types import Answer, Request
-from rayswift.inference.command import deciding_settings
 from rayswift.inference.run import Throughput, progress_bar
 from rayswift.journal import Journal, open_journal, run_identity
 from rayswift.modeling.resolved import resolve_model
@@ -26,11 +26,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger("rayswift.sampling")
 
 Row = dict[str, Any]
-
-#: Settings beside those of model, dataset, template and generation that decide what the answers are.
-_DECIDING = ("sampler_engine", "sampler_type", "num_return_sequences", "cache_files", "data_range", "engine_kwargs",
-             "num_sampling_batch_size", "num_sampling_batches", "merge_lora")  # fmt: skip
-_REWARD_FLAGS = ("orm_model", "prm_model", "judge_base_url", "judge_model", "judge_max_tokens")
 
 
 def sample(args: SampleArguments) -> Row:
@@ -49,7 +44,7 @@ def sample(args: SampleArguments) -> Row:
     scorers = make_scorers(args)
     prompts = read_prompts(args)
     check_references(scorers, prompts)
-    identity = run_identity(answer_settings(args), [{"id": prompt.id, **prompt.row} for prompt in prompts])
+    identity = run_identity(deciding_settings(args), [{"id": prompt.id, **prompt.row} for prompt in prompts])
     files = Files.of(args, identity)
     if files.result.exists() and not args.override_exist_file:
         logger.info("%s is there already: nothing to do; --override_exist_file true writes it anew", files.result)
@@ -69,15 +64,10 @@ def sample(args: SampleArguments) -> Row:
     return report(args, files, counts, tally)
 
 
-def answer_settings(args: SampleArguments) -> Row:
-    """The settings that decide what the answers are; two runs that agree in them are the same run."""
-    return {**deciding_settings(args), **{name: getattr(args, name) for name in _DECIDING}}
-
-
 def reward_settings(args: SampleArguments) -> Row:
     """The settings that decide what the scores are, with the text of the plugins."""
     plugins = [PluginFile.read(path).source for path in args.external_plugins]
-    return {"plugins": plugins, **{name: getattr(args, name) for name in _REWARD_FLAGS}}
+    return {"plugins": plugins, **deciding_settings(args, "scores")}
 
 
 @contextlib.contextmanager

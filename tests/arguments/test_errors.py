@@ -6,7 +6,8 @@ import shlex
 
 import pytest
 
-from rayswift.arguments import make_arguments, parse_arguments
+from rayswift.arguments import format_help, make_arguments, parse_arguments
+from rayswift.arguments.parsing import flags_of
 from rayswift.errors import UserError
 
 
@@ -198,6 +199,32 @@ def test_python_keywords_get_the_same_messages() -> None:
 def test_harmless_settings_are_warned_about(words: str, warning: str, caplog: pytest.LogCaptureFixture) -> None:
     parse_arguments("sft", [*SFT.split()[1:], *words.split()])
     assert warning in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("command_line", "flag"),
+    [
+        ("sft --model m --dataset d --dataset_num_proc 4", "dataset_num_proc"),
+        ("sft --model m --dataset d --dataloader_num_workers 4", "dataloader_num_workers"),
+        ("sft --model m --dataset d --padding_side left", "padding_side"),
+        ("sft --model m --dataset d --download_mode force_redownload", "download_mode"),
+        ("sft --model m --dataset d --metric acc", "eval_metric"),
+        ("infer --model m --val_dataset d --write_batch_size 8", "write_batch_size"),
+        ("infer --model m --vllm_use_async_engine true", "vllm_use_async_engine"),
+        ("infer --model m --infer_backend vllm --use_async_engine true", "vllm_use_async_engine"),
+        ("infer --model m --base_url http://h/v1 --vllm_use_async_engine true", "vllm_use_async_engine"),
+    ],
+)
+def test_flags_that_change_nothing_say_so_once(
+    command_line: str, flag: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command, *words = command_line.split()
+    parse_arguments(command, words)
+    reason = flags_of(command)[flag].no_effect
+    assert reason
+    assert caplog.messages == [f"--{flag}: no effect, {reason}"]
+    monkeypatch.setenv("COLUMNS", "400")
+    assert f"; no effect, {reason} (default: " in format_help(command)
 
 
 def test_swift_flags_that_ask_for_nothing_pass() -> None:

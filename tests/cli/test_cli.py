@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+import pkgutil
+import shlex
 import subprocess
 import sys
 import time
+import types
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from ray_head import Head, ray_head
 
 import rayswift
 from rayswift.arguments import COMMANDS as ARGUMENT_CLASSES
+from rayswift.arguments import make_arguments, parse_arguments
 from rayswift.cli.jobs import take_secrets
 from rayswift.cli.main import COMMANDS, find_command, main
 from rayswift.errors import RunFailedError, UserError
@@ -134,7 +140,41 @@ def test_closed_output_is_no_error() -> None:
 def test_the_python_api_raises(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="--dataset is required"):
         rayswift.sft(model="m")
-    assert all(callable(getattr(rayswift, name)) for name in rayswift.__all__)
+
+
+def test_no_room_hides_a_function_of_the_python_api() -> None:
+    """A package ``rayswift.infer`` would replace the function of that name as soon as it is imported."""
+    rooms = {module.name for module in pkgutil.iter_modules(rayswift.__path__)}
+    assert {"inference", "exporting", "sampling", "chat_page"} <= rooms
+    assert rooms & set(rayswift.__all__) == set()
+    for room in rooms - {"__main__"}:
+        importlib.import_module(f"rayswift.{room}")
+    assert all(isinstance(getattr(rayswift, name), types.FunctionType) for name in rayswift.__all__)
+
+
+def test_submit_from_python_sends_the_command_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    sent: dict[str, Any] = {}
+
+    class Client:
+        def submit_job(self, **job: Any) -> str:
+            sent.update(job)
+            return "job-1"
+
+    monkeypatch.setattr("rayswift.cli.jobs._client", lambda address: sent.update(address=address) or Client())
+    settings = {
+        "model": "org/m", "dataset": ["a.jsonl", "b c.jsonl#5"], "num_workers": (1, 4), "packing": True, "seed": 7,
+        "model_kwargs": {"x": [1, "two words"]}, "max_length": None, "hub_token": "not-to-be-seen", "weight_decay": 0.0,
+    }  # fmt: skip
+    status = rayswift.submit("sft", address="http://h:8265", working_dir=str(tmp_path), wait=False, **settings)
+    assert status == 0
+    assert (sent["address"], sent["runtime_env"]["working_dir"]) == ("http://h:8265", str(tmp_path))
+    assert sent["runtime_env"]["env_vars"] == {"RAYSWIFT_HUB_TOKEN": "not-to-be-seen"}
+    _, command, *words = shlex.split(sent["entrypoint"])
+    del settings["hub_token"]
+    assert "not-to-be-seen" not in sent["entrypoint"]
+    assert parse_arguments(command, words).to_dict() == make_arguments("sft", **settings).to_dict()
+    with pytest.raises(UserError, match="--dataset is required"):
+        rayswift.submit("sft", model="m")
 
 
 def test_a_script_is_a_command_line(tmp_path: Path) -> None:
