@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from rayswift.data.flow.plan import StreamMix
     from rayswift.data.flow.prepare import TrainData
     from rayswift.data.tokens.packing import Packs
-    from rayswift.data.tokens.row_index import BlockRows
+    from rayswift.data.tokens.row_index import RowIndex
 
 logger = logging.getLogger("rayswift.train")
 
@@ -199,12 +199,12 @@ class _RunData:
     fingerprint: str
 
     @property
-    def train(self) -> BlockRows | None:
+    def train(self) -> RowIndex | None:
         """Token rows; None for a stream."""
         return self.loaded.train
 
     @property
-    def token_parts(self) -> dict[str, BlockRows]:
+    def token_parts(self) -> dict[str, RowIndex]:
         """Training and validation rows whose lengths are known, by SWIFT's names for them."""
         found = {"train_dataset": self.train, "val_dataset": self.loaded.val}
         return {name: rows for name, rows in found.items() if rows is not None and not isinstance(rows, LazyRows)}

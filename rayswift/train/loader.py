@@ -11,7 +11,15 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from rayswift.data.tokens.table import LazyUnits, Row, StreamPlaces, StreamUnit, TokenRows, Units, iter_units
+from rayswift.data.tokens.table import (
+    LazyItems,
+    StreamItem,
+    StreamPlaces,
+    TokenizedRow,
+    TokenRows,
+    TrainItems,
+    iter_items,
+)
 
 if TYPE_CHECKING:
     import numpy as np
@@ -21,7 +29,7 @@ if TYPE_CHECKING:
     from rayswift.train.schedule import StepPlan
 
 Batch = dict[str, "torch.Tensor"]
-Collate = Callable[[Sequence[Row]], Batch]
+Collate = Callable[[Sequence[TokenizedRow]], Batch]
 #: Steps whose rows are sorted by length together (Transformers takes 50 batches too).
 BUCKET_WINDOW = 50
 
@@ -47,13 +55,13 @@ class Collator:
     pad_token_id: int
     flat: bool = False
 
-    def __call__(self, rows: Sequence[Row]) -> Batch:
+    def __call__(self, rows: Sequence[TokenizedRow]) -> Batch:
         """One micro-batch; without rows, one that trains nothing (other workers wait for every forward pass)."""
         if not rows:
             import numpy as np
 
             nothing = np.full(2, self.pad_token_id, np.int32)
-            rows = [Row(nothing, np.full(2, -100, np.int32))]
+            rows = [TokenizedRow(nothing, np.full(2, -100, np.int32))]
         return flatten(rows) if self.flat else pad(rows, self.pad_token_id)
 
 
@@ -64,7 +72,7 @@ class PairCollator:
 
     pad_token_id: int
 
-    def __call__(self, rows: Sequence[Row]) -> Batch:
+    def __call__(self, rows: Sequence[TokenizedRow]) -> Batch:
         """One micro-batch; without pairs, one of a single answered nothing that counts as no pair."""
         import numpy as np
         import torch
@@ -72,14 +80,14 @@ class PairCollator:
         num_pairs = len(rows)
         if not rows:
             nothing = np.full(4, self.pad_token_id, np.int32)
-            rows = [Row(nothing, np.array([-100, 0, -100, 0], np.int32), rejected_start=2)]
-        chosen, rejected = zip(*(row.sides() for row in rows), strict=True)
+            rows = [TokenizedRow(nothing, np.array([-100, 0, -100, 0], np.int32), rejected_start=2)]
+        chosen, rejected = zip(*(row.chosen_and_rejected() for row in rows), strict=True)
         batch = pad([*chosen, *rejected], self.pad_token_id)
         batch["completion_mask"] = (batch.pop("labels") != -100).long()
         return {**batch, "num_pairs": torch.tensor(num_pairs)}
 
 
-def pad(rows: Sequence[Row], pad_token_id: int) -> Batch:
+def pad(rows: Sequence[TokenizedRow], pad_token_id: int) -> Batch:
     """Pad rows on the right to the longest: ``input_ids``, ``attention_mask``, ``labels``, int64 (rows, length), and
     ``loss_scale`` float32 if any row has weights."""
     import numpy as np
@@ -103,7 +111,7 @@ def pad(rows: Sequence[Row], pad_token_id: int) -> Batch:
     return {name: torch.from_numpy(array) for name, array in arrays.items()}
 
 
-def flatten(rows: Sequence[Row]) -> Batch:
+def flatten(rows: Sequence[TokenizedRow]) -> Batch:
     """Join rows to one sequence that no attention crosses: ``input_ids``, ``labels``, ``position_ids`` int64
     (1, tokens), positions restarting with each row, and the bounds of the rows as variable-length attention wants
     them: ``cu_seq_lens_q``, ``cu_seq_lens_k`` int32 (rows + 1,), ``max_length_q``, ``max_length_k``."""
@@ -127,7 +135,7 @@ def flatten(rows: Sequence[Row]) -> Batch:
     return batch
 
 
-def weights_of(row: Row) -> np.ndarray:
+def weights_of(row: TokenizedRow) -> np.ndarray:
     """The training weight of each token, float32."""
     import numpy as np
 
@@ -172,7 +180,7 @@ class _Loader:
         self._spent = True
         return (self.collate(rows) for rows in self.micro_batches())
 
-    def micro_batches(self) -> Iterator[list[Row]]:
+    def micro_batches(self) -> Iterator[list[TokenizedRow]]:
         """The rows of each micro-batch of this worker, from the start step on."""
         raise NotImplementedError
 
@@ -197,7 +205,7 @@ class EpochLoader(_Loader):
 
     def __init__(
         self,
-        units: Units | LazyUnits,
+        units: TrainItems | LazyItems,
         plan: StepPlan,
         rank: Rank,
         collate: Collate,
@@ -246,7 +254,7 @@ class EpochLoader(_Loader):
         steps = [ordered[start : start + size] for start in range(0, len(ordered), size)]
         return np.concatenate([steps[step] for step in random.permutation(len(steps))])
 
-    def micro_batches(self) -> Iterator[list[Row]]:
+    def micro_batches(self) -> Iterator[list[TokenizedRow]]:
         for step in range(self.start_step, self.plan.max_steps):
             for cell in self.unit_cells(step):
                 yield [row for unit in cell for row in self.units[unit]]
@@ -279,7 +287,7 @@ class StreamLoader(_Loader):
     def stream_places(self, step: int) -> StreamPlaces | None:
         return self._places[step]
 
-    def step_cells(self) -> Iterator[list[list[StreamUnit]]]:
+    def step_cells(self) -> Iterator[list[list[StreamItem]]]:
         """For each step, the units of each of this worker's micro-batches."""
         step, waiting = self.start_step, []
         if step >= self.plan.max_steps:
@@ -296,9 +304,9 @@ class StreamLoader(_Loader):
         if waiting and len(self._reached) == 1:
             yield self._cells(waiting, step + 1)
 
-    def _units(self) -> Iterator[StreamUnit]:
+    def _units(self) -> Iterator[StreamItem]:
         """Units until one of the streams ends, which is planned for many epochs."""
-        streams = [iter_units(tables) for tables in self.tables()]
+        streams = [iter_items(tables) for tables in self.tables()]
         for stream in self.order:
             unit = next(streams[stream], None)
             if unit is None:
@@ -306,11 +314,11 @@ class StreamLoader(_Loader):
             self._reached[stream] = unit.next_position
             yield unit
 
-    def _cells(self, units: list[StreamUnit], step: int) -> list[list[StreamUnit]]:
+    def _cells(self, units: list[StreamItem], step: int) -> list[list[StreamItem]]:
         self._places = {step: tuple(self._reached)}
         return [[units[place] for place in cell] for cell in self._mine([1] * len(units))]
 
-    def micro_batches(self) -> Iterator[list[Row]]:
+    def micro_batches(self) -> Iterator[list[TokenizedRow]]:
         for cells in self.step_cells():
             for cell in cells:
                 yield [row for unit in cell for row in unit.rows]

@@ -9,8 +9,8 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from rayswift.data.tokens.packing import Packs
-from rayswift.data.tokens.row_index import BlockRows, LazyRows
-from rayswift.data.tokens.table import LazyUnits, StreamPlaces, StreamPosition, TokenRows, Units
+from rayswift.data.tokens.row_index import LazyRows, RowIndex
+from rayswift.data.tokens.table import LazyItems, StreamPlaces, StreamPosition, TokenRows, TrainItems
 from rayswift.errors import UserError
 from rayswift.train.checkpoints.store import CheckpointStore
 from rayswift.train.loader import Collate, Collator, EpochLoader, PairCollator, Rank, StreamLoader
@@ -54,12 +54,12 @@ class WorkerConfig:
     dtype: str
     use_gpu: bool
     run_uri: str
-    train: BlockRows | None
+    train: RowIndex | None
     packs: Packs | None
     stream: StreamMix | None
     encoder: Encoder
     data_fingerprint: str
-    val: BlockRows | None
+    val: RowIndex | None
     resume: str | None
     events: Any
 
@@ -248,14 +248,14 @@ def buckets(args: Any) -> bool:
     return args.training_args.get("train_sampling_strategy") == "group_by_length"
 
 
-def _units(config: WorkerConfig, rows: BlockRows) -> Units | LazyUnits:
+def _units(config: WorkerConfig, rows: RowIndex) -> TrainItems | LazyItems:
     if not isinstance(rows, LazyRows):
-        return Units(rows, config.packs)
+        return TrainItems(rows, config.packs)
 
     def report(line: str) -> None:
         config.events.push.remote({"event": "drops", "lines": [line]})
 
-    return LazyUnits(rows, config.encoder, report)
+    return LazyItems(rows, config.encoder, report)
 
 
 def _loader(

@@ -29,7 +29,7 @@ from rayswift.data.flow.stream import task_tokens
 from rayswift.data.names import resolve_datasets
 from rayswift.data.tokens.encoder import Encoder
 from rayswift.data.tokens.packing import pack
-from rayswift.data.tokens.table import Row, StreamPlaces, StreamPosition, Units
+from rayswift.data.tokens.table import StreamPlaces, StreamPosition, TokenizedRow, TrainItems
 from rayswift.train.loader import Collator, EpochLoader, Rank, StreamLoader
 from rayswift.train.schedule import StepPlan
 
@@ -65,7 +65,7 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(folder)
 
 
-def number_of(row: Row, encoder: Encoder) -> int:
+def number_of(row: TokenizedRow, encoder: Encoder) -> int:
     return int(encoder.tokenizer.decode(row.input_ids, skip_special_tokens=True).split()[0])
 
 
@@ -76,7 +76,7 @@ def epoch_source(dataset: str, encoder: Encoder, cache: str, packing: bool, seed
     args = make_arguments("sft", model="m/m", dataset=[dataset], split_dataset_ratio=0, data_seed=seed)
     data = load_train_data(args, resolve_datasets(args), encoder, lambda *_: None, TokenCache(cache))
     assert data.train is not None
-    units = Units(data.train, pack(data.train.lengths, PACK) if packing else None)
+    units = TrainItems(data.train, pack(data.train.lengths, PACK) if packing else None)
     steps = -(-len(units) // BATCH) if packing else len(units) // BATCH
 
     def loader(rank: Rank, plan: StepPlan, step: int, _: StreamPlaces) -> EpochLoader:
@@ -109,7 +109,7 @@ def tables(streams: StreamMix, encoder: Encoder, start: StreamPlaces) -> list[It
 
 def _tables(plan: StreamPlan, encoder: Encoder, start: StreamPosition) -> Iterator[pa.Table]:
     for task in range(start.task, len(plan.tasks)):
-        yield from task_tokens(plan, task, start.unit if task == start.task else 0, encoder, None)
+        yield from task_tokens(plan, task, start.item if task == start.task else 0, encoder, None)
 
 
 Attempt = tuple[int, int]  # (workers, steps until they are killed)
@@ -142,7 +142,7 @@ def run(source: Source, plan: StepPlan, attempts: list[Attempt], encoder: Encode
     return trained
 
 
-def _take(stream: Iterator[list[Row]]) -> list[list[Row]]:
+def _take(stream: Iterator[list[TokenizedRow]]) -> list[list[TokenizedRow]]:
     found = next(stream, None)
     return [] if found is None else [found]
 
