@@ -6,14 +6,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from rayswift.data.tokens.table import Row
+from rayswift.data.tokens.table import TokenizedRow
 
 if TYPE_CHECKING:
     import numpy as np
     import torch
 
 Batch = dict[str, "torch.Tensor"]
-Collate = Callable[[Sequence[Row]], Batch]
+Collate = Callable[[Sequence[TokenizedRow]], Batch]
 
 
 @dataclass(frozen=True)
@@ -26,13 +26,13 @@ class Collator:
     pad_token_id: int
     flat: bool = False
 
-    def __call__(self, rows: Sequence[Row]) -> Batch:
+    def __call__(self, rows: Sequence[TokenizedRow]) -> Batch:
         """One micro-batch; without rows, one that trains nothing (other workers wait for every forward pass)."""
         if not rows:
             import numpy as np
 
             nothing = np.full(2, self.pad_token_id, np.int32)
-            rows = [Row(nothing, np.full(2, -100, np.int32))]
+            rows = [TokenizedRow(nothing, np.full(2, -100, np.int32))]
         return flatten(rows) if self.flat else pad(rows, self.pad_token_id)
 
 
@@ -43,7 +43,7 @@ class PairCollator:
 
     pad_token_id: int
 
-    def __call__(self, rows: Sequence[Row]) -> Batch:
+    def __call__(self, rows: Sequence[TokenizedRow]) -> Batch:
         """One micro-batch; without pairs, one of a single answered nothing that counts as no pair."""
         import numpy as np
         import torch
@@ -51,14 +51,14 @@ class PairCollator:
         num_pairs = len(rows)
         if not rows:
             nothing = np.full(4, self.pad_token_id, np.int32)
-            rows = [Row(nothing, np.array([-100, 0, -100, 0], np.int32), rejected_start=2)]
+            rows = [TokenizedRow(nothing, np.array([-100, 0, -100, 0], np.int32), rejected_start=2)]
         chosen, rejected = zip(*(row.chosen_and_rejected() for row in rows), strict=True)
         batch = pad([*chosen, *rejected], self.pad_token_id)
         batch["completion_mask"] = (batch.pop("labels") != -100).long()
         return {**batch, "num_pairs": torch.tensor(num_pairs)}
 
 
-def pad(rows: Sequence[Row], pad_token_id: int) -> Batch:
+def pad(rows: Sequence[TokenizedRow], pad_token_id: int) -> Batch:
     """Pad rows on the right to the longest: ``input_ids``, ``attention_mask``, ``labels``, int64 (rows, length), and
     ``loss_scale`` float32 if any row has weights."""
     import numpy as np
@@ -82,7 +82,7 @@ def pad(rows: Sequence[Row], pad_token_id: int) -> Batch:
     return {name: torch.from_numpy(array) for name, array in arrays.items()}
 
 
-def flatten(rows: Sequence[Row]) -> Batch:
+def flatten(rows: Sequence[TokenizedRow]) -> Batch:
     """Join rows to one sequence that no attention crosses: ``input_ids``, ``labels``, ``position_ids`` int64
     (1, tokens), positions restarting with each row, and the bounds of the rows as variable-length attention wants
     them: ``cu_seq_lens_q``, ``cu_seq_lens_k`` int32 (rows + 1,), ``max_length_q``, ``max_length_k``."""
@@ -106,7 +106,7 @@ def flatten(rows: Sequence[Row]) -> Batch:
     return batch
 
 
-def weights_of(row: Row) -> np.ndarray:
+def weights_of(row: TokenizedRow) -> np.ndarray:
     """The training weight of each token, float32."""
     import numpy as np
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from rayswift.data.tokens.row_index import BlockRows, LazyRows
+from rayswift.data.tokens.row_index import LazyRows, RowIndex
 
 if TYPE_CHECKING:
     from rayswift.data.flow.plan import StreamMix
@@ -27,10 +27,10 @@ class RunData:
         fingerprint: tells one data order from another; kept in checkpoints.
     """
 
-    train: BlockRows | None
+    train: RowIndex | None
     packs: Packs | None
     stream: StreamMix | None
-    val: BlockRows | None
+    val: RowIndex | None
     encoder: Encoder
     fingerprint: str
 
@@ -42,7 +42,7 @@ class RunData:
         return len(self.train) if self.packs is None else len(self.packs)
 
     @property
-    def token_parts(self) -> dict[str, BlockRows]:
+    def token_parts(self) -> dict[str, RowIndex]:
         """Training and validation rows whose lengths are known, by SWIFT's names for them."""
         found = {"train_dataset": self.train, "val_dataset": self.val}
         return {name: rows for name, rows in found.items() if rows is not None and not isinstance(rows, LazyRows)}

@@ -12,7 +12,15 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from rayswift.data.tokens.table import LazyUnits, Row, StreamPlaces, StreamUnit, TokenRows, Units, iter_units
+from rayswift.data.tokens.table import (
+    LazyItems,
+    StreamItem,
+    StreamPlaces,
+    TokenizedRow,
+    TokenRows,
+    TrainItems,
+    iter_items,
+)
 from rayswift.train.collate import Batch, Collate
 
 if TYPE_CHECKING:
@@ -68,7 +76,7 @@ class _Loader:
         self._spent = True
         return (self.collate(rows) for rows in self.micro_batches())
 
-    def micro_batches(self) -> Iterator[list[Row]]:
+    def micro_batches(self) -> Iterator[list[TokenizedRow]]:
         """The rows of each micro-batch of this worker, from the start step on."""
         raise NotImplementedError
 
@@ -93,7 +101,7 @@ class EpochLoader(_Loader):
 
     def __init__(
         self,
-        items: Units | LazyUnits,
+        items: TrainItems | LazyItems,
         schedule: StepSchedule,
         rank: Rank,
         collate: Collate,
@@ -138,7 +146,7 @@ class EpochLoader(_Loader):
         steps = [ordered[start : start + size] for start in range(0, len(ordered), size)]
         return np.concatenate([steps[step] for step in random.permutation(len(steps))])
 
-    def micro_batches(self) -> Iterator[list[Row]]:
+    def micro_batches(self) -> Iterator[list[TokenizedRow]]:
         for step in range(self.start_step, self.schedule.max_steps):
             for items in self.micro_batch_items(step):
                 yield [row for item in items for row in self.items[item]]
@@ -171,7 +179,7 @@ class StreamLoader(_Loader):
     def stream_places(self, step: int) -> StreamPlaces | None:
         return self._places[step]
 
-    def step_items(self) -> Iterator[list[list[StreamUnit]]]:
+    def step_items(self) -> Iterator[list[list[StreamItem]]]:
         """For each step, the items of each of this worker's micro-batches."""
         step, waiting = self.start_step, []
         if step >= self.schedule.max_steps:
@@ -188,9 +196,9 @@ class StreamLoader(_Loader):
         if waiting and len(self._reached) == 1:
             yield self._share(waiting, step + 1)
 
-    def _items(self) -> Iterator[StreamUnit]:
+    def _items(self) -> Iterator[StreamItem]:
         """Items until one of the streams ends, which is planned for many epochs."""
-        streams = [iter_units(tables) for tables in self.tables()]
+        streams = [iter_items(tables) for tables in self.tables()]
         for stream in self.order:
             item = next(streams[stream], None)
             if item is None:
@@ -198,11 +206,11 @@ class StreamLoader(_Loader):
             self._reached[stream] = item.next_position
             yield item
 
-    def _share(self, items: list[StreamUnit], step: int) -> list[list[StreamUnit]]:
+    def _share(self, items: list[StreamItem], step: int) -> list[list[StreamItem]]:
         self._places = {step: tuple(self._reached)}
         return [[items[place] for place in places] for places in self._mine([1] * len(items))]
 
-    def micro_batches(self) -> Iterator[list[Row]]:
+    def micro_batches(self) -> Iterator[list[TokenizedRow]]:
         for micro_batches in self.step_items():
             for items in micro_batches:
                 yield [row for item in items for row in item.rows]

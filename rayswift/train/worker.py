@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from rayswift.data.tokens.row_index import LazyRows
-from rayswift.data.tokens.table import LazyUnits, StreamPlaces, StreamPosition, TokenRows, Units
+from rayswift.data.tokens.table import LazyItems, StreamPlaces, StreamPosition, TokenRows, TrainItems
 from rayswift.errors import UserError, one_line
 from rayswift.train.checkpoints.store import CheckpointStore
 from rayswift.train.collate import Collate, Collator, PairCollator
@@ -137,7 +137,7 @@ def _loader(
             config.events.push.remote({"event": "drops", "lines": [line]})
 
         rows = data.train
-        items = LazyUnits(rows, encoder, report) if isinstance(rows, LazyRows) else Units(rows, data.packs)
+        items = LazyItems(rows, encoder, report) if isinstance(rows, LazyRows) else TrainItems(rows, data.packs)
         shuffle = args.train_dataloader_shuffle
         bucket = args.training_args.get("train_sampling_strategy") == "group_by_length"
         return EpochLoader(items, schedule, rank, collate, start_step, args.data_seed, shuffle, bucket)

@@ -15,7 +15,7 @@ from rayswift.data.flow.cache import TokenCache
 from rayswift.data.flow.prepare import TrainData, load_train_data
 from rayswift.data.names import resolve_datasets
 from rayswift.data.tokens.encoder import Encoder
-from rayswift.data.tokens.row_index import BlockRows
+from rayswift.data.tokens.row_index import RowIndex
 from rayswift.data.tokens.table import TokenRows
 from rayswift.errors import UserError
 
@@ -27,7 +27,7 @@ def load(encoder: Encoder, cache: Path, **given: Any) -> TrainData:
     return load_train_data(args, resolve_datasets(args), encoder, lambda *_: None, TokenCache(str(cache)))
 
 
-def contents(rows: BlockRows | None) -> list[tuple[list[int], list[int], Any]]:
+def contents(rows: RowIndex | None) -> list[tuple[list[int], list[int], Any]]:
     read = TokenRows(rows)  # type: ignore[arg-type]
     return [
         (row.input_ids.tolist(), row.labels.tolist(), None if row.loss_scale is None else row.loss_scale.tolist())

@@ -23,8 +23,8 @@ from rayswift.data.flow.prepare import TrainData, first_usable_row, load_train_d
 from rayswift.data.flow.stream import read_stream, start_stream_readers, stream_tokens, task_tokens
 from rayswift.data.names import resolve_datasets
 from rayswift.data.tokens.encoder import Encoder
-from rayswift.data.tokens.row_index import BlockRows, LazyRows, blend, interleave, sample_rows, split_rows
-from rayswift.data.tokens.table import LazyUnits, StreamPosition, TokenRows
+from rayswift.data.tokens.row_index import LazyRows, RowIndex, blend, interleave, sample_rows, split_rows
+from rayswift.data.tokens.table import LazyItems, StreamPosition, TokenRows
 from rayswift.errors import UserError
 from rayswift.train.events import start_event_queue
 
@@ -46,7 +46,7 @@ def write(path: Path, rows: list[Any]) -> str:
     return str(path)
 
 
-def ids_of(rows: BlockRows | None) -> list[list[int]]:
+def ids_of(rows: RowIndex | None) -> list[list[int]]:
     """What training reads, row by row."""
     assert rows is not None
     read = TokenRows(rows)
@@ -55,7 +55,7 @@ def ids_of(rows: BlockRows | None) -> list[list[int]]:
     return ids
 
 
-def texts_of(rows: BlockRows | None, encoder: Encoder) -> list[str]:
+def texts_of(rows: RowIndex | None, encoder: Encoder) -> list[str]:
     return encoder.tokenizer.batch_decode(ids_of(rows), skip_special_tokens=True)
 
 
@@ -87,9 +87,9 @@ def refusal(call: Callable[[], object]) -> str:
 # --- arithmetic on row numbers ----------------------------------------------------------------------------------
 
 
-def numbered(count: int) -> BlockRows:
+def numbered(count: int) -> RowIndex:
     index = np.column_stack([np.zeros(count, np.int64), np.arange(count)])
-    return BlockRows([], index, np.zeros(count, np.int64))
+    return RowIndex([], index, np.zeros(count, np.int64))
 
 
 def rng() -> np.random.RandomState:
@@ -137,7 +137,7 @@ def test_a_dataset_with_probability_zero_is_not_waited_for() -> None:
 
 
 def test_blend_without_shuffling_concatenates() -> None:
-    parts = [numbered(3), BlockRows(["rows.arrow"], numbered(2).index, numbered(2).lengths)]
+    parts = [numbered(3), RowIndex(["rows.arrow"], numbered(2).index, numbered(2).lengths)]
     assert len(blend(parts, arguments("x", dataset_shuffle=False), rng())) == 5
 
 
@@ -312,7 +312,7 @@ def test_lazy_rows_are_those_that_would_be_encoded_before(plain: Encoder, tmp_pa
     assert isinstance(lazy.train, LazyRows)
     assert texts_of(lazy.val, limited) == texts_of(eager.val, limited)
     said: list[str] = []
-    units = LazyUnits(lazy.train, limited, said.append)
+    units = LazyItems(lazy.train, limited, said.append)
     samples = [row for unit in range(len(units)) for row in units[unit]]
     expected = TokenRows(eager.train)
     assert sorted(row.input_ids.tolist() for row in samples) == sorted(
@@ -442,7 +442,7 @@ def test_streams_are_read_side_by_side_by_every_worker_at_its_own_pace(
     for plan, reader, place in zip(mix.plans, readers, start, strict=True):
         tables = [list(task_tokens(plan, task, 0, plain, None)) for task in range(len(plan.tasks))]
         before = sum(len(table) for task in tables[: place.task] for table in task)
-        expected = decoded(itertools.chain(*tables), plain)[before + place.unit :]
+        expected = decoded(itertools.chain(*tables), plain)[before + place.item :]
         slow, fast = read_stream(reader, 0), read_stream(reader, 1)
         first = next(slow)
         assert decoded(fast, plain) == expected

@@ -179,6 +179,7 @@ def test_large_datasets_go_through_ray_data_to_the_same_rows(
     here = load(dataset, encoder, str(tmp_path / "here"), dataset_shuffle=False)
     assert counter.take()[0] == 60
     monkeypatch.setattr(encode_tasks, "RAY_DATA_START_BYTES", 0)
+    monkeypatch.setattr(encode_tasks, "CPUS_HERE", 0)
     monkeypatch.setattr(sources, "CHUNK_BYTES", 700)
     there = load(dataset, encoder, str(tmp_path / "there"), dataset_shuffle=False)
     assert counter.take() == (0, 0)
@@ -195,8 +196,8 @@ def test_large_datasets_go_through_ray_data_to_the_same_rows(
 
 @pytest.mark.parametrize(
     ("cpus", "chunks", "megabytes", "worth"),
-    [(0, 100, 10**6, False), (2, 100, 10**6, False), (4, 100, 400, False), (4, 100, 600, True), (16, 100, 250, False),
-     (16, 100, 300, True), (16, 1, 10**6, False)],
+    [(0, 100, 10**6, False), (4, 100, 10**6, False), (8, 100, 500, False), (8, 100, 600, True), (16, 100, 300, False),
+     (16, 100, 400, True), (16, 1, 10**6, False)],
 )  # fmt: skip
 def test_a_small_dataset_or_machine_waits_for_no_other_process(
     cpus: int, chunks: int, megabytes: int, worth: bool, monkeypatch: pytest.MonkeyPatch

@@ -29,7 +29,7 @@ from rayswift.data.flow.stream import task_tokens
 from rayswift.data.names import resolve_datasets
 from rayswift.data.tokens.encoder import Encoder
 from rayswift.data.tokens.packing import pack
-from rayswift.data.tokens.table import Row, StreamPlaces, StreamPosition, Units
+from rayswift.data.tokens.table import StreamPlaces, StreamPosition, TokenizedRow, TrainItems
 from rayswift.train.collate import Collator
 from rayswift.train.loader import EpochLoader, Rank, StreamLoader
 from rayswift.train.schedule import StepSchedule
@@ -66,7 +66,7 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(folder)
 
 
-def number_of(row: Row, encoder: Encoder) -> int:
+def number_of(row: TokenizedRow, encoder: Encoder) -> int:
     return int(encoder.tokenizer.decode(row.input_ids, skip_special_tokens=True).split()[0])
 
 
@@ -78,7 +78,7 @@ def epoch_source(dataset: str, encoder: Encoder, cache_dir: str, packing: bool, 
     args = make_arguments("sft", model="m/m", dataset=[dataset], split_dataset_ratio=0, data_seed=seed)
     data = load_train_data(args, resolve_datasets(args), encoder, lambda *_: None, TokenCache(cache_dir))
     assert data.train is not None
-    units = Units(data.train, pack(data.train.lengths, PACK) if packing else None)
+    units = TrainItems(data.train, pack(data.train.lengths, PACK) if packing else None)
     steps = -(-len(units) // BATCH) if packing else len(units) // BATCH
 
     def loader(rank: Rank, plan: StepSchedule, step: int, _: StreamPlaces) -> EpochLoader:
@@ -107,7 +107,7 @@ def stream_source(
     def tables(stream: int, start: StreamPosition) -> Iterator[pa.Table]:
         """What a reader hands out, without Ray."""
         for task in range(start.task, len(streams.plans[stream].tasks)):
-            yield from task_tables(stream, task, start.unit if task == start.task else 0)
+            yield from task_tables(stream, task, start.item if task == start.task else 0)
 
     def loader(rank: Rank, steps: StepSchedule, step: int, places: StreamPlaces) -> StreamLoader:
         order = streams.order(step * steps.global_batch_size)
@@ -147,7 +147,7 @@ def run(source: Source, plan: StepSchedule, attempts: list[Attempt], encoder: En
     return trained
 
 
-def _take(stream: Iterator[list[Row]]) -> list[list[Row]]:
+def _take(stream: Iterator[list[TokenizedRow]]) -> list[list[TokenizedRow]]:
     found = next(stream, None)
     return [] if found is None else [found]
 

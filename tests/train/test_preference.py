@@ -13,7 +13,7 @@ from tiny_models import llama
 from transformers import PreTrainedTokenizerBase
 
 from rayswift.arguments import make_arguments
-from rayswift.data.tokens.table import Row
+from rayswift.data.tokens.table import TokenizedRow
 from rayswift.errors import UserError
 from rayswift.modeling.loading import load_tokenizer
 from rayswift.train.collate import PairCollator
@@ -25,19 +25,19 @@ BETA = 0.3
 PAIR = PairCollator(0)
 
 
-def pair(seed: int) -> Row:
+def pair(seed: int) -> TokenizedRow:
     """A question of four tokens and two answers of different lengths."""
     rng = np.random.RandomState(seed)
     sides = [rng.randint(1, 90, 4 + answer).astype(np.int32) for answer in (3 + seed % 3, 2 + seed % 4)]
     sides[1][:4] = sides[0][:4]
     labels = [np.where(np.arange(len(side)) < 4, -100, side).astype(np.int32) for side in sides]
-    return Row(np.concatenate(sides), np.concatenate(labels), rejected_start=len(sides[0]))
+    return TokenizedRow(np.concatenate(sides), np.concatenate(labels), rejected_start=len(sides[0]))
 
 
 def test_all_chosen_conversations_come_before_all_rejected_ones() -> None:
     rows = [
-        Row(np.array([1, 2, 3, 1, 4]), np.array([-100, 2, 3, -100, 4]), rejected_start=3),
-        Row(np.array([5, 6, 5, 7, 8, 9]), np.array([-100, 6, -100, -100, 8, 9]), rejected_start=2),
+        TokenizedRow(np.array([1, 2, 3, 1, 4]), np.array([-100, 2, 3, -100, 4]), rejected_start=3),
+        TokenizedRow(np.array([5, 6, 5, 7, 8, 9]), np.array([-100, 6, -100, -100, 8, 9]), rejected_start=2),
     ]
     batch = {name: tensor.tolist() for name, tensor in PAIR(rows).items()}
     assert batch == {
@@ -60,9 +60,9 @@ class Run:
         self,
         tokenizer: PreTrainedTokenizerBase,
         folder: Path,
-        micro_batches: list[list[Row]],
+        micro_batches: list[list[TokenizedRow]],
         accumulation: int = 1,
-        val: list[Row] | None = None,
+        val: list[TokenizedRow] | None = None,
         **flags: Any,
     ) -> None:
         from rayswift.train.trainers.dpo import PreferenceTrainer
@@ -102,7 +102,7 @@ def log_probability(model: Any, ids: np.ndarray, labels: np.ndarray) -> torch.Te
     return logits[places - 1, torch.tensor(ids[places], dtype=torch.long)].sum()
 
 
-def dpo(model: Any, reference: Any, rows: list[Row]) -> dict[str, float]:
+def dpo(model: Any, reference: Any, rows: list[TokenizedRow]) -> dict[str, float]:
     """The DPO paper's equation 7 and the rewards beside it, written out."""
     rewards = [
         [BETA * float(log_probability(model, side.input_ids, side.labels) -

@@ -32,8 +32,8 @@ if TYPE_CHECKING:
 
 #: What this process encodes in the time that Ray Data and its processes take to start, in bytes of text …
 RAY_DATA_START_BYTES = 256 * 2**20
-#: … and the cores that it keeps busy (the tokenizer has threads of its own).
-CPUS_HERE = 2
+#: … and the cores that Ray Data's tasks take to be as fast as this process, whose tokenizer has threads of its own.
+CPUS_HERE = 4
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from rayswift.data.flow.cache import encoder_hash
 from rayswift.data.flow.stage import token_schema
 from rayswift.data.tokens.arrow_files import read_columns
-from rayswift.data.tokens.row_index import BlockRows, TrainData, all_rows, concat
+from rayswift.data.tokens.row_index import RowIndex, TrainData, all_rows, concat
 from rayswift.data.tokens.table import TokenRows
 from rayswift.errors import UserError
 from rayswift.files import atomic_folder
@@ -42,7 +42,7 @@ def save_cached_dataset(folder: str, data: TrainData, encoder: Encoder) -> None:
         (built / _SETTINGS).write_text(text, encoding="utf-8")
 
 
-def _write_part(folder: Path, part: str, rows: BlockRows) -> None:
+def _write_part(folder: Path, part: str, rows: RowIndex) -> None:
     import pyarrow as pa
 
     read = TokenRows(rows)
@@ -64,7 +64,7 @@ def _batch(read: TokenRows, numbers: range) -> pa.RecordBatch:
     return pa.record_batch(arrays, schema)
 
 
-def load_cached_datasets(folders: list[str], encoder: Encoder) -> tuple[BlockRows, BlockRows]:
+def load_cached_datasets(folders: list[str], encoder: Encoder) -> tuple[RowIndex, RowIndex]:
     """The training and validation rows of ``--cached_dataset``, each empty where there are none.
 
     Raises:
@@ -103,9 +103,9 @@ def _check(folder: str, encoder: Encoder) -> None:
     )
 
 
-def _read_part(folder: str, part: str) -> BlockRows:
+def _read_part(folder: str, part: str) -> RowIndex:
     import numpy as np
 
     files = sorted(str(file) for file in Path(folder).glob(f"{part}-*.arrow"))
     lengths = [np.zeros(0, np.int32), *(read_columns(file, ["length"])[0] for file in files)]
-    return BlockRows(files, all_rows([len(found) for found in lengths[1:]]), np.concatenate(lengths))
+    return RowIndex(files, all_rows([len(found) for found in lengths[1:]]), np.concatenate(lengths))

@@ -71,7 +71,7 @@ class StreamPlan:
 class StreamMix:
     """The streams of a run: one of all datasets in turn, or with ``--interleave_prob`` one of each.
 
-    ``probabilities``: how often each gives the next unit.
+    ``probabilities``: how often each gives the next item.
     """
 
     plans: tuple[StreamPlan, ...]
@@ -87,7 +87,7 @@ class StreamMix:
         return (StreamPosition(),) * len(self.plans)
 
     def order(self, first: int) -> Iterator[int]:
-        """The stream that gives unit number ``first`` of the run, the one that gives the next, and so on."""
+        """The stream that gives item number ``first`` of the run, the one that gives the next, and so on."""
         import numpy as np
 
         if len(self.plans) == 1:

@@ -19,9 +19,9 @@ from rayswift.data.flow.stage import refuse_bad_rows, standard_batches
 from rayswift.data.names import ResolvedDataset, ResolvedDatasets
 from rayswift.data.tokens.arrow_files import default_root, read_columns
 from rayswift.data.tokens.row_index import (
-    BlockRows,
     DropReport,
     LazyRows,
+    RowIndex,
     TrainData,
     all_rows,
     blend,
@@ -99,7 +99,7 @@ def load_train_data(
     rng = np.random.RandomState(args.data_seed)
     ratio = 0.0 if datasets.val else args.split_dataset_ratio
 
-    def sampled(dataset: ResolvedDataset) -> BlockRows:
+    def sampled(dataset: ResolvedDataset) -> RowIndex:
         return sample_rows(run.standard_rows(dataset), dataset.spec.num_samples, args, rng)
 
     # A stream is read while it trains; nothing is held out of it.
@@ -132,7 +132,7 @@ class _Load:
         # By the path of its standard rows, what was or will be made of a chunk.
         self.tasks: dict[str, EncodeTask] = {}
 
-    def standard_rows(self, dataset: ResolvedDataset) -> BlockRows:
+    def standard_rows(self, dataset: ResolvedDataset) -> RowIndex:
         """All usable rows of a dataset. Where every row will be wanted as tokens, it is encoded on the way."""
         import numpy as np
 
@@ -153,9 +153,9 @@ class _Load:
         if not sum(counts):
             reasons = "; ".join(seen.lines()) or "it is empty"
             raise UserError(f"--dataset {name}: none of its {seen.rows_in} rows can be used: {reasons}")
-        return BlockRows(files, all_rows(counts), np.zeros(sum(counts), np.int32))
+        return RowIndex(files, all_rows(counts), np.zeros(sum(counts), np.int32))
 
-    def encode(self, parts: list[BlockRows]) -> None:
+    def encode(self, parts: list[RowIndex]) -> None:
         """Encode the rows of these parts that are not encoded yet."""
         import numpy as np
 
@@ -174,7 +174,7 @@ class _Load:
         tasks = [self.tasks[file] for file in wanted]
         self.drops.merge(report_of(tasks, [self._summary(task.key) for task in tasks]))
 
-    def token_rows(self, rows: BlockRows) -> BlockRows:
+    def token_rows(self, rows: RowIndex) -> RowIndex:
         """For each standard row in turn, the token rows that came from it (none if dropped, several if split)."""
         import numpy as np
 
@@ -197,9 +197,9 @@ class _Load:
         order = _selected_order(np.concatenate(origins), bases, rows.index)
         index = all_rows([len(length) for length in lengths[1:]])
         paths = [self.cache.path(self.tasks[file].key) for file in files]
-        return BlockRows(paths, index, np.concatenate(lengths)).select(order)
+        return RowIndex(paths, index, np.concatenate(lengths)).select(order)
 
-    def blended(self, parts: list[BlockRows], args: Any, rng: np.random.RandomState) -> BlockRows:
+    def blended(self, parts: list[RowIndex], args: Any, rng: np.random.RandomState) -> RowIndex:
         """The token rows of several datasets together."""
         tokens = [self.token_rows(part) for part in parts]
         empty = next((number for number, rows in enumerate(tokens) if not len(rows)), None)
@@ -208,7 +208,7 @@ class _Load:
             raise UserError(f"--dataset {args.dataset[empty]}: no row is left to mix in; {reasons}")
         return blend(tokens, args, rng)
 
-    def lazy_rows(self, rows: BlockRows) -> LazyRows:
+    def lazy_rows(self, rows: RowIndex) -> LazyRows:
         """Standard rows with what is needed to encode each when it is trained."""
         import numpy as np
 
@@ -232,14 +232,14 @@ class _Load:
         return summary
 
 
-def _files_of(rows: BlockRows) -> list[str]:
+def _files_of(rows: RowIndex) -> list[str]:
     """The files that rows come from, each once."""
     import numpy as np
 
     return list(dict.fromkeys(rows.files[number] for number in np.unique(rows.index[:, 0])))
 
 
-def _rows_by_file(rows: BlockRows) -> Iterator[tuple[str, np.ndarray]]:
+def _rows_by_file(rows: RowIndex) -> Iterator[tuple[str, np.ndarray]]:
     """Each file that rows come from, once, with the numbers of these rows in it."""
     import numpy as np
 
@@ -258,7 +258,7 @@ def _selected_order(origins: np.ndarray, bases: np.ndarray, index: np.ndarray) -
     Args:
         origins: the standard row that each token row came from, ascending, numbered over all files.
         bases: the number of each file's first standard row.
-        index: the selected rows, ``BlockRows.index``.
+        index: the selected rows, ``RowIndex.index``.
     """
     import numpy as np
 

@@ -2,11 +2,11 @@
 
 A task of the plan (:mod:`rayswift.data.flow.plan`) is one or more shards: read → standard rows → shuffle → encode →
 pack. It is one operator, because two would wait for each other's CPU for ever on a machine that training fills. A place
-in the stream is ``(task, unit)``, whatever the number of workers: every worker sees every block (those of one node
+in the stream is ``(task, item)``, whatever the number of workers: every worker sees every block (those of one node
 share its memory) and takes its share of each step, so a resumed run goes on at exactly that place.
 
-``--interleave_prob`` makes a stream of each dataset, read side by side; which one gives the next unit is a function of
-seed and number of the unit alone (:meth:`StreamMix.order`).
+``--interleave_prob`` makes a stream of each dataset, read side by side; which one gives the next item is a function of
+seed and number of the item alone (:meth:`StreamMix.order`).
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def stream_tokens(
     num_cpus: float = 1,
 ) -> Dataset:
     """The stream as a lazy dataset of token rows: ``input_ids``, ``labels``, ``loss_scale``, and the place of each:
-    ``task``, ``unit`` and ``unit_rows``, the number of rows of that unit.
+    ``task``, ``item`` and ``item_rows``, the number of rows of that item.
 
     Args:
         plan: the frozen plan.
@@ -78,7 +78,7 @@ def stream_tokens(
         encoder = ray.get(packed).unpack()
         for item in batch["id"]:
             task = begin.task + int(item)
-            first = begin.unit if task == begin.task else 0
+            first = begin.item if task == begin.task else 0
             yield from _in_step(task_tokens(plan, task, first, encoder, drop_log), task, reader)
 
     tasks = one_task_each(pa.table({"id": range(len(plan.tasks) - begin.task)}), True, STREAM_BLOCK_BYTES)
@@ -106,24 +106,24 @@ def _in_step(tables: Iterator[pa.Table], task: int, reader: Any | None) -> Itera
 
 
 def task_tokens(
-    plan: StreamPlan, task: int, first_unit: int, encoder: Encoder, drop_log: Any | None
+    plan: StreamPlan, task: int, first_item: int, encoder: Encoder, drop_log: Any | None
 ) -> Iterator[pa.Table]:
-    """The tables of one task from a unit on: a pure function of the plan."""
+    """The tables of one task from an item on: a pure function of the plan."""
     import numpy as np
     import pyarrow as pa
 
     done = 0
     for epoch, shard in plan.tasks[task]:
-        for tokens, units in _shard_units(plan, epoch, shard, encoder, drop_log):
-            numbers = done + units
+        for tokens, items in _shard_items(plan, epoch, shard, encoder, drop_log):
+            numbers = done + items
             done = int(numbers[-1]) + 1
-            skip = int(np.searchsorted(numbers, first_unit))
+            skip = int(np.searchsorted(numbers, first_item))
             if skip == len(numbers):
                 continue
             columns = {
                 "task": np.full(len(numbers), task, np.int32),
-                "unit": numbers,
-                "unit_rows": np.bincount(units)[units],
+                "item": numbers,
+                "item_rows": np.bincount(items)[items],
             }
             table = pa.Table.from_batches([tokens]).drop_columns(["source", "length"])
             for name, values in columns.items():
@@ -131,10 +131,10 @@ def task_tokens(
             yield table.slice(skip)
 
 
-def _shard_units(
+def _shard_items(
     plan: StreamPlan, epoch: int, number: int, encoder: Encoder, drop_log: Any | None
 ) -> Iterator[tuple[pa.RecordBatch, np.ndarray]]:
-    """Token rows of one shard of one epoch, each batch with its rows' units (int64, from 0 in every batch)."""
+    """Token rows of one shard of one epoch, each batch with its rows' items (int64, from 0 in every batch)."""
     import numpy as np
 
     shard = plan.shards[number]
@@ -220,7 +220,7 @@ def _packed(batches: Iterator[pa.RecordBatch], packing_length: int) -> Iterator[
 def _pack_window(
     rows: pa.Table, packing_length: int, least: float
 ) -> tuple[tuple[pa.RecordBatch, np.ndarray] | None, pa.Table]:
-    """Packs filled to at least this share, as rows and their units; and the rows that wait."""
+    """Packs filled to at least this share, as rows and their items; and the rows that wait."""
     import numpy as np
 
     from rayswift.data.tokens.packing import pack
@@ -233,8 +233,8 @@ def _pack_window(
     counts = np.diff(packs.offsets)
     taken = np.repeat(enough, counts)
     batch = rows.take(packs.rows[taken]).combine_chunks().to_batches()
-    units = np.repeat(np.arange(int(enough.sum())), counts[enough])
-    return (batch[0], units) if batch else None, rows.take(np.sort(packs.rows[~taken]))
+    items = np.repeat(np.arange(int(enough.sum())), counts[enough])
+    return (batch[0], items) if batch else None, rows.take(np.sort(packs.rows[~taken]))
 
 
 # --- handing it out ---------------------------------------------------------------------------------------------
