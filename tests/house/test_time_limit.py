@@ -43,8 +43,7 @@ def test_a_test_that_takes_long_fails_without_the_time_of_what_tests_share(tmp_p
     (tmp_path / "free_machine.py").write_text("import os\nos.getloadavg = lambda: (0.1, 0.1, 0.1)\n")
     paths = {"PYTHONPATH": f"{REPOSITORY / 'tests'}{os.pathsep}{tmp_path}", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-p", "free_machine", "-p", "time_limit", "-p", "no:cacheprovider", "-rf",
-         "test_it.py"],
+        [sys.executable, "-m", "pytest", "-p", "free_machine", "-p", "time_limit", "-rf", "test_it.py"],
         cwd=tmp_path, env={**os.environ, **paths, "RAYSWIFT_TEST_SECONDS": "0.8"}, capture_output=True, text=True,
     )  # fmt: skip
     assert "2 failed, 3 passed" in done.stdout, done.stdout

@@ -1,4 +1,4 @@
-"""``--sampler_engine client`` and servers with manners of their own: the real engine behind a gate that has them."""
+"""``--sampler_engine client`` and servers with manners of their own: an engine behind a gate that has them."""
 
 from __future__ import annotations
 
@@ -82,50 +82,53 @@ def numbers(answers: Any, requests: Any = REQUESTS) -> list[int]:
     return sorted(number for number, _ in found)
 
 
-def test_one_request_asks_for_all_answers_to_a_prompt(served: Any) -> None:
-    with gated(served, lambda body, _: body, top_k=5) as (gate, answers):
+def test_one_request_asks_for_all_answers_to_a_prompt(tiny_served: Any) -> None:
+    with gated(tiny_served, lambda body, _: body, top_k=5) as (gate, answers):
         assert numbers(answers) == [0, 1, 2, 3, 4]
     assert sorted((body["n"], body["seed"], body["top_k"]) for body in gate.bodies) == [(2, 14, 5), (3, 11, 5)]
 
 
-def test_a_server_that_gives_one_answer_is_asked_until_there_are_enough(served: Any) -> None:
-    with gated(served, lambda body, _: body | {"n": 1}) as (gate, answers):
+def test_a_server_that_gives_one_answer_is_asked_until_there_are_enough(tiny_served: Any) -> None:
+    with gated(tiny_served, lambda body, _: body | {"n": 1}) as (gate, answers):
         assert numbers(answers) == [0, 1, 2, 3, 4]
     assert sorted(body["seed"] for body in gate.bodies) == [11, 12, 13, 14, 15]
 
 
-def test_a_server_that_does_not_know_n_is_asked_without(served: Any) -> None:
+def test_a_server_that_does_not_know_n_is_asked_without(tiny_served: Any) -> None:
     def refuse(body: Any, _: int) -> Any:
         return {"status": 400, "message": "n is not supported"} if "n" in body else body
 
-    with gated(served, refuse, parallel=1) as (gate, answers):
+    with gated(tiny_served, refuse, parallel=1) as (gate, answers):
         assert numbers(answers) == [0, 1, 2, 3, 4]
     assert [body.get("n") for body in gate.bodies] == [3, None, None, None, None, None]
 
 
-def test_a_busy_server_is_asked_again(served: Any) -> None:
+def test_a_busy_server_is_asked_again(tiny_served: Any) -> None:
     def busy(body: Any, count: int) -> Any:
         return {"status": 429, "message": "slow down"} if count <= 3 else body
 
-    with gated(served, busy) as (gate, answers):
+    with gated(tiny_served, busy) as (gate, answers):
         assert numbers(answers) == [0, 1, 2, 3, 4]
     assert len(gate.bodies) == 5
 
 
-def test_requests_keep_to_the_rate_limit(served: Any) -> None:
-    with gated(served, lambda body, _: body, per_minute=300) as (gate, answers):
+def test_requests_keep_to_the_rate_limit(tiny_served: Any) -> None:
+    with gated(tiny_served, lambda body, _: body, per_minute=300) as (gate, answers):
         assert numbers(answers, [Request((number,), ROW, (number,)) for number in range(4)]) == [0, 1, 2, 3]
     assert gate.times[-1] - gate.times[0] > 3 * 0.2 - 0.08
 
 
-def test_what_is_wrong_with_one_prompt_fails_its_answers_alone(served: Any) -> None:
+def test_what_is_wrong_with_one_prompt_fails_its_answers_alone(tiny_served: Any) -> None:
     long = Request((7, 8), {"messages": [{"role": "user", "content": "word " * 9000}]}, (1, 2))
-    with gated(served, lambda body, _: body) as (_, answers):
+    with gated(tiny_served, lambda body, _: body) as (_, answers):
         found = dict(answers([*REQUESTS, long]))
     assert sorted(found) == [0, 1, 2, 3, 4, 7, 8]
     assert [bool(found[number].error) for number in (0, 7, 8)] == [False, True, True]
 
 
-def test_a_server_that_stays_away_ends_the_run(served: Any) -> None:
-    with gated(served, lambda body, _: {"status": 401, "message": "no"}) as (_, answers), pytest.raises(EngineUnusable):
+def test_a_server_that_stays_away_ends_the_run(tiny_served: Any) -> None:
+    with (
+        gated(tiny_served, lambda body, _: {"status": 401, "message": "no"}) as (_, answers),
+        pytest.raises(EngineUnusable),
+    ):
         numbers(answers)
