@@ -250,7 +250,7 @@ def test_a_short_request_does_not_wait_for_the_end_of_a_long_one(
 
     def ask(name: str, tokens: int) -> None:
         body = {"messages": ASK, "max_tokens": tokens, "ignore_eos": True, "temperature": 0}
-        httpx.post(url + CHAT, json=body, timeout=60).raise_for_status()
+        httpx.post(url + CHAT, json=body, timeout=300).raise_for_status()
         done.append(name)
 
     long = threading.Thread(target=ask, args=("long", 200))
