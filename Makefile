@@ -49,7 +49,7 @@ test: $(STAMP) $(MODEL)/config.json ## the default test suite
 
 test-eval: ## the tests of EvalScope and lm-eval, in their environment .venv-eval
 	$(MAKE) install VENV=.venv-eval SET=eval
-	.venv-eval/bin/python -m pytest -q --durations=10 tests/eval
+	RAYSWIFT_TEST_SECONDS=30 .venv-eval/bin/python -m pytest -q --durations=10 tests/eval
 
 test-slow: $(STAMP) $(MODEL)/config.json ## full end-to-end runs: several workers, DeepSpeed, kills, a real Ray job
 	$(BIN)/python -m pytest -q -m slow --durations=15

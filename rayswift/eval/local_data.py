@@ -60,8 +60,7 @@ def lay_out(
     if card.is_file() and re.search(r"^configs:", card.read_text("utf-8", "replace"), re.MULTILINE):
         return LocalData(str(path), None)
     files = _found(benchmark, path, subsets, split, others)
-    missing = [subset for subset in subsets if (subset, split) not in files]
-    if missing:
+    if missing := [subset for subset in subsets if (subset, split) not in files]:
         raise UserError(_missing_line(benchmark, path, missing, split, len(subsets)))
     return _cached(benchmark, files, check)
 
@@ -79,14 +78,13 @@ def _found(
     for file in sorted(path.rglob("*")):
         if file.is_file() and _SUFFIX.search(file.name.lower()):
             by_stem.setdefault(_stem(str(file.relative_to(path))), []).append(str(file))
-    found = {}
+    found, alone = {}, len(subsets) == 1
     for subset in subsets:
+        names = [subset, *(name for name in benchmark.file_names if name and alone)]
         for each in (split, *others):
-            alone = len(subsets) == 1
-            names = [name for name in benchmark.file_names if name and alone]
-            stems = [f"{subset}/{each}", f"{subset}_{each}", *(f"{name}{sep}{each}" for name in names for sep in "_/")]
+            stems = [f"{name}{sep}{each}" for name in names for sep in "/_"]
             stems += [each] if alone else []
-            stems += [subset, *names] if each == split else []
+            stems += names if each == split else []
             stem = next((s for s in map(_stem, stems) if s in by_stem), None)
             if stem is not None:
                 found[subset, each] = by_stem[stem]
