@@ -18,7 +18,7 @@ _DEFAULT_URL = "http://127.0.0.1:8000/v1"
 
 def adapters(argv: Sequence[str]) -> int:
     """Run ``rayswift adapters WORD ...``; returns the exit status."""
-    options = _parser().parse_args(list(argv) or ["--help"])
+    options = adapters_parser().parse_args(list(argv) or ["--help"])
     key = options.api_key or os.environ.get("OPENAI_API_KEY")
     if options.word == "list":
         for card in _call(options.base_url, "/adapters", key)["data"]:
@@ -34,7 +34,7 @@ def adapters(argv: Sequence[str]) -> int:
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
+def adapters_parser() -> argparse.ArgumentParser:
     parser = Parser(prog="rayswift adapters", description="Adapters of a running rayswift deploy.", allow_abbrev=False)
     words = parser.add_subparsers(dest="word", required=True, metavar="list|load|unload")
     texts = {

@@ -5,6 +5,7 @@ Nothing here trains: a job's settings are caught where `rayswift` would start th
 
 from __future__ import annotations
 
+import ast
 import re
 import runpy
 import shlex
@@ -15,8 +16,12 @@ from typing import Any
 
 import pytest
 
+import rayswift
 from rayswift.arguments import parse_arguments
+from rayswift.arguments.parsing import flags_of
 from rayswift.cli import main as cli
+from rayswift.cli.adapters import adapters_parser
+from rayswift.errors import UserError
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 JOBS = REPOSITORY / "jobs"
@@ -165,17 +170,63 @@ def documented(pattern: str) -> list[Any]:
     return found
 
 
+def parse(words: list[str]) -> None:
+    """Read a command line (without ``rayswift``) as the command would; raises what it raises."""
+    command, rest = cli.find_command(words)
+    if command == "submit":
+        position = next(number for number, word in enumerate(rest) if word in cli.COMMANDS)
+        command, rest = rest[position], rest[position + 1 :]
+    if command == "data" and rest:
+        command, rest = f"data {rest[0]}", rest[1:]
+    if "--help" in rest or command == "status":
+        return
+    if command == "adapters":
+        adapters_parser().parse_args(rest)
+    else:
+        parse_arguments(command, rest)
+
+
 @pytest.mark.parametrize("words", documented("rayswift "))
 def test_documented_commands_parse(words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "sft.yaml").write_text("model: Qwen/Qwen2.5-7B-Instruct\ndataset: [train.jsonl]\n")
     (tmp_path / "my_datasets.py").write_text("")
     monkeypatch.chdir(tmp_path)
-    command, rest = cli.find_command(words[1:])
-    if command == "submit":
-        position = next(number for number, word in enumerate(rest) if word in cli.COMMANDS)
-        command, rest = rest[position], rest[position + 1 :]
-    if command in cli.COMMANDS and rest != ["--help"]:
-        parse_arguments(command, rest)
+    parse(words[1:])
+
+
+def test_commands_named_in_a_sentence_have_such_flags() -> None:
+    """They need not be whole: what they leave out is no mistake, what they name must be there."""
+    wrong, seen = [], 0
+    for document in DOCUMENTS:
+        text = re.sub(r"^ *```.*?^ *```", "", document.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+        for line in re.findall(r"`rayswift ([a-z][^`]*)`", text):
+            words = shlex.split(line.replace("…", "x"))
+            if words[1:] and not {"COMMAND", "list|load|unload"} & set(words):
+                seen += 1
+                try:
+                    parse(words)
+                except UserError as error:
+                    problems = str(error).split("\n")
+                    wrong += [f"{document.name}: {line}: {problem}" for problem in problems
+                              if "is required" not in problem and " needs " not in problem]  # fmt: skip
+    assert wrong == []
+    assert seen > 20
+
+
+def test_documented_python_calls_have_such_settings() -> None:
+    wrong, seen = [], 0
+    for document in DOCUMENTS:
+        for block in re.findall(r"```python\n(.*?)```", document.read_text(encoding="utf-8"), flags=re.DOTALL):
+            for call in ast.walk(ast.parse(block)):
+                if isinstance(call, ast.Call) and ast.unparse(call.func).startswith("rayswift."):
+                    name = ast.unparse(call.func).removeprefix("rayswift.")
+                    assert name in rayswift.__all__, f"{document.name}: {ast.unparse(call)}"
+                    flags = flags_of({"pretrain": "pt", "evaluate": "eval"}.get(name, name))
+                    known = {alias for spec in flags.values() for alias in (spec.name, *spec.aliases)} | {"overrides"}
+                    wrong += [f"{document.name}: {name}({key.arg})" for key in call.keywords if key.arg not in known]
+                    seen += 1
+    assert wrong == []
+    assert seen >= 4
 
 
 @pytest.mark.parametrize("words", documented("python jobs/"))
