@@ -42,8 +42,6 @@ $(MODEL)/config.json: $(STAMP) tools/smollm2.py
 quickstart: $(STAMP) $(MODEL)/config.json ## fine-tune SmolLM2-135M to a new name with 2 workers and ZeRO-2, then ask it
 	$(BIN)/python jobs/quickstart.py --model $(MODEL)
 
-# No test is long (tests/time_limit.py), but a slow machine is no fault of the installation.
-test: export RAYSWIFT_TEST_SECONDS ?= 30
 test: $(STAMP) $(MODEL)/config.json ## the default test suite
 	$(BIN)/python -m pytest -q --durations=10
 

@@ -87,10 +87,14 @@ def arg_like(group: type, name: str, default: Any, **details: Any) -> Any:
     return arg(merged.pop("default"), merged.pop("help"), **merged)
 
 
-@functools.cache
+_SPECS: dict[type, dict[str, Spec]] = {}
+
+
 def specs_of(cls: type) -> dict[str, Spec]:
     """The flags of an arguments class by name; topic and ``decides`` are those of the group, if not the flag's own."""
-    found: dict[str, Spec] = {}
+    if cls in _SPECS:
+        return _SPECS[cls]
+    found = _SPECS[cls] = {}
     for field in dataclasses.fields(cls):
         if "spec" in field.metadata:
             owner = next(base for base in reversed(cls.__mro__) if field.name in inspect.get_annotations(base))

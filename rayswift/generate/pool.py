@@ -146,7 +146,6 @@ class TransformersWorker:
         self.params = SamplingParams.from_arguments(model.args)
         # Engines that each use every core get in each other's way.
         torch.set_num_threads(max(1, cluster.cpu_count() // pool_size))
-        seed_everything(model.args.seed)
 
     def __call__(self, table: Any) -> Any:
         import pyarrow as pa

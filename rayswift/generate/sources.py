@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from rayswift.cluster import address_of
 from rayswift.generate.model_spec import ModelSpec, model_spec
 from rayswift.generate.pool import EnginePool
-from rayswift.generate.transformers import TransformersEngine, load_engine, seed_everything
+from rayswift.generate.transformers import TransformersEngine, load_engine
 from rayswift.generate.types import Answer, AnswerSource, Endpoint, Engine, Request, SamplingParams, prompt_of
 from rayswift.modeling.resolved import ResolvedModel
 
@@ -52,9 +52,7 @@ def open_engine(
 ) -> Iterator[TransformersEngine | EndpointEngine]:
     """What answers one conversation at a time. ``model``: None with ``--base_url``."""
     if model is not None and args.infer_backend == "transformers":
-        engine = load_engine(model)
-        seed_everything(args.seed)
-        yield engine
+        yield load_engine(model)
         return
     with open_endpoint(args, [model_spec(model)] if model is not None else [], deployment, seed=seed) as endpoint:
         yield endpoint
@@ -62,18 +60,27 @@ def open_engine(
 
 @contextlib.contextmanager
 def open_answers(
-    args: Any, model: ResolvedModel | None, params: SamplingParams, deployment: Deployment
+    args: Any,
+    model: ResolvedModel | None,
+    params: SamplingParams,
+    deployment: Deployment,
+    one_by_one: Callable[[Engine, SamplingParams], AnswerSource] | None = None,
 ) -> Iterator[AnswerSource]:
     """What answers many prompts: a pool of engines on the cluster for vLLM, and for Transformers where workers or a
-    cluster are named; else one engine."""
+    cluster are named; else one engine.
+
+    ``one_by_one``: makes the source of one engine that answers one prompt after the other; there is no pool then.
+    """
     is_spread = args.infer_backend == "vllm" or (
         args.infer_backend == "transformers" and bool(args.num_workers or address_of(args))
     )
-    if model is not None and is_spread:
+    if model is not None and is_spread and one_by_one is None:
         yield EnginePool.start(model).answers
         return
     with open_engine(args, model, deployment, seed=args.seed) as engine:
-        if isinstance(engine, TransformersEngine):
+        if one_by_one is not None:
+            yield one_by_one(engine, params)
+        elif isinstance(engine, TransformersEngine):
             yield in_batches(engine, params, args.max_batch_size)
         else:
             yield side_by_side(engine, params)

@@ -270,11 +270,11 @@ def context_length(encoder: Encoder) -> int:
 
 
 def load_engine(model: ResolvedModel) -> TransformersEngine:
-    """Find (or download) the model, merge the adapter if asked to, and load both into this process."""
-    model = model.merged()
+    """Find (or download) the model, merge the adapter if asked to, and load both into this process; set the seed."""
+    model, seed = model.merged(), model.args.seed
     args, folder = model.args, model.folder()
     logger.info("loading %s%s", folder, f" with {model.adapter}" if model.adapter else "")
-    return TransformersEngine.load(
+    engine = TransformersEngine.load(
         Encoder.from_args(args, folder),
         model.adapter,
         torch_dtype=args.torch_dtype,
@@ -283,6 +283,8 @@ def load_engine(model: ResolvedModel) -> TransformersEngine:
         use_gpu=args.use_gpu,
         model_kwargs=args.model_kwargs,
     )
+    seed_everything(seed)
+    return engine
 
 
 def seed_everything(seed: int) -> None:

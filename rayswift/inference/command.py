@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import time
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from rayswift.arguments import deciding_settings
 from rayswift.generate.sources import open_answers, open_engine
-from rayswift.generate.types import AnswerSource, JsonRow, SamplingParams
+from rayswift.generate.types import JsonRow, SamplingParams
 from rayswift.inference.chat import chat
 from rayswift.inference.rows import read_rows
 from rayswift.inference.run import answer_rows, shown
@@ -43,18 +42,16 @@ def infer(args: InferArguments) -> list[JsonRow] | None:
         with open_engine(args, model, running_deployment) as engine:
             chat(engine, params, stream=args.stream is not False)
         return None
+    path, deciding = result_path(args), deciding_settings(args)
     check_metric(args.metric)
     rows = read_rows(args)
     # Opened before the model loads: a path that cannot be written must not cost the answers.
-    with open_results(result_path(args), run_identity(deciding_settings(args), rows)) as results:
+    with open_results(path, run_identity(deciding, rows)) as results:
         try:
-            with contextlib.ExitStack() as opened:
-                source: AnswerSource = tuple  # type: ignore[assignment]  # an earlier start has answered all rows
-                if len(results.rows) < len(rows) and args.stream:  # only one answer can be shown at a time
-                    engine = opened.enter_context(open_engine(args, model, running_deployment, seed=args.seed))
-                    source = shown(engine, params)
-                elif len(results.rows) < len(rows):
-                    source = opened.enter_context(open_answers(args, model, params, running_deployment))
+            if len(results.rows) == len(rows):  # an earlier start has answered them all: no engine is needed
+                return answer_rows(lambda _: (), rows, results, args)
+            one_by_one = shown if args.stream else None
+            with open_answers(args, model, params, running_deployment, one_by_one) as source:
                 return answer_rows(source, rows, results, args)
         except KeyboardInterrupt:
             logger.info("the same command with --result_path %s goes on from row %d", results.path, len(results.rows))
