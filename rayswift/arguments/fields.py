@@ -94,13 +94,14 @@ def specs_of(cls: type) -> dict[str, Spec]:
     """The flags of an arguments class by name; topic and ``decides`` are those of the group, if not the flag's own."""
     if cls in _SPECS:
         return _SPECS[cls]
-    found = _SPECS[cls] = {}
+    found = {}
     for field in dataclasses.fields(cls):
         if "spec" in field.metadata:
             owner = next(base for base in reversed(cls.__mro__) if field.name in inspect.get_annotations(base))
             kind = str(field.type).removesuffix(" | None")
             group = {name: getattr(owner, name) for name in ("topic", "decides")}  # see base.Arguments
             found[field.name] = Spec(name=field.name, kind=kind, **{**group, **field.metadata["spec"]})
+    _SPECS[cls] = found
     return found
 
 
