@@ -215,3 +215,14 @@ def test_a_cache_that_cannot_be_written(dataset: Path, encoder: Encoder, tmp_pat
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="RAYSWIFT_CACHE names another folder"):
         load(dataset, encoder, str(tmp_path / "file" / "cache"))
+
+
+def test_rules_that_have_seen_rows_are_the_same_rules() -> None:
+    """Else a second process finds nothing in the cache, and a checkpoint's data is never the data of a new driver."""
+    from rayswift.data.flow.cache import rules_hash
+    from rayswift.data.rows.standard import RowRules
+
+    rules = RowRules()
+    before = rules_hash(rules)
+    _ = rules._layouts, rules._renames, rules._edits_text  # what reading rows fills
+    assert rules_hash(rules) == before

@@ -19,7 +19,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -129,7 +129,10 @@ def rules_hash(rules: RowRules) -> str:
     """A hash of the rules that make raw rows standard ones, functions included."""
     from ray import cloudpickle
 
-    return hashlib.sha256(cloudpickle.dumps(rules)).hexdigest()[:40]
+    # A copy: what rules keep of columns they have seen is pickled too, and differs from process to process.
+    return hashlib.sha256(cloudpickle.dumps(replace(rules, message_names=replace(rules.message_names)))).hexdigest()[
+        :40
+    ]
 
 
 def tokens_key(rows_key: str, encoder: Encoder, subset: Any = None) -> str:
