@@ -88,8 +88,7 @@ def arg_like(group: type, name: str, default: Any, **details: Any) -> Any:
 
 
 @functools.cache
-def specs_of(cls: type) -> dict[str, Spec]:
-    """The flags of an arguments class by name; topic and ``decides`` are those of the group, if not the flag's own."""
+def _specs_of(cls: type) -> dict[str, Spec]:
     found: dict[str, Spec] = {}
     for field in dataclasses.fields(cls):
         if "spec" in field.metadata:
@@ -98,6 +97,11 @@ def specs_of(cls: type) -> dict[str, Spec]:
             group = {name: getattr(owner, name) for name in ("topic", "decides")}  # see base.Arguments
             found[field.name] = Spec(name=field.name, kind=kind, **{**group, **field.metadata["spec"]})
     return found
+
+
+def specs_of(cls: type) -> dict[str, Spec]:
+    """The flags of an arguments class by name; topic and ``decides`` are those of the group, if not the flag's own."""
+    return _specs_of(cls)  # mypy takes no class for hashable
 
 
 def is_unset(spec: Spec, raw: Any) -> bool:
