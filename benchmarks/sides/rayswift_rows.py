@@ -24,6 +24,8 @@ def main() -> None:
     parser.add_argument("--num_proc", type=int, required=True)
     parser.add_argument("--tokens", type=Path, help="write the ids of rows to this .npz file")
     parser.add_argument("--sample", type=int, help="how many rows of it, evenly spread (all)")
+    parser.add_argument("--where", choices=["here", "ray_data"], help="where rows are encoded (as sft decides)")
+    parser.add_argument("--nodes", type=int, default=1, help="Ray nodes on this machine, which share its cores")
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
 
@@ -31,6 +33,7 @@ def main() -> None:
 
     from rayswift.arguments import make_arguments
     from rayswift.cluster import connect
+    from rayswift.data.flow import encode_tasks
     from rayswift.data.flow.prepare import load_train_data
     from rayswift.data.names import resolve_datasets
     from rayswift.data.tokens.encoder import Encoder
@@ -47,6 +50,17 @@ def main() -> None:
         load_from_cache_file=True,  # the benchmark decides by the cache folder it gives
     )
     datasets = resolve_datasets(args)
+    if options.where:
+        encode_tasks.RAY_DATA_START_BYTES = -1 if options.where == "ray_data" else 2**63
+        encode_tasks.CPUS_HERE = 0
+    if options.nodes > 1:
+        from ray.cluster_utils import Cluster
+
+        cores = {"num_cpus": max(options.num_proc // options.nodes, 1)}
+        cluster = Cluster(initialize_head=True, head_node_args=cores)
+        for _ in range(options.nodes - 1):
+            cluster.add_node(**cores)
+        args.address = cluster.address
     connect(args)
     encoder = Encoder(args.model, template=args.template, max_length=args.max_length)
     assert encoder.template_name == "chatml"

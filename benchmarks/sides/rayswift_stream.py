@@ -25,7 +25,8 @@ def main() -> None:
 
     from rayswift.arguments import make_arguments
     from rayswift.cluster import connect
-    from rayswift.data.flow.stream import plan_streams, read_stream, start_stream_readers
+    from rayswift.data.flow.plan import plan_streams
+    from rayswift.data.flow.stream import read_stream, start_stream_readers
     from rayswift.data.names import resolve_datasets
     from rayswift.data.tokens.encoder import Encoder
 

@@ -87,21 +87,22 @@ def arg_like(group: type, name: str, default: Any, **details: Any) -> Any:
     return arg(merged.pop("default"), merged.pop("help"), **merged)
 
 
-@functools.cache
-def _specs_of(cls: type) -> dict[str, Spec]:
-    found: dict[str, Spec] = {}
+_SPECS: dict[type, dict[str, Spec]] = {}
+
+
+def specs_of(cls: type) -> dict[str, Spec]:
+    """The flags of an arguments class by name; topic and ``decides`` are those of the group, if not the flag's own."""
+    if cls in _SPECS:
+        return _SPECS[cls]
+    found = {}
     for field in dataclasses.fields(cls):
         if "spec" in field.metadata:
             owner = next(base for base in reversed(cls.__mro__) if field.name in inspect.get_annotations(base))
             kind = str(field.type).removesuffix(" | None")
             group = {name: getattr(owner, name) for name in ("topic", "decides")}  # see base.Arguments
             found[field.name] = Spec(name=field.name, kind=kind, **{**group, **field.metadata["spec"]})
+    _SPECS[cls] = found
     return found
-
-
-def specs_of(cls: type) -> dict[str, Spec]:
-    """The flags of an arguments class by name; topic and ``decides`` are those of the group, if not the flag's own."""
-    return _specs_of(cls)  # mypy takes no class for hashable
 
 
 def is_unset(spec: Spec, raw: Any) -> bool:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from rayswift.chat_page.messages import media_of
 from rayswift.errors import UserError
-from rayswift.generate.types import GenerationSettings
+from rayswift.generate.types import SamplingParams
 from rayswift.serve.ports import require_free_port
 
 if TYPE_CHECKING:
@@ -35,35 +35,37 @@ def app(args: AppArguments) -> None:
     require_free_port(args.server_name, args.server_port, "--server_port")
     # Before Gradio is imported: the page tells nobody that it exists.
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+    from rayswift.generate.model_spec import model_specs
     from rayswift.generate.sources import open_endpoint
+    from rayswift.serve.running import running_deployment
 
-    with open_endpoint(args) as engine:
+    specs = [] if args.base_url else model_specs(args)
+    with open_endpoint(args, specs, running_deployment) as engine:
         from rayswift.chat_page.page import build_page
 
         page = build_page(
             engine,
-            GenerationSettings.from_arguments(args),
+            SamplingParams.from_arguments(args),
             title=args.studio_title or engine.model,
             lang=args.lang,
             system=args.system,
-            media=media_offered(args),
+            media=media_offered(args, specs[0].model if specs else None),
             stream=args.stream is not False,
         )
         serve(page, args)
 
 
-def media_offered(args: AppArguments) -> tuple[str, ...]:
-    """Which files can be uploaded: what the model's configuration says, unless ``--is_multimodal`` does."""
+def media_offered(args: AppArguments, model_dir: str | None) -> tuple[str, ...]:
+    """Which files can be uploaded: what the model's configuration says, unless ``--is_multimodal`` does.
+
+    ``model_dir``: the served model's folder, where this machine has it.
+    """
     if args.is_multimodal is False:
         return ()
     found: tuple[str, ...] = ()
-    if args.model and not args.base_url:
-        from rayswift import hub
+    if model_dir is not None and os.path.isdir(model_dir):
         from rayswift.modeling.loading import read_config
 
-        model_dir = hub.resolve_model(
-            args.model, revision=args.model_revision, use_hf=args.use_hf, token=args.hub_token
-        )
         found = media_of(read_config(model_dir))
     return found or (("image",) if args.is_multimodal else ())
 

@@ -13,7 +13,7 @@ import gradio as gr
 from rayswift.chat_page.messages import NOTE, openai_messages
 from rayswift.errors import UserError
 from rayswift.generate.endpoint import EndpointEngine
-from rayswift.generate.types import GenerationSettings
+from rayswift.generate.types import SamplingParams
 
 TEXTS: dict[str, dict[str, str]] = json.loads(
     resources.files(__package__).joinpath("texts.json").read_text(encoding="utf-8")
@@ -24,7 +24,7 @@ MOST_TOKENS = 8192  # end of the slider
 
 def build_page(
     engine: EndpointEngine,
-    settings: GenerationSettings,
+    params: SamplingParams,
     *,
     title: str,
     lang: str = "en",
@@ -32,20 +32,20 @@ def build_page(
     media: Sequence[str] = (),
     stream: bool = True,
 ) -> gr.Blocks:
-    """The page over ``engine``; ``settings`` are the first values of the controls, ``media`` the uploads offered."""
+    """The page over ``engine``; ``params`` are the first values of the controls, ``media`` the uploads offered."""
     with gr.Blocks(title=title, fill_height=True, analytics_enabled=False, delete_cache=(3600, SECONDS_KEPT)) as page:
         with gr.Sidebar(width=300):
             gr.Markdown(f"## {title}")
             names = [(words["name"], code) for code, words in TEXTS.items()]
             language = gr.Radio(names, value=lang, elem_id="language", **words_of("language", lang))
-            controls = make_controls(engine, settings, system, lang)
+            controls = make_controls(engine, params, system, lang)
         chatbot = gr.Chatbot(
             elem_id="conversation", scale=1, buttons=["copy", "copy_all"], feedback_options=None,
             **words_of("conversation", lang),
         )  # fmt: skip
         question = make_question(media, lang)
         gr.ChatInterface(
-            answerer(engine, settings, stream),
+            answerer(engine, params, stream),
             chatbot=chatbot,
             textbox=question,
             multimodal=bool(media),
@@ -65,7 +65,7 @@ def build_page(
 
 
 def make_controls(
-    engine: EndpointEngine, settings: GenerationSettings, system: str | None, lang: str
+    engine: EndpointEngine, params: SamplingParams, system: str | None, lang: str
 ) -> dict[str, gr.components.Component]:
     """What the user sets for an answer, in the order :func:`answerer` takes it.
 
@@ -75,9 +75,9 @@ def make_controls(
     def shared(name: str) -> dict[str, Any]:
         return {"elem_id": name, **words_of(name, lang)}
 
-    by_hand = settings.temperature is not None or settings.top_p is not None
-    temperature, top_p = _first(settings.temperature, 0.7), _first(settings.top_p, 1.0)
-    longest = settings.max_new_tokens or 0
+    by_hand = params.temperature is not None or params.top_p is not None
+    temperature, top_p = _first(params.temperature, 0.7), _first(params.top_p, 1.0)
+    longest = params.max_new_tokens or 0
     model = gr.Dropdown(served(engine), value=engine.model, allow_custom_value=True, **shared("model"))
     prompt = gr.Textbox(system or "", lines=3, **shared("system"))
     length = gr.Slider(0, max(MOST_TOKENS, longest), longest, step=1, **shared("max_new_tokens"))
@@ -128,7 +128,7 @@ def served(engine: EndpointEngine) -> list[str]:
     return list(dict.fromkeys([*engine.models(), engine.model]))
 
 
-def answerer(engine: EndpointEngine, settings: GenerationSettings, stream: bool) -> Callable[..., Iterator[Any]]:
+def answerer(engine: EndpointEngine, params: SamplingParams, stream: bool) -> Callable[..., Iterator[Any]]:
     """The function that Gradio calls for each question; it yields the answer as it grows, or a note of an error.
 
     When the user stops, Gradio closes the iterator, the connection closes, and the server drops the request.
@@ -146,7 +146,7 @@ def answerer(engine: EndpointEngine, settings: GenerationSettings, stream: bool)
     ) -> Iterator[Any]:
         asked = dataclasses.replace(engine, model=model)
         chosen = dataclasses.replace(
-            settings,
+            params,
             max_new_tokens=int(max_new_tokens) or None,
             temperature=None if own_sampling else temperature,
             top_p=None if own_sampling else top_p,

@@ -23,13 +23,17 @@ START_TRIES = 3
 
 @dataclass(frozen=True)
 class Cluster:
-    """What the connected cluster has, counting the nodes its autoscaler may still start."""
+    """What the connected cluster has, counting the nodes its autoscaler may still start.
+
+    ``embedded``: no address was given. ``started``: this connection started the Ray, so its caller may end it.
+    """
 
     embedded: bool
     cpus: float
     gpus: float
     nodes: int
     gpus_per_node: int = 0
+    started: bool = False
 
     def describe(self) -> str:
         """For messages: ``this machine has 2 CPUs and no GPU``."""
@@ -67,8 +71,8 @@ def connect(args: Any) -> Cluster:
     os.environ.setdefault("RAY_DATA_LOG_LEVEL", "ERROR")
     import ray
 
-    address = address_of(args)
-    if not ray.is_initialized():
+    address, is_new = address_of(args), not ray.is_initialized()
+    if is_new:
         _start_ray(address)
     resources = ray.cluster_resources()
     limits = private.autoscaler_limits()
@@ -79,6 +83,7 @@ def connect(args: Any) -> Cluster:
         gpus=max(resources.get("GPU", 0), limits.get("GPU", 0)),
         nodes=sum(node["Alive"] for node in ray.nodes()),
         gpus_per_node=int(max((node.get("GPU", 0) for node in nodes), default=0)),
+        started=is_new and address is None,
     )
 
 

@@ -43,8 +43,13 @@ def plan_workers(args: Any, cluster: Cluster) -> Workers:
     use_gpu = cluster.gpus > 0 if args.use_gpu is None else args.use_gpu
     if use_gpu and not cluster.gpus:
         raise UserError(f"--use_gpu true: {cluster.describe()}; leave it out, or set --address to a cluster with GPUs")
-    num_workers = args.num_workers or _default_workers(args.num_nodes, use_gpu, cluster)
-    count = num_workers if isinstance(num_workers, int) else num_workers[0]
+    default = args.num_nodes or 1
+    if use_gpu and args.num_nodes:
+        default = args.num_nodes * max(cluster.gpus_per_node, 1)
+    elif use_gpu and cluster.embedded:
+        default = int(cluster.gpus)
+    num_workers = args.num_workers or default
+    count, largest = (num_workers, num_workers) if isinstance(num_workers, int) else num_workers
     resources = {key: float(value) for key, value in (args.resources_per_worker or {}).items()}
     unit, available = ("GPU", cluster.gpus) if use_gpu else ("CPU", cluster.cpus)
     if unit not in resources and count > available:
@@ -52,7 +57,7 @@ def plan_workers(args: Any, cluster: Cluster) -> Workers:
         raise UserError(f"--num_workers {count} needs {count} {unit}s and {cluster.describe()}{least}")
     if use_gpu:
         resources.setdefault("GPU", 1)
-    resources.setdefault("CPU", _cpus_per_worker(num_workers, cluster))
+    resources.setdefault("CPU", min(1.0, int(max(cluster.cpus - 1, cluster.cpus / 2) * 100 / largest) / 100))
     for name, available in (("CPU", cluster.cpus), ("GPU", cluster.gpus)):
         needed = resources.get(name, 0) * count
         if needed > available:
@@ -61,14 +66,3 @@ def plan_workers(args: Any, cluster: Cluster) -> Workers:
                 f"{cluster.describe()}; lower it or --num_workers"
             )
     return Workers(num_workers, use_gpu, resources)
-
-
-def _default_workers(num_nodes: int | None, use_gpu: bool, cluster: Cluster) -> int:
-    if use_gpu and num_nodes:
-        return num_nodes * max(cluster.gpus_per_node, 1)
-    return int(cluster.gpus) if use_gpu and cluster.embedded else num_nodes or 1
-
-
-def _cpus_per_worker(num_workers: int | tuple[int, int], cluster: Cluster) -> float:
-    largest = num_workers if isinstance(num_workers, int) else num_workers[1]
-    return min(1.0, int(max(cluster.cpus - 1, cluster.cpus / 2) * 100 / largest) / 100)

@@ -12,6 +12,8 @@ from typing import Any
 
 import orjson
 
+#: An object of a line of a JSON file, as it was written.
+JsonRow = dict[str, Any]
 #: From here on a float may be an integer that orjson could not hold.
 _BIG = 2.0**63
 

@@ -38,48 +38,26 @@ class DatasetSpec:
 
 
 @dataclass(frozen=True)
-class Reading:
-    """How the rows of a dataset or of one of its subsets are read; None: not said here."""
-
-    split: tuple[str, ...] | None = None
-    columns: Mapping[str, str] | None = None
-    messages: Mapping[str, str] | None = None
-    strip_input_prefix: str | None = None
-    remove_text: str | None = None
-    query_suffix: str | None = None
-    response_prefix: str | None = None
-    preprocess: Preprocess | None = None
-
-    def over(self, base: Reading) -> Reading:
-        """These settings, and the base's where they say nothing; columns add up."""
-        values = {f.name: getattr(self, f.name) for f in fields(Reading)}
-        merged = {key: getattr(base, key) if value is None else value for key, value in values.items()}
-        return Reading(**{**merged, "columns": {**(base.columns or {}), **(self.columns or {})}})
-
-
-@dataclass(frozen=True)
 class Subset:
-    """One subset: ``name`` chooses it on the command line, ``subset`` is its name on the hub."""
+    """One subset: ``name`` chooses it on the command line, ``subset`` is its name on the hub; ``options`` (some of
+    :data:`READ_OPTIONS`, its own or else the dataset's) say how its rows are read."""
 
     name: str
     subset: str
+    options: Mapping[str, Any]
     is_weak_subset: bool = False
-    reading: Reading = Reading()
 
 
 @dataclass(frozen=True)
 class DatasetInfo:
-    """One registered dataset, in SWIFT's keys; ``reading`` holds those that a subset may set for itself."""
+    """One registered dataset, in SWIFT's keys; ``options`` are those of a subset that it does not list."""
 
+    subsets: tuple[Subset, ...]
+    options: Mapping[str, Any]
     dataset_name: str | None = None
     ms_dataset_id: str | None = None
     hf_dataset_id: str | None = None
     dataset_path: str | None = None
-    subsets: tuple[Subset, ...] = (Subset("default", "default"),)
-    reading: Reading = Reading()
-    tags: tuple[str, ...] = ()
-    help: str = ""
-    huge_dataset: bool = False
 
     def names(self) -> tuple[list[str], list[str], list[str]]:
         """Every name this entry answers to: its own, its ids and path, the last parts of its ids."""
@@ -185,25 +163,28 @@ def resolve_dataset_files(text: str, args: Any) -> ResolvedDataset:
     """
     spec = parse_spec(text)
     entries = _registered(args)
-    info = None if _exists(spec.name) else _lookup(spec.name, entries)
+    if _exists(spec.name):
+        return ResolvedDataset(spec, list_data_files(spec.name), _rules({}, args))
+    # SWIFT's order: a dataset's own name, then ids and paths, then the last part of an id.
+    info = next((entry for kind in range(3) for entry in entries if spec.name in entry.names()[kind]), None)
     if info:
         subsets = _chosen_subsets(info, spec)
-        readings = [subset.reading.over(info.reading) for subset in subsets]
-        if any(_rules(reading, args) != _rules(readings[0], args) for reading in readings):
+        rules = [_rules(subset.options, args) for subset in subsets]
+        if any(other != rules[0] for other in rules):
             each = " ".join(f"{spec.name}:{subset.name}" for subset in subsets)
             raise UserError(f"--dataset {spec.text}: its subsets are read differently; give each by itself: {each}")
-        pairs = list(zip(subsets, readings, strict=True))
-        return ResolvedDataset(spec, _files_of_info(info, spec, pairs, args), _rules(readings[0], args))
-    rules = _rules(Reading(), args)
-    if _exists(spec.name) or "://" in spec.name:
-        return ResolvedDataset(spec, list_data_files(spec.name), rules)
+        return ResolvedDataset(spec, _files_of_info(info, spec, subsets, args), rules[0])
+    if "://" in spec.name:
+        return ResolvedDataset(spec, list_data_files(spec.name), _rules({}, args))
     # data/train.jsonl has the form of a hub id, but is a path with a typing error in it.
     if split_format(spec.name) or not _HUB_ID.match(spec.name):
-        raise UserError(_unknown(spec, entries))
-    subsets_named: list[str | None] = [s for s in spec.subsets if s not in ("default", "all")]
-    return ResolvedDataset(
-        spec, _hub_files(spec, spec.name, [(s, ("train",)) for s in subsets_named or [None]], args), rules
-    )
+        known = [name for entry in entries for kind in entry.names() for name in kind]
+        close = difflib.get_close_matches(spec.name, known, n=1)
+        hint = f"did you mean {close[0]}?" if close else "give a file, a folder or a hub id such as org/name"
+        raise UserError(f"--dataset {spec.text}: no such local path or registered dataset; {hint}")
+    named: list[str | None] = [name for name in spec.subsets if name not in ("default", "all")]
+    files = _hub_files(spec, spec.name, [(name, ("train",)) for name in named or [None]], args)
+    return ResolvedDataset(spec, files, _rules({}, args))
 
 
 def list_data_files(path: str) -> list[str]:
@@ -276,9 +257,12 @@ def _read_info(source: str) -> list[DatasetInfo]:
     return [_parse_info(entry, f"--custom_dataset_info {shown}, entry {n}", base) for n, entry in enumerate(listed, 1)]
 
 
-_READING_KEYS = tuple(f.name for f in fields(Reading))
-_INFO_KEYS = (*(f.name for f in fields(DatasetInfo) if f.name != "reading"), *_READING_KEYS)
-_SUBSET_KEYS = ("name", "subset", "is_weak_subset", *_READING_KEYS)
+#: What says how the rows of a dataset or of one of its subsets are read.
+READ_OPTIONS = ("split", "columns", "messages", "strip_input_prefix", "remove_text", "query_suffix",
+                "response_prefix", "preprocess")  # fmt: skip
+_INFO_KEYS = ("dataset_name", "ms_dataset_id", "hf_dataset_id", "dataset_path", "subsets", "tags", "help",
+              "huge_dataset", *READ_OPTIONS)  # fmt: skip
+_SUBSET_KEYS = ("name", "subset", "is_weak_subset", *READ_OPTIONS)
 _MESSAGE_KEYS = tuple(f.name for f in fields(MessageNames))
 
 
@@ -290,46 +274,36 @@ def _parse_info(entry: Any, where: str, base: Path) -> DatasetInfo:
         raise UserError(f"{where}: no ms_dataset_id, hf_dataset_id or dataset_path says where the data is")
     if path and "://" not in path:
         path = str(base / os.path.expanduser(path))
-    subsets = tuple(_parse_subset(subset, where) for subset in _listed(entry.get("subsets") or ["default"]))
-    return DatasetInfo(
-        **{key: entry[key] for key in ("dataset_name", "ms_dataset_id", "hf_dataset_id") if entry.get(key)},
-        dataset_path=path,
-        subsets=subsets,
-        reading=_parse_reading(entry, where),
-        tags=tuple(_listed(entry.get("tags") or [])),
-        help=" ".join(_listed(entry.get("help") or [])),
-        huge_dataset=str(entry.get("huge_dataset", False)).lower() == "true",
-    )
+    options = _parse_options(entry, where)
+    subsets = []
+    for subset in _listed(entry.get("subsets") or ["default"]):
+        if isinstance(subset, str):
+            subsets.append(Subset(subset, subset, options))
+            continue
+        _check_keys(subset, _SUBSET_KEYS, f"{where}, subset")
+        on_hub, own = subset.get("subset") or "default", _parse_options(subset, where)
+        columns = {**options.get("columns", {}), **own.get("columns", {})}
+        own = {**options, **own, "columns": columns}
+        subsets.append(Subset(subset.get("name") or on_hub, on_hub, own, bool(subset.get("is_weak_subset"))))
+    names = {key: entry[key] for key in ("dataset_name", "ms_dataset_id", "hf_dataset_id") if entry.get(key)}
+    return DatasetInfo(tuple(subsets), options, **names, dataset_path=path)
 
 
-def _parse_subset(subset: Any, where: str) -> Subset:
-    if isinstance(subset, str):
-        return Subset(subset, subset)
-    _check_keys(subset, _SUBSET_KEYS, f"{where}, subset")
-    on_hub = subset.get("subset") or "default"
-    return Subset(
-        subset.get("name") or on_hub, on_hub, bool(subset.get("is_weak_subset")), _parse_reading(subset, where)
-    )
-
-
-def _parse_reading(entry: Mapping[str, Any], where: str) -> Reading:
-    values = {key: entry[key] for key in _READING_KEYS if entry.get(key) is not None}
-    if "split" in values:
-        values["split"] = tuple(_listed(values["split"]))
+def _parse_options(entry: Mapping[str, Any], where: str) -> dict[str, Any]:
+    options = {key: entry[key] for key in READ_OPTIONS if entry.get(key) is not None}
+    if "split" in options:
+        options["split"] = tuple(_listed(options["split"]))
     for key in ("columns", "messages"):
-        if key in values and not _is_text_table(values[key]):
+        table = options.get(key, {})
+        if not isinstance(table, Mapping) or not all(isinstance(text, str) for item in table.items() for text in item):
             raise UserError(f"{where}: {key} is not an object of names")
-    if "messages" in values:
-        _check_keys(values["messages"], _MESSAGE_KEYS, f"{where}, messages")
-    if "preprocess" in values:
-        if not callable(values["preprocess"]):
+    if "messages" in options:
+        _check_keys(options["messages"], _MESSAGE_KEYS, f"{where}, messages")
+    if "preprocess" in options:
+        if not callable(options["preprocess"]):
             raise UserError(f"{where}: preprocess is a function, which only register_dataset can take")
-        values["preprocess"] = shippable(values["preprocess"])
-    return Reading(**values)
-
-
-def _is_text_table(value: Any) -> bool:
-    return isinstance(value, Mapping) and all(isinstance(text, str) for item in value.items() for text in item)
+        options["preprocess"] = shippable(options["preprocess"])
+    return options
 
 
 def _listed(value: Any) -> list[Any]:
@@ -346,25 +320,16 @@ def _check_keys(entry: Any, known: Sequence[str], where: str) -> None:
         raise UserError(f"{where}: no key {unknown!r}; {hint}")
 
 
-def _lookup(name: str, entries: list[DatasetInfo]) -> DatasetInfo | None:
-    """SWIFT's order: a dataset's own name, then ids and paths, then the last part of an id."""
-    for kind in range(3):
-        for entry in entries:
-            if name in entry.names()[kind]:
-                return entry
-    return None
-
-
-def _rules(reading: Reading, args: Any) -> RowRules:
+def _rules(options: Mapping[str, Any], args: Any) -> RowRules:
     """How rows become standard rows; what the command line says comes last and wins."""
     names = ("strip_input_prefix", "remove_text", "query_suffix", "response_prefix", "preprocess")
     return RowRules(
-        columns={**(reading.columns or {}), **(args.columns or {})},
+        columns={**options.get("columns", {}), **(args.columns or {})},
         model_name=tuple(args.model_name),
         model_author=tuple(args.model_author),
-        message_names=MessageNames(**(reading.messages or {})),
+        message_names=MessageNames(**options.get("messages", {})),
         keep_extra=not args.remove_unused_columns,
-        **{name: getattr(reading, name) for name in names if getattr(reading, name) is not None},
+        **{name: options[name] for name in names if name in options},
     )
 
 
@@ -381,10 +346,10 @@ def _chosen_subsets(info: DatasetInfo, spec: DatasetSpec) -> list[Subset]:
     if unknown is not None and list(known) != ["default"]:
         raise UserError(f"--dataset {spec.text}: no subset {unknown!r}; there are {', '.join(known)}")
     # An entry that lists none leaves them to the hub.
-    return [known.get(name) or Subset(name, name) for name in spec.subsets]
+    return [known.get(name) or Subset(name, name, info.options) for name in spec.subsets]
 
 
-def _files_of_info(info: DatasetInfo, spec: DatasetSpec, subsets: list[tuple[Subset, Reading]], args: Any) -> list[str]:
+def _files_of_info(info: DatasetInfo, spec: DatasetSpec, subsets: list[Subset], args: Any) -> list[str]:
     if info.dataset_path:
         return list_data_files(info.dataset_path)
     use_hf = args.use_hf if spec.use_hf is None else spec.use_hf
@@ -393,8 +358,8 @@ def _files_of_info(info: DatasetInfo, spec: DatasetSpec, subsets: list[tuple[Sub
         only, mend = ("ModelScope", "leave out --use_hf true") if use_hf else ("Hugging Face", "add --use_hf true")
         raise UserError(f"--dataset {spec.text}: this dataset is on {only} only; {mend}")
     wanted = [
-        (None if subset.subset == "default" else subset.subset, reading.split or ("train",))
-        for subset, reading in subsets
+        (None if subset.subset == "default" else subset.subset, subset.options.get("split") or ("train",))
+        for subset in subsets
     ]
     return _hub_files(spec, dataset_id, wanted, args)
 
@@ -413,10 +378,3 @@ def _hub_files(
         for file in hub.resolve_dataset(dataset_id, use_hf=use_hf, subset=subset, split=split, token=args.hub_token)
     ]
     return list(dict.fromkeys(files))
-
-
-def _unknown(spec: DatasetSpec, entries: list[DatasetInfo]) -> str:
-    names = [name for entry in entries for kind in entry.names() for name in kind]
-    close = difflib.get_close_matches(spec.name, names, n=1)
-    hint = f"; did you mean {close[0]}?" if close else "; give a file, a folder or a hub id such as org/name"
-    return f"--dataset {spec.text}: no such local path or registered dataset{hint}"

@@ -3,9 +3,9 @@
 In: arguments with benchmarks and models, checkpoints, adapters or an endpoint. Out: a run folder with every question's
 answer, scores as a table, as JSON and as a page, and a line in ``eval_result.jsonl``.
 
-- ``evaluate``: the flow. ``contenders`` says what is served and asked, ``run_folder`` which run goes on.
+- ``evaluate``: the flow. ``models`` says what is served and asked, ``rayswift.journal`` which run goes on.
 - ``benchmarks`` (names, ``benchmarks.json``), ``local_data`` and ``question_sets``: what is asked, from which files.
-- backends (``backends`` chooses): ``native`` (EvalScope), ``harness`` (lm-evaluation-harness), ``toolkits``
-  (OpenCompass and VLMEvalKit through EvalScope). Prompts and scorers are theirs.
+- ``backends`` (``choose_backend``): ``evalscope``, ``lm_eval`` (lm-evaluation-harness), ``opencompass_vlmeval`` (both
+  through EvalScope). Prompts and scorers are theirs.
 - ``results`` and ``report``: what came out, and how it is shown.
 """

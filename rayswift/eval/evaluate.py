@@ -1,4 +1,4 @@
-"""``rayswift eval``: arguments → benchmarks and contenders, checked → endpoints, one after the other → results."""
+"""``rayswift eval``: arguments → benchmarks and models, checked → endpoints, one after the other → results."""
 
 from __future__ import annotations
 
@@ -17,9 +17,10 @@ from rayswift import arguments
 from rayswift.eval.backends import choose_backend
 from rayswift.eval.backends.base import Backend
 from rayswift.eval.benchmarks import Benchmark, read_benchmarks
-from rayswift.eval.models import Contender, Serving, api_key, check_servings, plan_servings
-from rayswift.eval.report import table, write_page
+from rayswift.eval.models import EvalEndpoint, EvalModel, api_key, check_endpoints, plan_endpoints
+from rayswift.eval.report import page, table
 from rayswift.eval.results import Result, load_result, write_json
+from rayswift.files import write_whole
 from rayswift.journal import RunFolder, open_run, run_identity
 from rayswift.serve.running import Endpoint
 
@@ -30,10 +31,10 @@ logger = logging.getLogger("rayswift.eval")
 
 
 def evaluate(args: EvalArguments) -> dict[str, dict[str, float]]:
-    """Run the benchmarks of ``--eval_dataset`` on every contender; returns contender → benchmark → score.
+    """Run the benchmarks of ``--eval_dataset`` on every model; returns model → benchmark → score.
 
-    Writes ``eval_output/<backend>/<date>/``: ``results.json``, ``report.html``, and per contender and benchmark
-    ``answers.jsonl`` and what the backend keeps. Prints a table. Appends a line to each contender's
+    Writes ``eval_output/<backend>/<date>/``: ``results.json``, ``report.html``, and per model and benchmark
+    ``answers.jsonl`` and what the backend keeps. Prints a table. Appends a line to each model's
     ``eval_result.jsonl``. An evaluation that was killed goes on when the same command is started again.
 
     Raises:
@@ -41,69 +42,62 @@ def evaluate(args: EvalArguments) -> dict[str, dict[str, float]]:
             backend that stopped in the middle.
     """
     benchmarks = read_benchmarks(args)
-    servings = plan_servings(args)
+    endpoints = plan_endpoints(args)
     backend = choose_backend(args)
     for benchmark in benchmarks:
         backend.prepare(benchmark)
-        for serving in servings:
-            backend.check(benchmark, serving)
-    check_servings(servings)
+        for endpoint in endpoints:
+            backend.check(benchmark, endpoint)
+    check_endpoints(endpoints)
     root = Path(args.eval_output_dir).expanduser() / backend.folder
     with open_run(root, run_identity(deciding_settings(args, benchmarks), [])) as run:
         if run.resumed:
             logger.info("going on with %s", run.path)
         try:
-            results = [result for serving in servings for result in _serve_and_ask(serving, benchmarks, backend, run)]
+            results = [result for one in endpoints for result in _serve_and_ask(one, benchmarks, backend, run)]
         except KeyboardInterrupt:
             logger.info("answers so far are in %s; the same command goes on from there", run.path)
             raise
-        _report(args, results, [c for serving in servings for c in serving.contenders], backend, run.path)
+        _report(args, results, [model for endpoint in endpoints for model in endpoint.models], backend, run.path)
         run.mark(finished=True)
     scores: dict[str, dict[str, float]] = {}
     for result in results:
-        scores.setdefault(result.contender, {})[result.benchmark] = result.score
+        scores.setdefault(result.model, {})[result.benchmark] = result.score
     return scores
 
 
-def _serve_and_ask(serving: Serving, benchmarks: list[Benchmark], backend: Backend, run: RunFolder) -> Iterator[Result]:
-    """Results of the contenders of one endpoint; it is started only if something is left to ask."""
-    folders = {
-        (contender.label, benchmark.asked): run.path / contender.folder / benchmark.folder
-        for contender in serving.contenders
-        for benchmark in benchmarks
-    }
-    done = {key: load_result(folder) for key, folder in folders.items()}
+def _serve_and_ask(
+    endpoint: EvalEndpoint, benchmarks: list[Benchmark], backend: Backend, run: RunFolder
+) -> Iterator[Result]:
+    """Results of the models of one endpoint; it is started only if something is left to ask."""
+    asked = [(model, one, run.path / model.folder / one.folder) for model in endpoint.models for one in benchmarks]
+    done, running = [load_result(folder) for _, _, folder in asked], None
     with contextlib.ExitStack() as stack:
-        endpoint = None
-        for contender in serving.contenders:
-            for benchmark in benchmarks:
-                result = done[contender.label, benchmark.asked]
-                if result is None:
-                    if endpoint is None:
-                        endpoint = stack.enter_context(_endpoint(serving))
-                    logger.info("%s: %s", contender.label, benchmark.asked)
-                    asked = replace(endpoint, model=contender.model or endpoint.model)
-                    folder = folders[contender.label, benchmark.asked]
-                    result = backend.run(benchmark, contender, asked, folder)
-                    result.save(folder)
-                yield result
+        for (model, benchmark, folder), result in zip(asked, done, strict=True):
+            if result is None:
+                running = running or stack.enter_context(_running(endpoint))
+                logger.info("%s: %s", model.label, benchmark.asked)
+                result = backend.run(benchmark, model, replace(running, model=model.name or running.model), folder)
+                result.save(folder)
+            yield result
 
 
 @contextlib.contextmanager
-def _endpoint(serving: Serving) -> Iterator[Endpoint]:
+def _running(endpoint: EvalEndpoint) -> Iterator[Endpoint]:
     """The endpoint of ``--eval_url``, else an own deployment for as long as it is asked."""
-    args = serving.args
+    args = endpoint.args
     if args.eval_url:
-        yield Endpoint(args.eval_url.rstrip("/"), api_key(args), serving.contenders[0].model or "")
+        yield Endpoint(args.eval_url.rstrip("/"), api_key(args), endpoint.models[0].name or "")
         return
+    from rayswift.generate.model_spec import model_specs
     from rayswift.serve.running import running_deployment
 
     own = copy.copy(args)
     if own.target_ongoing_requests is None and (own.max_replicas or 1) > 1:
         # Deploy's target is meant for many clients: these requests would never reach it, and no replica be added.
         own.target_ongoing_requests = max(1, own.eval_num_proc // (own.max_replicas or 1))
-    with running_deployment(own) as endpoint:
-        yield endpoint
+    with running_deployment(own, model_specs(own)) as running:
+        yield running
 
 
 def deciding_settings(args: EvalArguments, benchmarks: list[Benchmark]) -> dict[str, Any]:
@@ -122,37 +116,36 @@ def _fingerprint(path: str) -> list[tuple[str, int, int]]:
 
 
 def _report(
-    args: EvalArguments, results: list[Result], contenders: list[Contender], backend: Backend, folder: Path
+    args: EvalArguments, results: list[Result], models: list[EvalModel], backend: Backend, folder: Path
 ) -> None:
     """Print the table, and write JSON, page and SWIFT's line."""
-    write_json(folder / "results.json", {"results": [result.summary() for result in results], **_context(args)})
-    write_page(folder / "report.html", results, f"rayswift eval: {', '.join(dict.fromkeys(args.eval_dataset))}")
-    print(table(results), flush=True)
-    print(f"every answer: {folder / 'report.html'}   scores: {folder / 'results.json'}", flush=True)
-    for contender in contenders:
-        own = {result.benchmark: result.scores for result in results if result.contender == contender.label}
-        _append_line(args, contender, own, backend, folder)
-
-
-def _context(args: EvalArguments) -> dict[str, Any]:
-    return {
-        "time": time.strftime("%Y%m%d-%H%M%S"), "eval_backend": args.eval_backend, "eval_limit": args.eval_limit,
+    content = {
+        "results": [result.summary() for result in results], "time": time.strftime("%Y%m%d-%H%M%S"),
+        "eval_backend": args.eval_backend, "eval_limit": args.eval_limit,
         "eval_generation_config": args.eval_generation_config,
     }  # fmt: skip
+    write_json(folder / "results.json", content)
+    title = f"rayswift eval: {', '.join(dict.fromkeys(args.eval_dataset))}"
+    write_whole(folder / "report.html", page(results, title))
+    print(table(results), flush=True)
+    print(f"every answer: {folder / 'report.html'}   scores: {folder / 'results.json'}", flush=True)
+    for model in models:
+        own = {result.benchmark: result.scores for result in results if result.model == model.label}
+        _append_line(args, model, own, backend, folder)
 
 
 def _append_line(
-    args: EvalArguments, contender: Contender, scores: dict[str, dict[str, float]], backend: Backend, folder: Path
+    args: EvalArguments, model: EvalModel, scores: dict[str, dict[str, float]], backend: Backend, folder: Path
 ) -> None:
     """SWIFT's line in ``<checkpoint, or result/model>/eval_result.jsonl``."""
-    weights = Path(contender.weights)
-    is_checkpoint = contender.adapter is not None or (weights / "args.json").is_file()
-    path = (weights if is_checkpoint else Path("result", contender.folder)) / "eval_result.jsonl"
+    weights = Path(model.weights)
+    is_checkpoint = model.adapter is not None or (weights / "args.json").is_file()
+    path = (weights if is_checkpoint else Path("result", model.folder)) / "eval_result.jsonl"
     line = {
         backend.folder: scores,
         "time": time.strftime("%Y%m%d-%H%M%S"),
-        "model": args.model or contender.weights,
-        "adapters": [contender.adapter] if contender.adapter else [],
+        "model": args.model or model.weights,
+        "adapters": [model.adapter] if model.adapter else [],
         "result_path": str(path),
         "eval_output_dir": str(folder),
         "eval_limit": args.eval_limit,

@@ -17,10 +17,11 @@ from pathlib import Path
 from typing import Any
 
 from rayswift.data.files import COMPRESSIONS, FORMATS, iter_raw_rows, locate
-from rayswift.data.flow.cache import default_root
 from rayswift.data.rows.standard import Drop
-from rayswift.errors import UserError
+from rayswift.data.tokens.arrow_files import default_root
+from rayswift.errors import UserError, one_line
 from rayswift.eval.benchmarks import Benchmark
+from rayswift.files import atomic_file, write_whole
 
 Row = dict[str, Any]
 #: Makes a row what the benchmark needs, or raises ValueError with what is wrong with it.
@@ -54,19 +55,14 @@ def lay_out(
     """
     assert benchmark.local_path is not None
     path = Path(benchmark.local_path)
-    if path.is_dir() and _is_clone(path):
+    card = path / "README.md"
+    # Repositories of the hubs say themselves which of their files is what.
+    if card.is_file() and re.search(r"^configs:", card.read_text("utf-8", "replace"), re.MULTILINE):
         return LocalData(str(path), None)
     files = _found(benchmark, path, subsets, split, others)
-    missing = [subset for subset in subsets if (subset, split) not in files]
-    if missing:
+    if missing := [subset for subset in subsets if (subset, split) not in files]:
         raise UserError(_missing_line(benchmark, path, missing, split, len(subsets)))
     return _cached(benchmark, files, check)
-
-
-def _is_clone(folder: Path) -> bool:
-    """Whether a folder says itself which of its files is what, as repositories of the hubs do."""
-    card = folder / "README.md"
-    return card.is_file() and re.search(r"^configs:", card.read_text("utf-8", "replace"), re.MULTILINE) is not None
 
 
 def _found(
@@ -82,14 +78,13 @@ def _found(
     for file in sorted(path.rglob("*")):
         if file.is_file() and _SUFFIX.search(file.name.lower()):
             by_stem.setdefault(_stem(str(file.relative_to(path))), []).append(str(file))
-    found = {}
+    found, alone = {}, len(subsets) == 1
     for subset in subsets:
+        names = [subset, *(name for name in benchmark.file_names if name and alone)]
         for each in (split, *others):
-            alone = len(subsets) == 1
-            names = [name for name in benchmark.file_names if name and alone]
-            stems = [f"{subset}/{each}", f"{subset}_{each}", *(f"{name}{sep}{each}" for name in names for sep in "_/")]
+            stems = [f"{name}{sep}{each}" for name in names for sep in "/_"]
             stems += [each] if alone else []
-            stems += [subset, *names] if each == split else []
+            stems += names if each == split else []
             stem = next((s for s in map(_stem, stems) if s in by_stem), None)
             if stem is not None:
                 found[subset, each] = by_stem[stem]
@@ -136,7 +131,7 @@ def checked_rows(paths: Sequence[str], check: RowCheck) -> Iterator[Row]:
 
 def data_line(benchmark: Benchmark, error: Exception) -> str:
     """What to do about data that a backend cannot load."""
-    one = " ".join(str(error).split())[:400] or type(error).__name__
+    one = one_line(error, 400)
     if benchmark.local_path:
         return f"--eval_dataset {benchmark.asked}: {benchmark.local_path} cannot be read as its data ({one})"
     example = f'--eval_dataset_args \'{{"{benchmark.asked}": {{"local_path": "DIR"}}}}\''
@@ -164,25 +159,22 @@ def _cached(benchmark: Benchmark, files: dict[tuple[str, str], list[str]], check
             names[subset, split] = f"{subset}_{split}{'.parquet' if as_it_is else '.jsonl'}"
             target = folder / names[subset, split]
             _write(target, paths, None if as_it_is else check or _with_columns(benchmark.columns))
-        half = card.with_suffix(f".{os.getpid()}")
-        half.write_text(_card(names), encoding="utf-8")
-        os.replace(half, card)  # last: with the card the folder is whole
+        write_whole(card, _card(names))  # last: with the card the folder is whole
     return LocalData(str(folder), frozenset(files))
 
 
 def _write(target: Path, paths: Sequence[str], check: RowCheck | None) -> None:
     """The checked rows of some files as one jsonl file; without a check a link to the file."""
-    half = target.with_name(f"{target.name}.{os.getpid()}")
-    if check is None:
-        half.symlink_to(paths[0])
-    else:
+    with atomic_file(target) as half:
+        if check is None:
+            half.symlink_to(paths[0])
+            return
         count = 0
         with half.open("w", encoding="utf-8") as file:
             for count, row in enumerate(checked_rows(paths, check), 1):  # noqa: B007 (counted for the check below)
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
         if not count:
             raise UserError(f"{paths[0]}: no rows in it")
-    os.replace(half, target)
 
 
 def _card(names: dict[tuple[str, str], str]) -> str:

@@ -13,6 +13,8 @@ from typing import Any
 from rayswift.files import write_whole
 
 RESULT_FILE, ANSWERS_FILE = "result.json", "answers.jsonl"
+#: Fields that have another name in the files.
+_KEYS = {"model": "contender"}
 
 
 def folder_name(label: str) -> str:
@@ -38,10 +40,10 @@ class Question:
 
 @dataclass
 class Result:
-    """One benchmark on one contender. ``main``: the metric that stands for it. ``shots``: examples in each prompt."""
+    """One benchmark on one model. ``main``: the metric that stands for it. ``shots``: examples in each prompt."""
 
     benchmark: str
-    contender: str
+    model: str
     backend: str
     main: str
     scores: dict[str, float]
@@ -63,7 +65,7 @@ class Result:
 
     def summary(self) -> dict[str, Any]:
         """Without the questions, as JSON-able values."""
-        values = {key: value for key, value in asdict(self).items() if key != "questions"}
+        values = {_KEYS.get(key, key): value for key, value in asdict(self).items() if key != "questions"}
         return {**values, "num_questions": len(self.questions), "stderr": self.stderr}
 
     def save(self, folder: Path) -> None:
@@ -82,8 +84,8 @@ def load_result(folder: Path) -> Result | None:
     saved = json.loads((folder / RESULT_FILE).read_text(encoding="utf-8"))
     with (folder / ANSWERS_FILE).open(encoding="utf-8") as file:
         questions = [Question(**json.loads(line)) for line in file]
-    names = ("benchmark", "contender", "backend", "main", "scores", "shots")
-    return Result(**{name: saved[name] for name in names}, questions=questions)
+    names = ("benchmark", "model", "backend", "main", "scores", "shots")
+    return Result(**{name: saved[_KEYS.get(name, name)] for name in names}, questions=questions)
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:

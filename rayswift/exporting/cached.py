@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 from typing import Any
 
 from rayswift.errors import UserError
@@ -16,11 +15,12 @@ def export_cached_dataset(args: Any) -> str:
         UserError: the folder is there already, or data that cannot be read.
     """
     from rayswift import cluster
-    from rayswift.data.flow.cache import TokenCache, default_root
+    from rayswift.data.flow.cache import TokenCache
     from rayswift.data.flow.export import save_cached_dataset
     from rayswift.data.flow.prepare import first_usable_row, load_train_data
     from rayswift.data.flow.stage_bars import StageBars
     from rayswift.data.names import resolve_datasets
+    from rayswift.data.tokens.arrow_files import default_root
     from rayswift.data.tokens.encoder import Encoder
     from rayswift.hub import resolve_model
 
@@ -38,7 +38,6 @@ def export_cached_dataset(args: Any) -> str:
     for line in data.drops.lines():
         print(line)
     assert data.train is not None
-    shutil.rmtree(folder, ignore_errors=True)
     save_cached_dataset(folder, data, encoder)
     held_out = len(data.val) if data.val else 0
     print(f"{len(data.train)} rows to train on, {held_out} to validate, encoded for {args.model}")

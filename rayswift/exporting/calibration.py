@@ -7,10 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from rayswift.data.flow.cache import TokenCache, default_root
+from rayswift.data.flow.cache import TokenCache
 from rayswift.data.flow.prepare import first_usable_row, load_train_data
 from rayswift.data.flow.stage_bars import StageBars
 from rayswift.data.names import resolve_datasets
+from rayswift.data.tokens.arrow_files import default_root
 from rayswift.data.tokens.encoder import Encoder
 from rayswift.data.tokens.table import TokenRows
 from rayswift.errors import UserError

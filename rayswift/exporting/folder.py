@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from rayswift.errors import UserError
+from rayswift.files import atomic_folder
 
 #: Weight files of an earlier export: left beside new ones of other names they would be loaded instead.
 _WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "*.gguf")
@@ -50,33 +51,22 @@ def building(target: str) -> Iterator[str]:
     """
     path = Path(target)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{path.name}-", dir=path.parent) as scratch:
-            built = Path(scratch) / path.name
-            built.mkdir()
+        has_files = path.exists() and any(path.iterdir())
+        beside = path.with_name(f".{path.name}-{os.getpid()}") if has_files else path
+        with atomic_folder(beside) as built:
             yield str(built)
-            for file in built.rglob("*"):
-                file.chmod(0o755 if file.is_dir() else 0o644)  # safetensors writes 0600, and servers have accounts
-            _publish(built, path)
+        if has_files:
+            for pattern in _WEIGHTS:
+                for old in path.glob(pattern):
+                    old.unlink()
+            # config.json last: without it no tool takes the folder for a model.
+            for file in sorted(beside.iterdir(), key=lambda file: file.name == "config.json"):
+                if (path / file.name).is_dir():
+                    shutil.rmtree(path / file.name)
+                os.replace(file, path / file.name)
+            beside.rmdir()
     except OSError as error:
         raise UserError(f"--output_dir {target}: cannot be written ({error.strerror or error})") from error
-
-
-def _publish(built: Path, target: Path) -> None:
-    if not target.exists() or not any(target.iterdir()):
-        if target.exists():
-            target.rmdir()
-        built.rename(target)
-        return
-    for pattern in _WEIGHTS:
-        for old in target.glob(pattern):
-            old.unlink()
-    # config.json last: without it no tool takes the folder for a model.
-    for file in sorted(built.iterdir(), key=lambda file: file.name == "config.json"):
-        place = target / file.name
-        if place.is_dir():
-            shutil.rmtree(place)
-        os.replace(file, place)
 
 
 def copy_files(source: str, target: str, patterns: tuple[str, ...]) -> None:

@@ -18,7 +18,11 @@ def publish(folder: str, destination: Destination, message: str, checkpoint: str
     Raises:
         UserError: nothing to push there, or see :meth:`Destination.push`.
     """
-    files = [path for path in sorted(Path(folder).rglob("*")) if path.is_file() and not _ignored(path, folder)]
+    files = [
+        path
+        for path in sorted(Path(folder).rglob("*"))
+        if path.is_file() and not any(fnmatch.fnmatch(os.path.relpath(path, folder), pattern) for pattern in IGNORED)
+    ]
     if not files:
         raise UserError(f"--push_to_hub true: {folder} holds nothing to push")
     with tempfile.TemporaryDirectory(prefix="rayswift-push-") as staging:
@@ -31,8 +35,3 @@ def publish(folder: str, destination: Destination, message: str, checkpoint: str
             card.unlink(missing_ok=True)
             card.write_text(model_card(folder, destination.name, checkpoint), encoding="utf-8")
         return destination.push(staging, folder, message)
-
-
-def _ignored(path: Path, folder: str) -> bool:
-    name = os.path.relpath(path, folder)
-    return any(fnmatch.fnmatch(name, pattern) for pattern in IGNORED)

@@ -7,15 +7,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from rayswift import hub
-from rayswift.arguments import read_saved_arguments
 from rayswift.modeling.adapters import ADAPTER_CONFIG, base_model_of
+from rayswift.modeling.resolved import completed
 
 #: Where SWIFT's own tuner backend puts an adapter, below the checkpoint.
 SWIFT_ADAPTER = "default"
 
 
 @dataclass(frozen=True)
-class Source:
+class ExportSource:
     """One model or adapter to export.
 
     Args:
@@ -43,25 +43,22 @@ class Source:
         return lower if os.path.isfile(os.path.join(lower, ADAPTER_CONFIG)) else folder
 
 
-def find_source(args: Any) -> Source:
-    """Resolve ``--adapters`` or ``--model`` and complete ``args`` from the ``args.json`` there.
+def find_source(args: Any) -> ExportSource:
+    """Resolve ``--adapters`` or ``--model`` with ``args`` completed from the ``args.json`` there.
 
     Raises:
         UserError: no such folder or id, an adapter that does not say which model it belongs to.
     """
     given = args.adapters[0] if args.adapters else args.model
-    adapter = None
-    if args.adapters:
-        adapter = _adapter_folder(args)
-        args.adapters = [adapter]
+    adapter = _adapter_folder(args) if args.adapters else None
     where = adapter or os.path.expanduser(given)
-    if os.path.isdir(where):
-        saved = read_saved_arguments(where) or {}
-        # What a QLoRA run loaded its base model with is no wish to quantise the result.
-        args = args.with_saved({name: value for name, value in saved.items() if not name.startswith("quant_")})
+    # What a QLoRA run loaded its base model with is no wish to quantise the result.
+    args = completed(args, where, without="quant_")
+    if adapter is not None:
+        args.adapters = [adapter]
     local = os.path.exists(os.path.expanduser(given))
     name = os.path.abspath(os.path.expanduser(given)) if local else os.path.abspath(os.path.basename(given.rstrip("/")))
-    return Source(args, adapter, where, name)
+    return ExportSource(args, adapter, where, name)
 
 
 def _adapter_folder(args: Any) -> str:

@@ -1,8 +1,9 @@
 """Requests that share forward passes of a Transformers model, each with its own sampling, seed, stops and length.
 
-A *row* is one answer being generated. One thread runs the model over a batch of rows of the same adapter with
-``model.generate``. What a row has so far is enough to go on from, so a batch can be stopped between two tokens: to take
-in new rows, to let another adapter's rows have their turn, or to try again with fewer when memory ran out.
+A *sequence* is one answer being generated. The model runs over a batch of sequences of the same adapter (its rows) with
+``model.generate``: in one thread for all who submit, or in the caller's own. What a sequence has so far is enough to go
+on from, so a batch can be stopped between two tokens: to take in new ones, to let another adapter's have their turn, or
+to try again with fewer when memory ran out.
 """
 
 from __future__ import annotations
@@ -14,13 +15,12 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 from rayswift.errors import one_line
 from rayswift.generate.text_stream import TextStream
 from rayswift.generate.token_choice import Choice, Sampling, choose_tokens
-from rayswift.generate.transformers import TransformersEngine
-from rayswift.generate.types import GenerationSettings
+from rayswift.generate.types import SamplingParams, logprob_entry
 
 logger = logging.getLogger("rayswift.generate.continuous_batching")
 
@@ -30,8 +30,20 @@ BASE = ""  # the adapter of requests for the model itself
 _TURN, _LONG_TURN = 16, 256
 
 
+class Engine(Protocol):
+    """What is run: `rayswift.generate.transformers.TransformersEngine`."""
+
+    model: Any
+    encoder: Any
+
+    @property
+    def pad_token_id(self) -> int: ...
+
+    def generation_config(self, params: SamplingParams, prompt_length: int) -> Any: ...
+
+
 @dataclass(frozen=True)
-class Piece:
+class TokenDelta:
     """A stretch of an answer: text that is certain, the tokens it came from, and why the answer ended (at its end)."""
 
     text: str
@@ -41,15 +53,15 @@ class Piece:
     error: str | None = None
 
 
-class Row:
+class Sequence:
     """One answer. ``emit`` is called with each piece, in the thread of the model; `cancel` may come from any."""
 
     def __init__(
         self,
-        engine: TransformersEngine,
+        engine: Engine,
         prompt: list[int],
         sampling: Sampling,
-        emit: Callable[[Piece], Any],
+        emit: Callable[[TokenDelta], Any],
         *,
         adapter: str = BASE,
         stop_ids: frozenset[int] = frozenset(),
@@ -79,14 +91,14 @@ class Row:
             self._finish("stop", self._text.end())
             return
         if choice.logprobs:
-            self._logprobs.append(self._logprob_entry(choice.logprobs))
+            self._logprobs.append(logprob_entry(self._decode, choice.logprobs))
         text = self._text.add(token)
         if self._text.finished:
             self._finish("stop", text)
         elif self.left <= 0:
             self._finish("length", text + self._text.end())
         elif text:
-            self._send(Piece(text, self._ids, self._logprobs))
+            self._send(TokenDelta(text, self._ids, self._logprobs))
 
     def replay(self, ids: list[int]) -> None:
         """Take tokens that were generated elsewhere; nothing after what ends the answer."""
@@ -101,26 +113,18 @@ class Row:
     def fail(self, error: str) -> None:
         """The model cannot answer."""
         self.done = True
-        self._send(Piece("", self._ids, self._logprobs, "error", error))
+        self._send(TokenDelta("", self._ids, self._logprobs, "error", error))
 
     def _finish(self, reason: str, text: str) -> None:
         self.done = True
-        self._send(Piece(text, self._ids, self._logprobs, reason))
+        self._send(TokenDelta(text, self._ids, self._logprobs, reason))
 
-    def _send(self, piece: Piece) -> None:
+    def _send(self, piece: TokenDelta) -> None:
         self._ids, self._logprobs = [], []
         try:
             self._emit(piece)
         except RuntimeError:  # the event loop of the asker is gone
             self.done = True
-
-    def _logprob_entry(self, likely: list[tuple[int, float]]) -> dict[str, Any]:
-        """OpenAI's entry; ``likely`` has the chosen token first, then the alternatives."""
-        entries = []
-        for token, logprob in likely:
-            text = self._decode([token])
-            entries.append({"token": text, "logprob": max(logprob, -9999.0), "bytes": list(text.encode())})
-        return {**entries[0], "top_logprobs": entries[1:]}
 
 
 class Busy(Exception):
@@ -129,32 +133,35 @@ class Busy(Exception):
 
 @dataclass
 class BatchRunner:
-    """Runs rows on ``engine``. ``max_rows`` in a batch; `submit` refuses what would make ``max_waiting`` rows wait."""
+    """Runs rows on ``engine``: those submitted in a thread of its own, or those of `run` in the caller's.
 
-    engine: TransformersEngine
+    ``max_rows`` in a batch; `submit` refuses what would make ``max_waiting`` rows wait.
+    """
+
+    engine: Engine
     max_rows: int = 16
     max_waiting: int = 1024
     tokens: int = 0  # generated so far
-    running: list[Row] = field(default_factory=list)
+    running: list[Sequence] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self._waiting: deque[Row] = deque()
+        self._waiting: deque[Sequence] = deque()
         self._tasks: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
         self._changed, self._closed = threading.Condition(), False
         self._thread = threading.Thread(target=self._work, name="batches", daemon=True)
-        self._thread.start()
+        self._started = False
 
     @property
     def alive(self) -> bool:
-        """Whether the thread of the model still works."""
-        return self._thread.is_alive()
+        """Whether the thread of the model still works, or has yet to start."""
+        return not self._started or self._thread.is_alive()
 
     @property
     def waiting(self) -> int:
         """Rows that wait for their turn."""
         return len(self._waiting)
 
-    def submit(self, rows: list[Row]) -> None:
+    def submit(self, rows: list[Sequence]) -> None:
         """Put rows at the end of the line.
 
         Raises:
@@ -164,14 +171,14 @@ class BatchRunner:
             if self._waiting and len(self._waiting) + len(rows) > self.max_waiting:
                 raise Busy
             self._waiting += rows
-            self._changed.notify()
+            self._wake()
 
     def between_batches(self, task: Callable[[], Any]) -> Future[Any]:
         """Run ``task`` while the model rests: whatever changes it."""
         future: Future[Any] = Future()
         with self._changed:
             self._tasks.append((task, future))
-            self._changed.notify()
+            self._wake()
         return future
 
     def has_rows_of(self, adapter: str) -> bool:
@@ -183,32 +190,50 @@ class BatchRunner:
         """Stop the thread; rows that are not done get an error."""
         with self._changed:
             self._closed = True
-            self._changed.notify()
+            self._wake()
         self._thread.join()
+
+    def run(self, rows: list[Sequence]) -> None:
+        """Answer rows in this thread, all in one batch; for a runner that nobody submits to."""
+        while left := [row for row in rows if not row.done]:
+            self._run(left)
+
+    def _wake(self) -> None:
+        """Let the thread look (it starts when there is something to do for the first time)."""
+        if not self._started:
+            self._started = True
+            self._thread.start()
+        self._changed.notify()
 
     # --- the thread of the model --------------------------------------------------------------------------------
 
     def _work(self) -> None:
-        while not self._closed:
-            with self._changed:
-                self._changed.wait_for(lambda: self._waiting or self._tasks or self._closed)
-                tasks, self._tasks = list(self._tasks), deque()
-            for task, future in tasks:
-                _resolve(task, future)
-            self._take_rows()
-            if self.running:
-                self._run(self.running)
+        try:
+            while not self._closed:
                 with self._changed:
-                    self._waiting += [row for row in self.running if not row.done]
-                    self.running = []
-        for row in self._waiting:
-            row.fail("the server is shutting down")
+                    self._changed.wait_for(lambda: self._waiting or self._tasks or self._closed)
+                    tasks, self._tasks = list(self._tasks), deque()
+                for task, future in tasks:
+                    try:
+                        future.set_result(task())
+                    except BaseException as error:
+                        future.set_exception(error)
+                self._take_rows()
+                if self.running:
+                    self._run(self.running)
+                    with self._changed:
+                        self._waiting += [row for row in self.running if not row.done]
+                        self.running = []
+        finally:
+            for row in (*self.running, *self._waiting):
+                if not row.done:
+                    row.fail("the server is shutting down")
 
     def _take_rows(self) -> None:
         """Make a batch of the first row that waits and others of its adapter; the rest keep their places."""
         with self._changed:
-            rows: list[Row] = []
-            passed: list[Row] = []
+            rows: list[Sequence] = []
+            passed: list[Sequence] = []
             while self._waiting and len(rows) < self.max_rows:
                 row = self._waiting.popleft()
                 if not row.done:
@@ -216,7 +241,7 @@ class BatchRunner:
             self._waiting.extendleft(reversed(passed))
             self.running = rows
 
-    def _run(self, rows: list[Row]) -> None:
+    def _run(self, rows: list[Sequence]) -> None:
         """One turn of a batch; when the model fails on it (memory, mostly), halve it until the guilty row is alone."""
         try:
             self._generate(rows)
@@ -230,16 +255,13 @@ class BatchRunner:
                 self._run(left[: len(left) // 2])
                 self._run(left[len(left) // 2 :])
 
-    def _generate(self, rows: list[Row]) -> None:
+    def _generate(self, rows: list[Sequence]) -> None:
         import torch
         from transformers import LogitsProcessorList, StoppingCriteriaList
 
-        sequences = [row.prompt + row.generated for row in rows]
-        width, pad = max(map(len, sequences)), self.engine.pad_token_id
-        ids = torch.tensor([[pad] * (width - len(ids)) + ids for ids in sequences])
-        mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in sequences])
-        greedy = GenerationSettings(max(row.left for row in rows), temperature=0, repetition_penalty=1.0)
-        config = self.engine.generation_config(greedy, width)
+        ids, mask = padded([row.prompt + row.generated for row in rows], self.engine.pad_token_id)
+        greedy = SamplingParams(max(row.left for row in rows), temperature=0, repetition_penalty=1.0)
+        config = self.engine.generation_config(greedy, ids.shape[1])
         model = self.engine.model
         # No token, and None would be the model's own: each row knows its ends.
         config.eos_token_id = model.get_input_embeddings().weight.shape[0]
@@ -252,17 +274,17 @@ class BatchRunner:
                 stopping_criteria=StoppingCriteriaList([_TurnEnds(self, rows)]),
             )
 
-    def _adapter(self, name: str) -> Any:
-        """The context in which the model answers as this adapter."""
+    @contextmanager
+    def _adapter(self, name: str) -> Iterator[None]:
+        """While the context lasts the model answers as this adapter."""
         model = self.engine.model
-        if not hasattr(model, "disable_adapter"):  # no PeftModel
-            return nullcontext()
-        if name == BASE:
-            return _no_adapter(model)
-        model.set_adapter(name, inference_mode=True)
-        return nullcontext()
+        is_adapted = hasattr(model, "disable_adapter")  # a PeftModel
+        if is_adapted and name != BASE:
+            model.set_adapter(name, inference_mode=True)
+        with model.disable_adapter() if is_adapted and name == BASE else nullcontext():
+            yield
 
-    def turn_is_over(self, rows: list[Row], steps: int) -> bool:
+    def turn_is_over(self, rows: list[Sequence], steps: int) -> bool:
         """Whether the batch should stop for those who wait."""
         if self._closed:
             return True
@@ -274,23 +296,20 @@ class BatchRunner:
         return steps >= (_TURN if can_join or self._tasks else _LONG_TURN)
 
 
-@contextmanager
-def _no_adapter(model: Any) -> Iterator[None]:
-    with model.disable_adapter():
-        yield
+def padded(sequences: list[list[int]], pad: int) -> tuple[Any, Any]:
+    """Token ids and attention mask, shape (sequences, longest), the shorter ones filled up on the left."""
+    import torch
 
-
-def _resolve(task: Callable[[], Any], future: Future[Any]) -> None:
-    try:
-        future.set_result(task())
-    except BaseException as error:
-        future.set_exception(error)
+    width = max(map(len, sequences))
+    ids = [[pad] * (width - len(sequence)) + sequence for sequence in sequences]
+    mask = [[0] * (width - len(sequence)) + [1] * len(sequence) for sequence in sequences]
+    return torch.tensor(ids), torch.tensor(mask)
 
 
 class _Choosing:
     """A logits processor that chooses the next token of every row itself, and leaves ``generate`` no other."""
 
-    def __init__(self, runner: BatchRunner, rows: list[Row]) -> None:
+    def __init__(self, runner: BatchRunner, rows: list[Sequence]) -> None:
         self._runner, self._rows = runner, rows
 
     def __call__(self, input_ids: Any, scores: Any) -> Any:
@@ -312,7 +331,7 @@ class _Choosing:
 class _TurnEnds:
     """Stops the rows that are done, and all of them when the turn is over."""
 
-    def __init__(self, runner: BatchRunner, rows: list[Row]) -> None:
+    def __init__(self, runner: BatchRunner, rows: list[Sequence]) -> None:
         self._runner, self._rows, self._steps = runner, rows, 0
 
     def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> Any:

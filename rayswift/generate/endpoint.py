@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 import openai
 
 from rayswift.errors import UserError
-from rayswift.generate.types import Answer, EngineUnusable, GenerationSettings, Messages
+from rayswift.generate.types import Answer, EngineUnusable, Messages, SamplingParams
 
 Key = TypeVar("Key")
 Result = TypeVar("Result")
@@ -27,6 +27,7 @@ CONNECT_SECONDS = 10.0
 # An answer may take long to start, behind others in the queue.
 READ_SECONDS = 600.0
 RETRIES = 2  # of a request that somebody waits for: about 2 s
+MOST_CHOICES = 128  # OpenAI's limit
 BATCH_RETRIES = 8  # of one among many: about 40 s, which spans a server's restart
 
 
@@ -37,7 +38,8 @@ class EndpointEngine:
     ``seed``: sent with each request, so that a sampled answer can be repeated; None leaves it to the server.
     ``system``: system prompt of conversations that have none; None leaves it to the server.
     ``parallel``: conversations under way at a time. ``with_thoughts``: what the server sends as the model's reasoning
-    becomes part of the answer, as ``<think>…</think><answer>…</answer>``.
+    becomes part of the answer, as ``<think>…</think><answer>…</answer>``. ``turn``: returns when the next request of
+    :meth:`several` may go. ``most_choices``: answers that one request asks for.
     """
 
     client: openai.OpenAI
@@ -46,6 +48,8 @@ class EndpointEngine:
     system: str | None = None
     parallel: int = 32
     with_thoughts: bool = False
+    turn: Callable[[], None] = lambda: None
+    most_choices: int = MOST_CHOICES
     last_stream: Answer = field(default_factory=Answer)
 
     @classmethod
@@ -92,10 +96,10 @@ class EndpointEngine:
 
     # --- the engine interface -----------------------------------------------------------------------------------
 
-    def stream(self, messages: Messages, settings: GenerationSettings, tools: Any = None) -> Iterator[str]:
+    def stream(self, messages: Messages, params: SamplingParams, tools: Any = None) -> Iterator[str]:
         """Answer one conversation in pieces. Closing the iterator closes the connection, which stops the model."""
         self.last_stream = answer = Answer()
-        request = {**self.request(messages, settings, tools), "stream": True, "stream_options": {"include_usage": True}}
+        request = {**self.request(messages, params, tools), "stream": True, "stream_options": {"include_usage": True}}
         with translated(self.client, self.model), self.client.chat.completions.create(**request) as chunks:
             for chunk in chunks:
                 if chunk.usage is not None:
@@ -107,47 +111,45 @@ class EndpointEngine:
                     yield piece
 
     def generate(
-        self, conversations: Sequence[Messages], settings: GenerationSettings, tools: Sequence[Any] | None = None
+        self, conversations: Sequence[Messages], params: SamplingParams, tools: Sequence[Any] | None = None
     ) -> list[Answer]:
         """Answer several conversations side by side, in their order. EngineUnusable when the endpoint itself fails."""
         each_tools = tools or [None] * len(conversations)
         numbered = zip(range(len(conversations)), conversations, each_tools, strict=True)
-        found = dict(self.answers(numbered, settings))
+        found = dict(self.answers(numbered, params))
         return [found[index] for index in range(len(conversations))]
 
     def answers(
-        self, conversations: Iterable[tuple[int, Messages, Any]], settings: GenerationSettings
+        self, conversations: Iterable[tuple[int, Messages, Any]], params: SamplingParams
     ) -> Iterator[tuple[int, Answer]]:
         """Answer numbered conversations (number, messages, tools), ``parallel`` at a time, in the order they finish."""
         answer = self.patient().answer
-        calls = ((number, partial(answer, messages, settings, tools)) for number, messages, tools in conversations)
+        calls = ((number, partial(answer, messages, params, tools)) for number, messages, tools in conversations)
         return in_parallel(calls, self.parallel)
 
     def patient(self) -> EndpointEngine:
         """The same engine for work that can wait for a server that restarts or is busy."""
         return replace(self, client=self.client.with_options(max_retries=BATCH_RETRIES))
 
-    def answer(self, messages: Messages, settings: GenerationSettings, tools: Any = None) -> Answer:
+    def answer(self, messages: Messages, params: SamplingParams, tools: Any = None) -> Answer:
         """Answer one conversation; what is wrong with it alone is the answer's ``error``."""
         try:
-            return self.complete(messages, settings, tools)
+            return self.complete(messages, params, tools)
         except EngineUnusable:
             raise
         except UserError as error:
             return Answer(error=str(error))
 
-    def complete(self, messages: Messages, settings: GenerationSettings, tools: Any = None) -> Answer:
+    def complete(self, messages: Messages, params: SamplingParams, tools: Any = None) -> Answer:
         """Answer one conversation, whole. UserError when it cannot be answered."""
-        return self.choices(messages, settings, tools)[0]
+        return self.choices(messages, params, tools)[0]
 
-    def choices(
-        self, messages: Messages, settings: GenerationSettings, tools: Any = None, **fields: Any
-    ) -> list[Answer]:
-        """The answers of one request; ``fields`` of its body, such as ``n``, go before those of the settings.
+    def choices(self, messages: Messages, params: SamplingParams, tools: Any = None, **fields: Any) -> list[Answer]:
+        """The answers of one request; ``fields`` of its body, such as ``n``, go before those of ``params``.
 
         The tokens of the request count with the first answer. UserError when it cannot be answered.
         """
-        body = self.request(messages, settings, tools)
+        body = self.request(messages, params, tools)
         body["extra_body"] = {**body.get("extra_body", {}), **fields}  # the client refuses fields that OpenAI lacks
         with translated(self.client, self.model):
             reply = self.client.chat.completions.create(**body)
@@ -159,6 +161,32 @@ class EndpointEngine:
             answers[0].num_generated_tokens = reply.usage.completion_tokens
         return answers
 
+    def several(
+        self, messages: Messages, settings: SamplingParams, tools: Any, seeds: Sequence[int], **fields: Any
+    ) -> list[Answer]:
+        """One answer for each seed, with one request where the server gives several; ``error`` says what failed.
+
+        A server that gives fewer is asked again, one that does not know ``n`` for each answer alone.
+        """
+        answers: list[Answer] = []
+        most = self.most_choices
+        while left := len(seeds) - len(answers):
+            count = min(left, most)
+            body = {**fields, "seed": seeds[len(answers)], **({"n": count} if count > 1 else {})}
+            self.turn()
+            try:
+                answers += self.choices(messages, settings, tools, **body)[:count]
+            except EngineUnusable:
+                raise
+            except UserError as error:
+                if count == 1:
+                    answers += [Answer(error=str(error))] * left
+                most = 1  # perhaps it is n that the server does not like
+                continue
+            if most == 1:
+                self.most_choices = 1
+        return answers
+
     def _answer_of(self, choice: Any) -> Answer:
         logprobs = choice.logprobs.model_dump(include={"content"}) if choice.logprobs else None
         text, thought = choice.message.content or "", getattr(choice.message, "reasoning_content", None)
@@ -166,23 +194,23 @@ class EndpointEngine:
             text = f"<think>{thought}</think>\n\n<answer>{text}</answer>"
         return Answer(text, logprobs=logprobs)
 
-    def request(self, messages: Messages, settings: GenerationSettings, tools: Any) -> dict[str, Any]:
+    def request(self, messages: Messages, params: SamplingParams, tools: Any) -> dict[str, Any]:
         """The body of a chat completion; what is None is left to the server."""
-        if settings.num_beams > 1:
+        if params.num_beams > 1:
             raise UserError("--num_beams: an endpoint has no beam search; use --infer_backend transformers")
-        beyond_openai = {"top_k": settings.top_k, "repetition_penalty": settings.repetition_penalty}
+        beyond_openai = {"top_k": params.top_k, "repetition_penalty": params.repetition_penalty}
         has_own = not messages or messages[0]["role"] == "system" or self.system is None
         body = {
             "model": self.model,
             "messages": [*([] if has_own else [{"role": "system", "content": self.system}]), *messages],
             "tools": tools,
-            "max_tokens": settings.max_new_tokens,
-            "temperature": settings.temperature,
-            "top_p": settings.top_p,
-            "stop": list(settings.stop_words),
+            "max_tokens": params.max_new_tokens,
+            "temperature": params.temperature,
+            "top_p": params.top_p,
+            "stop": list(params.stop_words),
             "seed": self.seed,
-            "logprobs": settings.logprobs or None,
-            "top_logprobs": settings.top_logprobs if settings.logprobs else None,
+            "logprobs": params.logprobs or None,
+            "top_logprobs": params.top_logprobs if params.logprobs else None,
             "extra_body": {name: value for name, value in beyond_openai.items() if value is not None},
         }
         return {name: value for name, value in body.items() if value not in (None, [], {})}

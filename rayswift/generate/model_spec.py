@@ -1,29 +1,29 @@
-"""From the arguments of ``rayswift deploy`` to what is deployed: one `ModelPlan` per model, checked before Ray starts.
+"""From the arguments of ``rayswift deploy`` to what is deployed: one `ModelSpec` per model, checked before Ray starts.
 
-A plan is plain data: it travels in the Serve configuration (``--dry_run`` prints it) to the replicas.
+A spec is plain data: it travels in the Serve configuration (``--dry_run`` prints it) to the replicas. The commands that
+start engines themselves (`infer`, `sample`) are given what ``deploy`` would start for the same flags.
 """
 
 from __future__ import annotations
 
+import copy
 import os
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from rayswift import hub
+from rayswift.arguments import DeployArguments, make_arguments, read_saved_arguments
+from rayswift.arguments.fields import specs_of
+from rayswift.cluster import address_of, cpu_count
 from rayswift.errors import UserError
-from rayswift.generate.preflight import (
-    check_context,
-    check_engine,
-    check_kernels,
-    check_memory,
-    cpu_cache_gib,
-    wants_gpu,
-)
+from rayswift.generate.preflight import check_engine, check_model, cpu_cache_gib, wants_gpu
 from rayswift.generate.vllm_plugin import SWITCH
+from rayswift.modeling.adapters import lora_rank
+from rayswift.modeling.loading import resolve_dtype
+from rayswift.modeling.resolved import ResolvedModel, resolve_model
 
 if TYPE_CHECKING:
-    from rayswift.arguments import DeployArguments
     from rayswift.data.tokens.encoder import Encoder
 
 #: Ranks that vLLM's LoRA layers come in.
@@ -32,7 +32,7 @@ _CPU_TARGET = 8
 
 
 @dataclass(frozen=True)
-class ModelPlan:
+class ModelSpec:
     """One model to serve.
 
     ``model``: folder, id or URI. ``engine_kwargs``: vLLM's. ``adapters``: name → folder, given at start;
@@ -76,7 +76,7 @@ class ModelPlan:
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON-able values; what is at its default is left out."""
-        default = ModelPlan(self.name, self.model, self.engine)
+        default = ModelSpec(self.name, self.model, self.engine)
         return {k: v for k, v in asdict(self).items() if k in ("name", "model", "engine") or v != getattr(default, k)}
 
     def resolve_model(self) -> str:
@@ -94,8 +94,6 @@ class ModelPlan:
 
     def adapter_encoder(self, folder: str, own: Encoder) -> Encoder:
         """As `own`, with template and system prompt that the adapter was trained with (its ``args.json``)."""
-        from rayswift.arguments import read_saved_arguments
-
         saved = read_saved_arguments(folder) or {}
         wanted = ("template", "system", "use_chat_template", "agent_template", "response_prefix", "template_backend")
         known = {key: saved[key] for key in wanted if saved.get(key) is not None and key not in self.template}
@@ -103,8 +101,6 @@ class ModelPlan:
 
     def llm_config(self, model_dir: str) -> dict[str, Any]:
         """The arguments of ``ray.serve.llm.LLMConfig``."""
-        from rayswift.modeling.loading import resolve_dtype
-
         kwargs = dict(self.engine_kwargs)
         kwargs.setdefault("dtype", resolve_dtype(self.torch_dtype, model_dir, self.use_gpu, training=False))
         if self.max_model_len:
@@ -122,122 +118,96 @@ class ModelPlan:
         }
 
 
-def plan_models(args: DeployArguments) -> list[ModelPlan]:
+def model_specs(args: DeployArguments) -> list[ModelSpec]:
     """The models of one ``rayswift deploy``: ``--models``, or the one of ``--model``/``--adapters``.
 
     Raises:
         UserError: a model, adapter or engine that is not there, or that this machine cannot run.
     """
     if not args.models:
-        return [plan_model(args)]
-    from rayswift.arguments import make_arguments
-
+        return [model_spec(resolve_model(args))]
     shared = {name: getattr(args, name) for name in args.given if name not in ("models", "model", "adapters")}
-    plans = []
+    specs = []
     for name, flags in args.models.items():
         try:
             one = make_arguments("deploy", **{**shared, **flags, "served_model_name": name})
-            plans.append(plan_model(cast("DeployArguments", one)))
+            specs.append(model_spec(resolve_model(one)))
         except UserError as error:
             raise UserError("\n".join(f"--models {name}: {line}" for line in str(error).split("\n"))) from None
-    return plans
+    return specs
 
 
-def plan_model(args: DeployArguments) -> ModelPlan:
-    """The plan of one model."""
+def model_spec(model: ResolvedModel, replicas: tuple[int, int] | None = None) -> ModelSpec:
+    """What is started for a model. ``replicas``: fewest and most, in place of those of the flags.
+
+    Raises:
+        UserError: as :func:`model_specs`.
+    """
+    args = serving_settings(model.args)
+    if replicas is not None:
+        args.min_replicas, args.max_replicas = replicas
     check_engine(args.infer_backend)
-    args, adapters, default_adapter = with_adapters(args)
-    if args.merge_lora and default_adapter is not None:
-        args, adapters, default_adapter = merged(args, adapters[default_adapter]), {}, None
-    model = args.model or ""
-    use_gpu = wants_gpu(args)
-    is_local = not args.address and not os.environ.get("RAY_ADDRESS")
-    if is_local or os.path.isdir(model):
-        model = hub.resolve_model(model, revision=args.model_revision, use_hf=args.use_hf, token=args.hub_token)
-        check_context(args, model)
-        check_kernels(args, model, use_gpu)
-        check_memory(args, model, use_gpu)
+    use_gpu, is_local = wants_gpu(args), address_of(args) is None
+    model = replace(model, args=args).merged()
+    args, folder = model.args, model.args.model
+    if is_local or os.path.isdir(folder):
+        folder = model.folder()
+        check_model(args, folder, use_gpu)
     ongoing = args.max_ongoing_requests or args.vllm_max_num_seqs
     target = args.target_ongoing_requests or (max(1, args.vllm_max_num_seqs // 4) if use_gpu else _CPU_TARGET)
-    max_replicas = max(args.max_replicas or 1, args.vllm_data_parallel_size)
+    side_by_side = args.vllm_data_parallel_size
+    max_replicas = max(args.max_replicas or 1, side_by_side)
     queued = args.max_queued_requests
-    return ModelPlan(
-        name=args.served_model_name or args.model_suffix,
-        model=model,
-        engine=args.infer_backend,
-        use_hf=args.use_hf,
-        revision=args.model_revision,
-        torch_dtype=args.torch_dtype,
-        attn_impl=args.attn_impl,
-        use_gpu=use_gpu,
-        max_model_len=args.vllm_max_model_len or args.max_length,
-        engine_kwargs=engine_kwargs(args, use_gpu),
-        model_kwargs=args.model_kwargs,
-        template=template_fields(args),
-        adapters=adapters,
-        default_adapter=default_adapter,
-        adapter_root=_absolute(args.adapter_root),
-        max_adapters=max(args.max_adapters, len(adapters)),
-        max_lora_rank=_lora_rank(args, adapters),
-        min_replicas=max(args.min_replicas, args.vllm_data_parallel_size if args.vllm_data_parallel_size > 1 else 0),
-        max_replicas=max_replicas,
-        target_ongoing_requests=target,
-        max_ongoing_requests=ongoing,
-        max_queued_requests=2 * ongoing * max_replicas if queued is None else queued,
-        upscale_delay=args.upscale_delay,
-        downscale_delay=args.downscale_delay,
-        drain_timeout=args.drain_timeout,
-        bundles=bundles(args, use_gpu),
-        env_vars=environment(args, use_gpu, max_replicas),
-        local=is_local,
-    )
+    root = args.adapter_root
+    if root is not None and not hub.is_remote_uri(root):
+        if not Path(root).is_dir():
+            raise UserError(f"--adapter_root {root}: no such folder")
+        root = str(Path(root).resolve())
+    rank = max([args.vllm_max_lora_rank, *map(lora_rank, model.adapters.values())])
+    same = {f.name: getattr(args, f.name) for f in fields(ModelSpec) if hasattr(args, f.name)}
+    return ModelSpec(**{
+        **same,
+        "name": args.served_model_name or model.name,
+        "model": folder,
+        "engine": args.infer_backend,
+        "revision": args.model_revision,
+        "use_gpu": use_gpu,
+        "max_model_len": args.vllm_max_model_len or args.max_length,
+        "engine_kwargs": engine_kwargs(args, use_gpu),
+        "template": encoder_settings(args),
+        "adapters": dict(model.adapters),
+        "default_adapter": model.default_adapter,
+        "adapter_root": root,
+        "max_adapters": max(args.max_adapters, len(model.adapters)),
+        # The engine's: more than asked for where an adapter given at start has more.
+        "max_lora_rank": next((known for known in LORA_RANKS if known >= rank), rank),
+        "min_replicas": max(args.min_replicas, side_by_side if side_by_side > 1 else 0),
+        "max_replicas": max_replicas,
+        "target_ongoing_requests": target,
+        "max_ongoing_requests": ongoing,
+        "max_queued_requests": 2 * ongoing * max_replicas if queued is None else queued,
+        "bundles": bundles(args, use_gpu),
+        "env_vars": environment(args, use_gpu, max_replicas),
+        "local": is_local,
+    })  # fmt: skip
 
 
-# --- pieces of a plan -------------------------------------------------------------------------------------------
+def serving_settings(args: Any) -> Any:
+    """A copy of ``args`` as the arguments of ``rayswift deploy``: what both commands have is taken over."""
+    if isinstance(args, DeployArguments):
+        return copy.copy(args)
+    known = specs_of(DeployArguments)
+    settings = make_arguments("deploy", **{name: getattr(args, name) for name in args.given if name in known})
+    settings.restored = args.restored & frozenset(known)
+    for name in (*settings.restored, "model", "adapters"):
+        setattr(settings, name, getattr(args, name))
+    return settings
 
 
-def with_adapters(args: DeployArguments) -> tuple[DeployArguments, dict[str, str], str | None]:
-    """``--adapters`` as name → folder, the one without a name as default; the model is completed from its args.json."""
-    from rayswift.arguments import read_saved_arguments
-    from rayswift.modeling.adapters import base_model_of, check_adapter
-
-    adapters: dict[str, str] = {}
-    default = None
-    for text in args.adapters:
-        name, has_name, path = text.rpartition("=")
-        folder = hub.resolve_adapter(path, use_hf=args.use_hf, token=args.hub_token)
-        check_adapter(folder)
-        name = name or os.path.basename(folder.rstrip("/"))
-        if name in adapters:
-            raise UserError(f"--adapters {text}: the name {name} is taken; write NAME={path}")
-        adapters[name] = os.path.abspath(folder)
-        default = default if has_name else name
-    where = next(iter(adapters.values()), args.model)
-    saved = read_saved_arguments(where) if where and os.path.isdir(where) else None
-    if saved is not None:
-        args = args.with_saved(saved)
-    if args.model is None and where is not None:
-        args.model = base_model_of(where)
-    if default is not None and len(args.adapters) > 1:
-        raise UserError("--adapters: several adapters need names, for example --adapters a=DIR b=DIR")
-    return args, adapters, default
+# --- pieces of a spec -------------------------------------------------------------------------------------------
 
 
-def merged(args: DeployArguments, adapter: str) -> DeployArguments:
-    """The arguments with the model that base and adapter make (``--merge_lora true``)."""
-    from rayswift.modeling.merging import merge_adapter
-
-    name = args.model_suffix
-    base = hub.resolve_model(args.model or "", revision=args.model_revision, use_hf=args.use_hf, token=args.hub_token)
-    args.model = merge_adapter(
-        adapter, base, torch_dtype=args.torch_dtype, new_special_tokens=args.new_special_tokens,
-        trust_remote_code=args.trust_remote_code,
-    )  # fmt: skip
-    args.served_model_name = args.served_model_name or name
-    return args
-
-
-def template_fields(args: DeployArguments) -> dict[str, Any]:
+def encoder_settings(args: DeployArguments) -> dict[str, Any]:
     """The fields of :class:`Encoder` that flags or the checkpoint set."""
     from rayswift.data.tokens.encoder import Encoder
 
@@ -310,8 +280,6 @@ def bundles(args: DeployArguments, use_gpu: bool) -> list[dict[str, float]]:
 
 def environment(args: DeployArguments, use_gpu: bool, max_replicas: int) -> dict[str, str]:
     """Environment of a replica. On CPUs vLLM needs the size of its cache (GiB), its threads and `vllm_plugin`."""
-    from rayswift.cluster import cpu_count
-
     env = {"VLLM_NO_USAGE_STATS": "1", "RAY_USAGE_STATS_ENABLED": "0", "RAYLLM_ENABLE_REQUEST_PROMPT_LOGS": "0"}
     if args.verbose:
         env["RAYLLM_ENABLE_REQUEST_PROMPT_LOGS"] = "1"
@@ -325,19 +293,3 @@ def environment(args: DeployArguments, use_gpu: bool, max_replicas: int) -> dict
         if os.environ.get(name):
             env[name] = os.environ[name]
     return env
-
-
-def _lora_rank(args: DeployArguments, adapters: dict[str, str]) -> int:
-    """The engine's rank: ``--vllm_max_lora_rank``, more where an adapter given at start has more."""
-    from rayswift.modeling.adapters import lora_rank
-
-    needed = max([args.vllm_max_lora_rank, *(lora_rank(folder) for folder in adapters.values())])
-    return next((rank for rank in LORA_RANKS if rank >= needed), needed)
-
-
-def _absolute(root: str | None) -> str | None:
-    if root is None or hub.is_remote_uri(root):
-        return root
-    if not Path(root).is_dir():
-        raise UserError(f"--adapter_root {root}: no such folder")
-    return str(Path(root).resolve())

@@ -5,8 +5,9 @@ from __future__ import annotations
 import importlib.util
 import math
 import os
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from rayswift.cluster import address_of, has_nvidia_driver
 from rayswift.errors import UserError
 
 if TYPE_CHECKING:
@@ -31,10 +32,7 @@ def check_engine(engine: str) -> None:
 
 def wants_gpu(args: DeployArguments) -> bool:
     """Whether replicas run on GPUs. Raises UserError for flags that need one where there is none."""
-    from rayswift.cluster import has_nvidia_driver
-
-    remote = args.address or os.environ.get("RAY_ADDRESS")
-    available = has_nvidia_driver() or bool(remote)
+    available = has_nvidia_driver() or address_of(args) is not None
     if args.use_gpu and not available:
         raise UserError(
             "--use_gpu true: this machine has no GPU; leave it out, or set --address to a cluster with GPUs"
@@ -64,11 +62,21 @@ def _is_gpu_vllm() -> bool:
         return False
 
 
-def check_context(args: DeployArguments, model_dir: str) -> None:
-    """Raises UserError for a context longer than the model's."""
-    from rayswift.modeling.loading import read_config
+def check_model(args: DeployArguments, model_dir: str, use_gpu: bool) -> None:
+    """Raises UserError when the model's configuration or size says that a replica could not work with these flags."""
+    from rayswift.modeling.loading import parameter_counts, read_config, resolve_dtype
 
     config = read_config(model_dir)
+    dtype = resolve_dtype(args.torch_dtype, model_dir, use_gpu, training=False)
+    parameters = 0 if use_gpu else parameter_counts(model_dir).parameters
+    check_context(args, config)
+    check_kernels(args, config, use_gpu)
+    if not use_gpu:
+        check_memory(args, parameters * {"float32": 4, "bfloat16": 2, "float16": 2}[dtype])
+
+
+def check_context(args: DeployArguments, config: dict[str, Any]) -> None:
+    """Raises UserError for a context longer than the model's."""
     longest = config.get("max_position_embeddings") or (config.get("text_config") or {}).get("max_position_embeddings")
     wanted = args.vllm_max_model_len or args.max_length
     flag = "vllm_max_model_len" if args.vllm_max_model_len else "max_length"
@@ -76,16 +84,8 @@ def check_context(args: DeployArguments, model_dir: str) -> None:
         raise UserError(f"--{flag} {wanted}: the model has {longest} positions; use --{flag} {longest} or less")
 
 
-def check_memory(args: DeployArguments, model_dir: str, use_gpu: bool) -> None:
-    """Raises UserError when the weights of a replica cannot fit into this machine's memory (CPU only)."""
-    from rayswift.modeling.loading import parameter_counts, resolve_dtype
-
-    if use_gpu:
-        return
-    size = {"float32": 4, "bfloat16": 2, "float16": 2}[
-        resolve_dtype(args.torch_dtype, model_dir, False, training=False)
-    ]
-    weights = parameter_counts(model_dir).parameters * size
+def check_memory(args: DeployArguments, weights: int) -> None:
+    """Raises UserError when the replicas' weights (bytes of each) cannot fit into this machine's memory."""
     cache = cpu_cache_gib(1) * GIB if args.infer_backend == "vllm" else 0
     needed, available = (weights + cache) * max(1, args.min_replicas), available_memory()
     if needed > available:
@@ -96,17 +96,15 @@ def check_memory(args: DeployArguments, model_dir: str, use_gpu: bool) -> None:
         )
 
 
-def check_kernels(args: DeployArguments, model_dir: str, use_gpu: bool) -> None:
+def check_kernels(args: DeployArguments, config: dict[str, Any], use_gpu: bool) -> None:
     """Raises UserError for packed weights that vLLM (0.32) cannot multiply: its engine would die, some at a prompt.
 
     GPTQ: 4 or 8 bits, symmetric. On CPUs: 4 bits, and on x86 in its AVX-512 build only.
     """
     import torch
 
-    from rayswift.modeling.loading import read_config
-
-    is_elsewhere = args.dry_run or args.address or os.environ.get("RAY_ADDRESS")
-    have = read_config(model_dir).get("quantization_config") or {}
+    is_elsewhere = args.dry_run or address_of(args)
+    have = config.get("quantization_config") or {}
     method = have.get("quant_method")
     if args.infer_backend != "vllm" or (method not in ("gptq", "awq") and have.get("format") != _PACKED):
         return

@@ -1,32 +1,38 @@
-"""Which engine answers a command: the one behind ``--base_url``, an own deployment, or a model in this process."""
+"""Who answers a command: the endpoint of ``--base_url``, an own deployment, a pool of engines, a model in this process.
+
+A deployment is a matter of `rayswift.serve`, above this room: whoever asks hands in what starts it.
+"""
 
 from __future__ import annotations
 
 import contextlib
-import logging
-import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from rayswift import hub
-from rayswift.data.tokens.encoder import Encoder
-from rayswift.generate.transformers import TransformersEngine
-from rayswift.modeling.merging import merge_adapter
+from rayswift.cluster import address_of
+from rayswift.generate.model_spec import ModelSpec, model_spec
+from rayswift.generate.pool import EnginePool
+from rayswift.generate.transformers import TransformersEngine, load_engine
+from rayswift.generate.types import Answer, AnswerSource, Endpoint, Engine, Request, SamplingParams, prompt_of
+from rayswift.modeling.resolved import ResolvedModel
 
 if TYPE_CHECKING:
     from rayswift.generate.endpoint import EndpointEngine
 
-logger = logging.getLogger("rayswift.generate.sources")
+#: Serves models with the settings of a command while its context lasts: `rayswift.serve.running.running_deployment`.
+Deployment = Callable[[Any, list[ModelSpec]], contextlib.AbstractContextManager[Endpoint]]
 
 
 @contextlib.contextmanager
-def open_endpoint(args: Any, *, seed: int | None = None) -> Iterator[EndpointEngine]:
-    """The endpoint of ``--base_url``, else one that is started for this command and stopped at its end.
+def open_endpoint(
+    args: Any, specs: list[ModelSpec], deployment: Deployment, *, seed: int | None = None
+) -> Iterator[EndpointEngine]:
+    """The endpoint of ``--base_url``, else one that serves ``specs`` for this command and is stopped at its end.
 
     ``seed``: sent with each request; None leaves it to the server.
 
     Raises:
-        UserError: the endpoint cannot be used, or the model cannot be served.
+        UserError: the endpoint cannot be used, or the models cannot be served.
     """
     from rayswift.generate.endpoint import EndpointEngine
 
@@ -36,40 +42,66 @@ def open_endpoint(args: Any, *, seed: int | None = None) -> Iterator[EndpointEng
             args.base_url, model=args.model, api_key=key or None, seed=seed, system=args.system
         )
         return
-    from rayswift.serve.running import running_deployment
-
-    with running_deployment(args) as endpoint:
-        yield EndpointEngine.connect(endpoint.base_url, model=endpoint.model, api_key=endpoint.api_key, seed=seed)
+    with deployment(args, specs) as found:
+        yield EndpointEngine.connect(found.base_url, model=found.model, api_key=found.api_key, seed=seed)
 
 
-def load_engine(args: Any) -> TransformersEngine:
-    """Find (or download) the model, merge the adapter if asked to, and load both into this process."""
-    model_dir = hub.resolve_model(
-        args.model or "", revision=args.model_revision, use_hf=args.use_hf, token=args.hub_token
+@contextlib.contextmanager
+def open_engine(
+    args: Any, model: ResolvedModel | None, deployment: Deployment, *, seed: int | None = None
+) -> Iterator[TransformersEngine | EndpointEngine]:
+    """What answers one conversation at a time. ``model``: None with ``--base_url``."""
+    if model is not None and args.infer_backend == "transformers":
+        yield load_engine(model)
+        return
+    with open_endpoint(args, [model_spec(model)] if model is not None else [], deployment, seed=seed) as endpoint:
+        yield endpoint
+
+
+@contextlib.contextmanager
+def open_answers(
+    args: Any,
+    model: ResolvedModel | None,
+    params: SamplingParams,
+    deployment: Deployment,
+    one_by_one: Callable[[Engine, SamplingParams], AnswerSource] | None = None,
+) -> Iterator[AnswerSource]:
+    """What answers many prompts: a pool of engines on the cluster for vLLM, and for Transformers where workers or a
+    cluster are named; else one engine.
+
+    ``one_by_one``: makes the source of one engine that answers one prompt after the other; there is no pool then.
+    """
+    is_spread = args.infer_backend == "vllm" or (
+        args.infer_backend == "transformers" and bool(args.num_workers or address_of(args))
     )
-    adapter = args.adapters[0] if args.adapters else None
-    new_special_tokens = args.new_special_tokens
-    if args.merge_lora and adapter is not None:
-        model_dir = merge_adapter(
-            adapter, model_dir, torch_dtype=args.torch_dtype, new_special_tokens=new_special_tokens,
-            trust_remote_code=args.trust_remote_code,
-        )  # fmt: skip
-        adapter = None
-    logger.info("loading %s%s", model_dir, f" with {adapter}" if adapter else "")
-    return TransformersEngine.load(
-        Encoder.from_args(args, model_dir),
-        adapter,
-        torch_dtype=args.torch_dtype,
-        exact_dtype="torch_dtype" in args.given,
-        attn_impl=args.attn_impl,
-        use_gpu=args.use_gpu,
-        model_kwargs=args.model_kwargs,
+    if model is not None and is_spread and one_by_one is None:
+        yield EnginePool.start(model).answers
+        return
+    with open_engine(args, model, deployment, seed=args.seed) as engine:
+        if one_by_one is not None:
+            yield one_by_one(engine, params)
+        elif isinstance(engine, TransformersEngine):
+            yield in_batches(engine, params, args.max_batch_size)
+        else:
+            yield side_by_side(engine, params)
+
+
+def in_batches(engine: Engine, params: SamplingParams, size: int) -> AnswerSource:
+    """Batches of ``size`` prompts (−1: all at once) through a model in this process; each is answered once."""
+
+    def answers(requests: Sequence[Request]) -> Iterator[tuple[int, Answer]]:
+        step = max(len(requests), 1) if size == -1 else size
+        for first in range(0, len(requests), step):
+            batch = requests[first : first + step]
+            prompts, tools = [prompt_of(one.row) for one in batch], [one.row.get("tools") for one in batch]
+            found = engine.generate(prompts, params, tools)
+            yield from zip((one.numbers[0] for one in batch), found, strict=True)
+
+    return answers
+
+
+def side_by_side(engine: EndpointEngine, params: SamplingParams) -> AnswerSource:
+    """Requests to an endpoint, several under way at a time; each is answered once."""
+    return lambda requests: engine.answers(
+        ((one.numbers[0], prompt_of(one.row), one.row.get("tools")) for one in requests), params
     )
-
-
-def seed_everything(seed: int) -> None:
-    """Make sampling repeatable: the same command gives the same answers on the same machine."""
-    import torch
-
-    random.seed(seed)
-    torch.manual_seed(seed)

@@ -2,34 +2,9 @@
 
 from __future__ import annotations
 
-import queue
 from collections.abc import Callable, Sequence
-from typing import Any
 
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"  # what decoding gives for the first bytes of a character
-
-
-class TokenQueue:
-    """A Transformers streamer that hands generated token ids to another thread through ``items``.
-
-    The model calls :meth:`put` with the prompt first, then with each token; an exception or None put in by the
-    generating thread ends the queue.
-    """
-
-    def __init__(self) -> None:
-        self.items: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        self._prompt_seen = False
-
-    def put(self, value: Any) -> None:
-        """Take the prompt's ids (dropped) or one new id, as a tensor."""
-        if not self._prompt_seen:
-            self._prompt_seen = True
-            return
-        for token in value.reshape(-1).tolist():
-            self.items.put(token)
-
-    def end(self) -> None:
-        """The model is done; the thread that called it says so itself, with the outcome."""
 
 
 class TextStream:

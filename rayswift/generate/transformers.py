@@ -1,4 +1,6 @@
-"""Generate with Transformers in this process: batches, and one conversation as a stream of text.
+"""Answer with Transformers in this process: batches, and one conversation as a stream of text.
+
+The model runs in `continuous_batching`, as behind ``rayswift deploy``.
 
 Prompts are the ids of training (``rayswift.data.tokens.encoder``), so a fine-tuned model is asked as it was taught.
 """
@@ -9,17 +11,21 @@ import copy
 import logging
 import os
 import queue
-import threading
-from collections.abc import Iterator, Sequence
+import random
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from rayswift.data.tokens.encoder import Encoder
 from rayswift.errors import UserError, one_line
-from rayswift.generate.text_stream import TextStream, TokenQueue, cut_at_stop_word
-from rayswift.generate.types import Answer, GenerationSettings, Messages
+from rayswift.generate import continuous_batching
+from rayswift.generate.continuous_batching import BASE, BatchRunner, TokenDelta, padded
+from rayswift.generate.text_stream import cut_at_stop_word
+from rayswift.generate.token_choice import Sampling
+from rayswift.generate.types import Answer, Messages, SamplingParams
 from rayswift.modeling.adapters import load_adapter
 from rayswift.modeling.loading import add_special_tokens, load_model, read_config, resolve_dtype, supports_bfloat16
+from rayswift.modeling.resolved import ResolvedModel
 
 logger = logging.getLogger("rayswift.generate.transformers")
 
@@ -79,10 +85,10 @@ class TransformersEngine:
             model = load_adapter(model, adapter_dir)
         return cls(model.eval(), encoder, context_length(encoder))
 
-    # --- batches ------------------------------------------------------------------------------------------------
+    # --- answers ------------------------------------------------------------------------------------------------
 
     def generate(
-        self, conversations: Sequence[Messages], settings: GenerationSettings, tools: Sequence[Any] | None = None
+        self, conversations: Sequence[Messages], params: SamplingParams, tools: Sequence[Any] | None = None
     ) -> list[Answer]:
         """Answer several conversations in one batch, in their order.
 
@@ -96,8 +102,10 @@ class TransformersEngine:
                 prompts[index] = self.prompt_ids(messages, tools[index] if tools else None)
             except UserError as error:
                 answers[index].error = str(error)
-        for index, answer in zip(prompts, self._answer_or_split(list(prompts.values()), settings), strict=True):
-            answers[index] = answer
+        answer = self._search if params.num_beams > 1 else self._answer
+        answers_of = zip(prompts, answer(list(prompts.values()), params), strict=True)
+        for index, found in answers_of:
+            answers[index] = found
         return answers
 
     def prompt_ids(self, messages: Messages, tools: Any = None) -> list[int]:
@@ -109,135 +117,123 @@ class TransformersEngine:
             raise UserError(f"the prompt has {len(ids)} tokens, the context holds {self.context_length}")
         return ids
 
-    def _answer_or_split(self, prompts: list[list[int]], settings: GenerationSettings) -> list[Answer]:
-        """Answer a batch; when the model fails on it (memory, mostly), halve it until the guilty prompt is alone."""
+    def _answer(self, prompts: list[list[int]], params: SamplingParams) -> list[Answer]:
+        deltas: list[list[TokenDelta]] = [[] for _ in prompts]
+        rows = [self._sequence(prompt, params, took.append) for prompt, took in zip(prompts, deltas, strict=True)]
+        BatchRunner(self).run(rows)
+        answers = []
+        for row, took in zip(rows, deltas, strict=True):
+            if took[-1].error is not None:
+                answers.append(Answer(num_prompt_tokens=len(row.prompt), error=took[-1].error))
+                continue
+            answer = self._answer_of(row.prompt, row.generated, params)
+            if params.logprobs:
+                answer.logprobs = {"content": [entry for delta in took for entry in delta.logprobs]}
+            answers.append(answer)
+        return answers
+
+    def _sequence(
+        self, prompt: list[int], params: SamplingParams, emit: Callable[[TokenDelta], Any]
+    ) -> continuous_batching.Sequence:
+        """An answer to be generated. A model that was loaded with an adapter answers with it."""
+        return continuous_batching.Sequence(
+            self,
+            prompt,
+            self.sampling(params, len(prompt)),
+            emit,
+            adapter=next(iter(getattr(self.model, "peft_config", ())), BASE),
+            stop_ids=frozenset(self.stop_token_ids),
+            stop_words=tuple(self._text_stop_words(params)),
+        )
+
+    def _search(self, prompts: list[list[int]], params: SamplingParams) -> list[Answer]:
+        """Beam search, which Transformers does. A batch that fails is halved until the guilty prompt is alone."""
+        import torch
+
         if not prompts:
             return []
+        ids, mask = padded(prompts, self.pad_token_id)
+        config = self.generation_config(params, ids.shape[1])
+        config.stop_strings = self._text_stop_words(params) or None
         try:
-            return self._answer(prompts, settings)
+            with torch.inference_mode():
+                found = self.model.generate(
+                    input_ids=ids.to(self.model.device),
+                    attention_mask=mask.to(self.model.device),
+                    generation_config=config,
+                    tokenizer=self.encoder.tokenizer,
+                )
         except (RuntimeError, ValueError, IndexError) as error:
             if len(prompts) == 1:
                 return [Answer(num_prompt_tokens=len(prompts[0]), error=one_line(error))]
             logger.warning("a batch of %d prompts failed (%s): trying smaller ones", len(prompts), one_line(error))
-        half = len(prompts) // 2
-        return self._answer_or_split(prompts[:half], settings) + self._answer_or_split(prompts[half:], settings)
+            half = len(prompts) // 2
+            return self._search(prompts[:half], params) + self._search(prompts[half:], params)
+        generated = found[:, ids.shape[1] :].tolist()
+        return [self._answer_of(prompt, row, params) for prompt, row in zip(prompts, generated, strict=True)]
 
-    def _answer(self, prompts: list[list[int]], settings: GenerationSettings) -> list[Answer]:
-        import torch
+    def _answer_of(self, prompt: list[int], generated: list[int], params: SamplingParams) -> Answer:
+        """The text before what ends it, with the ``--response_prefix`` that stood in the prompt; the end counts."""
+        ends = set(self.stop_token_ids)
+        end = next((place for place, token in enumerate(generated) if token in ends), len(generated))
+        text = cut_at_stop_word(self.decode(generated[:end]), self._text_stop_words(params))
+        return Answer((self.encoder.response_prefix or "") + text, len(prompt), min(end + 1, len(generated)))
 
-        pad, width = self.pad_token_id, max(map(len, prompts))
-        ids = torch.tensor([[pad] * (width - len(prompt)) + prompt for prompt in prompts])
-        mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
-        recorder = LogprobRecorder(settings.top_logprobs or 0, width) if settings.logprobs else None
-        sequences = self._run(ids, mask, settings, recorder=recorder)[:, width:].tolist()
-        answers = []
-        for row, (prompt, generated) in enumerate(zip(prompts, sequences, strict=True)):
-            kept, count = self._without_stop_tokens(generated)
-            text = cut_at_stop_word(self.decode(kept), self._text_stop_words(settings))
-            logprobs = recorder.content(self.encoder.tokenizer, row, kept) if recorder else None
-            answers.append(Answer(self._with_prefix(text), len(prompt), count, logprobs))
-        return answers
-
-    def _run(self, ids: Any, mask: Any, settings: GenerationSettings, **extra: Any) -> Any:
-        """One call of the model's ``generate``; returns the token ids of prompt and answer."""
-        import torch
-        from transformers import LogitsProcessorList, StoppingCriteriaList
-
-        stop_words, stopped, recorder = self._text_stop_words(settings), extra.get("stopped"), extra.get("recorder")
-        criteria = StoppingCriteriaList()
-        if stop_words:
-            criteria.append(StopWordCriteria(self.decode, stop_words, ids.shape[1]))
-        if stopped is not None:
-            criteria.append(StopEventCriteria(stopped))
-        with torch.inference_mode():
-            sequences = self.model.generate(
-                input_ids=ids.to(self.model.device),
-                attention_mask=mask.to(self.model.device),
-                generation_config=self.generation_config(settings, ids.shape[1]),
-                stopping_criteria=criteria,
-                logits_processor=LogitsProcessorList([recorder] if recorder else []),
-                streamer=extra.get("streamer"),
-            )
-            if recorder:
-                recorder.take_tokens(sequences)
-        return sequences
-
-    # --- one conversation, as it is generated -------------------------------------------------------------------
-
-    def stream(self, messages: Messages, settings: GenerationSettings, tools: Any = None) -> Iterator[str]:
+    def stream(self, messages: Messages, params: SamplingParams, tools: Any = None) -> Iterator[str]:
         """Answer one conversation; yields the text in pieces while the model generates.
 
         Closing the iterator (or an exception in the consumer, such as Ctrl-C) stops the model at its next token.
-        Beam search and log probabilities cannot be streamed: the answer then comes in one piece.
+        Beam search cannot be streamed: the answer then comes in one piece.
         """
-        import torch
-
         prompt = self.prompt_ids(messages, tools)
-        self.last_stream = Answer(num_prompt_tokens=len(prompt))
-        if settings.num_beams > 1:
-            self.last_stream = self._answer([prompt], settings)[0]
+        self.last_stream = answer = Answer(num_prompt_tokens=len(prompt))
+        if params.num_beams > 1:
+            self.last_stream = self._search([prompt], params)[0]
             yield self.last_stream.text
             return
-        tokens, stopped, ids = TokenQueue(), threading.Event(), torch.tensor([prompt])
-
-        def work() -> None:
-            try:
-                self._run(ids, torch.ones_like(ids), settings, streamer=tokens, stopped=stopped)
-                tokens.items.put(None)
-            except BaseException as error:
-                tokens.items.put(error)
-
-        thread = threading.Thread(target=work, name="generate", daemon=True)
-        thread.start()
+        deltas: queue.SimpleQueue[TokenDelta] = queue.SimpleQueue()
+        row, runner = self._sequence(prompt, params, deltas.put), BatchRunner(self)
+        text, logprobs, ended = self.encoder.response_prefix or "", [], False
         try:
-            yield from self._texts(tokens.items, settings)
+            runner.submit([row])
+            if text:
+                yield text
+            while not ended:
+                delta = deltas.get()
+                if delta.error is not None:
+                    raise RuntimeError(delta.error)
+                answer.num_generated_tokens += len(delta.token_ids)
+                text, ended = text + delta.text, delta.finish_reason is not None
+                logprobs += delta.logprobs
+                if delta.text:
+                    yield delta.text
         finally:
-            stopped.set()
-            thread.join()
-
-    def _texts(self, items: queue.SimpleQueue[Any], settings: GenerationSettings) -> Iterator[str]:
-        """Token ids from the generating thread to pieces of text."""
-        ends, text = set(self.stop_token_ids), TextStream(self.decode, self._text_stop_words(settings))
-        prefix = self._with_prefix("")
-        if prefix:
-            yield prefix
-        while not text.finished:
-            item = items.get()
-            if isinstance(item, BaseException):
-                raise item
-            if item is None:
-                break
-            self.last_stream.num_generated_tokens += 1
-            if item in ends:
-                break
-            piece = text.add(item)
-            if piece:
-                yield piece
-        rest = text.end()
-        if rest:
-            yield rest
-        self.last_stream.text = prefix + text.emitted
+            row.cancel()
+            runner.close()
+        answer.text, answer.logprobs = text, {"content": logprobs} if params.logprobs else None
 
     # --- settings -----------------------------------------------------------------------------------------------
 
-    def generation_config(self, settings: GenerationSettings, prompt_length: int) -> Any:
-        """The model's generation config with ``settings`` over it."""
+    def sampling(self, params: SamplingParams, prompt_length: int) -> Sampling:
+        """How an answer to a prompt of this length is sampled: ``params``, else the model's generation config."""
+        own, room = self.model.generation_config, self.context_length - prompt_length
+        return Sampling(
+            **params.resolved(vars(own)),
+            min_p=own.min_p or 0.0,
+            max_tokens=min(params.max_new_tokens or room, room),
+            logprobs=(params.top_logprobs or 0) if params.logprobs else None,
+            skip_special_tokens=False,  # a model may have been taught to write them
+        )
 
-        base = self.model.generation_config
-        config = copy.deepcopy(base)
-        chosen = {name: getattr(settings, name) for name in ("temperature", "top_k", "top_p")}
-        wants_sampling = any(value is not None for value in chosen.values()) or base.do_sample
-        config.do_sample = bool(wants_sampling) and settings.temperature != 0
-        for name, off in (("temperature", 1.0), ("top_k", 0), ("top_p", 1.0)):
-            # "off" instead of Transformers' own default (top_k 50): the other engines do not cut either.
-            value = _first(chosen[name], getattr(base, name), off)
-            setattr(config, name, max(value, off) if name == "top_k" else value)
-            if not config.do_sample:
-                setattr(config, name, None)
-        room = self.context_length - prompt_length
-        config.max_new_tokens, config.max_length = min(settings.max_new_tokens or room, room), None
-        config.repetition_penalty = _first(settings.repetition_penalty, base.repetition_penalty)
-        config.num_beams = settings.num_beams
+    def generation_config(self, params: SamplingParams, prompt_length: int) -> Any:
+        """The model's generation config with ``params`` over it."""
+        config = copy.deepcopy(self.model.generation_config)
+        found, room = params.resolved(vars(config)), self.context_length - prompt_length
+        config.do_sample = found["temperature"] > 0
+        for name in ("temperature", "top_k", "top_p"):
+            setattr(config, name, found[name] if config.do_sample else None)
+        config.max_new_tokens, config.max_length = min(params.max_new_tokens or room, room), None
+        config.repetition_penalty, config.num_beams = found["repetition_penalty"], params.num_beams
         config.eos_token_id, config.pad_token_id = self.stop_token_ids or None, self.pad_token_id
         return config
 
@@ -250,27 +246,17 @@ class TransformersEngine:
 
     @property
     def pad_token_id(self) -> int:
-        return _first(*self.stop_token_ids, self.encoder.tokenizer.pad_token_id, 0)
+        return next((id_ for id_ in (*self.stop_token_ids, self.encoder.tokenizer.pad_token_id) if id_ is not None), 0)
 
-    def _text_stop_words(self, settings: GenerationSettings) -> list[str]:
+    def _text_stop_words(self, params: SamplingParams) -> list[str]:
         """Stop words that are not one token and so have to be looked for in the text."""
         ends = set(self.stop_token_ids)
         convert = self.encoder.tokenizer.convert_tokens_to_ids
-        return [word for word in (*self.encoder.stop_words, *settings.stop_words) if word and convert(word) not in ends]
-
-    def _without_stop_tokens(self, ids: list[int]) -> tuple[list[int], int]:
-        """The ids before the first stop token, and how many were generated (the stop token counts)."""
-        ends = set(self.stop_token_ids)
-        end = next((i for i, token in enumerate(ids) if token in ends), None)
-        return (ids, len(ids)) if end is None else (ids[:end], end + 1)
+        return [word for word in (*self.encoder.stop_words, *params.stop_words) if word and convert(word) not in ends]
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of generated ids, special tokens included: a model may have been taught to write them."""
         return self.encoder.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-
-    def _with_prefix(self, text: str) -> str:
-        """The answer as the reader should see it: with the ``--response_prefix`` that stood in the prompt."""
-        return (self.encoder.response_prefix or "") + text
 
 
 def context_length(encoder: Encoder) -> int:
@@ -283,73 +269,27 @@ def context_length(encoder: Encoder) -> int:
     return min(limits) if limits else min(encoder.tokenizer.model_max_length, 2**20)
 
 
-def _first(*values: Any) -> Any:
-    """The first value that is not None."""
-    return next((value for value in values if value is not None), None)
+def load_engine(model: ResolvedModel) -> TransformersEngine:
+    """Find (or download) the model, merge the adapter if asked to, and load both into this process; set the seed."""
+    model, seed = model.merged(), model.args.seed
+    args, folder = model.args, model.folder()
+    logger.info("loading %s%s", folder, f" with {model.adapter}" if model.adapter else "")
+    engine = TransformersEngine.load(
+        Encoder.from_args(args, folder),
+        model.adapter,
+        torch_dtype=args.torch_dtype,
+        exact_dtype="torch_dtype" in args.given,
+        attn_impl=args.attn_impl,
+        use_gpu=args.use_gpu,
+        model_kwargs=args.model_kwargs,
+    )
+    seed_everything(seed)
+    return engine
 
 
-class StopEventCriteria:
-    """Stops every row once an event is set (from another thread)."""
+def seed_everything(seed: int) -> None:
+    """Make sampling repeatable: the same command gives the same answers on the same machine."""
+    import torch
 
-    def __init__(self, event: threading.Event) -> None:
-        self.event = event
-
-    def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> Any:
-        import torch
-
-        return torch.full((input_ids.shape[0],), self.event.is_set(), dtype=torch.bool, device=input_ids.device)
-
-
-class StopWordCriteria:
-    """Stops a row whose last tokens spell a stop word. The text is cut at the word afterwards."""
-
-    def __init__(self, decode: Any, stop_words: list[str], prompt_length: int) -> None:
-        self.decode, self.stop_words, self.prompt_length = decode, stop_words, prompt_length
-        # A token spells at least one byte, so this many tokens cover the longest word and what precedes it.
-        self.window = max(len(word.encode()) for word in stop_words) + 1
-
-    def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> Any:
-        import torch
-
-        tails = input_ids[:, max(self.prompt_length, input_ids.shape[1] - self.window) :].tolist()
-        found = [any(word in self.decode(tail) for word in self.stop_words) for tail in tails]
-        return torch.tensor(found, dtype=torch.bool, device=input_ids.device)
-
-
-class LogprobRecorder:
-    """A logits processor that changes nothing and notes the log probability of each token that gets chosen.
-
-    It keeps the scores of one step only: those of step t are read at step t+1, when the choice is known.
-    """
-
-    def __init__(self, top: int, prompt_length: int) -> None:
-        self.top, self.prompt_length = top, prompt_length
-        self.steps: list[tuple[list[float], list[list[float]], list[list[int]]]] = []
-        self._last: Any = None
-
-    def __call__(self, input_ids: Any, scores: Any) -> Any:
-        self.take_tokens(input_ids)
-        self._last = scores.float().log_softmax(-1)
-        return scores
-
-    def take_tokens(self, input_ids: Any) -> None:
-        """Note the log probabilities of the tokens that the previous step chose, the last column of ``input_ids``."""
-        if self._last is None:
-            return
-        chosen = self._last.gather(1, input_ids[:, self.prompt_length + len(self.steps)][:, None])[:, 0]
-        top = self._last.topk(self.top, dim=-1) if self.top else None
-        self.steps.append((chosen.tolist(), top.values.tolist() if top else [], top.indices.tolist() if top else []))
-        self._last = None
-
-    def content(self, tokenizer: Any, row: int, ids: list[int]) -> dict[str, Any]:
-        """OpenAI's ``logprobs`` object for the generated ``ids`` of one row."""
-
-        def entry(token: int, logprob: float) -> dict[str, Any]:
-            text = tokenizer.decode([token])
-            return {"token": text, "logprob": max(logprob, -9999.0), "bytes": list(text.encode())}
-
-        content = []
-        for token, (chosen, values, indices) in zip(ids, self.steps, strict=False):
-            likely = [entry(i, v) for i, v in zip(indices[row], values[row], strict=True)] if indices else []
-            content.append(entry(token, chosen[row]) | {"top_logprobs": likely})
-        return {"content": content}
+    random.seed(seed)
+    torch.manual_seed(seed)

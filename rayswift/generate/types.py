@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
 from typing import Any, Protocol
 
 from rayswift.errors import UserError
 
 Messages = Sequence[Mapping[str, Any]]
+JsonRow = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class GenerationSettings:
-    """How an answer is sampled; the fields are SWIFT's flags. None takes the model's ``generation_config.json``.
+class SamplingParams:
+    """How answers are sampled; the fields are SWIFT's flags. None takes the model's ``generation_config.json``.
 
     ``temperature`` 0 is greedy. ``max_new_tokens`` None generates until the context is full. ``top_k`` −1 is no limit.
-    ``logprobs`` are those of the distribution sampled from (after temperature, top-k and top-p).
+    ``logprobs``: log probabilities of the model itself, before penalties, temperature and cuts (OpenAI's meaning, and
+    vLLM's ``raw_logprobs``), in every engine.
     """
 
     max_new_tokens: int | None = None
@@ -34,19 +36,24 @@ class GenerationSettings:
             raise UserError("--logprobs true does not work with --num_beams above 1; leave one of them out")
 
     @classmethod
-    def from_arguments(cls, args: Any) -> GenerationSettings:
+    def from_arguments(cls, args: Any) -> SamplingParams:
         """Take the fields from the attributes of the same name."""
-        return cls(
-            max_new_tokens=args.max_new_tokens,
-            temperature=args.temperature,
-            top_k=args.top_k,
-            top_p=args.top_p,
-            repetition_penalty=args.repetition_penalty,
-            num_beams=args.num_beams,
-            stop_words=tuple(args.stop_words),
-            logprobs=args.logprobs,
-            top_logprobs=args.top_logprobs,
-        )
+        given = {field.name: getattr(args, field.name) for field in fields(cls)}
+        return cls(**{**given, "stop_words": tuple(args.stop_words)})
+
+    def resolved(self, own: Mapping[str, Any]) -> dict[str, Any]:
+        """Temperature (0 is greedy), cuts and penalty as numbers: these, else the model's ``own``, else none.
+
+        Without a word from either the answer is greedy. "None" and not a library's default (Transformers' top_k 50).
+        """
+        off = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "repetition_penalty": 1.0}
+        given = {name: getattr(self, name) for name in off}
+        asked = any(given[name] is not None for name in ("temperature", "top_k", "top_p"))
+        models = {name: own[name] for name in off if own.get(name) is not None}
+        found = {**off, **models, **{name: value for name, value in given.items() if value is not None}}
+        if self.temperature == 0 or not (asked or own.get("do_sample")):
+            found |= {"temperature": 0.0, "top_k": 0, "top_p": 1.0}
+        return {**found, "top_k": max(int(found["top_k"]), 0)}
 
 
 @dataclass
@@ -74,10 +81,56 @@ class Engine(Protocol):
 
     last_stream: Answer  # counts of the latest stream(), filled when it ends
 
-    def stream(self, messages: Messages, settings: GenerationSettings, tools: Any = None) -> Iterator[str]:
+    def stream(self, messages: Messages, params: SamplingParams, tools: Any = None) -> Iterator[str]:
         """Answer one conversation; yields the text in pieces while it is generated. Closing it stops the model."""
 
     def generate(
-        self, conversations: Sequence[Messages], settings: GenerationSettings, tools: Sequence[Any] | None = None
+        self, conversations: Sequence[Messages], params: SamplingParams, tools: Sequence[Any] | None = None
     ) -> list[Answer]:
         """Answer several conversations, in their order; one that cannot be answered has an ``error``."""
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """An OpenAI endpoint: ``base_url`` ends in ``/v1``, ``model`` is the name to ask for."""
+
+    base_url: str
+    api_key: str | None
+    model: str
+
+
+@dataclass(frozen=True)
+class Request:
+    """A prompt (``row`` without its reference) to be answered once for each number; ``seeds``: one for each, or none.
+
+    All its answers come from one engine, which keeps the prompt's cache between them.
+    """
+
+    numbers: tuple[int, ...]
+    row: JsonRow
+    seeds: tuple[int, ...] = ()
+
+
+#: Gets requests and answers each of their numbers once, in any order.
+AnswerSource = Callable[[Sequence[Request]], Iterable[tuple[int, Answer]]]
+
+
+def split_reference(messages: list[JsonRow]) -> tuple[list[JsonRow], str | None]:
+    """The messages to answer, and the reference answer that stood at their end (None where there is none)."""
+    if messages and messages[-1]["role"] == "assistant":
+        return messages[:-1], messages[-1]["content"]
+    return messages, None
+
+
+def prompt_of(row: JsonRow) -> list[JsonRow]:
+    """The messages of a row that are to be answered."""
+    return split_reference(row["messages"])[0]
+
+
+def logprob_entry(decode: Callable[[list[int]], str], likely: Iterable[tuple[int, float]]) -> JsonRow:
+    """OpenAI's entry of a token; ``likely`` has that token first, then the alternatives."""
+    entries = []
+    for token, logprob in likely:
+        text = decode([token])
+        entries.append({"token": text, "logprob": max(logprob, -9999.0), "bytes": list(text.encode())})
+    return {**entries[0], "top_logprobs": entries[1:]}

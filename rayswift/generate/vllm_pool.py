@@ -12,19 +12,16 @@ import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rayswift import private
 from rayswift.data.tokens.encoder import Encoder
 from rayswift.errors import UserError
-from rayswift.generate.model_spec import ModelPlan
-from rayswift.generate.pool import BLOCK_RETRIES, ERROR, HELPER_CPUS, NO_SEED, answer_row, each_answer
-from rayswift.generate.types import Answer, GenerationSettings
+from rayswift.generate.model_spec import ModelSpec
+from rayswift.generate.pool_rows import BLOCK_RETRIES, ERROR, HELPER_CPUS, NO_SEED, answer_row, each_answer
+from rayswift.generate.types import Answer, JsonRow, SamplingParams, logprob_entry
+from rayswift.modeling.resolved import ResolvedModel
 
-if TYPE_CHECKING:
-    from rayswift.generate.pool import PoolArguments
-
-Row = dict[str, Any]
 #: Settings of vLLM's server that its engine does not know.
 _SERVER_ONLY = ("enable_auto_tool_choice", "tool_call_parser", "reasoning_parser", "enable_log_requests")
 #: Tokens per step: those of vLLM's class for offline work (an engine that somebody else drives gets 2048).
@@ -35,9 +32,9 @@ _OVERLAP = 2
 
 
 def answered_by_vllm(
-    dataset: Any, args: PoolArguments, plan: ModelPlan, size: tuple[int, int], block_answers: int
+    dataset: Any, model: ResolvedModel, spec: ModelSpec, size: tuple[int, int], block_answers: int
 ) -> Any:
-    """The dataset of answers (see :func:`rayswift.generate.pool.answer_row`) to one of requests.
+    """The dataset of answers (see :func:`rayswift.generate.pool_rows.answer_row`) to one of requests.
 
     Several answers to a prompt are several rows: `ray.data.llm` returns one for each, and vLLM itself makes one request
     of each of ``n``. They stand in one block, so the engine computes the prompt once and keeps it for the others.
@@ -46,14 +43,12 @@ def answered_by_vllm(
 
     from rayswift.generate.transformers import context_length
 
-    model_dir = resolve_on_every_node(plan)
-    settings = GenerationSettings.from_arguments(args)
+    args, model_dir = model.args, resolve_on_every_node(spec)
+    params = SamplingParams.from_arguments(args)
     encoder = Encoder.from_args(args, model_dir)
-    context = min(plan.max_model_len or math.inf, context_length(encoder))
-    requests = RequestMaker(encoder, settings, args.seed, int(context), next(iter(plan.adapters.values()), model_dir))
-    kwargs = offline_kwargs(plan) | plan.llm_config(model_dir)["engine_kwargs"]
-    if settings.logprobs:
-        kwargs["logprobs_mode"] = "processed_logprobs"  # of the distribution that is sampled from
+    context = min(spec.max_model_len or math.inf, context_length(encoder))
+    requests = RequestMaker(encoder, params, args.seed, int(context), next(iter(spec.adapters.values()), model_dir))
+    kwargs = offline_kwargs(spec) | spec.llm_config(model_dir)["engine_kwargs"]
     config = vLLMEngineProcessorConfig(
         model_source=model_dir,
         engine_kwargs={name: value for name, value in kwargs.items() if name not in _SERVER_ONLY},
@@ -64,8 +59,8 @@ def answered_by_vllm(
         chat_template_stage=False,
         tokenize_stage=False,
         detokenize_stage=False,
-        placement_group_config={"bundles": plan.bundles},
-        runtime_env={"env_vars": plan.env_vars},
+        placement_group_config={"bundles": spec.bundles},
+        runtime_env={"env_vars": spec.env_vars},
         log_engine_metrics=False,
     )
     helpers = {"num_cpus": HELPER_CPUS}
@@ -81,13 +76,13 @@ def answered_by_vllm(
     return processor(dataset.flat_map(each_answer, num_cpus=HELPER_CPUS))
 
 
-def offline_kwargs(plan: ModelPlan) -> dict[str, Any]:
-    """Engine settings of work that nobody waits for; what the plan says goes before them."""
-    tokens = _BATCHED_TOKENS["gpu" if plan.use_gpu else "cpu"]
-    if plan.use_gpu:
+def offline_kwargs(spec: ModelSpec) -> dict[str, Any]:
+    """Engine settings of work that nobody waits for; what the spec says goes before them."""
+    tokens = _BATCHED_TOKENS["gpu" if spec.use_gpu else "cpu"]
+    if spec.use_gpu:
         return {"max_num_batched_tokens": tokens}
     # Prompts are computed whole there; of a model whose length is not given, vLLM itself finds the batch that holds it.
-    return {"max_num_batched_tokens": max(tokens, plan.max_model_len)} if plan.max_model_len else {}
+    return {"max_num_batched_tokens": max(tokens, spec.max_model_len)} if spec.max_model_len else {}
 
 
 @contextlib.contextmanager
@@ -101,7 +96,7 @@ def quiet() -> Iterator[None]:
         logging.getLogger("ray").setLevel(logging.ERROR)
 
 
-def resolve_on_every_node(plan: ModelPlan) -> str:
+def resolve_on_every_node(spec: ModelSpec) -> str:
     """The model's folder, downloaded where it is not there yet: vLLM does not know our hubs.
 
     Raises:
@@ -110,15 +105,15 @@ def resolve_on_every_node(plan: ModelPlan) -> str:
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    here = plan.resolve_model()
-    resolve = ray.remote(num_cpus=0)(ModelPlan.resolve_model)
-    nodes = [node["NodeID"] for node in ray.nodes() if node["Alive"]] if not plan.local else []
+    here = spec.resolve_model()
+    resolve = ray.remote(num_cpus=0)(ModelSpec.resolve_model)
+    nodes = [node["NodeID"] for node in ray.nodes() if node["Alive"]] if not spec.local else []
     waiting = [
-        resolve.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote(plan)
+        resolve.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote(spec)
         for node in nodes
     ]
     if elsewhere := {folder for folder in ray.get(waiting) if folder != here}:
-        raise UserError(f"--model {plan.model}: other nodes keep it in {elsewhere.pop()}, not in {here}; "
+        raise UserError(f"--model {spec.model}: other nodes keep it in {elsewhere.pop()}, not in {here}; "
                         "put it on storage that all share and give its path")  # fmt: skip
     return here
 
@@ -128,13 +123,13 @@ class RequestMaker:
     """Turns a row into what the engine stage takes. ``model``: the model's folder, or the adapter's."""
 
     encoder: Encoder
-    settings: GenerationSettings
+    params: SamplingParams
     seed: int
     context: int
     model: str
     _last: dict[tuple[str, str], tuple[list[int], str]] = field(default_factory=dict, compare=False, repr=False)
 
-    def __call__(self, row: Row) -> Row:
+    def __call__(self, row: JsonRow) -> JsonRow:
         """A row that cannot be a prompt passes the engine by as an error.
 
         Every row has the same keys: Arrow would fill gaps with None, and a None where the error stands is one too.
@@ -148,12 +143,12 @@ class RequestMaker:
         seed = self.seed if own == NO_SEED else own
         return {
             "tokenized_prompt": ids,
-            "sampling_params": sampling_params(self.settings, self.encoder, seed, self.context - len(ids)),
+            "sampling_params": sampling_params(self.params, self.encoder, seed, self.context - len(ids)),
             "model": self.model,
             ERROR: error,
         }
 
-    def prompt_ids(self, messages: list[Row], tools: Any) -> tuple[list[int], str]:
+    def prompt_ids(self, messages: list[JsonRow], tools: Any) -> tuple[list[int], str]:
         """Token ids of a prompt, or why there are none."""
         try:
             ids = self.encoder.encode_prompt(messages, tools)
@@ -166,27 +161,16 @@ class RequestMaker:
         return ids, ""
 
 
-def sampling_params(settings: GenerationSettings, encoder: Encoder, seed: int, room: int) -> dict[str, Any]:
+def sampling_params(params: SamplingParams, encoder: Encoder, seed: int, room: int) -> dict[str, Any]:
     """vLLM's ``SamplingParams``: what is not set is the model's, as with the Transformers engine."""
-    own = generation_config(encoder.model_dir)
-    asked = any(value is not None for value in (settings.temperature, settings.top_k, settings.top_p))
-    greedy = settings.temperature == 0 or not (asked or own.get("do_sample"))
-
-    def chosen(name: str, off: float) -> float:
-        value = getattr(settings, name)
-        return float(value if value is not None else own.get(name) or off)
-
     return {
-        "max_tokens": max(1, min(settings.max_new_tokens or room, room)),
-        "temperature": 0.0 if greedy else chosen("temperature", 1.0),
-        "top_k": 0 if greedy else max(int(chosen("top_k", 0)), 0),
-        "top_p": 1.0 if greedy else chosen("top_p", 1.0),
-        "repetition_penalty": chosen("repetition_penalty", 1.0),
+        **params.resolved(generation_config(encoder.model_dir)),
+        "max_tokens": max(1, min(params.max_new_tokens or room, room)),
         "seed": seed,
-        "stop": [*encoder.stop_strings, *settings.stop_words],
+        "stop": [*encoder.stop_strings, *params.stop_words],
         "stop_token_ids": encoder.eos_token_ids,
         "skip_special_tokens": False,
-        "logprobs": (settings.top_logprobs or 0) if settings.logprobs else None,
+        "logprobs": (params.top_logprobs or 0) if params.logprobs else None,
     }
 
 
@@ -201,7 +185,7 @@ def generation_config(model_dir: str) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def vllm_answer(encoder: Encoder, row: Row) -> Row:
+def vllm_answer(encoder: Encoder, row: JsonRow) -> JsonRow:
     """What the engine stage gave, on its way back. Rows with an error do not come here."""
     answer = Answer(
         (encoder.response_prefix or "") + row["generated_text"],
@@ -213,18 +197,16 @@ def vllm_answer(encoder: Encoder, row: Row) -> Row:
     return answer_row(row["index"], answer)
 
 
-def openai_logprobs(tokenizer: Any, ids: Sequence[int], steps: Sequence[Mapping[int, Row]] | None) -> Row | None:
+def openai_logprobs(
+    tokenizer: Any, ids: Sequence[int], steps: Sequence[Mapping[int, JsonRow]] | None
+) -> JsonRow | None:
     """vLLM's log probabilities (per step: token id → logprob, rank) as OpenAI's object."""
     if steps is None:
         return None
 
-    def entry(token: int, logprob: float) -> Row:
-        text = tokenizer.decode([token])
-        return {"token": text, "logprob": max(logprob, -9999.0), "bytes": list(text.encode())}
-
     content = []
     for token, step in zip(ids, steps, strict=False):
         ranked = sorted(step.items(), key=lambda pair: pair[1]["rank"])
-        likely = [entry(int(other), found["logprob"]) for other, found in ranked]
-        content.append(entry(token, step[token]["logprob"]) | {"top_logprobs": likely})
+        likely = [(int(other), found["logprob"]) for other, found in ranked]
+        content.append(logprob_entry(tokenizer.decode, [(token, step[token]["logprob"]), *likely]))
     return {"content": content}

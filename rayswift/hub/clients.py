@@ -1,6 +1,6 @@
 """The places that models and datasets come from, each behind its own client: two hubs, and file systems by URI.
 
-In: a checked id or URI. Out: what there is (:meth:`Source.listing`), the files (:meth:`Source.download`), what the
+In: a checked id or URI. Out: what there is (:meth:`HubRepo.listing`), the files (:meth:`HubRepo.download`), what the
 client's cache has, and what its errors mean. Which files are wanted, locks and retries: :mod:`rayswift.hub`.
 """
 
@@ -55,7 +55,7 @@ def open_filesystem(uri: str) -> tuple[FileSystem, str]:
 
 
 @dataclass
-class Source:
+class HubRepo:
     """A repository at a hub, or a folder under a URI. The subclasses know how to list it and how to fetch files."""
 
     flag: str
@@ -91,7 +91,7 @@ class Source:
         return None
 
 
-class ModelScope(Source):
+class ModelScope(HubRepo):
     title, elsewhere, cache_variable = "ModelScope", "Hugging Face: --use_hf true, or HF::{}", "MODELSCOPE_CACHE"
     endpoint: str | None = None
 
@@ -141,7 +141,7 @@ class ModelScope(Source):
             return None
 
 
-class HuggingFace(Source):
+class HuggingFace(HubRepo):
     title, elsewhere, cache_variable = "Hugging Face", "ModelScope: --use_hf false, or MS::{}", "HF_HOME"
 
     def _common(self) -> dict[str, Any]:
@@ -189,7 +189,7 @@ class HuggingFace(Source):
             return None
 
 
-class Uri(Source):
+class Uri(HubRepo):
     title = "the file system"
 
     def listing(self) -> tuple[str, Files]:
@@ -264,36 +264,36 @@ def is_transient(error: BaseException) -> bool:
     )
 
 
-def first_line(source: Source, error: BaseException) -> str:
+def first_line(repo: HubRepo, error: BaseException) -> str:
     """A short reason without secrets: the first line, without the token and without query strings."""
     parts = [part for part in _chain(error) if not hasattr(part, "failed_files")]
     codes = [part.errno for part in parts if isinstance(part, OSError) and part.errno]
     text = os.strerror(codes[-1]) if codes else next(iter(str(parts[0]).splitlines()), "") or type(parts[0]).__name__
     text = re.sub(r"\?[^\s'\")]*", "", text)
-    return (text.replace(source.token, "***") if source.token else text)[:200]
+    return (text.replace(repo.token, "***") if repo.token else text)[:200]
 
 
-def no_space_error(source: Source, reason: str) -> UserError:
-    return UserError(f"{source.label}: {reason} at {source.cache_dir()}; free space or set {source.cache_variable}")
+def no_space_error(repo: HubRepo, reason: str) -> UserError:
+    return UserError(f"{repo.label}: {reason} at {repo.cache_dir()}; free space or set {repo.cache_variable}")
 
 
-def explained_error(source: Source, error: BaseException) -> UserError:
+def explained_error(repo: HubRepo, error: BaseException) -> UserError:
     """The one line for a failure of a client; names the flag and the mend."""
-    status, reason = http_status(error), first_line(source, error)
+    status, reason = http_status(error), first_line(repo, error)
     codes = {part.errno for part in _chain(error) if isinstance(part, OSError)}
-    at = f" at revision {source.revision}" if source.revision else ""
+    at = f" at revision {repo.revision}" if repo.revision else ""
     if errno.ENOSPC in codes:
-        return no_space_error(source, "no space left")
-    if status == 404 or (status == 401 and type(error).__name__ == "RepositoryNotFoundError" and source.token):
-        other = f", or try {source.elsewhere.format(source.name)}" if source.elsewhere else ""
-        return UserError(f"{source.label}: {source.title} has no such {source.kind}{at}; check the spelling{other}")
+        return no_space_error(repo, "no space left")
+    if status == 404 or (status == 401 and type(error).__name__ == "RepositoryNotFoundError" and repo.token):
+        other = f", or try {repo.elsewhere.format(repo.name)}" if repo.elsewhere else ""
+        return UserError(f"{repo.label}: {repo.title} has no such {repo.kind}{at}; check the spelling{other}")
     if status in (401, 403):
-        mend = "this --hub_token may not read it" if source.token else "check the spelling, or give --hub_token"
+        mend = "this --hub_token may not read it" if repo.token else "check the spelling, or give --hub_token"
         return UserError(
-            f"{source.label}: {source.title} refuses it{at} (HTTP {status}: private or gated); {mend}"
+            f"{repo.label}: {repo.title} refuses it{at} (HTTP {status}: private or gated); {mend}"
             " (a gated one also wants its terms accepted on its page)"
         )
     if codes & {errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR, errno.EEXIST}:
-        return UserError(f"{source.label}: cannot write to {source.cache_dir()}; set {source.cache_variable}")
+        return UserError(f"{repo.label}: cannot write to {repo.cache_dir()}; set {repo.cache_variable}")
     again = "; run the command again, whole files are kept" if is_transient(error) else ""
-    return UserError(f"{source.label}: {source.title} failed: {reason}{again}")
+    return UserError(f"{repo.label}: {repo.title} failed: {reason}{again}")

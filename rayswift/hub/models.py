@@ -28,11 +28,12 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, TypeVar
 
 from rayswift.errors import UserError
+from rayswift.files import write_whole
 from rayswift.hub.clients import (
     Files,
+    HubRepo,
     HuggingFace,
     ModelScope,
-    Source,
     Uri,
     explained_error,
     first_line,
@@ -126,13 +127,13 @@ def resolve_dataset(
     elif is_remote_uri(dataset_id):
         raise UserError(f"--dataset {dataset_id}: not a hub id; data under a URI is read in place")
     else:
-        folder, chosen = _fetch(_source("--dataset", "dataset", dataset_id, revision, use_hf, token), choose)
+        folder, chosen = _fetch(_repo("--dataset", "dataset", dataset_id, revision, use_hf, token), choose)
     return [os.path.join(folder, path) for path in chosen]
 
 
 @dataclass
 class _State:
-    """What was fetched of one source, kept beside its lock: files that are whole are not hashed or asked for again."""
+    """What was fetched of one repo, kept beside its lock: files that are whole are not hashed or asked for again."""
 
     commit: str = ""
     folder: str = ""
@@ -174,7 +175,7 @@ def _resolve_folder(
             and not (path.endswith(_PICKLES) and ("" in safe or os.path.dirname(path) in safe))
         ]
 
-    return _fetch(_source(flag, "model", name, revision, use_hf, token), choose)[0]
+    return _fetch(_repo(flag, "model", name, revision, use_hf, token), choose)[0]
 
 
 def _local_path(name: str) -> str | None:
@@ -183,8 +184,8 @@ def _local_path(name: str) -> str | None:
     return os.path.abspath(path) if os.path.exists(path) else None
 
 
-def _source(flag: str, kind: str, name: str, revision: str | None, use_hf: bool, token: str | None) -> Source:
-    """The source that ``name`` means, or a UserError if it can be neither a hub id nor a URI."""
+def _repo(flag: str, kind: str, name: str, revision: str | None, use_hf: bool, token: str | None) -> HubRepo:
+    """The repo that ``name`` means, or a UserError if it can be neither a hub id nor a URI."""
     if is_remote_uri(name):
         return Uri(flag, kind, name.rstrip("/"))
     prefix, _, rest = name.partition("::")
@@ -197,18 +198,18 @@ def _source(flag: str, kind: str, name: str, revision: str | None, use_hf: bool,
     return (HuggingFace if use_hf else ModelScope)(flag, kind, name, revision, token)
 
 
-def _fetch(source: Source, choose: Chooser) -> tuple[str, list[str]]:
-    """The folder that holds the chosen files of a source, and their sorted paths. One process per cache at a time."""
-    with _lock(source) as state_path:
-        state, away = _refresh(source, state_path)
+def _fetch(repo: HubRepo, choose: Chooser) -> tuple[str, list[str]]:
+    """The folder that holds the chosen files of a repo, and their sorted paths. One process per cache at a time."""
+    with _lock(repo) as state_path:
+        state, away = _refresh(repo, state_path)
 
         def ensure(paths: list[str]) -> None:
             missing = {path: state.files[path] for path in paths if not state.is_whole(path)}
             if missing and away:
                 raise UserError(f"{away}; the cache lacks {', '.join(list(missing)[:3])}")
             if missing:
-                _download(source, state, missing)
-                _write_json(state_path, asdict(state))
+                _download(repo, state, missing)
+                write_whole(state_path, json.dumps(asdict(state)))
 
         def read(path: str) -> str:
             ensure([path])
@@ -218,24 +219,24 @@ def _fetch(source: Source, choose: Chooser) -> tuple[str, list[str]]:
         ensure(chosen)
         if away:
             logger.warning("%s; using the copy in %s", away, state.folder)
-            _check_shards(source.label, state.folder)
+            _check_shards(repo.label, state.folder)
         return state.folder, chosen
 
 
-def _refresh(source: Source, state_path: str) -> tuple[_State, str]:
+def _refresh(repo: HubRepo, state_path: str) -> tuple[_State, str]:
     """The state brought up to date with the hub's listing; with the cache alone, also a text that says why."""
     state = _read_state(state_path)
-    away = f"{source.label}: offline mode is set" if source.offline() else ""
+    away = f"{repo.label}: offline mode is set" if repo.offline() else ""
     if not away:
         try:
             # With a copy in the cache, a network that is away should not cost three rounds of waiting.
-            commit, files = _with_retries(source, source.listing, 1 if state.files else TRIES)
+            commit, files = _with_retries(repo, repo.listing, 1 if state.files else TRIES)
         except UserError:
             raise
         except Exception as error:  # each client has its own classes of errors
             if not is_transient(error):
-                raise explained_error(source, error) from None
-            away = f"{source.label}: cannot reach {source.title} ({first_line(source, error)})"
+                raise explained_error(repo, error) from None
+            away = f"{repo.label}: cannot reach {repo.title} ({first_line(repo, error)})"
         else:
             if commit != state.commit:
                 state = _State(commit)
@@ -243,7 +244,7 @@ def _refresh(source: Source, state_path: str) -> tuple[_State, str]:
             state.files = {path: file for path, file in files.items() if path[0] != "/" and ".." not in path.split("/")}
             return state, ""
     if not state.files:
-        folder = source.cached_folder()
+        folder = repo.cached_folder()
         if folder is None:
             raise UserError(f"{away} and the cache has no copy; check network and proxy, or give a local folder")
         if glob.glob("**/*.incomplete", root_dir=folder, recursive=True):
@@ -253,39 +254,39 @@ def _refresh(source: Source, state_path: str) -> tuple[_State, str]:
     return state, away
 
 
-def _download(source: Source, state: _State, missing: Files) -> None:
+def _download(repo: HubRepo, state: _State, missing: Files) -> None:
     needed = sum(size for size, _ in missing.values())
-    os.makedirs(source.cache_dir(), exist_ok=True)
-    if needed > (free := shutil.disk_usage(source.cache_dir()).free):
-        raise no_space_error(source, f"needs {needed / 1e9:.2f} GB and {free / 1e9:.2f} GB are free")
-    logger.info("%s: downloading %d files (%.2f GB) from %s", source.label, len(missing), needed / 1e9, source.title)
+    os.makedirs(repo.cache_dir(), exist_ok=True)
+    if needed > (free := shutil.disk_usage(repo.cache_dir()).free):
+        raise no_space_error(repo, f"needs {needed / 1e9:.2f} GB and {free / 1e9:.2f} GB are free")
+    logger.info("%s: downloading %d files (%.2f GB) from %s", repo.label, len(missing), needed / 1e9, repo.title)
     try:
-        state.folder = _with_retries(source, lambda: source.download(missing), TRIES)
+        state.folder = _with_retries(repo, lambda: repo.download(missing), TRIES)
     except UserError:
         raise
     except Exception as error:  # each client has its own classes of errors
-        raise explained_error(source, error) from None
+        raise explained_error(repo, error) from None
     state.have.update((path, digest) for path, (_, digest) in missing.items())
 
 
 @contextmanager
-def _lock(source: Source) -> Iterator[str]:
-    """Hold the lock of this source in the cache folder; gives the path of its state file."""
+def _lock(repo: HubRepo) -> Iterator[str]:
+    """Hold the lock of this repo in the cache folder; gives the path of its state file."""
     from filelock import FileLock, Timeout
 
-    key = "\0".join((source.title, source.kind, source.name, source.revision or ""))
-    path = os.path.join(source.cache_dir(), ".rayswift", hashlib.sha256(key.encode()).hexdigest()[:32] + ".json")
+    key = "\0".join((repo.title, repo.kind, repo.name, repo.revision or ""))
+    path = os.path.join(repo.cache_dir(), ".rayswift", hashlib.sha256(key.encode()).hexdigest()[:32] + ".json")
     try:
         os.makedirs(os.path.dirname(path), exist_ok=True)
         lock = FileLock(path.removesuffix("json") + "lock")
         try:
             lock.acquire(timeout=0)
         except Timeout:
-            logger.info("%s: waiting for another process on this machine that downloads it", source.label)
+            logger.info("%s: waiting for another process on this machine that downloads it", repo.label)
             lock.acquire()
     except OSError as error:
         if error.errno not in (errno.EROFS, errno.EACCES, errno.EPERM):
-            raise explained_error(source, error) from None
+            raise explained_error(repo, error) from None
         yield path  # a shared cache that may only be read needs no lock
         return
     try:
@@ -294,14 +295,14 @@ def _lock(source: Source) -> Iterator[str]:
         lock.release()
 
 
-def _with_retries(source: Source, call: Callable[[], T], tries: int) -> T:
+def _with_retries(repo: HubRepo, call: Callable[[], T], tries: int) -> T:
     for attempt in range(1, tries):
         try:
             return call()
         except Exception as error:  # each client has its own classes of errors
             if not is_transient(error):
                 raise
-            logger.warning("%s: %s; try %d of %d", source.label, first_line(source, error), attempt + 1, tries)
+            logger.warning("%s: %s; try %d of %d", repo.label, first_line(repo, error), attempt + 1, tries)
             time.sleep(RETRY_SECONDS * 2 ** (attempt - 1))
     return call()
 
@@ -355,9 +356,3 @@ def _read_state(path: str) -> _State:
         return _State(**values)
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
         return _State()
-
-
-def _write_json(path: str, value: Any) -> None:
-    with open(path + ".tmp", "w", encoding="utf-8") as file:
-        json.dump(value, file)
-    os.replace(path + ".tmp", path)

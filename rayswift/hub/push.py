@@ -66,7 +66,7 @@ class Destination:
         if not args.commit_message.strip():
             raise UserError("--commit_message: is empty; say what is pushed, or leave it out")
         destination = cls(name, args.use_hf, args.hub_token, args.hub_private_repo)
-        if destination._source().offline():
+        if destination._repo().offline():
             raise UserError(f"--push_to_hub true: {destination.title} is switched off by its offline variable")
         return destination
 
@@ -75,7 +75,7 @@ class Destination:
         """The hub's name."""
         return HuggingFace.title if self.use_hf else ModelScope.title
 
-    def _source(self) -> HuggingFace | ModelScope:
+    def _repo(self) -> HuggingFace | ModelScope:
         return (HuggingFace if self.use_hf else ModelScope)("--hub_model_id", "model", self.name, None, self.token)
 
     def check_token(self) -> str:
@@ -185,7 +185,7 @@ class Destination:
         if type(error).__name__ == "LocalTokenNotFoundError":
             return UserError(self._no_token())
         status = http_status(error)
-        reason = redact_text(first_line(self._source(), error))
+        reason = redact_text(first_line(self._repo(), error))
         for secret in (self.token, os.environ.get("HF_TOKEN"), os.environ.get("MODELSCOPE_API_TOKEN")):
             reason = reason.replace(secret, "***") if secret else reason
         if status == 401 or (checking and status in (400, 403)):

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, TextIO
 
 from rayswift.errors import UserError
-from rayswift.generate.types import Engine, GenerationSettings
+from rayswift.generate.types import Engine, SamplingParams
 
 logger = logging.getLogger("rayswift.inference.chat")
 
@@ -29,7 +29,7 @@ class Chat:
     """State of one conversation. ``write`` shows text, ``read_line`` gets a line for a prompt (EOFError at the end)."""
 
     engine: Engine
-    settings: GenerationSettings
+    params: SamplingParams
     read_line: Callable[[str], str]
     write: Callable[[str], Any]
     stream: bool = True
@@ -127,15 +127,15 @@ class Chat:
     def pieces(self, messages: list[dict[str, str]]) -> Any:
         """The answer in pieces, or whole with ``--stream false``."""
         if self.stream:
-            yield from self.engine.stream(messages, self.settings)
+            yield from self.engine.stream(messages, self.params)
             return
-        answer = self.engine.generate([messages], self.settings)[0]
+        answer = self.engine.generate([messages], self.params)[0]
         if answer.error is not None:
             raise UserError(answer.error)
         yield answer.text
 
 
-def chat(engine: Engine, settings: GenerationSettings, *, stream: bool = True) -> None:
+def chat(engine: Engine, params: SamplingParams, *, stream: bool = True) -> None:
     """Hold a conversation on standard input and output until the user leaves."""
     interactive = sys.stdin.isatty()
 
@@ -147,7 +147,7 @@ def chat(engine: Engine, settings: GenerationSettings, *, stream: bool = True) -
     if interactive:
         write(HELP + "\n" + RULE + "\n")
     with line_history(interactive):
-        Chat(engine, settings, read_line, write, stream=stream, interactive=interactive).run()
+        Chat(engine, params, read_line, write, stream=stream, interactive=interactive).run()
 
 
 def read_from(stream: TextIO) -> str:

@@ -2,38 +2,29 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
-import os
 import time
-from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
-from rayswift import hub
-from rayswift.arguments import deciding_settings, read_saved_arguments
-from rayswift.cluster import address_of
-from rayswift.errors import UserError
-from rayswift.generate.sources import load_engine, open_endpoint, seed_everything
-from rayswift.generate.transformers import TransformersEngine
-from rayswift.generate.types import GenerationSettings
+from rayswift.arguments import deciding_settings
+from rayswift.generate.sources import open_answers, open_engine
+from rayswift.generate.types import JsonRow, SamplingParams
 from rayswift.inference.chat import chat
-from rayswift.inference.rows import Row, read_rows
-from rayswift.inference.run import Source, answer_rows, in_batches, shown, side_by_side
+from rayswift.inference.rows import read_rows
+from rayswift.inference.run import answer_rows, shown
 from rayswift.inference.scores import check_metric
-from rayswift.journal import ResultFile, open_results, run_identity
-from rayswift.modeling.adapters import base_model_of, check_adapter
+from rayswift.journal import open_results, run_identity
+from rayswift.modeling.resolved import resolve_model
+from rayswift.serve.running import running_deployment
 
 if TYPE_CHECKING:
-    from rayswift.arguments import InferArguments, SampleArguments
-    from rayswift.generate.endpoint import EndpointEngine
+    from rayswift.arguments import InferArguments
 
 logger = logging.getLogger("rayswift.inference.command")
 
-Checkpointed = TypeVar("Checkpointed", "InferArguments", "SampleArguments")
 
-
-def infer(args: InferArguments) -> list[Row] | None:
+def infer(args: InferArguments) -> list[JsonRow] | None:
     """Answer the rows of ``--val_dataset`` (or ``--dataset``) and return the result rows; without one, chat.
 
     ``--adapters CKPT`` is enough: model, template, system and dtype come from the checkpoint's ``args.json``.
@@ -44,90 +35,27 @@ def infer(args: InferArguments) -> list[Row] | None:
     Raises:
         UserError: a model, checkpoint, endpoint or dataset that cannot be used, a result file that cannot be written.
     """
-    if not args.base_url:
-        args = with_checkpoint(args)
-    settings = GenerationSettings.from_arguments(args)
+    model = None if args.base_url else resolve_model(args)
+    args = args if model is None else model.args
+    params = SamplingParams.from_arguments(args)
     if not (args.val_dataset or args.dataset):
-        with open_engine(args) as engine:
-            chat(engine, settings, stream=args.stream is not False)
+        with open_engine(args, model, running_deployment) as engine:
+            chat(engine, params, stream=args.stream is not False)
         return None
+    path, deciding = result_path(args), deciding_settings(args)
     check_metric(args.metric)
     rows = read_rows(args)
     # Opened before the model loads: a path that cannot be written must not cost the answers.
-    with open_results(result_path(args), run_identity(deciding_settings(args), rows)) as results:
+    with open_results(path, run_identity(deciding, rows)) as results:
         try:
-            with open_source(args, settings, results, len(rows)) as source:
+            if len(results.rows) == len(rows):  # an earlier start has answered them all: no engine is needed
+                return answer_rows(lambda _: (), rows, results, args)
+            one_by_one = shown if args.stream else None
+            with open_answers(args, model, params, running_deployment, one_by_one) as source:
                 return answer_rows(source, rows, results, args)
         except KeyboardInterrupt:
             logger.info("the same command with --result_path %s goes on from row %d", results.path, len(results.rows))
             raise
-
-
-def with_checkpoint(args: Checkpointed) -> Checkpointed:
-    """Complete ``args`` from the ``args.json`` of the adapter, or of a full checkpoint given as ``--model``."""
-    if len(args.adapters) > 1:
-        raise UserError(f"--adapters: rayswift {args.command} takes one adapter; merge them one after the other first")
-    where = args.adapters[0] if args.adapters else args.model
-    if where is None:
-        raise UserError("--model or --adapters is needed: which model should answer?")
-    if args.adapters:
-        adapter = hub.resolve_adapter(where, use_hf=args.use_hf, token=args.hub_token)
-        check_adapter(adapter)
-        args.adapters = [adapter]
-        where = adapter
-    saved = read_saved_arguments(where) if os.path.isdir(where) else None
-    if saved is not None:
-        args = args.with_saved(saved)
-    if args.model is None:
-        args.model = base_model_of(where)
-    return args
-
-
-# --- engines ----------------------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def open_engine(args: InferArguments, *, seed: int | None = None) -> Iterator[TransformersEngine | EndpointEngine]:
-    """The engine for one conversation at a time: the endpoint's, a deployment's, or the model in this process."""
-    if args.base_url or args.infer_backend != "transformers":
-        with open_endpoint(args, seed=seed) as endpoint:
-            yield endpoint
-        return
-    engine = load_engine(args)
-    seed_everything(args.seed)
-    yield engine
-
-
-@contextlib.contextmanager
-def open_source(
-    args: InferArguments, settings: GenerationSettings, results: ResultFile, num_rows: int
-) -> Iterator[Source]:
-    """What answers the rows of a dataset.
-
-    A pool of engines on the cluster for vLLM, and for Transformers where workers or a cluster are named; else one
-    engine. With ``--stream true`` always one, since only one answer can be shown at a time.
-    """
-    if len(results.rows) == num_rows:
-        yield lambda rows: []  # an earlier start has answered them all: no engine is needed
-        return
-    on_cluster = args.infer_backend == "vllm" or (
-        args.infer_backend == "transformers" and bool(args.num_workers or address_of(args))
-    )
-    if not args.base_url and not args.stream and on_cluster:
-        from rayswift.generate.pool import EnginePool
-
-        yield EnginePool.start(args)
-        return
-    with open_engine(args, seed=args.seed) as engine:
-        if args.stream:
-            yield shown(engine, settings)
-        elif isinstance(engine, TransformersEngine):
-            yield in_batches(engine, settings, args.max_batch_size)
-        else:
-            yield side_by_side(engine, settings)
-
-
-# --- results ----------------------------------------------------------------------------------------------------
 
 
 def result_path(args: InferArguments) -> Path:

@@ -12,23 +12,22 @@ from rayswift.data.flow.stage import read_files
 from rayswift.data.names import resolve_dataset_files
 from rayswift.data.rows.standard import WARNINGS, Drop
 from rayswift.errors import UserError
-from rayswift.generate.types import Answer
+from rayswift.generate.types import Answer, JsonRow, split_reference
 
 if TYPE_CHECKING:
     from rayswift.arguments import InferArguments
 
-Row = dict[str, Any]
 BAD_ROW = "error"  # key of a row that could not be read or answered: why
 
 
-def read_rows(args: InferArguments) -> list[Row]:
+def read_rows(args: InferArguments) -> list[JsonRow]:
     """The standard rows of ``--val_dataset`` (else ``--dataset``), each with its dataset's name as ``dataset``.
 
     ``NAME#N`` takes the first N rows, ``--val_dataset_sample`` the first N of all; with ``--val_dataset_shuffle true``
     N random ones (``--data_seed``). A row that is no conversation becomes ``{"error": why, "dataset": …}``, or with
     ``--strict true`` a UserError that names file and line.
     """
-    rows: list[Row] = []
+    rows: list[JsonRow] = []
     flag = "--val_dataset" if args.val_dataset else "--dataset"
     for text in args.val_dataset or args.dataset:
         try:
@@ -42,13 +41,13 @@ def read_rows(args: InferArguments) -> list[Row]:
     return take(rows, args.val_dataset_sample, args)
 
 
-def dataset_rows(resolved: Any, strict: bool) -> Iterator[Row]:
+def dataset_rows(resolved: Any, strict: bool) -> Iterator[JsonRow]:
     """Standard rows of one dataset, bad ones as ``{"error": …}``."""
     for row, _, _ in placed_rows(resolved, strict):
         yield row | {"dataset": resolved.spec.name}
 
 
-def placed_rows(resolved: Any, strict: bool) -> Iterator[tuple[Row, str, Position]]:
+def placed_rows(resolved: Any, strict: bool) -> Iterator[tuple[JsonRow, str, Position]]:
     """As :func:`dataset_rows`, each with its file and its position there (for :func:`locate`)."""
     for row, path, position in read_files(resolved.files, resolved.rules):
         if isinstance(row, Drop):
@@ -60,7 +59,7 @@ def placed_rows(resolved: Any, strict: bool) -> Iterator[tuple[Row, str, Positio
         yield row, path, position
 
 
-def take(rows: Iterable[Row], count: int | None, args: InferArguments) -> list[Row]:
+def take(rows: Iterable[JsonRow], count: int | None, args: InferArguments) -> list[JsonRow]:
     """The first ``count`` rows (None: all), of the shuffled rows with ``--val_dataset_shuffle true``."""
     if args.val_dataset_shuffle:
         rows = list(rows)
@@ -68,19 +67,7 @@ def take(rows: Iterable[Row], count: int | None, args: InferArguments) -> list[R
     return list(itertools.islice(rows, count))
 
 
-def split_reference(messages: list[Row]) -> tuple[list[Row], str | None]:
-    """The messages to answer, and the reference answer that stood at their end (None where there is none)."""
-    if messages and messages[-1]["role"] == "assistant":
-        return messages[:-1], messages[-1]["content"]
-    return messages, None
-
-
-def prompt_of(row: Row) -> list[Row]:
-    """The messages of a row that are to be answered."""
-    return split_reference(row["messages"])[0]
-
-
-def result_row(row: Row, answer: Answer) -> Row:
+def result_row(row: JsonRow, answer: Answer) -> JsonRow:
     """One row of the result file (SWIFT's keys in SWIFT's order, then the row's other columns)."""
     messages, labels = split_reference(row["messages"])
     if answer.error is None:

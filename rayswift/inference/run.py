@@ -5,29 +5,35 @@ from __future__ import annotations
 import logging
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from rayswift.errors import UserError
-from rayswift.generate.types import Answer, Engine, EngineUnusable, GenerationSettings
+from rayswift.generate.types import (
+    Answer,
+    AnswerSource,
+    Engine,
+    EngineUnusable,
+    JsonRow,
+    Request,
+    SamplingParams,
+    prompt_of,
+)
 from rayswift.inference.chat import RULE
-from rayswift.inference.rows import BAD_ROW, prompt_of, result_row
+from rayswift.inference.rows import BAD_ROW, result_row
 from rayswift.inference.scores import score
 from rayswift.journal import ResultFile
 
 if TYPE_CHECKING:
     from rayswift.arguments import InferArguments
-    from rayswift.generate.endpoint import EndpointEngine
 
 logger = logging.getLogger("rayswift.inference.run")
 
-Row = dict[str, Any]
-#: Gets numbered rows and answers each of them once, in any order.
-Source = Callable[[Sequence[tuple[int, Row]]], Iterable[tuple[int, Answer]]]
 
-
-def answer_rows(source: Source, rows: Sequence[Row], results: ResultFile, args: InferArguments) -> list[Row]:
+def answer_rows(
+    source: AnswerSource, rows: Sequence[JsonRow], results: ResultFile, args: InferArguments
+) -> list[JsonRow]:
     """Answer the rows that the result file lacks and write them to it in order; returns all rows of this run."""
     kept = len(results.rows)
     if kept:
@@ -35,7 +41,7 @@ def answer_rows(source: Source, rows: Sequence[Row], results: ResultFile, args: 
     missing = list(enumerate(rows))[kept:]
     # Answers that came before those of earlier rows wait here; rows that could not be read need no engine.
     waiting = {index: result_row(row, Answer(error=row[BAD_ROW])) for index, row in missing if BAD_ROW in row}
-    tally = Tally()
+    throughput = Throughput()
 
     def write_ready() -> int:
         before = len(results.rows)
@@ -45,17 +51,17 @@ def answer_rows(source: Source, rows: Sequence[Row], results: ResultFile, args: 
 
     with progress_bar(len(rows), kept, hidden=bool(args.stream)) as bar:
         bar.update(write_ready())
-        for index, answer in source([(index, row) for index, row in missing if BAD_ROW not in row]):
-            tally.add(answer)
+        for index, answer in source([Request((index,), row) for index, row in missing if BAD_ROW not in row]):
+            throughput.add(answer)
             waiting[index] = result_row(rows[index], answer)
-            bar.set_postfix_str(f"{tally.tokens_per_second:.1f} tokens/s", refresh=False)
+            bar.set_postfix_str(f"{throughput.tokens_per_second:.1f} tokens/s", refresh=False)
             bar.update(write_ready())
-    report(results, args.metric, tally.statistics(len(missing)))
+    report(results, args.metric, throughput.statistics(len(missing)))
     return results.rows
 
 
 @dataclass
-class Tally:
+class Throughput:
     """What was generated, and how fast."""
 
     num_prompt_tokens: int = 0
@@ -90,7 +96,7 @@ class Tally:
             return self.tokens_per_second
         return self.num_generated_tokens / max(self.latest - self.engine_start, 1e-9)
 
-    def statistics(self, num_samples: int) -> Row:
+    def statistics(self, num_samples: int) -> JsonRow:
         """SWIFT's last line."""
         return {
             "num_prompt_tokens": self.num_prompt_tokens,
@@ -109,7 +115,7 @@ def progress_bar(total: int, done: int, *, hidden: bool, name: str = "infer", un
     return tqdm(total=total, initial=done, desc=name, unit=unit, disable=hidden)
 
 
-def report(results: ResultFile, metric: str | None, statistics: Row) -> None:
+def report(results: ResultFile, metric: str | None, statistics: JsonRow) -> None:
     """Print what was done: the score asked for, SWIFT's line of statistics, failures, and where the answers are."""
     rows = results.rows
     failed = [row for row in rows if BAD_ROW in row]
@@ -121,50 +127,22 @@ def report(results: ResultFile, metric: str | None, statistics: Row) -> None:
     print(f"The answers are in {results.path}")
 
 
-# --- sources of answers -----------------------------------------------------------------------------------------
-
-
-def in_batches(engine: Engine, settings: GenerationSettings, size: int) -> Source:
-    """Batches of ``size`` rows (−1: all at once) through a model in this process."""
-
-    def source(rows: Sequence[tuple[int, Row]]) -> Iterator[tuple[int, Answer]]:
-        step = max(len(rows), 1) if size == -1 else size
-        for first in range(0, len(rows), step):
-            batch = rows[first : first + step]
-            prompts, tools = [prompt_of(row) for _, row in batch], [row.get("tools") for _, row in batch]
-            answers = engine.generate(prompts, settings, tools)
-            yield from zip((index for index, _ in batch), answers, strict=True)
-
-    return source
-
-
-def side_by_side(engine: EndpointEngine, settings: GenerationSettings) -> Source:
-    """Requests to an endpoint, several under way at a time."""
-    return lambda rows: engine.answers(((index, prompt_of(row), row.get("tools")) for index, row in rows), settings)
-
-
-def shown(engine: Engine, settings: GenerationSettings) -> Source:
+def shown(engine: Engine, params: SamplingParams) -> AnswerSource:
     """One row after the other, each shown in the terminal as it is answered (``--stream true`` over a dataset)."""
 
-    def source(rows: Sequence[tuple[int, Row]]) -> Iterator[tuple[int, Answer]]:
-        for index, row in rows:
-            yield index, shown_answer(engine, settings, row)
+    def answer(row: JsonRow) -> Answer:
+        messages = prompt_of(row)
+        sys.stdout.write(f"[QUERY] {messages[-1]['content'] if messages else ''}\n[RESPONSE] ")
+        try:
+            for piece in engine.stream(messages, params, row.get("tools")):
+                sys.stdout.write(piece)
+                sys.stdout.flush()
+        except EngineUnusable:
+            raise
+        except (UserError, RuntimeError, ValueError, IndexError) as error:
+            return Answer(error=str(error))
+        finally:
+            sys.stdout.write(f"\n{RULE}\n")
+        return engine.last_stream
 
-    return source
-
-
-def shown_answer(engine: Engine, settings: GenerationSettings, row: Row) -> Answer:
-    """Answer one row in sight."""
-    messages = prompt_of(row)
-    sys.stdout.write(f"[QUERY] {messages[-1]['content'] if messages else ''}\n[RESPONSE] ")
-    try:
-        for piece in engine.stream(messages, settings, row.get("tools")):
-            sys.stdout.write(piece)
-            sys.stdout.flush()
-    except EngineUnusable:
-        raise
-    except (UserError, RuntimeError, ValueError, IndexError) as error:
-        return Answer(error=str(error))
-    finally:
-        sys.stdout.write(f"\n{RULE}\n")
-    return engine.last_stream
+    return lambda requests: ((request.numbers[0], answer(request.row)) for request in requests)

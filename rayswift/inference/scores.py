@@ -5,11 +5,9 @@ from __future__ import annotations
 import importlib.util
 import logging
 from collections.abc import Sequence
-from typing import Any
 
 from rayswift.errors import UserError
-
-Row = dict[str, Any]
+from rayswift.generate.types import JsonRow
 
 _ROUGE_PACKAGES = ("jieba", "nltk", "rouge")
 
@@ -21,7 +19,7 @@ def check_metric(metric: str | None) -> None:
         raise UserError(f"--metric rouge needs {', '.join(missing)}: pip install 'rayswift[metrics]'")
 
 
-def score(results: Sequence[Row], metric: str) -> dict[str, float | None]:
+def score(results: Sequence[JsonRow], metric: str) -> dict[str, float | None]:
     """The scores of the rows that have a reference; a row without an answer counts as a wrong one."""
     pairs = [(row["response"], row["labels"]) for row in results if row["labels"] is not None]
     return {"acc": exact_match(pairs)} if metric == "acc" else rouge(pairs)

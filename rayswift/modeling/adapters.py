@@ -34,6 +34,7 @@ def add_lora(model: Any, args: Any) -> Any:
     Raises:
         UserError: a target that matches no layer, a rank that no target layer can use, an unknown initialisation.
     """
+    import torch
     from peft import LoraConfig, get_peft_model
 
     targets = find_targets(model, args.target_modules, args.target_regex)
@@ -57,7 +58,9 @@ def add_lora(model: Any, args: Any) -> Any:
             f"LoRA cannot be put on {type(model).__name__} ({one_line(error)}); see --target_modules"
         ) from error
     if args.lora_dtype is not None:
-        cast_adapter(peft_model, args.lora_dtype)
+        for parameter in peft_model.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.to(getattr(torch, args.lora_dtype))
     logger.info("lora_config: %s", config)
     return peft_model
 
@@ -163,15 +166,6 @@ def init_lora_weights(init_weights: str) -> Any:
     )
 
 
-def cast_adapter(model: Any, dtype: str) -> None:
-    """Cast the trainable (adapter) parameters to ``dtype``: ``--lora_dtype``."""
-    import torch
-
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.to(getattr(torch, dtype))
-
-
 def freeze_for_full(model: Any, args: Any) -> None:
     """Choose what a full-parameter run trains, in SWIFT's order: ratio, then prefixes, then what stays trainable.
 
@@ -275,18 +269,7 @@ def check_adapter(adapter_dir: str) -> list[str]:
     folder = Path(adapter_dir)
     if not folder.is_dir():
         raise UserError(f"--adapters {adapter_dir}: no such folder; give a checkpoint-N folder of a run")
-    try:
-        config = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        mend = (
-            "it is a full model: give it as --model"
-            if (folder / "config.json").is_file()
-            else "give a checkpoint-N folder"
-        )
-        raise UserError(f"--adapters {adapter_dir}: no {ADAPTER_CONFIG} in it; {mend}") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{folder / ADAPTER_CONFIG}: cannot be read ({error})") from None
-    if not isinstance(config, dict) or "peft_type" not in config:
+    if "peft_type" not in read_adapter_config(adapter_dir):
         raise UserError(f"{folder / ADAPTER_CONFIG}: not a PEFT configuration (no peft_type)")
     weights = folder / ADAPTER_WEIGHTS
     if not weights.is_file():
@@ -299,30 +282,42 @@ def check_adapter(adapter_dir: str) -> list[str]:
     return list(read_safetensors_header(weights))
 
 
+def read_adapter_config(adapter_dir: str) -> dict[str, Any]:
+    """The ``adapter_config.json`` of a folder. UserError when there is none, or it is no object."""
+    path = Path(adapter_dir) / ADAPTER_CONFIG
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        full = path.with_name("config.json").is_file()
+        mend = "it is a full model: give it as --model" if full else "give a checkpoint-N folder"
+        raise UserError(f"--adapters {adapter_dir}: no {ADAPTER_CONFIG} in it; {mend}") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read ({error})") from None
+    if not isinstance(config, dict):
+        raise UserError(f"{path}: not a PEFT configuration (no peft_type)")
+    return config
+
+
+def lora_rank(adapter_dir: str) -> int:
+    """The rank of an adapter: the largest of its layers. UserError when its configuration has none."""
+    config = read_adapter_config(adapter_dir)
+    try:
+        return max([int(config.get("r") or 0), *map(int, (config.get("rank_pattern") or {}).values())])
+    except (AttributeError, TypeError, ValueError):
+        path = Path(adapter_dir) / ADAPTER_CONFIG
+        raise UserError(f"{path}: r and the values of rank_pattern are whole numbers") from None
+
+
 def base_model_of(adapter_dir: str) -> str:
     """The model that PEFT noted in an adapter (``base_model_name_or_path``): a folder or a hub id.
 
     Raises:
         UserError: it notes none, or cannot be read.
     """
-    path = Path(adapter_dir) / ADAPTER_CONFIG
-    try:
-        model = json.loads(path.read_text(encoding="utf-8")).get("base_model_name_or_path")
-    except (OSError, ValueError, AttributeError) as error:
-        raise UserError(f"{path}: cannot be read ({error})") from None
+    model = read_adapter_config(adapter_dir).get("base_model_name_or_path")
     if not model:
         raise UserError(f"--adapters {adapter_dir}: does not say which model it belongs to; add --model")
     return str(model)
-
-
-def lora_rank(adapter_dir: str) -> int:
-    """The rank of an adapter: the largest of its layers. Raises UserError when its configuration has none."""
-    path = Path(adapter_dir) / ADAPTER_CONFIG
-    config = dict(json.loads(path.read_text(encoding="utf-8")))
-    try:
-        return max([int(config.get("r") or 0), *map(int, (config.get("rank_pattern") or {}).values())])
-    except (AttributeError, TypeError, ValueError):
-        raise UserError(f"{path}: r and the values of rank_pattern are whole numbers") from None
 
 
 def parameter_size(parameter: torch.Tensor) -> int:

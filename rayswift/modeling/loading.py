@@ -146,6 +146,7 @@ def load_model(
     """
     import torch
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging as transformers_logging
 
     options: dict[str, Any] = {"use_safetensors": True, "output_loading_info": True, **(model_kwargs or {})}
     read_config(model_dir)
@@ -153,7 +154,8 @@ def load_model(
         parameter_counts(model_dir)  # a broken file is named here, before seconds of loading
     if attn_impl is not None:
         options["attn_implementation"] = ATTN_IMPLS.get(attn_impl, attn_impl)
-    show_progress_on_terminals_only()
+    if not sys.stderr.isatty():  # worker logs, scripts: no bars
+        transformers_logging.disable_progress_bar()
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             model_dir,
@@ -169,14 +171,6 @@ def load_model(
     if missing:  # Transformers would only warn, and go on with random numbers
         raise UserError(f"--model {model_dir}: its weight files lack {len(missing)} tensors, such as {missing[0]}")
     return model.to(device) if device is not None else model
-
-
-def show_progress_on_terminals_only() -> None:
-    """Switch Transformers' bars off where standard error is a file or a pipe (worker logs, scripts)."""
-    from transformers.utils import logging as transformers_logging
-
-    if not sys.stderr.isatty():
-        transformers_logging.disable_progress_bar()
 
 
 def load_error(error: Exception, model_dir: str, attn_impl: str | None) -> Exception:

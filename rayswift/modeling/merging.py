@@ -5,12 +5,12 @@ from __future__ import annotations
 import logging
 import os
 import shutil
-import tempfile
 import warnings
 from pathlib import Path
 from typing import Any
 
 from rayswift.errors import UserError
+from rayswift.files import atomic_folder
 from rayswift.modeling.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS, check_adapter, load_adapter
 from rayswift.modeling.loading import add_special_tokens, config_dtype, load_model, load_tokenizer, parameter_counts
 
@@ -35,7 +35,7 @@ def merge_adapter(
         new_special_tokens: those that the adapter was trained with, when the checkpoint has no tokenizer of its own.
 
     The folder holds config, generation config, safetensors, tokenizer with chat template, and ``args.json`` of the
-    checkpoint. It is written beside the target and renamed, so a killed merge leaves nothing half-made.
+    checkpoint. It is whole or not there.
     UserError for a broken adapter or model, or when the folder cannot be written.
     """
     check_adapter(adapter_dir)
@@ -53,13 +53,13 @@ def merge_adapter(
         add_special_tokens(model, tokenizer, new_special_tokens)
     model = merged_model(load_adapter(model, str(adapter)))
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as scratch:
-            built = Path(scratch) / target.name
-            write_model(model, tokenizer, adapter, built)
-            publish(built, target, adapter)
+        with atomic_folder(target) as folder:
+            write_model(model, tokenizer, adapter, folder)
+            if is_current(target, adapter):
+                raise FileExistsError(f"{target}: another process has just merged it")
     except OSError as error:
-        raise UserError(f"cannot write the merged model to {target} ({error.strerror or error})") from error
+        if not is_current(target, adapter):
+            raise UserError(f"cannot write the merged model to {target} ({error.strerror or error})") from error
     logger.info("merged %s into %s", adapter, target)
     return str(target)
 
@@ -110,17 +110,3 @@ def write_model(model: Any, tokenizer: Any, adapter: Path, folder: Path) -> None
     tokenizer.save_pretrained(folder)
     if (adapter / "args.json").is_file():
         shutil.copyfile(adapter / "args.json", folder / "args.json")
-    for path in folder.iterdir():
-        path.chmod(0o644)  # safetensors writes 0600: a server under another account could not read it
-
-
-def publish(built: Path, target: Path, adapter: Path) -> None:
-    """Rename ``built`` to ``target``. What is there already goes first, unless another process just finished it."""
-    if target.exists() and not is_current(target, adapter):
-        discarded = built.with_name(target.name + "-old")
-        os.replace(target, discarded)
-    try:
-        built.rename(target)
-    except OSError:
-        if not is_current(target, adapter):
-            raise

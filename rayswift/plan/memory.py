@@ -36,9 +36,12 @@ def memory_need(args: Any, model_dir: str, dtype: str, num_workers: int, use_gpu
     """What one of ``num_workers`` workers needs."""
     config = deepspeed_config(args.deepspeed)
     stage, item = zero_stage(config), 4 if dtype == "float32" else 2
-    shapes = _shapes(model_dir)
+    headers = (read_safetensors_header(path) for path in weight_files(model_dir))
+    shapes = {name: tensor["shape"] for header in headers for name, tensor in header.items()}
     total = sum(prod(shape) for shape in shapes.values())
-    trained = total if args.train_type == "full" else _adapter_parameters(args.lora_rank, shapes)
+    # LoRA on every linear layer of the blocks, the most that --target_modules usually names.
+    blocks = [shape for name, shape in shapes.items() if len(shape) == 2 and ".layers." in name]
+    trained = total if args.train_type == "full" else sum(args.lora_rank * sum(shape) for shape in blocks)
     # Full training on preferences keeps the model it is compared with; adapters are switched off instead.
     reference = item * total if args.command == "rlhf" and trained == total else 0
     if config is None:
@@ -84,17 +87,6 @@ def _free_bytes() -> int | None:
             return min(free, int(most.read()) - int(now.read()))
     except (OSError, ValueError):  # no limit: "max"
         return free
-
-
-def _shapes(model_dir: str) -> dict[str, list[int]]:
-    headers = (read_safetensors_header(path) for path in weight_files(model_dir))
-    return {name: tensor["shape"] for header in headers for name, tensor in header.items()}
-
-
-def _adapter_parameters(rank: int, shapes: dict[str, list[int]]) -> int:
-    """Parameters of LoRA on every linear layer of the blocks, the most that ``--target_modules`` usually names."""
-    blocks = [shape for name, shape in shapes.items() if len(shape) == 2 and ".layers." in name]
-    return sum(rank * sum(shape) for shape in blocks)
 
 
 def _offloads(zero: dict[str, Any], part: str) -> bool:

@@ -18,7 +18,7 @@ ORM_WEIGHT = 10
 
 
 @dataclass(frozen=True)
-class Rules:
+class SelectionRules:
     """What is kept. ``orm``, ``prm``: whether answers have such scores; the others are the flags of their names."""
 
     orm: bool
@@ -28,14 +28,14 @@ class Rules:
     easy_query_threshold: float | None = None
 
     @classmethod
-    def of(cls, args: SampleArguments) -> Rules:
+    def of(cls, args: SampleArguments) -> SelectionRules:
         """The rules that the flags describe."""
         return cls(args.orm_model is not None, args.prm_model is not None, args.n_best_to_keep, args.prm_threshold,
                    args.easy_query_threshold)  # fmt: skip
 
 
 @dataclass
-class Counts:
+class SampleStats:
     """What came of a run."""
 
     prompts: int = 0
@@ -69,7 +69,7 @@ class AnswersByPrompt(Protocol):
 
 
 def chosen_rows(
-    rules: Rules, prompts: Sequence[Prompt], candidates: AnswersByPrompt, scores: Journal, counts: Counts
+    rules: SelectionRules, prompts: Sequence[Prompt], candidates: AnswersByPrompt, scores: Journal, counts: SampleStats
 ) -> Iterator[Row]:
     """The rows of the result file, in the order of the prompts; ``counts`` is filled meanwhile."""
     for index, prompt in enumerate(prompts):
@@ -92,12 +92,12 @@ def chosen_rows(
 
 
 def choose(
-    rules: Rules,
+    rules: SelectionRules,
     texts: Sequence[str],
     reference: str | None,
     orm: Sequence[float] | None,
     prm: Sequence[float] | None,
-    counts: Counts,
+    counts: SampleStats,
 ) -> list[tuple[str, str | None]]:
     """The answers to keep, best first, each with the worst answer (None where none is worse).
 

@@ -10,7 +10,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from rayswift.errors import UserError
-from rayswift.generate.types import EngineUnusable, GenerationSettings
+from rayswift.generate.types import EngineUnusable, SamplingParams
 
 if TYPE_CHECKING:
     from rayswift.arguments import SampleArguments
@@ -81,7 +81,7 @@ class Judge:
         question = f"The conversation:\n\n{said}\n\nThe reference answer:\n\n{reference or '(none)'}\n\n"
         asked = [{"role": "system", "content": _INSTRUCTIONS},
                  {"role": "user", "content": f"{question}The answer to judge:\n\n{answer['content']}"}]  # fmt: skip
-        settings = GenerationSettings(temperature=0.0, max_new_tokens=self.max_tokens)
+        settings = SamplingParams(temperature=0.0, max_new_tokens=self.max_tokens)
         try:
             return read_reward(engine.complete(asked, settings).text)
         except EngineUnusable:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rayswift.errors import UserError
+from rayswift.files import atomic_file
 
 if TYPE_CHECKING:
     from rayswift.arguments import SampleArguments
@@ -30,8 +30,11 @@ class Files:
         folder = Path(args.output_dir).expanduser()
         if args.output_file:
             return cls(folder / args.output_file)
-        if args.resume and (unfinished := newest_unfinished(folder, identity)):
-            return unfinished
+        journals = folder.glob(".*.answers") if args.resume else ()
+        for journal in sorted(journals, key=lambda path: path.stat().st_mtime, reverse=True):
+            with journal.open("rb") as file:
+                if json.dumps({"run": identity}).encode() == file.readline().strip():
+                    return cls(folder / journal.name.removeprefix(".").removesuffix(".answers"))
         return cls(folder / f"{time.strftime('%Y-%m-%d-%H-%M-%S')}.jsonl")
 
     @property
@@ -44,25 +47,6 @@ class Files:
         """The journal of scores."""
         return self.result.with_name(f".{self.result.name}.scores")
 
-    def is_done(self, *, override: bool) -> bool:
-        """Whether the result is there and stays."""
-        return self.result.exists() and not override
-
-    def remove_journals(self) -> None:
-        """The result is whole: they are not needed any more."""
-        self.answers.unlink(missing_ok=True)
-        self.scores.unlink(missing_ok=True)
-
-
-def newest_unfinished(folder: Path, identity: str) -> Files | None:
-    """The files of the newest run of that identity that has a journal."""
-    journals = sorted(folder.glob(".*.answers"), key=lambda path: path.stat().st_mtime, reverse=True)
-    for journal in journals:
-        with journal.open("rb") as file:
-            if json.dumps({"run": identity}).encode() == file.readline().strip():
-                return Files(folder / journal.name.removeprefix(".").removesuffix(".answers"))
-    return None
-
 
 def write_rows(path: Path, rows: Iterable[Row]) -> None:
     """Write the rows; the file is there when all of them are in it.
@@ -70,14 +54,13 @@ def write_rows(path: Path, rows: Iterable[Row]) -> None:
     Raises:
         UserError: it cannot be written.
     """
-    half = path.with_name(f".{path.name}.tmp")
     try:
-        if path.suffix == ".parquet":
-            write_parquet(half, list(rows))
-        else:
-            with half.open("w", encoding="utf-8") as file:
-                file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        os.replace(half, path)
+        with atomic_file(path) as half:
+            if path.suffix == ".parquet":
+                write_parquet(half, list(rows))
+            else:
+                with half.open("w", encoding="utf-8") as file:
+                    file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     except OSError as error:
         raise UserError(f"--output_dir {path.parent}: cannot be written ({error.strerror or error})") from None
 

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 from rayswift.data.files import Position, iter_raw_rows, locate, split_format
 from rayswift.data.names import resolve_dataset_files
 from rayswift.errors import UserError
-from rayswift.inference.rows import BAD_ROW, placed_rows, split_reference
+from rayswift.generate.types import split_reference
+from rayswift.inference.rows import BAD_ROW, placed_rows
 
 if TYPE_CHECKING:
     from rayswift.arguments import SampleArguments

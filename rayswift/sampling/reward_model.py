@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from rayswift import cluster, hub
 from rayswift.data.tokens.encoder import Dropped, Encoder
-from rayswift.errors import UserError
-from rayswift.generate.pool import reason
+from rayswift.errors import UserError, telling_line
 from rayswift.modeling.loading import read_config, resolve_dtype
 
 if TYPE_CHECKING:
@@ -68,7 +67,9 @@ class RewardModel:
             for found in scored.iter_rows():
                 yield int(found["index"]), json.loads(found["scores"])
         except ray.exceptions.RayError as error:
-            raise UserError(f"{self.flag} {self.model}: scoring failed ({reason(error)})") from None
+            raise UserError(
+                f"{self.flag} {self.model}: scoring failed ({telling_line(str(error), type(error).__name__)})"
+            ) from None
 
 
 class RewardWorker:

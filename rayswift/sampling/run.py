@@ -10,12 +10,11 @@ from typing import TYPE_CHECKING, Any
 from rayswift.arguments import deciding_settings
 from rayswift.data.plugins import PluginFile
 from rayswift.errors import UserError
-from rayswift.generate.pool import Request
-from rayswift.generate.types import Answer
-from rayswift.inference.command import with_checkpoint
-from rayswift.inference.run import Tally, progress_bar
+from rayswift.generate.types import Answer, Request
+from rayswift.inference.run import Throughput, progress_bar
 from rayswift.journal import Journal, open_journal, run_identity
-from rayswift.sampling.choice import Counts, Rules, chosen_rows
+from rayswift.modeling.resolved import resolve_model
+from rayswift.sampling.choice import SampleStats, SelectionRules, chosen_rows
 from rayswift.sampling.engines import Answers, open_answers
 from rayswift.sampling.output import Files, write_rows
 from rayswift.sampling.prompts import Prompt, read_prompts
@@ -39,7 +38,7 @@ def sample(args: SampleArguments) -> Row:
         UserError: a dataset, model, endpoint or reward that cannot be used, results that cannot be written.
     """
     if args.sampler_engine in ("vllm", "transformers", "lmdeploy"):
-        args = with_checkpoint(args)
+        args = resolve_model(args).args
     for path in args.external_plugins:
         PluginFile.read(path).registered()
     scorers = make_scorers(args)
@@ -47,10 +46,10 @@ def sample(args: SampleArguments) -> Row:
     check_references(scorers, prompts)
     identity = run_identity(deciding_settings(args), [{"id": prompt.id, **prompt.row} for prompt in prompts])
     files = Files.of(args, identity)
-    if files.is_done(override=args.override_exist_file):
+    if files.result.exists() and not args.override_exist_file:
         logger.info("%s is there already: nothing to do; --override_exist_file true writes it anew", files.result)
         return {"output_file": str(files.result)}
-    counts = Counts(prompts=len(prompts))
+    counts = SampleStats(prompts=len(prompts))
     with (
         told_how_to_resume(files),
         open_journal(files.answers, identity, override=args.override_exist_file) as journal,
@@ -59,8 +58,9 @@ def sample(args: SampleArguments) -> Row:
         tally = answer_prompts(args, prompts, journal)
         candidates = Candidates(prompts, journal, args.num_return_sequences)
         score_prompts(scorers, prompts, candidates, scores)
-        write_rows(files.result, chosen_rows(Rules.of(args), prompts, candidates, scores, counts))
-    files.remove_journals()
+        write_rows(files.result, chosen_rows(SelectionRules.of(args), prompts, candidates, scores, counts))
+    for journal_file in (files.answers, files.scores):  # the result is whole
+        journal_file.unlink(missing_ok=True)
     return report(args, files, counts, tally)
 
 
@@ -97,9 +97,9 @@ class Candidates:
         return range(first + min(cached, self.per_prompt), first + self.per_prompt)
 
 
-def answer_prompts(args: SampleArguments, prompts: Sequence[Prompt], journal: Journal) -> Tally:
+def answer_prompts(args: SampleArguments, prompts: Sequence[Prompt], journal: Journal) -> Throughput:
     """Let the engine answer what the journal lacks; each answer is on disk when the next one is looked at."""
-    tally = Tally()
+    tally = Throughput()
     if args.sampler_engine == "no":
         return tally
     requests, total = missing(args, prompts, journal)
@@ -110,7 +110,7 @@ def answer_prompts(args: SampleArguments, prompts: Sequence[Prompt], journal: Jo
         return tally
     failed, first_failure = 0, ""
     with open_engine(args) as answers, progress_bar(total, done, hidden=False, name="sample", unit="answer") as bar:
-        tally = Tally()
+        tally = Throughput()
         for number, answer in answers(requests):
             journal.add(number, record_of(answer))
             tally.add(answer)
@@ -150,7 +150,7 @@ def record_of(answer: Answer) -> Row:
     return {"text": answer.text, "tokens": answer.num_generated_tokens, "error": answer.error}
 
 
-def report(args: SampleArguments, files: Files, counts: Counts, tally: Tally) -> Row:
+def report(args: SampleArguments, files: Files, counts: SampleStats, tally: Throughput) -> Row:
     """Print what was done and what can be done next.
 
     The ``tokens/s`` that is returned leaves out the start of the engines; in the printed statistics, which are infer's,

@@ -9,7 +9,7 @@ import hashlib
 import re
 from typing import TYPE_CHECKING, Any
 
-from rayswift.generate.model_spec import ModelPlan
+from rayswift.generate.model_spec import ModelSpec
 
 if TYPE_CHECKING:
     from ray.serve import Application
@@ -20,13 +20,13 @@ GATEWAY = "Gateway"
 
 
 def build_model(args: dict[str, Any]) -> Application:
-    """The application of one model. ``args``: a `ModelPlan` as a dictionary."""
+    """The application of one model. ``args``: a `ModelSpec` as a dictionary."""
     from ray import serve
     from ray.serve.config import AutoscalingConfig
 
     from rayswift.serve.replica.server import LLMServer
 
-    plan = ModelPlan(**args)
+    plan = ModelSpec(**args)
     first = plan.bundles[0]
     options: dict[str, Any] = {
         "name": deployment_name(plan),
@@ -71,7 +71,7 @@ def build_gateway(args: dict[str, Any]) -> Application:
     return serve.deployment(serve.ingress()(Gateway), **options).bind(**args)
 
 
-def serve_config(plans: list[ModelPlan], args: DeployArguments, *, listen: bool) -> dict[str, Any]:
+def serve_config(plans: list[ModelSpec], args: DeployArguments, *, listen: bool) -> dict[str, Any]:
     """The configuration of Serve (``ray.serve.schema.ServeDeploySchema``) for these models.
 
     Args:
@@ -100,7 +100,7 @@ def serve_config(plans: list[ModelPlan], args: DeployArguments, *, listen: bool)
     }
 
 
-def gateway_entry(app: str, plan: ModelPlan) -> dict[str, Any]:
+def gateway_entry(app: str, plan: ModelSpec) -> dict[str, Any]:
     """What the gateway knows of a model."""
     entry: dict[str, Any] = {"name": plan.name, "app": app_name(app, plan), "deployment": deployment_name(plan)}
     optional = {
@@ -109,11 +109,11 @@ def gateway_entry(app: str, plan: ModelPlan) -> dict[str, Any]:
     return entry | {key: value for key, value in optional.items() if value}
 
 
-def app_name(app: str, plan: ModelPlan) -> str:
+def app_name(app: str, plan: ModelSpec) -> str:
     """Name of a model's application."""
     return f"{app}-{re.sub(r'[^A-Za-z0-9_-]', '-', plan.name)}"
 
 
-def deployment_name(plan: ModelPlan) -> str:
+def deployment_name(plan: ModelSpec) -> str:
     """Name of a model's deployment."""
     return f"LLMServer-{re.sub(r'[^A-Za-z0-9_-]', '-', plan.name)}"

@@ -1,4 +1,4 @@
-"""``rayswift deploy``: arguments → plan → Ray Serve → a port that answers, until Ctrl-C."""
+"""``rayswift deploy``: arguments → specs → Ray Serve → a port that answers, until Ctrl-C."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from rayswift import private
 from rayswift.errors import UserError
-from rayswift.generate.model_spec import ModelPlan, plan_models
+from rayswift.generate.model_spec import ModelSpec, model_specs
 from rayswift.serve.application import GATEWAY, app_name, serve_config
 from rayswift.serve.ports import require_free_port
 
@@ -43,38 +43,36 @@ def deploy(args: DeployArguments) -> None:
     Raises:
         UserError: something that cannot work, before anything is started.
     """
-    plans = plan_models(args)
+    specs = model_specs(args)
     if args.dry_run:
-        print(as_yaml(serve_config(plans, args, listen=False)), end="")
+        print(as_yaml(serve_config(specs, args, listen=False)), end="")
         return
-    with deployment(args, plans):
-        watch(args, plans)
+    with deployment(args, specs):
+        watch(args, specs)
 
 
 @contextmanager
-def deployment(args: DeployArguments, plans: list[ModelPlan]) -> Iterator[None]:
+def deployment(args: DeployArguments, specs: list[ModelSpec]) -> Iterator[None]:
     """A running deployment; left, it lets its requests finish and stops."""
-    import ray
-
     from rayswift import cluster
 
-    own_ray = not ray.is_initialized()
-    if plans[0].local:
+    if specs[0].local:
         require_free_port(args.host, args.port, "--port")
         for name, value in _QUIET_RAY.items():
             os.environ.setdefault(name, value)
     connected = cluster.connect(args)
-    check_room(plans, connected)
+    check_room(specs, connected)
+    import ray
     from ray import serve
 
     logging.getLogger("ray.serve").setLevel(logging.WARNING)  # this command says what happens itself
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, _interrupt)
-    names = [args.app_name, *(app_name(args.app_name, plan) for plan in plans)]
-    apply(serve_config(plans, args, listen=True))
+    is_main = threading.current_thread() is threading.main_thread()
+    sigterm = signal.signal(signal.SIGTERM, _interrupt) if is_main else None
+    names = [args.app_name, *(app_name(args.app_name, spec) for spec in specs)]
+    apply(serve_config(specs, args, listen=True))
     deployed = _deploy_times(names)
     try:
-        wait_until_ready(args, plans)
+        wait_until_ready(args, specs)
         yield
     finally:
         # What another command has deployed again meanwhile (a rolling update) is not ours to stop.
@@ -86,8 +84,10 @@ def deployment(args: DeployArguments, plans: list[ModelPlan]) -> Iterator[None]:
                 serve.delete(name, _blocking=True)
             except TimeoutError:
                 logger.warning("%s: its requests did not end in time and are cut off", name)
-        if connected.embedded and own_ray:
+        if connected.started:
             ray.shutdown()
+        if is_main:
+            signal.signal(signal.SIGTERM, sigterm)
 
 
 def _interrupt(*_: Any) -> None:
@@ -117,10 +117,10 @@ def apply(config: dict[str, Any]) -> None:
 # --- checks -----------------------------------------------------------------------------------------------------
 
 
-def check_room(plans: list[ModelPlan], cluster: Cluster) -> None:
+def check_room(specs: list[ModelSpec], cluster: Cluster) -> None:
     """Raises UserError when the cluster can never hold the fewest replicas: Serve would wait for ever."""
     for name, available in (("GPU", cluster.gpus), ("CPU", cluster.cpus)):
-        needed = sum(max(1, p.min_replicas) * sum(bundle.get(name, 0) for bundle in p.bundles) for p in plans)
+        needed = sum(max(1, one.min_replicas) * sum(bundle.get(name, 0) for bundle in one.bundles) for one in specs)
         if needed > available:
             mend = "lower it, --vllm_tensor_parallel_size or --resources_per_worker"
             if name == "GPU" and not available:
@@ -131,11 +131,11 @@ def check_room(plans: list[ModelPlan], cluster: Cluster) -> None:
 # --- while it runs ------------------------------------------------------------------------------------------------
 
 
-def wait_until_ready(args: DeployArguments, plans: list[ModelPlan]) -> None:
+def wait_until_ready(args: DeployArguments, specs: list[ModelSpec]) -> None:
     """Wait until every model answers; says what is going on. Raises UserError when a replica cannot start."""
     from ray import serve
 
-    names = [args.app_name, *(app_name(args.app_name, plan) for plan in plans)]
+    names = [args.app_name, *(app_name(args.app_name, spec) for spec in specs)]
     started, said = time.monotonic(), ""
     while True:
         apps = serve.status().applications
@@ -151,7 +151,7 @@ def wait_until_ready(args: DeployArguments, plans: list[ModelPlan]) -> None:
             said = line
         time.sleep(_POLL_SECONDS)
     scheme = "https" if args.ssl_certfile else "http"
-    models = ", ".join(plan.name for plan in plans)
+    models = ", ".join(spec.name for spec in specs)
     logger.info("ready: %s://%s:%d/v1  (%s)", scheme, args.host, args.port, models)
 
 
@@ -163,7 +163,7 @@ def failure_of(app: Any) -> str:
     return (errors or lines or ["no reason given"])[-1]
 
 
-def watch(args: DeployArguments, plans: list[ModelPlan]) -> None:
+def watch(args: DeployArguments, specs: list[ModelSpec]) -> None:
     """Show what the deployment does until SIGINT or SIGTERM; one live line on a terminal, else one per interval."""
     from ray import serve
 
@@ -174,7 +174,7 @@ def watch(args: DeployArguments, plans: list[ModelPlan]) -> None:
         signal.signal(number, lambda *_: stop.set())
     gateway = serve.get_deployment_handle(GATEWAY, args.app_name)
     line = StatusLine(sys.stderr, sys.stderr.isatty(), args.log_interval)
-    names = {app_name(args.app_name, plan): plan.name for plan in plans}
+    names = {app_name(args.app_name, spec): spec.name for spec in specs}
     while not stop.wait(1 if line.live else args.log_interval):
         try:
             stats = gateway.stats.remote().result(timeout_s=5)

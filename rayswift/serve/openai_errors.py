@@ -91,7 +91,7 @@ def add_error_handlers(app: FastAPI, failure: str) -> None:
 
     @app.exception_handler(HTTPException)
     async def http_error(request: Request, error: HTTPException) -> Response:
-        path = request.url.path[:200]
+        path = request.scope["path"][:200]
         if error.status_code == 404:
             return ApiError(404, f"no such path: {path}", code="not_found").response()
         if error.status_code == 405:

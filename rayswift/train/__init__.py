@@ -2,8 +2,8 @@
 
 In: :class:`~rayswift.arguments.PretrainArguments`, :class:`~rayswift.arguments.SftArguments` or
 :class:`~rayswift.arguments.RlhfArguments`.
-Out: a run directory with whole checkpoints (``checkpoints.py``), ``logging.jsonl`` and plots (``progress.py``).
-``driver.py`` reads top to bottom; ``worker.py`` is what runs on every worker.
+Out: a run directory with whole checkpoints (``checkpoints/``), ``logging.jsonl`` and plots (``progress.py``).
+``driver.py`` reads top to bottom; ``config.py`` is what travels to the workers; ``worker.py`` is what runs on each.
 """
 
 from __future__ import annotations

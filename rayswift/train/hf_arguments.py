@@ -9,7 +9,7 @@ from rayswift.train.deepspeed import deepspeed_config
 if TYPE_CHECKING:
     from transformers import TrainingArguments
 
-    from rayswift.train.schedule import StepPlan
+    from rayswift.train.schedule import StepSchedule
 
 #: Fields with the same name and meaning on both sides.
 _SAME = (
@@ -19,37 +19,36 @@ _SAME = (
 )  # fmt: skip
 
 
-def default_learning_rate(args: Any) -> float:
-    """``--learning_rate``, else SWIFT's: 1e-4 for adapters, 1e-5 for full training."""
-    return args.learning_rate or (1e-5 if args.train_type == "full" else 1e-4)
-
-
 def hf_training_arguments(
-    args: Any, plan: StepPlan, world_size: int, output_dir: str, dtype: str, use_gpu: bool, has_val: bool
+    args: Any, schedule: StepSchedule, world_size: int, output_dir: str, dtype: str, use_gpu: bool, has_val: bool
 ) -> TrainingArguments:
     """The Trainer's arguments for one worker.
 
     Args:
         args: the command's arguments.
-        plan: the run's steps; ``epoch`` strategies become steps here, because the Trainer sees one long pass.
+        schedule: the run's steps; ``epoch`` strategies become steps here, because the Trainer sees one long pass.
         world_size: workers of this attempt.
         output_dir: where the Trainer writes checkpoint folders (on this machine).
         dtype: ``bfloat16``, ``float16`` or ``float32``: float32 means float32, with no mixed precision.
         use_gpu: whether workers have accelerators.
         has_val: whether there are validation rows.
     """
-    save_strategy, save_steps = strategy_steps(args.save_strategy, args.save_steps, plan)
-    wanted = args.eval_strategy or args.save_strategy
-    eval_strategy, eval_steps = strategy_steps(wanted if has_val else "no", args.eval_steps or args.save_steps, plan)
+    save_strategy, save_steps = strategy_steps(args.save_strategy, args.save_steps, schedule)
+    wanted = (args.eval_strategy or args.save_strategy) if has_val else "no"
+    eval_strategy, eval_steps = strategy_steps(wanted, args.eval_steps or args.save_steps, schedule)
+    deepspeed = deepspeed_config(args.deepspeed)
+    if deepspeed and args.zero_hpz_partition_size:
+        deepspeed["zero_optimization"]["zero_hpz_partition_size"] = args.zero_hpz_partition_size
     values: dict[str, Any] = {name: getattr(args, name) for name in _SAME}
     values |= {
         "output_dir": output_dir,
-        "learning_rate": default_learning_rate(args),
+        # SWIFT's defaults.
+        "learning_rate": args.learning_rate or (1e-5 if args.train_type == "full" else 1e-4),
         "lr_scheduler_kwargs": args.lr_scheduler_kwargs or None,
         # Transformers 5 reads a fraction in warmup_steps as a ratio.
         "warmup_steps": args.warmup_steps or args.warmup_ratio,
-        "max_steps": plan.max_steps,
-        "gradient_accumulation_steps": plan.accumulation(world_size),
+        "max_steps": schedule.max_steps,
+        "gradient_accumulation_steps": schedule.accumulation(world_size),
         "gradient_checkpointing": args.gradient_checkpointing,
         "gradient_checkpointing_kwargs": args.gradient_checkpointing_kwargs or {"use_reentrant": False},
         "bf16": dtype == "bfloat16",
@@ -60,7 +59,7 @@ def hf_training_arguments(
         "eval_strategy": eval_strategy,
         "eval_steps": eval_steps,
         "logging_steps": args.logging_steps,
-        "deepspeed": _deepspeed(args),
+        "deepspeed": deepspeed,
         "ddp_find_unused_parameters": False,
         # The loader starts at the step to resume at: there is nothing to skip.
         "ignore_data_skip": True,
@@ -95,15 +94,8 @@ def _preference_values(args: Any) -> dict[str, Any]:
     }
 
 
-def _deepspeed(args: Any) -> dict[str, Any] | None:
-    config = deepspeed_config(args.deepspeed)
-    if config and args.zero_hpz_partition_size:
-        config["zero_optimization"]["zero_hpz_partition_size"] = args.zero_hpz_partition_size
-    return config
-
-
-def strategy_steps(strategy: str, steps: float, plan: StepPlan) -> tuple[str, float]:
+def strategy_steps(strategy: str, steps: float, schedule: StepSchedule) -> tuple[str, float]:
     """``epoch`` as a number of steps; ``steps`` below 1 stay a share of the run, as in Transformers."""
     if strategy == "epoch":
-        return "steps", plan.steps_per_epoch or plan.max_steps
-    return str(strategy), min(steps, plan.max_steps) if steps >= 1 else steps
+        return "steps", schedule.steps_per_epoch or schedule.max_steps
+    return str(strategy), min(steps, schedule.max_steps) if steps >= 1 else steps

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rayswift.train.run_directory import RunDirectory
-    from rayswift.train.schedule import StepPlan
+    from rayswift.train.schedule import StepSchedule
 
 logger = logging.getLogger("rayswift.train")
 
@@ -37,13 +37,13 @@ class Progress:
 
     Args:
         queue: the event queue actor.
-        plan: the run's steps.
+        schedule: the run's steps.
         run: where logging.jsonl, runs/ and images/ go.
         tensorboard: whether to write TensorBoard events.
     """
 
-    def __init__(self, queue: Any, plan: StepPlan, run: RunDirectory, tensorboard: bool) -> None:
-        self.queue, self.plan, self.run = queue, plan, run
+    def __init__(self, queue: Any, schedule: StepSchedule, run: RunDirectory, tensorboard: bool) -> None:
+        self.queue, self.schedule, self.run = queue, schedule, run
         self.rows: list[dict[str, Any]] = []
         self.parameter_info: str | None = None
         self.best_step: int | None = None
@@ -59,7 +59,7 @@ class Progress:
     def __enter__(self) -> Progress:
         from tqdm import tqdm
 
-        self._bar = tqdm(total=self.plan.max_steps, desc="Train", unit="step", dynamic_ncols=True, file=sys.stderr)
+        self._bar = tqdm(total=self.schedule.max_steps, desc="Train", unit="step", dynamic_ncols=True, file=sys.stderr)
         if self._tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
@@ -161,14 +161,18 @@ class Progress:
         skipped = {"global_step", "epoch", "tokens/s"}
         names = [name for name in _ROW_ORDER if name in values] if "loss" in row else []
         names += [name for name in row if name not in names and name not in skipped]
-        formatted: dict[str, Any] = {name: _rounded(name, values[name]) for name in names}
+        digits = {"memory(GiB)": 2, "train_speed(iter/s)": 6}
+        formatted: dict[str, Any] = {name: values[name] for name in names}
+        formatted |= {
+            name: round(value, digits.get(name, 8)) for name, value in formatted.items() if isinstance(value, float)
+        }
         if "tokens/s" in row:
             formatted["tokens/s"] = round(row["tokens/s"], 2)
         formatted["epoch"] = round(row["epoch"], 8)
-        formatted["global_step/max_steps"] = f"{step}/{self.plan.max_steps}"
-        formatted["percentage"] = f"{step / self.plan.max_steps:.2%}"
+        formatted["global_step/max_steps"] = f"{step}/{self.schedule.max_steps}"
+        formatted["percentage"] = f"{step / self.schedule.max_steps:.2%}"
         formatted["elapsed_time"] = format_seconds(elapsed)
-        formatted["remaining_time"] = format_seconds((self.plan.max_steps - step) / speed if speed else 0)
+        formatted["remaining_time"] = format_seconds((self.schedule.max_steps - step) / speed if speed else 0)
         return formatted
 
     def _say(self, line: str) -> None:
@@ -190,12 +194,6 @@ def read_log(run: RunDirectory) -> list[dict[str, Any]]:
 
 def _step_of(row: dict[str, Any]) -> int:
     return int(row["global_step/max_steps"].split("/")[0])
-
-
-def _rounded(name: str, value: Any) -> Any:
-    if not isinstance(value, float):
-        return value
-    return round(value, {"memory(GiB)": 2, "train_speed(iter/s)": 6}.get(name, 8))
 
 
 def _postfix(row: dict[str, Any]) -> str:

@@ -10,12 +10,12 @@ from rayswift.errors import UserError
 
 
 @dataclass(frozen=True)
-class StepPlan:
-    """Batches and steps of a run. A unit is a row, or with packing a pack.
+class StepSchedule:
+    """Batches and steps of a run. An item is a row, or with packing a pack.
 
     Args:
-        global_batch_size: units per optimiser step over all workers; steps of an epoch may hold a few more or less.
-        per_device_batch_size: units per forward pass of one worker.
+        global_batch_size: items per optimiser step over all workers; steps of an epoch may hold a few more or less.
+        per_device_batch_size: items per forward pass of one worker.
         max_steps: optimiser steps of the whole run.
         steps_per_epoch: optimiser steps per epoch; None for a stream, whose length is unknown.
     """
@@ -35,19 +35,19 @@ class StepPlan:
 
 
 def plan_steps(
-    args: Any, world_size: int, units: int | None, *, packed: bool = False, global_batch_size: int | None = None
-) -> StepPlan:
+    args: Any, world_size: int, items: int | None, *, packed: bool = False, global_batch_size: int | None = None
+) -> StepSchedule:
     """The steps of a run.
 
-    Every epoch trains every unit exactly once. Rows: an epoch is ``rows // global batch`` steps, as in SWIFT's count
+    Every epoch trains every item exactly once. Rows: an epoch is ``rows // global batch`` steps, as in SWIFT's count
     (48,330 rows, batch 16, 3 epochs → 9,060 steps); the rows left over make some steps one row larger. Packs: it is
     that rounded up, and no step is larger than asked, because a pack fills a worker's memory.
 
     Args:
         args: training arguments.
         world_size: workers at the start.
-        units: rows or packs of the dataset, None for a stream.
-        packed: whether units are packs.
+        items: rows or packs of the dataset, None for a stream.
+        packed: whether items are packs.
         global_batch_size: what a checkpoint says that is resumed from; None for a new run.
 
     Raises:
@@ -56,13 +56,13 @@ def plan_steps(
     per_device = args.per_device_train_batch_size
     rows = per_device * world_size
     accumulation = args.gradient_accumulation_steps or max(1, math.ceil(16 / rows))
-    if units is not None:
-        accumulation = min(accumulation, math.ceil(units / rows))
+    if items is not None:
+        accumulation = min(accumulation, math.ceil(items / rows))
     global_batch = global_batch_size or rows * accumulation
-    if units is None:
+    if items is None:
         if args.max_steps <= 0:
             raise UserError("--streaming true: the length is unknown, say how long to train with --max_steps")
-        return StepPlan(global_batch, per_device, args.max_steps, None)
-    per_epoch = math.ceil(units / global_batch) if packed else max(1, units // global_batch)
+        return StepSchedule(global_batch, per_device, args.max_steps, None)
+    per_epoch = math.ceil(items / global_batch) if packed else max(1, items // global_batch)
     max_steps = args.max_steps if args.max_steps > 0 else max(1, math.ceil(per_epoch * args.num_train_epochs))
-    return StepPlan(global_batch, per_device, max_steps, per_epoch)
+    return StepSchedule(global_batch, per_device, max_steps, per_epoch)

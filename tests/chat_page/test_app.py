@@ -20,7 +20,7 @@ from rayswift.chat_page.command import media_offered
 from rayswift.chat_page.messages import media_of, openai_messages
 from rayswift.errors import UserError
 from rayswift.generate.endpoint import EndpointEngine
-from rayswift.generate.types import GenerationSettings
+from rayswift.generate.types import SamplingParams
 
 PNG = base64.b64decode(
     "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
@@ -67,9 +67,9 @@ def test_uploads_are_sent_inside_the_message(tmp_path: Path) -> None:
 def test_upload_is_offered_for_what_the_model_takes(smollm2_dir: str) -> None:
     assert media_of({"vision_config": {}, "video_token_id": 3}) == ("image", "video")
     assert media_of({"audio_config": {}}) == ("audio",)
-    assert media_offered(make_arguments("app", model=smollm2_dir)) == ()
-    assert media_offered(make_arguments("app", model=smollm2_dir, is_multimodal=True)) == ("image",)
-    assert media_offered(make_arguments("app", base_url="http://h/v1", is_multimodal=True)) == ("image",)
+    assert media_offered(make_arguments("app", model=smollm2_dir), smollm2_dir) == ()
+    assert media_offered(make_arguments("app", model=smollm2_dir, is_multimodal=True), smollm2_dir) == ("image",)
+    assert media_offered(make_arguments("app", base_url="http://h/v1", is_multimodal=True), None) == ("image",)
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +85,7 @@ def test_the_page_speaks_the_language_and_lists_the_served_models(
     from rayswift.chat_page.page import TEXTS, build_page
 
     assert TEXTS["en"].keys() == TEXTS["zh"].keys()
-    page = build_page(endpoint, GenerationSettings(temperature=0.5), title="Bot", lang=lang, system="Be kind.")
+    page = build_page(endpoint, SamplingParams(temperature=0.5), title="Bot", lang=lang, system="Be kind.")
     components = {c["props"].get("elem_id"): c["props"] for c in page.get_config_file()["components"]}
     assert (components["system"]["label"], components["system"]["value"]) == (label, "Be kind.")
     assert components["model"]["choices"] == [("small", "small")]
@@ -96,12 +96,12 @@ def test_the_page_speaks_the_language_and_lists_the_served_models(
 def test_an_answer_grows_and_an_error_is_a_note(endpoint: EndpointEngine) -> None:
     from rayswift.chat_page.page import answerer
 
-    answer = answerer(endpoint, GenerationSettings(), stream=True)
+    answer = answerer(endpoint, SamplingParams(), stream=True)
     grown = list(answer("What is the capital of France?", [], "small", "", 10, False, 0.0, 1.0))
     assert len(grown) > 1
     assert all(later.startswith(earlier) for earlier, later in itertools.pairwise(grown))
     assert grown[-1] == "The capital of France is Paris."
-    whole = answerer(endpoint, GenerationSettings(), stream=False)
+    whole = answerer(endpoint, SamplingParams(), stream=False)
     assert list(whole("What is the capital of France?", [], "small", "", 10, False, 0.0, 1.0)) == grown[-1:]
     (note,) = answer("hi", [], "none", "", 10, True, 0.0, 1.0)
     assert re.search("--model none: .* it has small", note.content)

@@ -15,7 +15,7 @@ from rayswift.data.flow.cache import TokenCache
 from rayswift.data.flow.prepare import TrainData, load_train_data
 from rayswift.data.names import resolve_datasets
 from rayswift.data.tokens.encoder import Encoder
-from rayswift.data.tokens.row_index import BlockRows
+from rayswift.data.tokens.row_index import RowIndex
 from rayswift.data.tokens.table import TokenRows
 from rayswift.errors import UserError
 
@@ -27,7 +27,7 @@ def load(encoder: Encoder, cache: Path, **given: Any) -> TrainData:
     return load_train_data(args, resolve_datasets(args), encoder, lambda *_: None, TokenCache(str(cache)))
 
 
-def contents(rows: BlockRows | None) -> list[tuple[list[int], list[int], Any]]:
+def contents(rows: RowIndex | None) -> list[tuple[list[int], list[int], Any]]:
     read = TokenRows(rows)  # type: ignore[arg-type]
     return [
         (row.input_ids.tolist(), row.labels.tolist(), None if row.loss_scale is None else row.loss_scale.tolist())
@@ -91,3 +91,22 @@ def test_an_existing_folder_is_not_overwritten(
     words = ["--dataset", str(GSM8K), "--model", smollm2_dir, "--output_dir", str(cached)]
     assert main(["export", "--to_cached_dataset", "true", *words]) == 2
     assert "exists already" in capsys.readouterr().err
+
+
+def test_an_export_that_fails_leaves_the_folder_that_was_there(
+    cached: Path, smollm2_dir: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = {file.name: file.read_bytes() for file in cached.iterdir()}
+
+    def full_disk(*_: Any) -> Any:
+        raise OSError("No space left on device")
+
+    words = ["--dataset", str(GSM8K), "--model", smollm2_dir, "--output_dir", str(cached), "--exist_ok", "true"]
+    with monkeypatch.context() as patched:
+        patched.setattr("rayswift.data.flow.export._batch", full_disk)
+        with pytest.raises(OSError, match="No space left"):
+            main(["export", "--to_cached_dataset", "true", *words])
+    assert {file.name: file.read_bytes() for file in cached.iterdir()} == before
+    assert [path.name for path in tmp_path.iterdir()] == ["cached"]
+    assert main(["export", "--to_cached_dataset", "true", *words]) == 0
+    assert {file.name: file.read_bytes() for file in cached.iterdir()} != before

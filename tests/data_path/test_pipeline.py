@@ -17,22 +17,14 @@ import pytest
 
 from rayswift.arguments import Arguments, make_arguments
 from rayswift.data import files as sources
-from rayswift.data.flow import stream as streaming
+from rayswift.data.flow import plan as planning
+from rayswift.data.flow.plan import StreamMix, StreamPlan, plan_stream, plan_streams
 from rayswift.data.flow.prepare import TrainData, first_usable_row, load_train_data
-from rayswift.data.flow.stream import (
-    StreamMix,
-    StreamPlan,
-    plan_stream,
-    plan_streams,
-    read_stream,
-    start_stream_readers,
-    stream_tokens,
-    task_tokens,
-)
+from rayswift.data.flow.stream import read_stream, start_stream_readers, stream_tokens, task_tokens
 from rayswift.data.names import resolve_datasets
 from rayswift.data.tokens.encoder import Encoder
-from rayswift.data.tokens.row_index import BlockRows, LazyRows, blend, interleave, sample_rows, split_rows
-from rayswift.data.tokens.table import LazyUnits, StreamPosition, TokenRows
+from rayswift.data.tokens.row_index import LazyRows, RowIndex, blend, interleave, sample_rows, split_rows
+from rayswift.data.tokens.table import LazyItems, StreamPosition, TokenRows
 from rayswift.errors import UserError
 from rayswift.train.events import start_event_queue
 
@@ -54,7 +46,7 @@ def write(path: Path, rows: list[Any]) -> str:
     return str(path)
 
 
-def ids_of(rows: BlockRows | None) -> list[list[int]]:
+def ids_of(rows: RowIndex | None) -> list[list[int]]:
     """What training reads, row by row."""
     assert rows is not None
     read = TokenRows(rows)
@@ -63,7 +55,7 @@ def ids_of(rows: BlockRows | None) -> list[list[int]]:
     return ids
 
 
-def texts_of(rows: BlockRows | None, encoder: Encoder) -> list[str]:
+def texts_of(rows: RowIndex | None, encoder: Encoder) -> list[str]:
     return encoder.tokenizer.batch_decode(ids_of(rows), skip_special_tokens=True)
 
 
@@ -95,9 +87,9 @@ def refusal(call: Callable[[], object]) -> str:
 # --- arithmetic on row numbers ----------------------------------------------------------------------------------
 
 
-def numbered(count: int) -> BlockRows:
+def numbered(count: int) -> RowIndex:
     index = np.column_stack([np.zeros(count, np.int64), np.arange(count)])
-    return BlockRows([], index, np.zeros(count, np.int64))
+    return RowIndex([], index, np.zeros(count, np.int64))
 
 
 def rng() -> np.random.RandomState:
@@ -145,7 +137,7 @@ def test_a_dataset_with_probability_zero_is_not_waited_for() -> None:
 
 
 def test_blend_without_shuffling_concatenates() -> None:
-    parts = [numbered(3), BlockRows(["rows.arrow"], numbered(2).index, numbered(2).lengths)]
+    parts = [numbered(3), RowIndex(["rows.arrow"], numbered(2).index, numbered(2).lengths)]
     assert len(blend(parts, arguments("x", dataset_shuffle=False), rng())) == 5
 
 
@@ -320,7 +312,7 @@ def test_lazy_rows_are_those_that_would_be_encoded_before(plain: Encoder, tmp_pa
     assert isinstance(lazy.train, LazyRows)
     assert texts_of(lazy.val, limited) == texts_of(eager.val, limited)
     said: list[str] = []
-    units = LazyUnits(lazy.train, limited, said.append)
+    units = LazyItems(lazy.train, limited, said.append)
     samples = [row for unit in range(len(units)) for row in units[unit]]
     expected = TokenRows(eager.train)
     assert sorted(row.input_ids.tolist() for row in samples) == sorted(
@@ -353,7 +345,7 @@ def test_the_first_usable_row(tmp_path: Path) -> None:
 @pytest.fixture(autouse=True)
 def few_epochs(monkeypatch: pytest.MonkeyPatch) -> None:
     """A plan of ten thousand epochs takes seconds."""
-    monkeypatch.setattr(streaming, "MAX_PLANNED_EPOCHS", 100)
+    monkeypatch.setattr(planning, "MAX_PLANNED_EPOCHS", 100)
 
 
 @pytest.fixture
@@ -406,11 +398,11 @@ def test_an_unshuffled_stream_is_in_file_order(plain: Encoder, stream_dir: Path)
 def test_the_shuffle_buffer_loses_no_row(
     plain: Encoder, stream_dir: Path, buffer: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # Small pieces too: a dataset of many pieces is shuffled piece by piece.
+    # Small shards too: a dataset of many shards is shuffled shard by shard.
     monkeypatch.setattr(sources, "CHUNK_BYTES", 100)
-    monkeypatch.setattr(streaming, "PIECE_BYTES", 150)
+    monkeypatch.setattr(planning, "SHARD_BYTES", 150)
     plan = stream_plan(stream_dir, shuffle_buffer_size=buffer)
-    assert len(plan.pieces) > 3
+    assert len(plan.shards) > 3
     assert sorted(epoch_texts(plan, plain, 0)) == EVERY_ROW
 
 
@@ -423,8 +415,8 @@ def test_number_of_samples_in_a_stream(plain: Encoder, stream_dir: Path) -> None
 def test_a_stream_through_ray_data_is_the_plan_exactly(
     ray_cluster: None, plain: Encoder, stream_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(streaming, "PIECE_BYTES", 300)
-    monkeypatch.setattr(streaming, "MAX_PLANNED_TASKS", 5)
+    monkeypatch.setattr(planning, "SHARD_BYTES", 300)
+    monkeypatch.setattr(planning, "MAX_PLANNED_TASKS", 5)
     plan = stream_plan(stream_dir)
     epochs = len({epoch for task in plan.tasks for epoch, _ in task})
     assert epochs >= 2
@@ -439,8 +431,8 @@ def test_streams_are_read_side_by_side_by_every_worker_at_its_own_pace(
 ) -> None:
     import ray
 
-    monkeypatch.setattr(streaming, "PIECE_BYTES", 300)
-    monkeypatch.setattr(streaming, "MAX_PLANNED_TASKS", 5)
+    monkeypatch.setattr(planning, "SHARD_BYTES", 300)
+    monkeypatch.setattr(planning, "MAX_PLANNED_TASKS", 5)
     names = [f"{stream_dir}/{name}.jsonl" for name in "ab"]
     args = arguments(names, streaming=True, max_steps=10, interleave_prob=[0.5, 0.5])
     mix = plan_streams(args, resolve_datasets(args).train, None)
@@ -450,7 +442,7 @@ def test_streams_are_read_side_by_side_by_every_worker_at_its_own_pace(
     for plan, reader, place in zip(mix.plans, readers, start, strict=True):
         tables = [list(task_tokens(plan, task, 0, plain, None)) for task in range(len(plan.tasks))]
         before = sum(len(table) for task in tables[: place.task] for table in task)
-        expected = decoded(itertools.chain(*tables), plain)[before + place.unit :]
+        expected = decoded(itertools.chain(*tables), plain)[before + place.item :]
         slow, fast = read_stream(reader, 0), read_stream(reader, 1)
         first = next(slow)
         assert decoded(fast, plain) == expected
@@ -462,7 +454,7 @@ def test_which_stream_gives_the_next_unit_is_a_function_of_its_number(tmp_path: 
     names = [write(tmp_path / f"{name}.jsonl", [{"text": name}]) for name in "abc"]
     args = arguments(names, streaming=True, max_steps=10, interleave_prob=[0.7, 0.0, 0.3])
     mix = plan_streams(args, resolve_datasets(args).train, None)
-    assert [plan.pieces[0].chunks[0].path for plan in mix.plans] == [names[0], names[2]]
+    assert [plan.shards[0].chunks[0].path for plan in mix.plans] == [names[0], names[2]]
     order = list(itertools.islice(mix.order(0), 5000))
     assert order.count(0) / 5000 == pytest.approx(0.7, abs=0.03)
     for first in (1, 1023, 1024, 3000):

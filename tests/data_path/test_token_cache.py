@@ -178,7 +178,8 @@ def test_large_datasets_go_through_ray_data_to_the_same_rows(
 ) -> None:
     here = load(dataset, encoder, str(tmp_path / "here"), dataset_shuffle=False)
     assert counter.take()[0] == 60
-    monkeypatch.setattr(encode_tasks, "RAY_DATA_BYTES", 0)
+    monkeypatch.setattr(encode_tasks, "RAY_DATA_START_BYTES", 0)
+    monkeypatch.setattr(encode_tasks, "CPUS_HERE", 0)
     monkeypatch.setattr(sources, "CHUNK_BYTES", 700)
     there = load(dataset, encoder, str(tmp_path / "there"), dataset_shuffle=False)
     assert counter.take() == (0, 0)
@@ -193,19 +194,21 @@ def test_large_datasets_go_through_ray_data_to_the_same_rows(
         load(dataset, encoder, str(tmp_path / "there"))
 
 
-def test_what_is_worth_other_processes(monkeypatch: pytest.MonkeyPatch, ray_cluster: None) -> None:
-    def tasks(count: int, size: int) -> list[encode_tasks.EncodeTask]:
-        chunk = encode_tasks.EncodeTask(sources.Chunk("a.jsonl"), RowRules(), "key", size=size)
-        return [chunk] * count
-
-    enough = encode_tasks.RAY_DATA_BYTES
-    assert encode_tasks._is_work_for_ray_data(tasks(2, enough // 2))
-    assert not encode_tasks._is_work_for_ray_data(tasks(2, enough // 2 - 1))
-    assert not encode_tasks._is_work_for_ray_data(tasks(1, enough))
-    monkeypatch.setattr(encode_tasks, "most_cpus", lambda: 2.0)
-    assert not encode_tasks._is_work_for_ray_data(tasks(2, enough))
-    monkeypatch.setattr("ray.nodes", lambda: [{"Alive": True}, {"Alive": True}])
-    assert encode_tasks._is_work_for_ray_data(tasks(2, enough))
+@pytest.mark.parametrize(
+    ("cpus", "chunks", "megabytes", "worth"),
+    [(0, 100, 10**6, False), (4, 100, 10**6, False), (8, 100, 500, False), (8, 100, 600, True), (16, 100, 300, False),
+     (16, 100, 400, True), (16, 1, 10**6, False)],
+)  # fmt: skip
+def test_a_small_dataset_or_machine_waits_for_no_other_process(
+    cpus: int, chunks: int, megabytes: int, worth: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    size = megabytes * 2**20 // chunks
+    tasks = [encode_tasks.EncodeTask(sources.Chunk("a.jsonl"), RowRules(), "key", size=size)] * chunks
+    monkeypatch.setattr(encode_tasks, "most_cpus", lambda: float(cpus))
+    monkeypatch.setattr("ray.is_initialized", lambda: True)
+    assert encode_tasks._is_work_for_ray_data(tasks) is worth
+    monkeypatch.setattr("ray.is_initialized", lambda: False)
+    assert not encode_tasks._is_work_for_ray_data(tasks)
 
 
 def test_a_cache_that_cannot_be_written(dataset: Path, encoder: Encoder, tmp_path: Path) -> None:

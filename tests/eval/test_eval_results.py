@@ -1,4 +1,4 @@
-"""Results, report, run folder and contenders: plain code, no model."""
+"""Results, report, run folder and models: plain code, no model."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ import pytest
 from rayswift.arguments import make_arguments
 from rayswift.errors import UserError
 from rayswift.eval.evaluate import deciding_settings
-from rayswift.eval.models import plan_servings
+from rayswift.eval.models import plan_endpoints
 from rayswift.eval.report import page, table
 from rayswift.eval.results import Question, Result, load_result
 from rayswift.journal import open_run
 
 
-def result(contender: str, right: list[float], benchmark: str = "ARC_c") -> Result:
+def result(model: str, right: list[float], benchmark: str = "ARC_c") -> Result:
     questions = [Question(f"q/{n}", f"question {n}", "ANSWER: A", "A", "B", {"acc": v}) for n, v in enumerate(right)]
-    return Result(benchmark, contender, "Native", "acc", {"acc": sum(right) / len(right)}, 0, questions)
+    return Result(benchmark, model, "Native", "acc", {"acc": sum(right) / len(right)}, 0, questions)
 
 
-def test_the_table_has_a_column_per_contender_and_the_difference_to_the_first() -> None:
+def test_the_table_has_a_column_per_model_and_the_difference_to_the_first() -> None:
     text = table([result("base", [1, 0, 0, 0]), result("tuned", [1, 1, 0, 0]), result("base", [1, 1], "gsm8k")])
     head, _, first, second = text.splitlines()
     assert head.split() == ["benchmark", "questions", "examples", "metric", "base", "tuned"]
@@ -98,12 +98,12 @@ def test_answers_depend_on_generation_and_data_but_not_on_concurrency(tmp_path: 
     assert settings() != settings(eval_generation_config={"max_tokens": 5})
 
 
-# --- contenders -------------------------------------------------------------------------------------------------
+# --- models -----------------------------------------------------------------------------------------------------
 
 
-def contenders(**settings: Any) -> list[list[tuple[str, str | None]]]:
+def models(**settings: Any) -> list[list[tuple[str, str | None]]]:
     args: Any = make_arguments("eval", **{"eval_dataset": ["arc"], **settings})
-    return [[(one.label, one.model) for one in serving.contenders] for serving in plan_servings(args)]
+    return [[(one.label, one.name) for one in endpoint.models] for endpoint in plan_endpoints(args)]
 
 
 @pytest.mark.parametrize(
@@ -123,7 +123,7 @@ def contenders(**settings: Any) -> list[list[tuple[str, str | None]]]:
     ],
 )  # fmt: skip
 def test_who_is_evaluated_and_who_shares_a_deployment(settings: dict[str, Any], expected: Any) -> None:
-    assert contenders(**settings) == expected
+    assert models(**settings) == expected
 
 
 @pytest.mark.parametrize(
@@ -134,9 +134,9 @@ def test_who_is_evaluated_and_who_shares_a_deployment(settings: dict[str, Any], 
         ({"model": "m", "eval_base": True}, "--eval_base true needs --adapters"),
     ],
 )
-def test_contenders_that_cannot_be_told_apart_are_refused(settings: dict[str, Any], message: str) -> None:
+def test_models_that_cannot_be_told_apart_are_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        contenders(**settings)
+        models(**settings)
 
 
 # --- the command line -------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""``rayswift eval`` over a real small model: answers, files, going on after a stop, and what is refused."""
+"""``rayswift eval`` over a small model: answers, files, going on after a stop, and what is refused."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from rayswift.eval.evaluate import evaluate
 from rayswift.eval.results import Question, Result
 from rayswift.exporting.model_card import model_card
 from rayswift.generate.endpoint import EndpointEngine
-from rayswift.generate.types import GenerationSettings
+from rayswift.generate.types import SamplingParams
 
 DATA = Path(__file__).resolve().parents[1] / "data"
 ARC, GSM8K = str(DATA / "arc_challenge_24.jsonl"), str(DATA / "gsm8k_40.jsonl")
@@ -171,16 +171,16 @@ class OneQuestion:
 
     def prepare(self, benchmark: Any) -> None: ...
 
-    def check(self, benchmark: Any, serving: Any) -> None: ...
+    def check(self, benchmark: Any, endpoint: Any) -> None: ...
 
-    def run(self, benchmark: Any, contender: Any, endpoint: Any, folder: Path) -> Result:
+    def run(self, benchmark: Any, model: Any, endpoint: Any, folder: Path) -> Result:
         engine = EndpointEngine.connect(endpoint.base_url, model=endpoint.model)
-        answer = engine.complete([{"role": "user", "content": "2+2?"}], GenerationSettings(max_new_tokens=4)).text
+        answer = engine.complete([{"role": "user", "content": "2+2?"}], SamplingParams(max_new_tokens=4)).text
         question = Question("q/0", "2+2?", answer, answer, "4", {"accuracy": 0.25})
-        return Result(benchmark.asked, contender.label, "Native", "accuracy", {"accuracy": 0.25}, 0, [question])
+        return Result(benchmark.asked, model.label, "Native", "accuracy", {"accuracy": 0.25}, 0, [question])
 
 
-@pytest.mark.parametrize("backend", ["OneQuestion", "Native", "lm-eval"])
+@pytest.mark.parametrize("backend", ["OneQuestion", "Native"])
 def test_the_card_of_a_pushed_checkpoint_has_the_scores_that_eval_wrote(
     small_endpoint: str, smollm2_dir: str, tmp_path: Path, backend: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -190,13 +190,12 @@ def test_the_card_of_a_pushed_checkpoint_has_the_scores_that_eval_wrote(
     if backend == "OneQuestion":
         monkeypatch.setattr("rayswift.eval.evaluate.choose_backend", lambda args: OneQuestion())
     else:
-        pytest.importorskip({"Native": "evalscope", "lm-eval": "lm_eval"}[backend])
-    kind = {"backend": backend} if backend == "lm-eval" else {}
-    scores = run(small_endpoint, "gsm8k", model=str(checkpoint), **kind)
+        pytest.importorskip("evalscope")
+    scores = run(small_endpoint, "gsm8k", model=str(checkpoint))
     card = model_card(str(checkpoint), "me/tuned", str(checkpoint))
     (line,) = [json.loads(row) for row in (checkpoint / "eval_result.jsonl").read_text().splitlines()]
-    folder, metrics = ("lm_eval" if kind else "native"), line["lm_eval" if kind else "native"]["gsm8k"]
-    rows = [f"| gsm8k | {metric} | {value:.4g} | {folder}, first 2 questions |" for metric, value in metrics.items()]
+    metrics = line["native"]["gsm8k"]
+    rows = [f"| gsm8k | {metric} | {value:.4g} | native, first 2 questions |" for metric, value in metrics.items()]
     assert rows
     assert all(row in card.splitlines() for row in rows)
     assert scores["checkpoint-7"]["gsm8k"] in metrics.values()

@@ -20,7 +20,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[object]:
     from hub_uploads import Account
     from huggingface_hub import constants
     from huggingface_hub.utils import _http
-    from modelscope_hub import _upload
+    from modelscope_hub import _openapi, _upload
 
     with running_hub() as running:
         for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "MODELSCOPE_API_TOKEN"):
@@ -37,7 +37,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[object]:
         monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no_token"))
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
         monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-        for module in (_http, _upload):
+        for module in (_http, _openapi, _upload):
             without_waiting = {**vars(module.time), "sleep": lambda seconds: None}
             monkeypatch.setattr(module, "time", SimpleNamespace(**without_waiting))
         monkeypatch.setattr("urllib3.util.retry.Retry.sleep", lambda self, response=None: None)

@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+from in_process import rayswift
 
 from rayswift.arguments import make_arguments
 from rayswift.errors import UserError
 from rayswift.generate.endpoint import EndpointEngine
 from rayswift.generate.transformers import TransformersEngine
-from rayswift.generate.types import EngineUnusable, GenerationSettings
+from rayswift.generate.types import EngineUnusable, SamplingParams
 from rayswift.inference.command import infer
 
-GREEDY = GenerationSettings(max_new_tokens=10, temperature=0)
+GREEDY = SamplingParams(max_new_tokens=10, temperature=0)
 FRANCE = [{"role": "user", "content": "What is the capital of France?"}]
 
 
@@ -54,16 +52,14 @@ def test_answers_come_in_order_and_one_that_fails_is_alone(endpoint: EndpointEng
 
 
 def test_sampling_settings_and_logprobs_reach_the_server(endpoint: EndpointEngine) -> None:
-    settings = GenerationSettings(
-        max_new_tokens=4, temperature=0, stop_words=(" France",), logprobs=True, top_logprobs=2
-    )
+    settings = SamplingParams(max_new_tokens=4, temperature=0, stop_words=(" France",), logprobs=True, top_logprobs=2)
     (answer,) = endpoint.generate([FRANCE], settings)
     assert answer.text == "The capital of"
     assert answer.logprobs is not None
     assert [len(entry["top_logprobs"]) for entry in answer.logprobs["content"]][:3] == [2, 2, 2]
     seeded = [
         EndpointEngine(endpoint.client, endpoint.model, seed=seed).generate(
-            [FRANCE], GenerationSettings(max_new_tokens=12, temperature=3.0)
+            [FRANCE], SamplingParams(max_new_tokens=12, temperature=3.0)
         )[0].text
         for seed in (1, 1, 2)
     ]  # fmt: skip
@@ -72,7 +68,7 @@ def test_sampling_settings_and_logprobs_reach_the_server(endpoint: EndpointEngin
 
 def test_closing_a_stream_stops_the_model(endpoint: EndpointEngine, served: Any) -> None:
     story = [{"role": "user", "content": "Write a very long story about the sea."}]
-    pieces = endpoint.stream(story, GenerationSettings(max_new_tokens=2000, temperature=0))
+    pieces = endpoint.stream(story, SamplingParams(max_new_tokens=2000, temperature=0))
     next(pieces)
     assert served.serving.runner.running
     pieces.close()  # type: ignore[attr-defined]
@@ -104,7 +100,7 @@ def test_an_endpoint_that_cannot_be_used_is_one_line(served: Any, change: dict[s
 
 def test_beam_search_is_refused(endpoint: EndpointEngine) -> None:
     with pytest.raises(UserError, match="--num_beams"):
-        list(endpoint.stream(FRANCE, GenerationSettings(num_beams=2)))
+        list(endpoint.stream(FRANCE, SamplingParams(num_beams=2)))
 
 
 def test_a_dataset_is_answered_in_its_order(served: Any, tmp_path: Path) -> None:
@@ -124,17 +120,12 @@ def test_a_dataset_is_answered_in_its_order(served: Any, tmp_path: Path) -> None
     assert [bool(row["response"]) for row in results] == [True, True, False, True, True]
 
 
-def test_the_command_answers_a_pipe_through_an_endpoint(served: Any) -> None:
-    command = [sys.executable, "-m", "rayswift", "infer", "--base_url", served.base_url, "--model", "small"]
-    done = subprocess.run(
-        [*command, "--temperature", "0", "--max_new_tokens", "10"],
-        check=False, input="What is the capital of France?\n", capture_output=True, text=True, timeout=120,
-        env={**os.environ, "OPENAI_API_KEY": served.api_key},
-    )  # fmt: skip
+def test_the_command_answers_a_pipe_through_an_endpoint(served: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", served.api_key)
+    command = ["infer", "--base_url", served.base_url, "--model", "small"]
+    done = rayswift(*command, "--temperature", "0", "--max_new_tokens", "10", stdin="What is the capital of France?\n")
     assert (done.returncode, done.stdout) == (0, "The capital of France is Paris.\n"), done.stderr
-    wrong = subprocess.run(
-        [*command, "--api_key", "sk-wrong"], check=False, input="hi\n", capture_output=True, text=True, timeout=120
-    )
+    wrong = rayswift(*command, "--api_key", "sk-wrong", stdin="hi\n")
     assert (wrong.returncode, wrong.stderr.count("\n"), "sk-wrong" in wrong.stderr) == (2, 1, False), wrong.stderr
 
 

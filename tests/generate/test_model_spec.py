@@ -5,29 +5,28 @@ from __future__ import annotations
 import json
 import shutil
 import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from in_process import rayswift
 
 from rayswift.arguments import make_arguments
 from rayswift.errors import UserError
-from rayswift.generate.model_spec import ModelPlan, engine_kwargs, plan_models
+from rayswift.generate.model_spec import ModelSpec, engine_kwargs, model_specs
 from rayswift.serve.application import serve_config
 
 EIGHT_BITS = {"group_0": {"weights": {"num_bits": 8}}}
 
 
-def plans(model: str, **settings: object) -> list[ModelPlan]:
-    return plan_models(make_arguments("deploy", model=model, infer_backend="vllm", use_gpu=False, **settings))
+def plans(model: str, **settings: object) -> list[ModelSpec]:
+    return model_specs(make_arguments("deploy", model=model, infer_backend="vllm", use_gpu=False, **settings))
 
 
 def test_a_plan_is_plain_data_that_gives_the_same_plan(smollm2_dir: str) -> None:
     (plan,) = plans(smollm2_dir, temperature=0.5, vllm_max_model_len=512, system="Be brief.", max_replicas=3)
-    assert ModelPlan(**json.loads(json.dumps(plan.to_dict()))) == plan
+    assert ModelSpec(**json.loads(json.dumps(plan.to_dict()))) == plan
     assert plan.name == "SmolLM2-135M-Instruct"
     assert plan.template == {"system": "Be brief."}
     assert plan.engine_kwargs["override_generation_config"] == {"temperature": 0.5}
@@ -46,7 +45,7 @@ def test_on_cpus_prompts_are_computed_whole_unless_asked_otherwise(smollm2_dir: 
 
 
 def test_the_checkpoint_says_model_template_and_system(checkpoint: str, smollm2_dir: str) -> None:
-    (plan,) = plan_models(
+    (plan,) = model_specs(
         make_arguments("deploy", adapters=[f"poet={checkpoint}"], infer_backend="vllm", use_gpu=False)
     )
     assert plan.model == smollm2_dir
@@ -54,7 +53,7 @@ def test_the_checkpoint_says_model_template_and_system(checkpoint: str, smollm2_
     assert plan.default_adapter is None
     own = plan.encoders(smollm2_dir)[""]
     assert plan.adapter_encoder(checkpoint, own).system == "Answer with one word."
-    (unnamed,) = plan_models(make_arguments("deploy", adapters=[checkpoint], infer_backend="vllm", use_gpu=False))
+    (unnamed,) = model_specs(make_arguments("deploy", adapters=[checkpoint], infer_backend="vllm", use_gpu=False))
     assert unnamed.default_adapter == "checkpoint-7"
 
 
@@ -63,7 +62,7 @@ def test_several_models_share_flags_and_have_their_own(smollm2_dir: str) -> None
         "deploy", infer_backend="vllm", use_gpu=False, vllm_max_model_len=512,
         models={"one": {"model": smollm2_dir}, "two": {"model": smollm2_dir, "vllm_max_model_len": 256}},
     )  # fmt: skip
-    one, two = plan_models(args)
+    one, two = model_specs(args)
     assert (one.name, one.max_model_len, two.name, two.max_model_len) == ("one", 512, "two", 256)
     config = serve_config([one, two], args, listen=True)
     assert [app["name"] for app in config["applications"]] == ["rayswift-one", "rayswift-two", "rayswift"]
@@ -72,7 +71,7 @@ def test_several_models_share_flags_and_have_their_own(smollm2_dir: str) -> None
 
 def test_the_configuration_holds_no_key(smollm2_dir: str) -> None:
     args = make_arguments("deploy", model=smollm2_dir, infer_backend="vllm", use_gpu=False, api_key=["top-secret"])
-    assert "top-secret" not in json.dumps(serve_config(plan_models(args), args, listen=True))
+    assert "top-secret" not in json.dumps(serve_config(model_specs(args), args, listen=True))
 
 
 @pytest.mark.parametrize(
@@ -93,7 +92,7 @@ def test_the_configuration_holds_no_key(smollm2_dir: str) -> None:
 def test_what_cannot_work_is_one_line(smollm2_dir: str, settings: dict, says: str) -> None:
     merged = {"model": smollm2_dir, "infer_backend": "vllm", "use_gpu": False, **settings}
     with pytest.raises(UserError, match=says):
-        plan_models(make_arguments("deploy", **merged))
+        model_specs(make_arguments("deploy", **merged))
 
 
 @pytest.mark.parametrize(
@@ -113,10 +112,10 @@ def test_what_cannot_work_is_one_line(smollm2_dir: str, settings: dict, says: st
     ],
 )
 def test_packed_weights_are_refused_where_vllm_cannot_multiply_them(
-    smollm2_dir: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capability: str, found: dict, says: str | None
+    tiny_dir: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capability: str, found: dict, says: str | None
 ) -> None:
     model = tmp_path / "model"
-    shutil.copytree(smollm2_dir, model)
+    shutil.copytree(tiny_dir, model)
     config = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps({**config, "quantization_config": found}))
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
@@ -125,14 +124,14 @@ def test_packed_weights_are_refused_where_vllm_cannot_multiply_them(
         return
     with pytest.raises(UserError, match=f"{says}.*--infer_backend transformers"):
         plans(str(model))
-    assert plan_models(make_arguments("deploy", model=str(model), infer_backend="transformers", use_gpu=False))
+    assert model_specs(make_arguments("deploy", model=str(model), infer_backend="transformers", use_gpu=False))
 
 
 def test_dry_run_prints_what_serve_takes(smollm2_dir: str) -> None:
     from ray.serve.schema import ServeDeploySchema
 
     words = ["deploy", "--model", smollm2_dir, "--infer_backend", "vllm", "--use_gpu", "false", "--dry_run", "true"]
-    done = subprocess.run([sys.executable, "-m", "rayswift", *words], capture_output=True, text=True, timeout=120)
+    done = rayswift(*words)
     assert done.returncode == 0, done.stderr
     schema = ServeDeploySchema.model_validate(yaml.safe_load(done.stdout))
     assert [app.import_path for app in schema.applications] == [
@@ -141,15 +140,13 @@ def test_dry_run_prints_what_serve_takes(smollm2_dir: str) -> None:
     ]
 
 
-def test_a_taken_port_is_named_with_its_owner_and_a_free_one(smollm2_dir: str, tmp_path: Path) -> None:
+def test_a_taken_port_is_named_with_its_owner_and_a_free_one(smollm2_dir: str) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
         words = ["deploy", "--model", smollm2_dir, "--infer_backend", "vllm", "--port", str(port)]
-        done = subprocess.run(
-            [sys.executable, "-m", "rayswift", *words], capture_output=True, text=True, timeout=120, cwd=tmp_path
-        )
+        done = rayswift(*words)
     assert done.returncode == 2
     assert f"--port {port}: already in use by python" in done.stderr
     assert "is free" in done.stderr

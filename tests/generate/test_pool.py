@@ -15,12 +15,14 @@ from rayswift.cluster import Cluster
 from rayswift.data.tokens.encoder import Encoder
 from rayswift.errors import UserError
 from rayswift.generate import pool as engine_pool
-from rayswift.generate.model_spec import ModelPlan
-from rayswift.generate.pool import EnginePool, answer_row, pool_size, read_answer
+from rayswift.generate.model_spec import ModelSpec
+from rayswift.generate.pool import EnginePool, pool_size
+from rayswift.generate.pool_rows import answer_row, read_answer
 from rayswift.generate.transformers import TransformersEngine
-from rayswift.generate.types import Answer, GenerationSettings
+from rayswift.generate.types import Answer, SamplingParams
 from rayswift.generate.vllm_pool import RequestMaker, openai_logprobs, sampling_params
 from rayswift.inference.command import infer
+from rayswift.modeling.resolved import ResolvedModel
 
 FRANCE = [{"role": "user", "content": "What is the capital of France?"}]
 
@@ -44,11 +46,11 @@ def dataset(tmp_path: Path) -> str:
 
 
 @pytest.mark.usefixtures("ray_cluster")
-def test_a_pool_answers_as_one_engine_does(smollm2_dir: str, dataset: str, tmp_path: Path) -> None:
+def test_a_pool_answers_as_one_engine_does(tiny_dir: str, dataset: str, tmp_path: Path) -> None:
     def run(name: str, **settings: Any) -> list[dict[str, Any]] | None:
         return infer(
             make_arguments(
-                "infer", model=smollm2_dir, val_dataset=[dataset], max_new_tokens=8, temperature=0, use_gpu=False,
+                "infer", model=tiny_dir, val_dataset=[dataset], max_new_tokens=8, temperature=0, use_gpu=False,
                 logprobs=True, result_path=str(tmp_path / name), **settings,
             )
         )  # fmt: skip
@@ -56,6 +58,7 @@ def test_a_pool_answers_as_one_engine_does(smollm2_dir: str, dataset: str, tmp_p
     alone, pooled = run("alone.jsonl"), run("pool.jsonl", num_workers=1, max_batch_size=1)
     assert pooled is not None
     assert pooled == alone
+    assert len({row["response"] for row in pooled}) == 5
     assert [bool(row["response"]) for row in pooled] == [True, True, True, False, True, False]
     assert "tokens, the context holds" in pooled[5]["error"]
     assert (tmp_path / "pool.jsonl").read_text() == (tmp_path / "alone.jsonl").read_text()
@@ -119,7 +122,7 @@ def test_the_size_of_a_pool_follows_num_workers_or_the_gpus(
     asked: Any, bundles: Any, gpus: float, size: tuple[int, int]
 ) -> None:
     args = make_arguments("infer", model="m", val_dataset=["d"], num_workers=asked)
-    plan = ModelPlan("m", "m", "vllm", bundles=bundles)
+    plan = ModelSpec("m", "m", "vllm", bundles=bundles)
     assert pool_size(args, plan, Cluster(embedded=True, cpus=16, gpus=gpus, nodes=1)) == size
 
 
@@ -127,12 +130,12 @@ def test_the_size_of_a_pool_follows_num_workers_or_the_gpus(
 def test_a_pool_that_never_fits_is_refused_instead_of_waiting_for_ever(engine: str, count: int, needed: str) -> None:
     args = make_arguments("infer", model="m", val_dataset=["d"], num_workers=count)
     with pytest.raises(UserError, match=rf"--num_workers {count}: .* need {needed} CPUs and this machine has 2 CPUs"):
-        pool_size(args, ModelPlan("m", "m", engine), Cluster(embedded=True, cpus=2, gpus=0, nodes=1))
+        pool_size(args, ModelSpec("m", "m", engine), Cluster(embedded=True, cpus=2, gpus=0, nodes=1))
 
 
 def test_vllm_gets_the_token_ids_of_training_and_rows_that_are_no_prompt_pass_it_by(smollm2_dir: str) -> None:
     encoder = Encoder(smollm2_dir)
-    maker = RequestMaker(encoder, GenerationSettings(max_new_tokens=100), seed=7, context=64, model=smollm2_dir)
+    maker = RequestMaker(encoder, SamplingParams(max_new_tokens=100), seed=7, context=64, model=smollm2_dir)
     made = maker({"messages": json.dumps(FRANCE), "tools": "null"})
     assert made["tokenized_prompt"] == encoder.encode_prompt(FRANCE)
     assert made["__inference_error__"] == ""
@@ -157,15 +160,14 @@ def test_unset_sampling_is_the_models_own_as_in_the_transformers_engine(
     for name in ("do_sample", "temperature", "top_p", "top_k"):
         monkeypatch.setattr(found, name, own.get(name))
     monkeypatch.setattr("rayswift.generate.vllm_pool.generation_config", lambda _: own)
-    chosen = GenerationSettings(**settings)
-    expected = engine.generation_config(chosen, 10)
+    chosen = SamplingParams(**settings)
+    expected, searched = engine.sampling(chosen, 10), engine.generation_config(chosen, 10)
     params = sampling_params(chosen, engine.encoder, 0, 100)
-    assert (params["temperature"] > 0) == expected.do_sample
-    if expected.do_sample:
-        assert params["temperature"] == expected.temperature
-        assert params["top_p"] == expected.top_p
-        assert params["top_k"] == expected.top_k
-    assert params["repetition_penalty"] == (expected.repetition_penalty or 1.0)
+    assert (params["temperature"] > 0) == searched.do_sample == (not expected.greedy)
+    for name in ("temperature", "top_p", "top_k"):
+        assert params[name] == getattr(expected, name)
+        assert getattr(searched, name) == (params[name] if searched.do_sample else None)
+    assert params["repetition_penalty"] == searched.repetition_penalty == expected.repetition_penalty
 
 
 def test_vllms_logprobs_become_openais(smollm2_dir: str) -> None:
@@ -189,4 +191,5 @@ def test_an_answer_survives_the_way_back() -> None:
 
 def test_a_pool_without_rows_starts_nothing() -> None:
     args = make_arguments("infer", model="m", val_dataset=["d"])
-    assert list(EnginePool(args, ModelPlan("m", "m", "vllm"), (1, 1))([])) == []
+    pool = EnginePool(ResolvedModel(args, "m"), ModelSpec("m", "m", "vllm"), (1, 1))
+    assert list(pool.answers([])) == []

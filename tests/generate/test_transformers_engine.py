@@ -12,9 +12,9 @@ import torch
 
 from rayswift.errors import UserError
 from rayswift.generate.transformers import TransformersEngine
-from rayswift.generate.types import GenerationSettings
+from rayswift.generate.types import SamplingParams
 
-GREEDY = GenerationSettings(max_new_tokens=12, temperature=0)
+GREEDY = SamplingParams(max_new_tokens=12, temperature=0)
 FRANCE = [{"role": "user", "content": "What is the capital of France?"}]
 COUNT = [{"role": "user", "content": "Count from one to ten in words."}]
 
@@ -37,32 +37,32 @@ def test_stream_gives_the_same_text_in_pieces(engine: TransformersEngine) -> Non
 
 
 def test_a_closed_stream_stops_the_model(engine: TransformersEngine) -> None:
-    settings = replace(GREEDY, max_new_tokens=4000)
-    with closing(engine.stream(COUNT, settings)) as pieces:
+    params = replace(GREEDY, max_new_tokens=4000)
+    with closing(engine.stream(COUNT, params)) as pieces:
         next(pieces)
     assert engine.last_stream.num_generated_tokens < 10  # closing waits for the model, which did not go on
 
 
 @pytest.mark.parametrize("word", ["France", "of Fran"])
 def test_stop_words_end_the_answer_before_them(engine: TransformersEngine, word: str) -> None:
-    settings = replace(GREEDY, stop_words=(word,))
+    params = replace(GREEDY, stop_words=(word,))
     expected = "The capital of France is Paris.".partition(word)[0]
-    assert engine.generate([FRANCE], settings)[0].text == expected
-    assert "".join(engine.stream(FRANCE, settings)) == expected
+    assert engine.generate([FRANCE], params)[0].text == expected
+    assert "".join(engine.stream(FRANCE, params)) == expected
 
 
 def test_sampling_repeats_with_the_seed_and_differs_without(engine: TransformersEngine) -> None:
-    settings = GenerationSettings(max_new_tokens=12, temperature=1.5)
+    params = SamplingParams(max_new_tokens=12, temperature=1.5)
     torch.manual_seed(1)
-    first = engine.generate([COUNT], settings)[0].text
+    first = engine.generate([COUNT], params)[0].text
     torch.manual_seed(1)
-    assert engine.generate([COUNT], settings)[0].text == first
-    assert engine.generate([COUNT], settings)[0].text != first
+    assert engine.generate([COUNT], params)[0].text == first
+    assert engine.generate([COUNT], params)[0].text != first
 
 
 def test_a_tiny_top_k_makes_sampling_greedy(engine: TransformersEngine) -> None:
-    settings = replace(GREEDY, temperature=2.0, top_k=1)
-    assert engine.generate([FRANCE], settings)[0].text == "The capital of France is Paris."
+    params = replace(GREEDY, temperature=2.0, top_k=1)
+    assert engine.generate([FRANCE], params)[0].text == "The capital of France is Paris."
 
 
 def test_generation_config_of_the_model_holds_unless_a_flag_says_otherwise(engine: TransformersEngine) -> None:
@@ -70,10 +70,10 @@ def test_generation_config_of_the_model_holds_unless_a_flag_says_otherwise(engin
     before = (own.do_sample, own.temperature, own.top_k, own.top_p)
     try:
         own.do_sample, own.temperature, own.top_k, own.top_p = True, 0.7, 20, 0.8
-        config = engine.generation_config(GenerationSettings(), 10)
+        config = engine.generation_config(SamplingParams(), 10)
         assert (config.do_sample, config.temperature, config.top_k, config.top_p) == (True, 0.7, 20, 0.8)
         assert config.max_new_tokens == engine.context_length - 10
-        config = engine.generation_config(GenerationSettings(temperature=0.1, top_k=-1), 10)
+        config = engine.generation_config(SamplingParams(temperature=0.1, top_k=-1), 10)
         assert (config.do_sample, config.temperature, config.top_k, config.top_p) == (True, 0.1, 0, 0.8)
         assert engine.generation_config(GREEDY, 10).do_sample is False
         with warnings.catch_warnings():
@@ -84,8 +84,8 @@ def test_generation_config_of_the_model_holds_unless_a_flag_says_otherwise(engin
 
 
 def test_logprobs_are_those_of_the_tokens_in_the_answer(engine: TransformersEngine) -> None:
-    settings = replace(GREEDY, logprobs=True, top_logprobs=2)
-    answer = engine.generate([COUNT, FRANCE], settings)[1]
+    params = replace(GREEDY, logprobs=True, top_logprobs=2)
+    answer = engine.generate([COUNT, FRANCE], params)[1]
     assert answer.logprobs is not None
     content = answer.logprobs["content"]
     assert "".join(item["token"] for item in content) == answer.text
@@ -102,10 +102,10 @@ def test_logprobs_are_those_of_the_tokens_in_the_answer(engine: TransformersEngi
 
 
 def test_beam_search_answers_and_streams_in_one_piece(engine: TransformersEngine) -> None:
-    settings = replace(GREEDY, num_beams=2)
-    assert list(engine.stream(FRANCE, settings)) == ["The capital of France is Paris."]
+    params = replace(GREEDY, num_beams=2)
+    assert list(engine.stream(FRANCE, params)) == ["The capital of France is Paris."]
     with pytest.raises(UserError, match="--num_beams"):
-        replace(settings, logprobs=True)
+        replace(params, logprobs=True)
 
 
 def test_a_prompt_that_does_not_fit_is_an_error_of_its_own_row(engine: TransformersEngine) -> None:

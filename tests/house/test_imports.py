@@ -24,7 +24,7 @@ NEVER = {("train", "serve"), ("serve", "train")}
 #: The order of the rooms of one package; each imports from itself and from those after it.
 INSIDE = {
     "data": ("preview", "flow", "tokens", "chat", "names", "plugins", "builtin", "files", "rows", "json_text"),
-    "serve": ("deploy", "running", "application", "gateway", "replica"),
+    "serve": ("running", "deploy", "application", "gateway", "replica"),
 }
 LEVEL = {room: level for level, rooms in enumerate(FLOORS) for room in rooms}
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from rayswift.arguments import make_arguments
-from rayswift.generate.types import Answer
+from rayswift.generate.types import Answer, Request
 from rayswift.inference.run import answer_rows
 from rayswift.journal import open_results
 
@@ -21,10 +21,10 @@ ROWS: list[dict[str, Any]] = [
 ROWS[2] = {"messages": [], "error": "d:3: no conversation", "dataset": "d"}
 
 
-def backwards(rows: Sequence[tuple[int, Any]]) -> Iterator[tuple[int, Answer]]:
+def backwards(requests: Sequence[Request]) -> Iterator[tuple[int, Answer]]:
     """Answers every row, the last one first."""
-    for index, row in reversed(rows):
-        yield index, Answer(row["messages"][0]["content"] + "!", 3, 2)
+    for request in reversed(requests):
+        yield request.numbers[0], Answer(request.row["messages"][0]["content"] + "!", 3, 2)
 
 
 def run(path: Path, source: Any, **settings: Any) -> list[dict[str, Any]]:
@@ -51,14 +51,14 @@ def test_a_run_that_ends_early_keeps_what_it_has_and_the_next_answers_only_the_r
 ) -> None:
     path, asked = tmp_path / "out.jsonl", []
 
-    def dies_after_two(rows: Sequence[tuple[int, Any]]) -> Iterator[tuple[int, Answer]]:
-        yield rows[0][0], Answer("0!")
-        yield rows[1][0], Answer("1!")
+    def dies_after_two(requests: Sequence[Request]) -> Iterator[tuple[int, Answer]]:
+        yield requests[0].numbers[0], Answer("0!")
+        yield requests[1].numbers[0], Answer("1!")
         raise KeyboardInterrupt
 
-    def notes_rows(rows: Sequence[tuple[int, Any]]) -> Iterator[tuple[int, Answer]]:
-        asked.extend(index for index, _ in rows)
-        return backwards(rows)
+    def notes_rows(requests: Sequence[Request]) -> Iterator[tuple[int, Answer]]:
+        asked.extend(request.numbers[0] for request in requests)
+        return backwards(requests)
 
     with pytest.raises(KeyboardInterrupt):
         run(path, dies_after_two)

@@ -10,10 +10,10 @@ import pytest
 
 from rayswift.errors import UserError
 from rayswift.generate.transformers import TransformersEngine
-from rayswift.generate.types import GenerationSettings
+from rayswift.generate.types import SamplingParams
 from rayswift.inference.chat import Chat, chat
 
-GREEDY = GenerationSettings(max_new_tokens=10, temperature=0)
+GREEDY = SamplingParams(max_new_tokens=10, temperature=0)
 
 
 class Terminal:

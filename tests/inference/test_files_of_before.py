@@ -15,7 +15,9 @@ from rayswift.arguments import make_arguments
 from rayswift.eval import evaluate as evaluation
 from rayswift.eval.results import Question, Result
 from rayswift.generate.types import Answer
-from rayswift.inference import command
+from rayswift.inference.command import deciding_settings
+from rayswift.inference.rows import read_rows
+from rayswift.journal import open_results, run_identity
 from rayswift.sampling import run as sampling
 
 NOWHERE = "http://127.0.0.1:9/v1"
@@ -33,19 +35,14 @@ def rows_of(path: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in Path(path).read_text("utf-8").splitlines()]
 
 
-def test_a_result_file_goes_on_after_its_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    @contextlib.contextmanager
-    def source(*_: Any) -> Iterator[Any]:
-        yield lambda rows: [(index, Answer(f"now {index}")) for index, _ in rows]
-
-    monkeypatch.setattr(command, "open_source", source)
+def test_a_result_file_goes_on_after_its_rows() -> None:
     args: Any = make_arguments(
         "infer", base_url=NOWHERE, model="m", val_dataset=["rows.jsonl"], result_path="out.jsonl"
     )
-    command.infer(args)
-    assert [row["response"] for row in rows_of("out.jsonl")] == [
-        "of another run", "before 0", "before 1", "now 2", "now 3"
-    ]  # fmt: skip
+    with open_results(Path("out.jsonl"), run_identity(deciding_settings(args), read_rows(args))) as results:
+        assert [row["response"] for row in results.rows] == ["before 0", "before 1"]
+        results.append({"response": "now 2"})
+    assert [row["response"] for row in rows_of("out.jsonl")] == ["of another run", "before 0", "before 1", "now 2"]
 
 
 def test_a_journal_of_answers_goes_on_with_those_that_are_missing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -80,7 +77,7 @@ def test_an_evaluation_goes_on_in_its_folder(monkeypatch: pytest.MonkeyPatch) ->
             return Result(benchmark.asked, model.label, "Native", "accuracy", {"accuracy": 1.0}, 0, [question])
 
     monkeypatch.setattr(evaluation, "choose_backend", lambda args: Backend())
-    monkeypatch.setattr(evaluation, "check_servings", lambda servings: None)
+    monkeypatch.setattr(evaluation, "check_endpoints", lambda endpoints: None)
     args: Any = make_arguments("eval", eval_url=NOWHERE, model="m", eval_dataset=["ARC_c", "gsm8k"])
     assert evaluation.evaluate(args) == {"m": {"ARC_c": 0.5, "gsm8k": 1.0}}
     assert asked == [("gsm8k", '{"index": 0}\n')]

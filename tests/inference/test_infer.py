@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from in_process import rayswift
 
 from rayswift.arguments import make_arguments
 from rayswift.errors import UserError
-from rayswift.inference.command import infer, read_rows, result_path, with_checkpoint
+from rayswift.inference.command import infer, read_rows, result_path
+from rayswift.modeling.resolved import resolve_model
 
 ROWS = [
     {"messages": [{"role": "user", "content": "What is the capital of France?"},
@@ -82,10 +82,12 @@ def test_rows_can_be_limited_sampled_and_shuffled(dataset: str) -> None:
 
 
 def test_a_checkpoint_alone_is_enough_and_its_system_is_used(checkpoint: str, smollm2_dir: str) -> None:
-    args = with_checkpoint(infer_args(adapters=[checkpoint]))
+    asked = infer_args(adapters=[checkpoint])
+    args = resolve_model(asked).args
     assert args.model == smollm2_dir
     assert args.system == "Answer with one word."
-    assert with_checkpoint(infer_args(adapters=[checkpoint], system="Mine")).system == "Mine"
+    assert (asked.model, asked.system) == (None, None)  # the caller's arguments are as they were
+    assert resolve_model(infer_args(adapters=[checkpoint], system="Mine")).args.system == "Mine"
     assert str(result_path(args)).startswith(checkpoint + "/infer_result/")
 
 
@@ -93,7 +95,7 @@ def test_an_adapter_without_args_json_names_its_base_model(checkpoint: str, smol
     saved = Path(checkpoint) / "args.json"
     hidden = saved.rename(saved.with_suffix(".hidden"))
     try:
-        assert with_checkpoint(infer_args(adapters=[checkpoint])).model == smollm2_dir
+        assert resolve_model(infer_args(adapters=[checkpoint])).args.model == smollm2_dir
     finally:
         hidden.rename(saved)
 
@@ -127,10 +129,9 @@ def test_streaming_over_a_dataset_shows_query_and_answer(
 
 
 def test_the_command_answers_a_pipe_and_exits_with_0(smollm2_dir: str) -> None:
-    command = [sys.executable, "-m", "rayswift", "infer", "--model", smollm2_dir, "--infer_backend", "pt"]
-    done = subprocess.run(
-        [*command, "--temperature", "0", "--max_new_tokens", "10", "--stream", "true"],
-        check=False, input="What is the capital of France?\n", capture_output=True, text=True, timeout=300,
+    done = rayswift(
+        "infer", "--model", smollm2_dir, "--infer_backend", "pt", "--temperature", "0", "--max_new_tokens", "10",
+        "--stream", "true", stdin="What is the capital of France?\n",
     )  # fmt: skip
     assert (done.returncode, done.stdout) == (0, "The capital of France is Paris.\n"), done.stderr
 

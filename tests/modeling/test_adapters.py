@@ -12,7 +12,14 @@ import torch
 from tiny_models import llama, lora_args, qwen25_half_billion_on_meta, randomise_lora
 
 from rayswift.errors import UserError
-from rayswift.modeling.adapters import add_lora, freeze_for_full, load_adapter, parameter_info
+from rayswift.modeling.adapters import (
+    add_lora,
+    base_model_of,
+    freeze_for_full,
+    load_adapter,
+    lora_rank,
+    parameter_info,
+)
 
 FREEZE_DEFAULTS: dict[str, Any] = {"freeze_parameters": [], "trainable_parameters": [], "freeze_parameters_ratio": 0.0}
 
@@ -140,6 +147,31 @@ def test_a_saved_adapter_loads_and_computes_the_same(adapter_dir: Path) -> None:
 
 def test_a_saved_adapter_can_go_on_training(adapter_dir: Path) -> None:
     assert len(trainable_names(load_adapter(llama(), str(adapter_dir), is_trainable=True))) == 28
+
+
+@pytest.mark.parametrize(
+    ("config", "rank"),
+    [({"r": 8}, 8), ({"r": 8, "rank_pattern": {"q_proj": 32, "v_proj": 4}}, 32), ({"rank_pattern": None}, 0)],
+)
+def test_the_rank_of_an_adapter_is_the_largest_of_its_layers(config: Any, rank: int, tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    assert lora_rank(str(tmp_path)) == rank
+
+
+@pytest.mark.parametrize("config", [{"r": "big"}, {"r": 8, "rank_pattern": ["q_proj"]}, {"rank_pattern": {"q": None}}])
+def test_a_rank_that_is_no_number_is_named(config: Any, tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=r"adapter_config\.json: r and the values of rank_pattern are whole numbers"):
+        lora_rank(str(tmp_path))
+
+
+@pytest.mark.parametrize("text", [None, "{", "[]"])
+def test_a_configuration_that_cannot_be_read_is_named(text: str | None, tmp_path: Path) -> None:
+    if text is not None:
+        (tmp_path / "adapter_config.json").write_text(text)
+    for read in (lora_rank, base_model_of):
+        with pytest.raises(UserError, match=r"adapter_config\.json"):
+            read(str(tmp_path))
 
 
 def test_an_adapter_of_another_base_model_is_refused(adapter_dir: Path) -> None:

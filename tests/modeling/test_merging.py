@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from tiny_models import llama, lora_args, randomise_lora, word_tokenizer
 
 from rayswift.errors import UserError
+from rayswift.modeling import merging
 from rayswift.modeling.adapters import add_lora, load_adapter
 from rayswift.modeling.loading import add_special_tokens, load_model, load_tokenizer
 from rayswift.modeling.merging import merge_adapter
@@ -68,6 +70,24 @@ def test_a_whole_merged_model_is_reused_and_a_broken_or_old_one_replaced(base_an
     os.utime(Path(adapter) / "adapter_model.safetensors", (newer, newer))
     merge_adapter(adapter, base)
     assert weights.stat().st_ino != second
+
+
+def test_a_model_that_another_process_merged_meanwhile_stays(
+    base_and_adapter: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, adapter = base_and_adapter
+    other = Path(merge_adapter(adapter, base, str(tmp_path / "other")))
+    target, write = Path(f"{adapter}-merged"), merging.write_model
+
+    def finished_first(*args: Any) -> None:
+        write(*args)
+        other.rename(target)
+
+    monkeypatch.setattr(merging, "write_model", finished_first)
+    first = (other / "model.safetensors").stat().st_ino
+    assert merge_adapter(adapter, base) == str(target)
+    assert (target / "model.safetensors").stat().st_ino == first
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
 
 
 def test_a_folder_of_the_user_is_never_replaced(base_and_adapter: tuple[str, str], tmp_path: Path) -> None:

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from rayswift.data.tokens.table import Row
+from rayswift.data.tokens.table import TokenizedRow
 from rayswift.modeling.loading import load_model, load_tokenizer
 from rayswift.modeling.varlen_attention import NAME
-from rayswift.train.loader import flatten, pad
+from rayswift.train.collate import flatten, pad
 
 TEXTS = [
     "The capital of France is Paris, and the capital of Italy is Rome.",
@@ -34,12 +34,12 @@ def model_dir(request: pytest.FixtureRequest, smollm2_dir: str, tmp_path_factory
 
 
 @pytest.fixture(scope="module")
-def rows(smollm2_dir: str) -> list[Row]:
+def rows(smollm2_dir: str) -> list[TokenizedRow]:
     tokenizer = load_tokenizer(smollm2_dir)
     found = []
     for text in TEXTS:
         ids = np.array(tokenizer(text)["input_ids"], np.int32)
-        found.append(Row(ids, np.where(np.arange(len(ids)) > 0, ids, -100).astype(np.int32)))
+        found.append(TokenizedRow(ids, np.where(np.arange(len(ids)) > 0, ids, -100).astype(np.int32)))
     return found
 
 
@@ -56,7 +56,7 @@ def losses(model: Any, batch: dict[str, Any]) -> torch.Tensor:
     return every[labels[:, 1:].flatten() != -100]
 
 
-def per_row(values: torch.Tensor, rows: list[Row]) -> torch.Tensor:
+def per_row(values: torch.Tensor, rows: list[TokenizedRow]) -> torch.Tensor:
     return torch.stack([part.mean() for part in values.split([len(row.input_ids) - 1 for row in rows])])
 
 
@@ -65,7 +65,7 @@ def per_row(values: torch.Tensor, rows: list[Row]) -> torch.Tensor:
     [(NAME, "float32", 1e-5), (NAME, "bfloat16", 5e-3), ("sdpa", "float32", 1e-5), ("eager", "float32", 1e-5)],
 )
 def test_a_joined_row_has_the_loss_it_has_alone(
-    attention: str, dtype: str, tolerance: float, model_dir: str, rows: list[Row]
+    attention: str, dtype: str, tolerance: float, model_dir: str, rows: list[TokenizedRow]
 ) -> None:
     model = model_of(model_dir, attention, dtype)
     alone = torch.stack([losses(model, pad([row], 0)).mean() for row in rows])
@@ -75,12 +75,12 @@ def test_a_joined_row_has_the_loss_it_has_alone(
     assert alone.std() > 0.1
 
 
-def test_padded_batches_are_what_they_are_under_sdpa(model_dir: str, rows: list[Row]) -> None:
+def test_padded_batches_are_what_they_are_under_sdpa(model_dir: str, rows: list[TokenizedRow]) -> None:
     found = [losses(model_of(model_dir, attention), pad(rows, 0)) for attention in (NAME, "sdpa")]
     assert torch.allclose(*found, rtol=1e-5)
 
 
-def test_gradients_are_those_of_the_rows_alone(model_dir: str, rows: list[Row]) -> None:
+def test_gradients_are_those_of_the_rows_alone(model_dir: str, rows: list[TokenizedRow]) -> None:
     gradients = []
     for batches in ([flatten(rows)], [pad([row], 0) for row in rows]):
         model = model_of(model_dir, NAME).train()
@@ -93,7 +93,7 @@ def test_gradients_are_those_of_the_rows_alone(model_dir: str, rows: list[Row]) 
     assert torch.allclose(*gradients, rtol=1e-3, atol=1e-4)
 
 
-def test_a_sliding_window_is_kept(rows: list[Row]) -> None:
+def test_a_sliding_window_is_kept(rows: list[TokenizedRow]) -> None:
     """Against the mask that Transformers itself builds for joined rows."""
     from transformers import MistralConfig, MistralForCausalLM
 

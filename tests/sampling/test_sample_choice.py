@@ -6,13 +6,13 @@ from typing import Any
 
 import pytest
 
-from rayswift.sampling.choice import Counts, Rules, choose, scaled
+from rayswift.sampling.choice import SampleStats, SelectionRules, choose, scaled
 
-BOTH = Rules(orm=True, prm=True, n_best_to_keep=2)
+BOTH = SelectionRules(orm=True, prm=True, n_best_to_keep=2)
 
 
-def kept(rules: Rules, texts: list[str], reference: str | None, orm: Any = None, prm: Any = None) -> list[Any]:
-    return choose(rules, texts, reference, orm, prm, Counts())
+def kept(rules: SelectionRules, texts: list[str], reference: str | None, orm: Any = None, prm: Any = None) -> list[Any]:
+    return choose(rules, texts, reference, orm, prm, SampleStats())
 
 
 def test_the_best_are_kept_each_beside_the_worst() -> None:
@@ -21,31 +21,31 @@ def test_the_best_are_kept_each_beside_the_worst() -> None:
 
 
 def test_outcome_counts_ten_times_the_process_and_thresholds_count_unscaled() -> None:
-    assert kept(Rules(True, True, 9, prm_threshold=0.5), ["a", "b"], None, [1, 0], [0.4, 1.0]) == []
-    assert kept(Rules(True, True, 9, prm_threshold=0.3), ["a", "b"], None, [1, 0], [0.4, 1.0]) == [("a", "b")]
+    assert kept(SelectionRules(True, True, 9, prm_threshold=0.5), ["a", "b"], None, [1, 0], [0.4, 1.0]) == []
+    assert kept(SelectionRules(True, True, 9, prm_threshold=0.3), ["a", "b"], None, [1, 0], [0.4, 1.0]) == [("a", "b")]
 
 
 def test_the_datasets_answer_fills_up_what_is_missing_behind_answers_as_good() -> None:
-    rules = Rules(orm=True, prm=False, n_best_to_keep=2)
+    rules = SelectionRules(orm=True, prm=False, n_best_to_keep=2)
     assert kept(rules, ["a", "b"], "gold", [1, 0, 1]) == [("a", "b"), ("gold", "b")]
     assert kept(rules, ["a", "b"], "gold", [0, 0, 1]) == [("gold", "b")]
 
 
 def test_nothing_is_rejected_for_an_answer_that_is_no_better() -> None:
-    rules = Rules(orm=True, prm=False, n_best_to_keep=5)
+    rules = SelectionRules(orm=True, prm=False, n_best_to_keep=5)
     assert kept(rules, ["a", "b"], "gold", [1, 1, 1]) == [("a", None), ("b", None), ("gold", None)]
     assert kept(rules, ["a", "b"], "gold", [0, 0, 0]) == []
 
 
 def test_a_text_is_kept_once() -> None:
-    rules = Rules(orm=True, prm=False, n_best_to_keep=2)
+    rules = SelectionRules(orm=True, prm=False, n_best_to_keep=2)
     assert kept(rules, ["a", "a", "x", "b"], "a", [1, 1, 0, 1, 1]) == [("a", "x"), ("b", "x")]
 
 
 @pytest.mark.parametrize(("threshold", "dropped"), [(None, False), (0.5, True), (0.75, False), (1.0, False)])
 def test_easy_prompts_are_dropped_by_the_share_of_sampled_answers(threshold: float | None, dropped: bool) -> None:
-    counts = Counts()
-    rules = Rules(True, False, 5, easy_query_threshold=threshold)
+    counts = SampleStats()
+    rules = SelectionRules(True, False, 5, easy_query_threshold=threshold)
     found = choose(rules, ["a", "b", "c", "x"], "gold", [1, 1, 1, 0, 1], None, counts)
     assert (not found) == dropped == bool(counts.too_easy)
     assert counts.right == 3

@@ -1,4 +1,4 @@
-"""``--sampler_engine client`` and servers with manners of their own: the real engine behind a gate that has them."""
+"""``--sampler_engine client`` and servers with manners of their own: an engine behind a gate that has them."""
 
 from __future__ import annotations
 
@@ -8,14 +8,15 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
 
 from rayswift.generate.endpoint import EndpointEngine
-from rayswift.generate.pool import Request
-from rayswift.generate.types import EngineUnusable, GenerationSettings
-from rayswift.sampling.engines import Client, RateLimit
+from rayswift.generate.types import EngineUnusable, Request, SamplingParams
+from rayswift.sampling.engines import RateLimit, answers_of
 
 ROW = {"messages": [{"role": "user", "content": "Name a fruit."}]}
 REQUESTS = [Request((0, 1, 2), ROW, (11, 12, 13)), Request((3, 4), ROW, (14, 15))]
@@ -40,7 +41,7 @@ class Gate:
         changed = self.change(dict(body), len(self.bodies))
         if "status" in changed:
             error = {"error": {"message": changed["message"], "type": "refused"}}
-            await JSONResponse(error, changed["status"], {"Retry-After": "0"})(scope, receive, send)
+            await JSONResponse(error, changed["status"], {"Retry-After-Ms": "20"})(scope, receive, send)
             return
         data = json.dumps(changed).encode()
 
@@ -55,8 +56,10 @@ class Gate:
 
 
 @contextlib.contextmanager
-def gated(served: Any, change: Any, **settings: Any) -> Iterator[tuple[Gate, Client]]:
-    """A client of the engine behind such a gate."""
+def gated(
+    served: Any, change: Any, *, per_minute: int | None = None, parallel: int = 32, **fields: Any
+) -> Iterator[tuple[Gate, Any]]:
+    """The engine behind such a gate, as a source of answers."""
     import uvicorn
 
     gate, listener = Gate(served.serving.app, change), socket.create_server(("127.0.0.1", 0))
@@ -65,65 +68,67 @@ def gated(served: Any, change: Any, **settings: Any) -> Iterator[tuple[Gate, Cli
     thread.start()
     try:
         engine = EndpointEngine.connect(f"http://127.0.0.1:{listener.getsockname()[1]}/v1", api_key="any")
-        limit = RateLimit(settings.pop("per_minute", None))
-        yield gate, Client(engine.patient(), GenerationSettings(max_new_tokens=4, temperature=1.0), limit, settings)
+        engine = replace(engine.patient(), turn=RateLimit(per_minute).wait, parallel=parallel)
+        yield gate, partial(answers_of, engine, SamplingParams(max_new_tokens=4, temperature=1.0), fields)
     finally:
         server.should_exit = True
         thread.join(20)
 
 
-def numbers(client: Client, requests: Any = REQUESTS) -> list[int]:
-    found = list(client.answers(requests))
+def numbers(answers: Any, requests: Any = REQUESTS) -> list[int]:
+    found = list(answers(requests))
     assert not [answer.error for _, answer in found if answer.error]
     assert all(answer.text for _, answer in found)
     return sorted(number for number, _ in found)
 
 
-def test_one_request_asks_for_all_answers_to_a_prompt(served: Any) -> None:
-    with gated(served, lambda body, _: body, top_k=5) as (gate, client):
-        assert numbers(client) == [0, 1, 2, 3, 4]
+def test_one_request_asks_for_all_answers_to_a_prompt(tiny_served: Any) -> None:
+    with gated(tiny_served, lambda body, _: body, top_k=5) as (gate, answers):
+        assert numbers(answers) == [0, 1, 2, 3, 4]
     assert sorted((body["n"], body["seed"], body["top_k"]) for body in gate.bodies) == [(2, 14, 5), (3, 11, 5)]
 
 
-def test_a_server_that_gives_one_answer_is_asked_until_there_are_enough(served: Any) -> None:
-    with gated(served, lambda body, _: body | {"n": 1}) as (gate, client):
-        assert numbers(client) == [0, 1, 2, 3, 4]
+def test_a_server_that_gives_one_answer_is_asked_until_there_are_enough(tiny_served: Any) -> None:
+    with gated(tiny_served, lambda body, _: body | {"n": 1}) as (gate, answers):
+        assert numbers(answers) == [0, 1, 2, 3, 4]
     assert sorted(body["seed"] for body in gate.bodies) == [11, 12, 13, 14, 15]
 
 
-def test_a_server_that_does_not_know_n_is_asked_without(served: Any) -> None:
+def test_a_server_that_does_not_know_n_is_asked_without(tiny_served: Any) -> None:
     def refuse(body: Any, _: int) -> Any:
         return {"status": 400, "message": "n is not supported"} if "n" in body else body
 
-    with gated(served, refuse) as (gate, client):
-        client.engine.parallel = 1
-        assert numbers(client) == [0, 1, 2, 3, 4]
+    with gated(tiny_served, refuse, parallel=1) as (gate, answers):
+        assert numbers(answers) == [0, 1, 2, 3, 4]
     assert [body.get("n") for body in gate.bodies] == [3, None, None, None, None, None]
 
 
-def test_a_busy_server_is_asked_again(served: Any) -> None:
+def test_a_busy_server_is_asked_again(tiny_served: Any) -> None:
     def busy(body: Any, count: int) -> Any:
         return {"status": 429, "message": "slow down"} if count <= 3 else body
 
-    with gated(served, busy) as (gate, client):
-        assert numbers(client) == [0, 1, 2, 3, 4]
+    with gated(tiny_served, busy) as (gate, answers):
+        assert numbers(answers) == [0, 1, 2, 3, 4]
     assert len(gate.bodies) == 5
 
 
-def test_requests_keep_to_the_rate_limit(served: Any) -> None:
-    with gated(served, lambda body, _: body, per_minute=120) as (gate, client):
-        assert numbers(client, [Request((number,), ROW, (number,)) for number in range(4)]) == [0, 1, 2, 3]
-    assert gate.times[-1] - gate.times[0] > 3 * 0.5 - 0.2
+def test_requests_keep_to_the_rate_limit(tiny_served: Any) -> None:
+    with gated(tiny_served, lambda body, _: body, per_minute=300) as (gate, answers):
+        assert numbers(answers, [Request((number,), ROW, (number,)) for number in range(4)]) == [0, 1, 2, 3]
+    assert gate.times[-1] - gate.times[0] > 3 * 0.2 - 0.08
 
 
-def test_what_is_wrong_with_one_prompt_fails_its_answers_alone(served: Any) -> None:
+def test_what_is_wrong_with_one_prompt_fails_its_answers_alone(tiny_served: Any) -> None:
     long = Request((7, 8), {"messages": [{"role": "user", "content": "word " * 9000}]}, (1, 2))
-    with gated(served, lambda body, _: body) as (_, client):
-        found = dict(client.answers([*REQUESTS, long]))
+    with gated(tiny_served, lambda body, _: body) as (_, answers):
+        found = dict(answers([*REQUESTS, long]))
     assert sorted(found) == [0, 1, 2, 3, 4, 7, 8]
     assert [bool(found[number].error) for number in (0, 7, 8)] == [False, True, True]
 
 
-def test_a_server_that_stays_away_ends_the_run(served: Any) -> None:
-    with gated(served, lambda body, _: {"status": 401, "message": "no"}) as (_, client), pytest.raises(EngineUnusable):
-        numbers(client)
+def test_a_server_that_stays_away_ends_the_run(tiny_served: Any) -> None:
+    with (
+        gated(tiny_served, lambda body, _: {"status": 401, "message": "no"}) as (_, answers),
+        pytest.raises(EngineUnusable),
+    ):
+        numbers(answers)

@@ -166,8 +166,8 @@ def test_a_reward_model_scores_and_one_that_is_none_is_refused_first(
 # --- an endpoint ------------------------------------------------------------------------------------------------
 
 
-def test_an_endpoint_answers_and_its_answers_are_judged(served: Any, tmp_path: Path) -> None:
-    endpoint = {"sampler_engine": "client", "base_url": served.base_url, "api_key": served.api_key}
+def test_an_endpoint_answers_and_its_answers_are_judged(tiny_served: Any, tmp_path: Path) -> None:
+    endpoint = {"sampler_engine": "client", "base_url": tiny_served.base_url, "api_key": tiny_served.api_key}
     found = run(tmp_path, **endpoint, dataset=[f"{GSM8K}#2"], sampler_type="distill", system="Be brief.",
                 max_requests_per_minute=600)  # fmt: skip
     rows = read(found["output_file"])
@@ -175,8 +175,8 @@ def test_an_endpoint_answers_and_its_answers_are_judged(served: Any, tmp_path: P
     assert {row["messages"][0]["content"] for row in rows} == {"Be brief."}
     assert len({row["messages"][-1]["content"] for row in rows}) > 2
     judged = run(tmp_path, sampler_engine="no", cache_files=[found["output_file"]], prm_model="client",
-                 dataset=[f"{GSM8K}#2"], system="Be brief.", judge_base_url=served.base_url, prm_threshold=-2.0,
-                 judge_max_tokens=8, judge_api_key=served.api_key, output_file="judged.parquet",
+                 dataset=[f"{GSM8K}#2"], system="Be brief.", judge_base_url=tiny_served.base_url, prm_threshold=-2.0,
+                 judge_max_tokens=8, judge_api_key=tiny_served.api_key, output_file="judged.parquet",
                  orm_model="gsm8k")  # fmt: skip
     from pyarrow import parquet
 
@@ -186,13 +186,13 @@ def test_an_endpoint_answers_and_its_answers_are_judged(served: Any, tmp_path: P
     assert table.column("messages")[0].as_py()[-1]["role"] == "assistant"
 
 
-def test_an_endpoint_that_cannot_be_used_is_one_line_and_leaves_nothing(served: Any, tmp_path: Path) -> None:
+def test_an_endpoint_that_cannot_be_used_is_one_line_and_leaves_nothing(tiny_served: Any, tmp_path: Path) -> None:
     for settings, line in (
         ({"api_key": "wrong"}, "the key is not accepted"),
         ({"base_url": "http://127.0.0.1:9/v1"}, "no server answers there"),
         ({"model": "nobody"}, "nobody"),
     ):
-        endpoint = {"sampler_engine": "client", "base_url": served.base_url, "api_key": served.api_key}
+        endpoint = {"sampler_engine": "client", "base_url": tiny_served.base_url, "api_key": tiny_served.api_key}
         with pytest.raises(UserError, match=line) as caught:
             run(tmp_path / "out", **{**endpoint, **settings})
         assert "\n" not in str(caught.value)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from rayswift.generate.model_spec import ModelPlan
+from rayswift.generate.model_spec import ModelSpec
 from rayswift.serve.gateway.adapters import AdapterRegistry
 from rayswift.serve.replica.adapters import AdapterLoader, AdapterRefused, check_name
 
@@ -41,7 +41,7 @@ def loader(root: Path, tmp_path: Path) -> AdapterLoader:
     base = tmp_path / "base"
     base.mkdir()
     save_file({f"{TARGET}.weight": np.zeros((HIDDEN, HIDDEN), np.float32)}, base / "model.safetensors")
-    loader = AdapterLoader(ModelPlan("base", str(base), "vllm", adapter_root=str(root), max_lora_rank=16))
+    loader = AdapterLoader(ModelSpec("base", str(base), "vllm", adapter_root=str(root), max_lora_rank=16))
     loader.read_base(str(base))
     return loader
 

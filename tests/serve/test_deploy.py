@@ -16,9 +16,9 @@ from serving import free_port, listening
 
 from rayswift.arguments import make_arguments
 from rayswift.data.tokens.encoder import Encoder
-from rayswift.generate.model_spec import plan_models
+from rayswift.generate.model_spec import model_specs
 from rayswift.generate.transformers import TransformersEngine
-from rayswift.generate.types import GenerationSettings
+from rayswift.generate.types import SamplingParams
 from rayswift.serve.deploy import deployment
 
 MODEL, KEY = "tiny-llama", "sk-of-this-test"
@@ -53,15 +53,15 @@ def server(ray_cluster: None, tiny_dir: str) -> Iterator[httpx.Client]:
     on_sigterm = signal.getsignal(signal.SIGTERM)
     address = f"http://127.0.0.1:{args.port}"
     with said("rayswift.serve.deploy") as lines:
-        with deployment(args, plan_models(args)):
+        with deployment(args, model_specs(args)):
             assert [line for line in lines if "ready:" in line] == [f"ready: {address}/v1  ({MODEL})"]
             with httpx.Client(base_url=address, headers={"Authorization": f"Bearer {KEY}"}) as client:
                 yield client
         assert "stopping: running requests finish first" in lines[-1]
     assert ray.is_initialized()
+    assert signal.getsignal(signal.SIGTERM) is on_sigterm
     assert not serve.status().applications
     serve.shutdown()
-    signal.signal(signal.SIGTERM, on_sigterm)
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +71,7 @@ def client(server: httpx.Client) -> openai.OpenAI:
 
 def test_it_answers_what_infer_answers_streamed_and_whole(client: openai.OpenAI, tiny_dir: str) -> None:
     engine = TransformersEngine.load(Encoder(tiny_dir), torch_dtype="float32", use_gpu=False)
-    expected = engine.generate([QUESTION], GenerationSettings(max_new_tokens=12, temperature=0))[0].text
+    expected = engine.generate([QUESTION], SamplingParams(max_new_tokens=12, temperature=0))[0].text
     assert expected
     whole = client.chat.completions.create(model=MODEL, messages=QUESTION, max_tokens=12, temperature=0)
     assert whole.choices[0].message.content == expected

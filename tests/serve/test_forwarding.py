@@ -196,6 +196,17 @@ async def test_an_error_of_the_request_is_the_clients_at_once() -> None:
         assert replicas.given == 1
 
 
+@pytest.mark.parametrize("body", [{"detail": "Not Found"}, {"error": {"message": "no such path", "code": "not_found"}}])
+async def test_a_path_that_an_engine_lacks_is_what_its_model_does_not_do(body: dict[str, Any]) -> None:
+    async def lacks(request: web.Request) -> web.StreamResponse:
+        return web.json_response(body, status=404)
+
+    async with served(lacks) as (forwarder, _, _):
+        with pytest.raises(ApiError, match="this model does not do that") as refused:
+            await ask(forwarder)
+        assert refused.value.status == 404
+
+
 async def test_a_stream_whose_replica_dies_goes_on_from_its_tokens() -> None:
     # The last token may have been cut short: the second replica is given those before it, and repeats their text.
     async with served(streams(0, 3, ends=False), streams(0, 4, ends=True)) as (forwarder, replicas, counters):

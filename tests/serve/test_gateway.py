@@ -105,6 +105,7 @@ def test_a_path_that_is_not_there_and_a_method_that_is_not_taken_are_openai_erro
     for path in ("/no/such/path", "/v1/chat/completions/x", "/", "/v1", "/pause", "/redoc", "/docs/oauth2-redirect"):
         answer = client.get(path)
         assert (answer.status_code, error_of(answer)["type"]) == (404, "not_found_error"), path
+    assert client.get("/no/such/path", headers={"Host": "["}).status_code == 404
     for method, path, taken in (
         ("GET", CHAT, "POST"), ("HEAD", CHAT, "POST"), ("PUT", "/v1/models", "GET"), ("POST", "/v1/models/m", "GET"),
         ("GET", "/v1/load_lora_adapter", "POST"), ("DELETE", "/health", "GET"), ("PROPFIND", "/metrics", "GET"),

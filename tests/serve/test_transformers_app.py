@@ -13,10 +13,12 @@ from typing import Any
 import httpx
 import openai
 import pytest
+import torch
 from starlette.testclient import TestClient
 
 from rayswift.data.tokens.encoder import Encoder
 from rayswift.generate.transformers import TransformersEngine
+from rayswift.generate.types import SamplingParams
 from rayswift.serve.lease import RESUME_HEADER
 from rayswift.serve.ports import bind
 from rayswift.serve.replica.transformers import TransformersServing
@@ -116,6 +118,26 @@ def test_a_real_model_answers_as_the_engine_does(engine: TransformersEngine) -> 
     assert answer["choices"][0]["finish_reason"] == "stop"
     prompt = len(engine.encoder.encode_prompt(ASK))
     assert answer["usage"] == {"prompt_tokens": prompt, "completion_tokens": 8, "total_tokens": prompt + 8}
+
+
+def test_log_probabilities_are_the_models_own_in_infer_and_deploy(engine: TransformersEngine) -> None:
+    """Before temperature and cuts: with top_k 1 those of the distribution sampled from would all be 0."""
+    params = SamplingParams(max_new_tokens=6, temperature=0.5, top_k=1, logprobs=True, top_logprobs=3)
+    inferred = engine.generate([ASK], params)[0].logprobs
+    serving = TransformersServing(engine, "smollm2")
+    body = {"messages": ASK, "temperature": 0.5, "top_k": 1, "max_tokens": 6, "logprobs": True, "top_logprobs": 3}
+    deployed = TestClient(serving.app).post(CHAT, json=body).json()["choices"][0]["logprobs"]
+    serving.runner.close()
+    assert inferred is not None
+    assert inferred["content"] == deployed["content"]
+    prompt = engine.encoder.encode_prompt(ASK)
+    ids = [engine.encoder.tokenizer.encode(entry["token"])[0] for entry in inferred["content"]]
+    with torch.no_grad():
+        raw = engine.model(torch.tensor([prompt + ids])).logits[0].float().log_softmax(-1)
+    for place, entry in enumerate(inferred["content"]):
+        assert entry["logprob"] == pytest.approx(raw[len(prompt) + place - 1, ids[place]].item(), abs=0.1)  # bf16
+        assert entry["logprob"] == max(other["logprob"] for other in entry["top_logprobs"]) < 0.0
+        assert len(entry["top_logprobs"]) == 3
 
 
 def test_the_openai_client_gets_whole_answers_and_streams(client: openai.OpenAI, serving: TransformersServing) -> None:
@@ -250,7 +272,7 @@ def test_a_short_request_does_not_wait_for_the_end_of_a_long_one(
 
     def ask(name: str, tokens: int) -> None:
         body = {"messages": ASK, "max_tokens": tokens, "ignore_eos": True, "temperature": 0}
-        httpx.post(url + CHAT, json=body, timeout=60).raise_for_status()
+        httpx.post(url + CHAT, json=body, timeout=300).raise_for_status()
         done.append(name)
 
     long = threading.Thread(target=ask, args=("long", 200))

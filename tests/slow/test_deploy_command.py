@@ -12,7 +12,7 @@ import pytest
 from serving import beyond_this_machine, deployed, listening
 
 from rayswift.generate.transformers import TransformersEngine
-from rayswift.generate.types import GenerationSettings
+from rayswift.generate.types import SamplingParams
 
 pytestmark = pytest.mark.slow
 
@@ -24,7 +24,7 @@ def test_it_answers_what_infer_answers_on_ports_of_this_machine_and_ends_by_itse
     smollm2_dir: str, engine: TransformersEngine, tmp_path: Path
 ) -> None:
     flags = ["--infer_backend", "transformers", "--use_gpu", "false", "--api_key", KEY, "--max_length", "512"]
-    expected = engine.generate([QUESTION], GenerationSettings(max_new_tokens=12, temperature=0))[0].text
+    expected = engine.generate([QUESTION], SamplingParams(max_new_tokens=12, temperature=0))[0].text
     with deployed(smollm2_dir, tmp_path, *flags, api_key=KEY) as server:  # leaving it checks that nothing is left
         client = openai.OpenAI(base_url=server.base_url, api_key=KEY, max_retries=0, timeout=120)
         asked = {"model": MODEL, "messages": QUESTION, "max_tokens": 12, "temperature": 0}

@@ -20,16 +20,19 @@ from hypothesis import strategies as st
 
 from rayswift.arguments import make_arguments
 from rayswift.data import files as sources
+from rayswift.data.flow import plan as planning
 from rayswift.data.flow import stream as streaming
 from rayswift.data.flow.cache import TokenCache
+from rayswift.data.flow.plan import plan_streams
 from rayswift.data.flow.prepare import load_train_data
-from rayswift.data.flow.stream import plan_streams, task_tokens
+from rayswift.data.flow.stream import task_tokens
 from rayswift.data.names import resolve_datasets
 from rayswift.data.tokens.encoder import Encoder
 from rayswift.data.tokens.packing import pack
-from rayswift.data.tokens.table import Row, StreamPlaces, StreamPosition, Units
-from rayswift.train.loader import Collator, EpochLoader, Rank, StreamLoader
-from rayswift.train.schedule import StepPlan
+from rayswift.data.tokens.table import StreamPlaces, StreamPosition, TokenizedRow, TrainItems
+from rayswift.train.collate import Collator
+from rayswift.train.loader import EpochLoader, Rank, StreamLoader
+from rayswift.train.schedule import StepSchedule
 
 ROWS = 60
 PACK = 24
@@ -42,7 +45,7 @@ CHECK = settings(
 class Source:
     """A dataset as loaders see it; ``loader(rank, plan, step, places)`` makes the loader of one worker."""
 
-    loader: Callable[[Rank, StepPlan, int, StreamPlaces], Any]
+    loader: Callable[[Rank, StepSchedule, int, StreamPlaces], Any]
     steps_per_epoch: int | None
     start: StreamPlaces = ()
 
@@ -63,7 +66,7 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(folder)
 
 
-def number_of(row: Row, encoder: Encoder) -> int:
+def number_of(row: TokenizedRow, encoder: Encoder) -> int:
     return int(encoder.tokenizer.decode(row.input_ids, skip_special_tokens=True).split()[0])
 
 
@@ -75,10 +78,10 @@ def epoch_source(dataset: str, encoder: Encoder, cache_dir: str, packing: bool, 
     args = make_arguments("sft", model="m/m", dataset=[dataset], split_dataset_ratio=0, data_seed=seed)
     data = load_train_data(args, resolve_datasets(args), encoder, lambda *_: None, TokenCache(cache_dir))
     assert data.train is not None
-    units = Units(data.train, pack(data.train.lengths, PACK) if packing else None)
+    units = TrainItems(data.train, pack(data.train.lengths, PACK) if packing else None)
     steps = -(-len(units) // BATCH) if packing else len(units) // BATCH
 
-    def loader(rank: Rank, plan: StepPlan, step: int, _: StreamPlaces) -> EpochLoader:
+    def loader(rank: Rank, plan: StepSchedule, step: int, _: StreamPlaces) -> EpochLoader:
         return EpochLoader(units, plan, rank, Collator(0, packing), step, seed, shuffle=True)
 
     return Source(loader, steps)
@@ -104,9 +107,9 @@ def stream_source(
     def tables(stream: int, start: StreamPosition) -> Iterator[pa.Table]:
         """What a reader hands out, without Ray."""
         for task in range(start.task, len(streams.plans[stream].tasks)):
-            yield from task_tables(stream, task, start.unit if task == start.task else 0)
+            yield from task_tables(stream, task, start.item if task == start.task else 0)
 
-    def loader(rank: Rank, steps: StepPlan, step: int, places: StreamPlaces) -> StreamLoader:
+    def loader(rank: Rank, steps: StepSchedule, step: int, places: StreamPlaces) -> StreamLoader:
         order = streams.order(step * steps.global_batch_size)
         return StreamLoader(lambda: list(map(tables, range(len(places)), places)), places, order, steps, rank,
                             Collator(0, packing), step)  # fmt: skip
@@ -117,7 +120,7 @@ def stream_source(
 Attempt = tuple[int, int]  # (workers, steps until they are killed)
 
 
-def run(source: Source, plan: StepPlan, attempts: list[Attempt], encoder: Encoder) -> list[list[list[int]]]:
+def run(source: Source, plan: StepSchedule, attempts: list[Attempt], encoder: Encoder) -> list[list[list[int]]]:
     """Row numbers as [step][micro-batch in the order of the world]; the last attempt goes on to the end."""
     trained: list[list[list[int]]] = []
     places = source.start
@@ -144,7 +147,7 @@ def run(source: Source, plan: StepPlan, attempts: list[Attempt], encoder: Encode
     return trained
 
 
-def _take(stream: Iterator[list[Row]]) -> list[list[Row]]:
+def _take(stream: Iterator[list[TokenizedRow]]) -> list[list[TokenizedRow]]:
     found = next(stream, None)
     return [] if found is None else [found]
 
@@ -167,15 +170,15 @@ def test_any_kill_and_any_worker_count(
     tmp_path_factory: pytest.TempPathFactory,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    small_pieces(monkeypatch)
+    small_shards(monkeypatch)
     if streaming_:
         source = stream_source((dataset,), encoder, packing, seed, None)
-        plan = StepPlan(BATCH, 1, 10**6, None)
+        plan = StepSchedule(BATCH, 1, 10**6, None)
     else:
         cache_dir = str(tmp_path_factory.getbasetemp() / "cache")
         source = epoch_source(dataset, encoder, cache_dir, packing, seed)
         assert source.steps_per_epoch is not None
-        plan = StepPlan(BATCH, 1, 2 * source.steps_per_epoch, source.steps_per_epoch)
+        plan = StepSchedule(BATCH, 1, 2 * source.steps_per_epoch, source.steps_per_epoch)
     found = run(source, plan, attempts, encoder)
     rows = [n for step in found for micro in step for n in micro]
     # Two epochs, each of them the whole dataset. A stream's step may hold the end of one and the start of the next.
@@ -185,17 +188,17 @@ def test_any_kill_and_any_worker_count(
     check_undisturbed(found, source, plan, attempts, encoder)
 
 
-def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A stream of several tasks of several pieces, over two epochs."""
+def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stream of several tasks of several shards, over two epochs."""
     monkeypatch.setattr(sources, "CHUNK_BYTES", 500)
-    monkeypatch.setattr(streaming, "PIECE_BYTES", 700)
+    monkeypatch.setattr(planning, "SHARD_BYTES", 700)
     monkeypatch.setattr(streaming, "STREAM_PACKING_WINDOW", 20)
-    monkeypatch.setattr(streaming, "MAX_PLANNED_TASKS", 10**6)
-    monkeypatch.setattr(streaming, "MAX_PLANNED_EPOCHS", 2)
+    monkeypatch.setattr(planning, "MAX_PLANNED_TASKS", 10**6)
+    monkeypatch.setattr(planning, "MAX_PLANNED_EPOCHS", 2)
 
 
 def check_undisturbed(
-    found: list[list[list[int]]], source: Source, plan: StepPlan, attempts: list[Attempt], encoder: Encoder
+    found: list[list[list[int]]], source: Source, plan: StepSchedule, attempts: list[Attempt], encoder: Encoder
 ) -> None:
     """Each step's rows are those of a run that nothing disturbs, with the same number of workers in the same order."""
     expected = undisturbed(source, plan, attempts[-1][0], encoder)
@@ -207,7 +210,7 @@ def check_undisturbed(
 
 
 @cache
-def undisturbed(source: Source, plan: StepPlan, workers: int, encoder: Encoder) -> list[list[list[int]]]:
+def undisturbed(source: Source, plan: StepSchedule, workers: int, encoder: Encoder) -> list[list[list[int]]]:
     return run(source, plan, [(workers, 0)], encoder)
 
 
@@ -223,11 +226,11 @@ def test_mixed_streams_resume_each_at_its_place(
     encoder: Encoder,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    small_pieces(monkeypatch)
+    small_shards(monkeypatch)
     # Rows 0 to 14, 15 to 29 and 30 to 44, a file each.
     files = tuple(f"{dataset}/{file}.jsonl" for file in range(3))
     source = stream_source(files, encoder, packing, seed, (0.6, 0.3, 0.1))
-    plan = StepPlan(BATCH, 1, 10**6, None)
+    plan = StepSchedule(BATCH, 1, 10**6, None)
     found = run(source, plan, attempts, encoder)
     trained = [[n for step in found for micro in step for n in micro if n // 15 == file] for file in range(3)]
     for file, rows in enumerate(trained):

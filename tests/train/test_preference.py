@@ -13,30 +13,31 @@ from tiny_models import llama
 from transformers import PreTrainedTokenizerBase
 
 from rayswift.arguments import make_arguments
-from rayswift.data.tokens.table import Row
+from rayswift.data.tokens.table import TokenizedRow
 from rayswift.errors import UserError
 from rayswift.modeling.loading import load_tokenizer
+from rayswift.train.collate import PairCollator
 from rayswift.train.hf_arguments import hf_training_arguments
-from rayswift.train.loader import PairCollator, Rank
-from rayswift.train.schedule import StepPlan
+from rayswift.train.loader import Rank
+from rayswift.train.schedule import StepSchedule
 
 BETA = 0.3
 PAIR = PairCollator(0)
 
 
-def pair(seed: int) -> Row:
+def pair(seed: int) -> TokenizedRow:
     """A question of four tokens and two answers of different lengths."""
     rng = np.random.RandomState(seed)
     sides = [rng.randint(1, 90, 4 + answer).astype(np.int32) for answer in (3 + seed % 3, 2 + seed % 4)]
     sides[1][:4] = sides[0][:4]
     labels = [np.where(np.arange(len(side)) < 4, -100, side).astype(np.int32) for side in sides]
-    return Row(np.concatenate(sides), np.concatenate(labels), rejected_start=len(sides[0]))
+    return TokenizedRow(np.concatenate(sides), np.concatenate(labels), rejected_start=len(sides[0]))
 
 
 def test_all_chosen_conversations_come_before_all_rejected_ones() -> None:
     rows = [
-        Row(np.array([1, 2, 3, 1, 4]), np.array([-100, 2, 3, -100, 4]), rejected_start=3),
-        Row(np.array([5, 6, 5, 7, 8, 9]), np.array([-100, 6, -100, -100, 8, 9]), rejected_start=2),
+        TokenizedRow(np.array([1, 2, 3, 1, 4]), np.array([-100, 2, 3, -100, 4]), rejected_start=3),
+        TokenizedRow(np.array([5, 6, 5, 7, 8, 9]), np.array([-100, 6, -100, -100, 8, 9]), rejected_start=2),
     ]
     batch = {name: tensor.tolist() for name, tensor in PAIR(rows).items()}
     assert batch == {
@@ -59,9 +60,9 @@ class Run:
         self,
         tokenizer: PreTrainedTokenizerBase,
         folder: Path,
-        cells: list[list[Row]],
+        micro_batches: list[list[TokenizedRow]],
         accumulation: int = 1,
-        val: list[Row] | None = None,
+        val: list[TokenizedRow] | None = None,
         **flags: Any,
     ) -> None:
         from rayswift.train.trainers.dpo import PreferenceTrainer
@@ -71,8 +72,8 @@ class Run:
             lr_scheduler_type="constant", warmup_ratio=0, weight_decay=0, save_strategy="no", logging_steps=1,
             max_grad_norm=1e9, split_dataset_ratio=0, **flags,
         )  # fmt: skip
-        steps = len(cells) // accumulation
-        plan = StepPlan(accumulation, 1, steps, steps)
+        steps = len(micro_batches) // accumulation
+        plan = StepSchedule(accumulation, 1, steps, steps)
         events: list[dict[str, Any]] = []
         model = llama(vocab_size=49152)
         self.reference = copy.deepcopy(model)
@@ -81,8 +82,8 @@ class Run:
             ref_model=copy.deepcopy(model),
             args=hf_training_arguments(args, plan, 1, str(folder), "float32", False, False),
             processing_class=tokenizer,
-            loader=[PAIR(rows) for rows in cells],
-            step_plan=plan,
+            loader=[PAIR(rows) for rows in micro_batches],
+            schedule=plan,
             val_rows=val,
             rank=Rank(0, 1),
             push=events.append,
@@ -101,7 +102,7 @@ def log_probability(model: Any, ids: np.ndarray, labels: np.ndarray) -> torch.Te
     return logits[places - 1, torch.tensor(ids[places], dtype=torch.long)].sum()
 
 
-def dpo(model: Any, reference: Any, rows: list[Row]) -> dict[str, float]:
+def dpo(model: Any, reference: Any, rows: list[TokenizedRow]) -> dict[str, float]:
     """The DPO paper's equation 7 and the rewards beside it, written out."""
     rewards = [
         [BETA * float(log_probability(model, side.input_ids, side.labels) -
@@ -119,11 +120,11 @@ def dpo(model: Any, reference: Any, rows: list[Row]) -> dict[str, float]:
 
 
 def test_losses_and_rewards_are_those_of_the_paper(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
-    cells = [[pair(0), pair(1)], [pair(2), pair(3)]]
-    run = Run(tokenizer, tmp_path / "two", cells)
+    micro_batches = [[pair(0), pair(1)], [pair(2), pair(3)]]
+    run = Run(tokenizer, tmp_path / "two", micro_batches)
     assert run.rows[0]["loss"] == pytest.approx(np.log(2), abs=1e-6)
-    first = Run(tokenizer, tmp_path / "one", cells[:1])
-    expected = dpo(first.trainer.model, first.reference, cells[1])
+    first = Run(tokenizer, tmp_path / "one", micro_batches[:1])
+    expected = dpo(first.trainer.model, first.reference, micro_batches[1])
     assert abs(expected["rewards/margins"]) > 1e-2, "the first step changed nothing"
     assert {name: run.rows[1][name] for name in expected} == pytest.approx(expected, rel=1e-3, abs=1e-5)
 

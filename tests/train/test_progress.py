@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,9 @@ import pytest
 from rayswift.train.events import start_event_queue
 from rayswift.train.progress import Progress, format_seconds, plot_rows, read_log
 from rayswift.train.run_directory import RunDirectory
-from rayswift.train.schedule import StepPlan
+from rayswift.train.schedule import StepSchedule
 
-PLAN = StepPlan(global_batch_size=16, per_device_batch_size=1, max_steps=40, steps_per_epoch=20)
+PLAN = StepSchedule(global_batch_size=16, per_device_batch_size=1, max_steps=40, steps_per_epoch=20)
 
 
 @pytest.mark.parametrize(
@@ -49,16 +50,25 @@ def eval_row(step: int, loss: float) -> dict[str, Any]:
     return {"eval_loss": loss, "eval_token_acc": 0.25, "eval_runtime": 3.5, "epoch": step / 20, "global_step": step}
 
 
-def watch(run: RunDirectory, events: list[dict[str, Any]], tensorboard: bool = False) -> Progress:
-    """What the driver does around a training that sends these events."""
+Watch = Callable[..., Progress]
+
+
+@pytest.fixture(scope="module")
+def watch(ray_cluster: None) -> Iterator[Watch]:
+    """What the driver does around a training that sends these events. All of them share the queue's process."""
     import ray
 
     queue = start_event_queue()
-    with Progress(queue, PLAN, run, tensorboard) as progress:
-        for event in events:
-            ray.get(queue.push.remote(event))
+
+    def watched(run: RunDirectory, events: list[dict[str, Any]], tensorboard: bool = False) -> Progress:
+        with Progress(queue, PLAN, run, tensorboard) as progress:
+            for event in events:
+                ray.get(queue.push.remote(event))
+        assert ray.get(queue.drain.remote()) == []
+        return progress
+
+    yield watched
     ray.kill(queue)
-    return progress
 
 
 def log(step: int, loss: float) -> dict[str, Any]:
@@ -66,11 +76,11 @@ def log(step: int, loss: float) -> dict[str, Any]:
 
 
 @pytest.fixture
-def run(ray_cluster: None, tmp_path: Path) -> RunDirectory:
+def run(tmp_path: Path) -> RunDirectory:
     return RunDirectory.create(str(tmp_path), add_version=True)
 
 
-def test_a_run_as_the_user_sees_it(run: RunDirectory, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_as_the_user_sees_it(run: RunDirectory, watch: Watch, capsys: pytest.CaptureFixture[str]) -> None:
     events = [
         {"event": "start", "parameter_info": "498.4319M Params (4.3991M Trainable [0.8826%])", "world_size": 2},
         {"event": "resume", "step": 0},
@@ -126,7 +136,7 @@ def scalars(run: RunDirectory) -> dict[str, list[tuple[int, float]]]:
 
 
 def test_an_attempt_that_resumes_forgets_the_rows_after_its_checkpoint(
-    run: RunDirectory, capsys: pytest.CaptureFixture[str]
+    run: RunDirectory, watch: Watch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     events = [{"event": "resume", "step": 0}, log(5, 3.0), log(10, 2.0), log(15, 1.5)]
     again = [{"event": "resume", "step": 10}, log(15, 1.25), log(20, 1.0)]
@@ -137,7 +147,7 @@ def test_an_attempt_that_resumes_forgets_the_rows_after_its_checkpoint(
     assert "training goes on from step 10" in capsys.readouterr().out
 
 
-def test_a_new_driver_goes_on_with_the_log_of_a_killed_one(run: RunDirectory) -> None:
+def test_a_new_driver_goes_on_with_the_log_of_a_killed_one(run: RunDirectory, watch: Watch) -> None:
     watch(run, [{"event": "resume", "step": 0}, log(5, 3.0), log(10, 2.0), log(15, 1.5)])
     with (run.local / "logging.jsonl").open("a", encoding="utf-8") as file:
         file.write('{"loss": 1.0, "global_st')
@@ -147,7 +157,7 @@ def test_a_new_driver_goes_on_with_the_log_of_a_killed_one(run: RunDirectory) ->
     assert found == [("5/40", 3.0), ("10/40", 2.0), ("15/40", 1.25)]
 
 
-def test_rows_that_a_killed_driver_did_not_write_come_from_the_checkpoint(run: RunDirectory) -> None:
+def test_rows_that_a_killed_driver_did_not_write_come_from_the_checkpoint(run: RunDirectory, watch: Watch) -> None:
     watch(run, [{"event": "resume", "step": 0}, log(5, 3.0)])
     history = [
         training_row(5, 3.0),

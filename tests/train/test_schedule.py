@@ -8,7 +8,7 @@ import pytest
 
 from rayswift.arguments import Arguments, make_arguments
 from rayswift.errors import UserError
-from rayswift.train.schedule import StepPlan, plan_steps
+from rayswift.train.schedule import StepSchedule, plan_steps
 
 
 def arguments(**given: Any) -> Arguments:
@@ -19,30 +19,30 @@ def arguments(**given: Any) -> Arguments:
 @pytest.mark.parametrize(
     ("given", "world_size", "num_rows", "expected"),
     [
-        ({}, 1, 48330, StepPlan(16, 1, 9060, 3020)),
-        ({}, 2, 48330, StepPlan(16, 1, 9060, 3020)),
-        ({"gradient_accumulation_steps": 16}, 1, 48330, StepPlan(16, 1, 9060, 3020)),
-        ({"per_device_train_batch_size": 4}, 2, 48330, StepPlan(16, 4, 9060, 3020)),
-        ({"per_device_train_batch_size": 4}, 3, 1000, StepPlan(24, 4, 123, 41)),
-        ({"per_device_train_batch_size": 32}, 1, 100, StepPlan(32, 32, 9, 3)),
-        ({"num_train_epochs": 0.5}, 1, 160, StepPlan(16, 1, 5, 10)),
-        ({"num_train_epochs": 1.25}, 1, 160, StepPlan(16, 1, 13, 10)),
-        ({"max_steps": 7}, 1, 48330, StepPlan(16, 1, 7, 3020)),
-        ({"gradient_accumulation_steps": 1}, 4, 100, StepPlan(4, 1, 75, 25)),
+        ({}, 1, 48330, StepSchedule(16, 1, 9060, 3020)),
+        ({}, 2, 48330, StepSchedule(16, 1, 9060, 3020)),
+        ({"gradient_accumulation_steps": 16}, 1, 48330, StepSchedule(16, 1, 9060, 3020)),
+        ({"per_device_train_batch_size": 4}, 2, 48330, StepSchedule(16, 4, 9060, 3020)),
+        ({"per_device_train_batch_size": 4}, 3, 1000, StepSchedule(24, 4, 123, 41)),
+        ({"per_device_train_batch_size": 32}, 1, 100, StepSchedule(32, 32, 9, 3)),
+        ({"num_train_epochs": 0.5}, 1, 160, StepSchedule(16, 1, 5, 10)),
+        ({"num_train_epochs": 1.25}, 1, 160, StepSchedule(16, 1, 13, 10)),
+        ({"max_steps": 7}, 1, 48330, StepSchedule(16, 1, 7, 3020)),
+        ({"gradient_accumulation_steps": 1}, 4, 100, StepSchedule(4, 1, 75, 25)),
         # Fewer rows than a global batch make one smaller step per epoch.
-        ({}, 1, 5, StepPlan(5, 1, 3, 1)),
-        ({}, 2, 5, StepPlan(6, 1, 3, 1)),
-        ({"per_device_train_batch_size": 8}, 1, 3, StepPlan(8, 8, 3, 1)),
+        ({}, 1, 5, StepSchedule(5, 1, 3, 1)),
+        ({}, 2, 5, StepSchedule(6, 1, 3, 1)),
+        ({"per_device_train_batch_size": 8}, 1, 3, StepSchedule(8, 8, 3, 1)),
     ],
 )
-def test_plan_of_a_dataset(given: dict[str, Any], world_size: int, num_rows: int, expected: StepPlan) -> None:
+def test_plan_of_a_dataset(given: dict[str, Any], world_size: int, num_rows: int, expected: StepSchedule) -> None:
     assert plan_steps(arguments(**given), world_size, num_rows) == expected
 
 
 def test_plan_of_a_stream() -> None:
     args = arguments(streaming=True, max_steps=10000, per_device_train_batch_size=4)
     plan = plan_steps(args, 8, None)
-    assert plan == StepPlan(32, 4, 10000, None)
+    assert plan == StepSchedule(32, 4, 10000, None)
     assert plan.epoch_of(2500) == 0.25
 
 
@@ -54,25 +54,25 @@ def test_a_stream_without_a_length_is_refused() -> None:
 
 @pytest.mark.parametrize(("world_size", "accumulation"), [(1, 12), (2, 6), (3, 4), (4, 3), (6, 2), (12, 1)])
 def test_the_global_batch_stays_on_other_worker_counts(world_size: int, accumulation: int) -> None:
-    assert StepPlan(24, 2, 10, 10).accumulation(world_size) == accumulation
+    assert StepSchedule(24, 2, 10, 10).accumulation(world_size) == accumulation
 
 
 @pytest.mark.parametrize(("world_size", "accumulation"), [(5, 3), (7, 2), (24, 1)])
 def test_a_worker_count_that_does_not_divide_leaves_some_micro_batches_empty(
     world_size: int, accumulation: int
 ) -> None:
-    assert StepPlan(24, 2, 10, 10).accumulation(world_size) == accumulation
+    assert StepSchedule(24, 2, 10, 10).accumulation(world_size) == accumulation
 
 
 def test_packs_make_no_step_larger_than_asked() -> None:
-    assert plan_steps(arguments(), 1, 100, packed=True) == StepPlan(16, 1, 21, 7)
+    assert plan_steps(arguments(), 1, 100, packed=True) == StepSchedule(16, 1, 21, 7)
 
 
 def test_a_resumed_run_keeps_its_global_batch() -> None:
     plan = plan_steps(arguments(), 3, 48330, global_batch_size=16)
-    assert plan == StepPlan(16, 1, 9060, 3020)
+    assert plan == StepSchedule(16, 1, 9060, 3020)
     assert plan.accumulation(3) == 6
 
 
 def test_epoch_of_a_step() -> None:
-    assert StepPlan(16, 1, 9060, 3020).epoch_of(4530) == 1.5
+    assert StepSchedule(16, 1, 9060, 3020).epoch_of(4530) == 1.5

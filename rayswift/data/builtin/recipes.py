@@ -7,32 +7,31 @@ from __future__ import annotations
 
 import json
 import re
-from typing import Any
 
-Row = dict[str, Any]
+from rayswift.data.json_text import JsonRow
 
 _TURN = re.compile(r"\n\n(?:Human|Assistant|Hum):")
 
 
-def dolly(row: Row) -> Row:
+def dolly(row: JsonRow) -> JsonRow:
     """databricks-dolly-15k: the context stands before the instruction."""
     context = f"Here gives some useful information:\n{row['context']}\n" if row["context"] else ""
     return {"query": context + row["instruction"], "response": row["response"]}
 
 
-def long_alpaca(row: Row) -> Row:
+def long_alpaca(row: JsonRow) -> JsonRow:
     """LongAlpaca-12k: answers begin with ``Answer: ``."""
     answer = row["output"]
     stripped = answer.removeprefix("Answer: ").strip() if answer.startswith("Answer: ") else answer
     return {"instruction": row["instruction"], "input": row.get("input"), "output": stripped}
 
 
-def hh_rlhf(row: Row) -> Row:
+def hh_rlhf(row: JsonRow) -> JsonRow:
     """hh-rlhf: two transcripts of ``Human:`` and ``Assistant:`` turns."""
     return {"messages": _transcript(row["chosen"]), "rejected_messages": _transcript(row["rejected"])}
 
 
-def _transcript(text: str) -> list[Row]:
+def _transcript(text: str) -> list[JsonRow]:
     turns = [turn.strip() for turn in _TURN.split(text.strip())]
     turns[0] = turns[0].removeprefix("Human:").strip()
     # The original text begins with the separator itself.
@@ -40,14 +39,14 @@ def _transcript(text: str) -> list[Row]:
     return [{"role": ("user", "assistant")[n % 2], "content": turn} for n, turn in enumerate(turns)]
 
 
-def orpo_mix(row: Row) -> Row | None:
+def orpo_mix(row: JsonRow) -> JsonRow | None:
     """orpo-dpo-mix-40k without its toxic part."""
     if row["source"] == "toxic-dpo-v0.2":
         return None
     return {"messages": row["chosen"], "rejected_messages": row["rejected"]}
 
 
-def xlam(row: Row) -> Row:
+def xlam(row: JsonRow) -> JsonRow:
     """xlam-function-calling-60k: answers are a JSON list of calls."""
     calls = [
         {"role": "tool_call", "content": json.dumps(call, ensure_ascii=False)} for call in json.loads(row["answers"])
@@ -56,7 +55,7 @@ def xlam(row: Row) -> Row:
 
 
 #: Entries in the keys of ``dataset_info.json``.
-ENTRIES: list[Row] = [
+ENTRIES: list[JsonRow] = [
     {
         "ms_dataset_id": "AI-ModelScope/databricks-dolly-15k",
         "hf_dataset_id": "databricks/databricks-dolly-15k",

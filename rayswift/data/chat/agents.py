@@ -113,9 +113,7 @@ def _fill(record: str, marks: Mapping[str, str]) -> list[Span]:
     return spans
 
 
-@functools.cache
-def _parts(record: str) -> list[str]:
-    return _MARK.split(record)
+_parts = functools.cache(_MARK.split)
 
 
 def _tool_marks(tool: Any) -> dict[str, str]:

@@ -96,7 +96,14 @@ def read_conversation(messages: Sequence[Message], tools: Any = None, agent: Age
     if not messages:
         raise DropRow("no messages")
     rounds: list[Round] = []
-    conversation = Conversation(None, rounds, _describe_tools(tools, agent) if tools else [], agent)
+    conversation = Conversation(None, rounds, agent=agent)
+    if tools and agent is None:
+        raise DropRow("tools need the agent templates (--agent_template)")
+    if tools and agent is not None:
+        try:
+            conversation.tools = agent.describe_tools(tools)
+        except BadTool as bad:
+            raise DropRow(str(bad)) from None
     for number, message in enumerate(messages):
         role, text = message["role"], message["content"]
         if not isinstance(text, str):
@@ -180,12 +187,3 @@ def _add_result(rounds: list[Round], text: str, agent: AgentFormat, *, first: bo
             last.query = (last.query or "") + (agent.result_separator if first and last.query else "") + joined
         else:
             rounds.append(Round(joined, None, False))
-
-
-def _describe_tools(tools: Any, agent: AgentFormat | None) -> list[Span]:
-    if agent is None:
-        raise DropRow("tools need the agent templates (--agent_template)")
-    try:
-        return agent.describe_tools(tools)
-    except BadTool as bad:
-        raise DropRow(str(bad)) from None

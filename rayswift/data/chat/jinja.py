@@ -71,7 +71,15 @@ class JinjaTemplate:
             DropRow: the chat template refuses the conversation, or rewrites it beyond recognition.
         """
         messages = _messages(conversation, options)
-        slots = self._fill_or_ask(messages)
+        first = next((i for i, message in enumerate(messages) if message["role"] != "system"), 0)
+        try:
+            slots = self._fill(messages)
+        except DropRow:
+            if messages[first]["role"] != "assistant":
+                raise
+            # A chat template that refuses to start with a reply is given an empty query first.
+            messages.insert(first, {"role": "user", "content": ""})
+            slots = self._fill(messages)
         weights: list[float] = []
         rules: list[bool] = []
         for index, round_ in enumerate(conversation.rounds):
@@ -127,23 +135,20 @@ class JinjaTemplate:
 
     def _skeleton(self, roles: tuple[str, ...]) -> list[Slot]:
         if roles not in self._skeletons:
+            messages = _placeholders(roles)
             try:
-                self._skeletons[roles] = self._make_skeleton(roles)
+                slots = self._slots(messages, self._render(messages))
+                last = slots[-1]
+                if roles[-1] == "assistant" and last.message >= 0 and self.eos:
+                    # The template ends no turn: without this none would stop.
+                    slots.append(Slot(self.eos, -1, last.reply))
+                self._skeletons[roles] = slots
             except DropRow as refused:
                 self._skeletons[roles] = refused
         skeleton = self._skeletons[roles]
         if isinstance(skeleton, DropRow):
             raise DropRow(skeleton.reason)
         return skeleton
-
-    def _make_skeleton(self, roles: tuple[str, ...]) -> list[Slot]:
-        messages = _placeholders(roles)
-        text = self._render(messages)
-        slots = self._slots(messages, text)
-        last = slots[-1]
-        if roles[-1] == "assistant" and last.message >= 0 and self.eos:
-            slots.append(Slot(self.eos, -1, last.reply))  # the template ends no turn: without this none would stop
-        return slots
 
     def _slots(self, messages: list[dict[str, str]], text: str) -> list[Slot]:
         """Cut the rendering `text` of messages with placeholders, with the bounds of every assistant turn."""
@@ -165,28 +170,15 @@ class JinjaTemplate:
         empty_think = _EMPTY_THINK.match(text, start)
         if empty_think and empty_think.end() <= at:
             start = empty_think.end()
-        return start, self._end_of_turn(text, at + len(content))
-
-    def _end_of_turn(self, text: str, content_end: int) -> int:
+        content_end = at + len(content)
         following = _PLACEHOLDER.search(text, content_end)
         limit = following.start() if following else len(text)
-        return self._after_special(text, content_end, limit, otherwise=content_end)
+        return start, self._after_special(text, content_end, limit, otherwise=content_end)
 
     def _after_special(self, text: str, start: int, limit: int, otherwise: int) -> int:
         """The end of the first special token of `text[start:limit]`."""
         found = ((text.find(special, start, limit), special) for special in self.specials)
         return min((at + len(special) for at, special in found if at >= 0), default=otherwise)
-
-    def _fill_or_ask(self, messages: list[dict[str, str]]) -> list[Slot]:
-        """Fill in the messages; a chat template that refuses to start with a reply is given an empty query first."""
-        first = next((i for i, message in enumerate(messages) if message["role"] != "system"), 0)
-        try:
-            return self._fill(messages)
-        except DropRow:
-            if messages[first]["role"] != "assistant":
-                raise
-        messages.insert(first, {"role": "user", "content": ""})
-        return self._fill(messages)
 
     def _fill(self, messages: list[dict[str, str]]) -> list[Slot]:
         slots = self._skeleton(tuple(message["role"] for message in messages))

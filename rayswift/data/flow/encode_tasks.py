@@ -30,10 +30,10 @@ if TYPE_CHECKING:
 
     from rayswift.data.tokens.encoder import Encoder
 
-#: Ray Data encodes at least this much text …
-RAY_DATA_BYTES = 256 * 2**20
-#: … on more cores than these, which one process keeps busy (or on several nodes).
-FEW_CPUS = 2
+#: What this process encodes in the time that Ray Data and its processes take to start, in bytes of text …
+RAY_DATA_START_BYTES = 256 * 2**20
+#: … and the cores that Ray Data's tasks take to be as fast as this process, whose tokenizer has threads of its own.
+CPUS_HERE = 4
 
 
 @dataclass(frozen=True)
@@ -182,12 +182,13 @@ def _refuse(task: EncodeTask, summary: dict[str, Any], cache: TokenCache, strict
 
 
 def _is_work_for_ray_data(tasks: list[EncodeTask]) -> bool:
-    """Whether the start of other processes is worth it. Cores that the cluster may still start count."""
+    """Whether other cores, also those that the cluster may still start, save more time than their processes' start."""
     import ray
 
-    if len(tasks) < 2 or not ray.is_initialized() or sum(task.size for task in tasks) < RAY_DATA_BYTES:
+    if len(tasks) < 2 or not ray.is_initialized():
         return False
-    return most_cpus() > FEW_CPUS or sum(node["Alive"] for node in ray.nodes()) > 1
+    saved = sum(task.size for task in tasks) * (1 - CPUS_HERE / max(most_cpus(), 1))
+    return saved > RAY_DATA_START_BYTES
 
 
 def _encode_by_ray_data(

@@ -1,8 +1,8 @@
 """An encoded dataset as a folder: ``export --to_cached_dataset true`` writes it, ``--cached_dataset`` reads it.
 
 The folder holds the token rows of the training and validation part in their order (Arrow files ``train-*.arrow``,
-``val-*.arrow``, schema of :func:`rayswift.data.flow.stage.token_schema`) and ``cached_dataset.json``, written
-last: the settings they were encoded with. SWIFT's cached datasets hold rows and lengths; these hold the token ids.
+``val-*.arrow``, schema of :func:`rayswift.data.flow.stage.token_schema`) and, in ``cached_dataset.json``, the settings
+they were encoded with. SWIFT's cached datasets hold rows and lengths; these hold the token ids.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from typing import TYPE_CHECKING, Any
 from rayswift.data.flow.cache import encoder_hash
 from rayswift.data.flow.stage import token_schema
 from rayswift.data.tokens.arrow_files import read_columns
-from rayswift.data.tokens.row_index import BlockRows, all_rows, concat
+from rayswift.data.tokens.row_index import RowIndex, TrainData, all_rows, concat
 from rayswift.data.tokens.table import TokenRows
 from rayswift.errors import UserError
+from rayswift.files import atomic_folder
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
-    from rayswift.data.flow.prepare import TrainData
     from rayswift.data.tokens.encoder import Encoder
 
 _SETTINGS = "cached_dataset.json"
@@ -32,22 +32,22 @@ ROWS_PER_BATCH = 4096
 
 
 def save_cached_dataset(folder: str, data: TrainData, encoder: Encoder) -> None:
-    """Write the token rows of a dataset into a new folder."""
-    os.makedirs(folder)
-    for part, rows in (("train", data.train), ("val", data.val)):
-        if rows is not None:
-            _write_part(folder, part, rows)
+    """Write the token rows of a dataset as a folder, whole or not at all; one that is there is replaced."""
     settings = {**encoder.settings(), "model_dir": os.path.basename(encoder.model_dir)}
     text = json.dumps({"encoder": settings, "encoder_hash": encoder_hash(encoder)}, ensure_ascii=False, indent=2)
-    (Path(folder) / _SETTINGS).write_text(text, encoding="utf-8")
+    with atomic_folder(folder) as built:
+        for part, rows in (("train", data.train), ("val", data.val)):
+            if rows is not None:
+                _write_part(built, part, rows)
+        (built / _SETTINGS).write_text(text, encoding="utf-8")
 
 
-def _write_part(folder: str, part: str, rows: BlockRows) -> None:
+def _write_part(folder: Path, part: str, rows: RowIndex) -> None:
     import pyarrow as pa
 
     read = TokenRows(rows)
     for number, first in enumerate(range(0, len(rows), ROWS_PER_FILE)):
-        with pa.ipc.new_file(os.path.join(folder, f"{part}-{number:05}.arrow"), token_schema()) as file:
+        with pa.ipc.new_file(folder / f"{part}-{number:05}.arrow", token_schema()) as file:
             last = min(first + ROWS_PER_FILE, len(rows))
             for start in range(first, last, ROWS_PER_BATCH):
                 file.write_batch(_batch(read, range(start, min(start + ROWS_PER_BATCH, last))))
@@ -64,7 +64,7 @@ def _batch(read: TokenRows, numbers: range) -> pa.RecordBatch:
     return pa.record_batch(arrays, schema)
 
 
-def load_cached_datasets(folders: list[str], encoder: Encoder) -> tuple[BlockRows, BlockRows]:
+def load_cached_datasets(folders: list[str], encoder: Encoder) -> tuple[RowIndex, RowIndex]:
     """The training and validation rows of ``--cached_dataset``, each empty where there are none.
 
     Raises:
@@ -103,9 +103,9 @@ def _check(folder: str, encoder: Encoder) -> None:
     )
 
 
-def _read_part(folder: str, part: str) -> BlockRows:
+def _read_part(folder: str, part: str) -> RowIndex:
     import numpy as np
 
     files = sorted(str(file) for file in Path(folder).glob(f"{part}-*.arrow"))
     lengths = [np.zeros(0, np.int32), *(read_columns(file, ["length"])[0] for file in files)]
-    return BlockRows(files, all_rows([len(found) for found in lengths[1:]]), np.concatenate(lengths))
+    return RowIndex(files, all_rows([len(found) for found in lengths[1:]]), np.concatenate(lengths))

@@ -8,7 +8,7 @@ and the seed, never of timing. Rows that cannot be used are counted with reason 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from rayswift.data.files import chunk_bytes, plan_chunks
@@ -19,9 +19,10 @@ from rayswift.data.flow.stage import refuse_bad_rows, standard_batches
 from rayswift.data.names import ResolvedDataset, ResolvedDatasets
 from rayswift.data.tokens.arrow_files import default_root, read_columns
 from rayswift.data.tokens.row_index import (
-    BlockRows,
     DropReport,
     LazyRows,
+    RowIndex,
+    TrainData,
     all_rows,
     blend,
     concat,
@@ -41,17 +42,6 @@ ORDER_PIECE = 2**16
 
 
 OnProgress = Callable[[str, int], None]
-
-
-@dataclass
-class TrainData:
-    """What the data path hands to training: token rows for training (None for a stream, standard rows under
-    ``--lazy_tokenize``) and validation, and what was dropped."""
-
-    train: BlockRows | None
-    val: BlockRows | None
-    drops: DropReport
-    val_rows: list[dict[str, Any]] = field(default_factory=list)
 
 
 def first_usable_row(datasets: list[ResolvedDataset], strict: bool) -> dict[str, Any] | None:
@@ -109,7 +99,7 @@ def load_train_data(
     rng = np.random.RandomState(args.data_seed)
     ratio = 0.0 if datasets.val else args.split_dataset_ratio
 
-    def sampled(dataset: ResolvedDataset) -> BlockRows:
+    def sampled(dataset: ResolvedDataset) -> RowIndex:
         return sample_rows(run.standard_rows(dataset), dataset.spec.num_samples, args, rng)
 
     # A stream is read while it trains; nothing is held out of it.
@@ -142,7 +132,7 @@ class _Load:
         # By the path of its standard rows, what was or will be made of a chunk.
         self.tasks: dict[str, EncodeTask] = {}
 
-    def standard_rows(self, dataset: ResolvedDataset) -> BlockRows:
+    def standard_rows(self, dataset: ResolvedDataset) -> RowIndex:
         """All usable rows of a dataset. Where every row will be wanted as tokens, it is encoded on the way."""
         import numpy as np
 
@@ -163,27 +153,28 @@ class _Load:
         if not sum(counts):
             reasons = "; ".join(seen.lines()) or "it is empty"
             raise UserError(f"--dataset {name}: none of its {seen.rows_in} rows can be used: {reasons}")
-        return BlockRows(files, all_rows(counts), np.zeros(sum(counts), np.int32))
+        return RowIndex(files, all_rows(counts), np.zeros(sum(counts), np.int32))
 
-    def encode(self, parts: list[BlockRows]) -> None:
+    def encode(self, parts: list[RowIndex]) -> None:
         """Encode the rows of these parts that are not encoded yet."""
         import numpy as np
 
         wanted = dict.fromkeys(file for part in parts for file in _files_of(part))
-        unencoded = [file for file in wanted if self.tasks[file].tokens_key is None]
-        picks: dict[str, list[np.ndarray]] = {}
-        for file, rows in ((file, rows) for part in parts if unencoded for file, rows in _rows_by_file(part)):
-            picks.setdefault(file, []).append(rows)
-        for file in unencoded:
-            task, numbers = self.tasks[file], np.unique(np.concatenate(picks[file]))
-            subset = None if len(numbers) == self._summary(task.rows_key)["rows"] else numbers
-            key = tokens_key(task.rows_key, self.encoder, subset)
-            self.tasks[file] = replace(task, tokens_key=key, row_subset=subset)
-        self._build([self.tasks[file] for file in unencoded], "encode")
+        chosen: dict[str, list[np.ndarray]] = {file: [] for file in wanted if self.tasks[file].tokens_key is None}
+        for file, rows in ((file, rows) for part in parts if chosen for file, rows in _rows_by_file(part)):
+            if file in chosen:
+                chosen[file].append(rows)
+        for file, found in chosen.items():
+            task, numbers = self.tasks[file], np.unique(np.concatenate(found))
+            every = self._summary(task.rows_key)["rows"]
+            subset = None if len(numbers) == every else numbers
+            key, size = tokens_key(task.rows_key, self.encoder, subset), task.size * len(numbers) // every
+            self.tasks[file] = replace(task, tokens_key=key, row_subset=subset, size=size)
+        self._build([self.tasks[file] for file in chosen], "encode")
         tasks = [self.tasks[file] for file in wanted]
         self.drops.merge(report_of(tasks, [self._summary(task.key) for task in tasks]))
 
-    def token_rows(self, rows: BlockRows) -> BlockRows:
+    def token_rows(self, rows: RowIndex) -> RowIndex:
         """For each standard row in turn, the token rows that came from it (none if dropped, several if split)."""
         import numpy as np
 
@@ -206,9 +197,9 @@ class _Load:
         order = _selected_order(np.concatenate(origins), bases, rows.index)
         index = all_rows([len(length) for length in lengths[1:]])
         paths = [self.cache.path(self.tasks[file].key) for file in files]
-        return BlockRows(paths, index, np.concatenate(lengths)).select(order)
+        return RowIndex(paths, index, np.concatenate(lengths)).select(order)
 
-    def blended(self, parts: list[BlockRows], args: Any, rng: np.random.RandomState) -> BlockRows:
+    def blended(self, parts: list[RowIndex], args: Any, rng: np.random.RandomState) -> RowIndex:
         """The token rows of several datasets together."""
         tokens = [self.token_rows(part) for part in parts]
         empty = next((number for number, rows in enumerate(tokens) if not len(rows)), None)
@@ -217,7 +208,7 @@ class _Load:
             raise UserError(f"--dataset {args.dataset[empty]}: no row is left to mix in; {reasons}")
         return blend(tokens, args, rng)
 
-    def lazy_rows(self, rows: BlockRows) -> LazyRows:
+    def lazy_rows(self, rows: RowIndex) -> LazyRows:
         """Standard rows with what is needed to encode each when it is trained."""
         import numpy as np
 
@@ -241,14 +232,14 @@ class _Load:
         return summary
 
 
-def _files_of(rows: BlockRows) -> list[str]:
+def _files_of(rows: RowIndex) -> list[str]:
     """The files that rows come from, each once."""
     import numpy as np
 
     return list(dict.fromkeys(rows.files[number] for number in np.unique(rows.index[:, 0])))
 
 
-def _rows_by_file(rows: BlockRows) -> Iterator[tuple[str, np.ndarray]]:
+def _rows_by_file(rows: RowIndex) -> Iterator[tuple[str, np.ndarray]]:
     """Each file that rows come from, once, with the numbers of these rows in it."""
     import numpy as np
 
@@ -267,7 +258,7 @@ def _selected_order(origins: np.ndarray, bases: np.ndarray, index: np.ndarray) -
     Args:
         origins: the standard row that each token row came from, ascending, numbered over all files.
         bases: the number of each file's first standard row.
-        index: the selected rows, ``BlockRows.index``.
+        index: the selected rows, ``RowIndex.index``.
     """
     import numpy as np
 

@@ -23,6 +23,7 @@ def one_task_each(rows: pa.Table, preserve_order: bool, block_bytes: int | None 
     context: Any = DataContext.get_current().copy()
     context.execution_options.preserve_order = preserve_order
     context.enable_progress_bars = False
+    context.print_on_execution_start = False
     context.execution_no_progress_timeout_s = -1
     context.target_max_block_size = block_bytes or context.target_max_block_size
     with DataContext.current(context):

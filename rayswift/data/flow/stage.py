@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from rayswift.data.files import BadRow, Chunk, Position, iter_rows, locate
 from rayswift.data.rows.standard import WARNINGS, Drop, RowRules, StandardRow, standardise_rows
@@ -26,22 +26,15 @@ if TYPE_CHECKING:
 ENCODE_BATCH = 1024
 
 
-class ReadRow(NamedTuple):
-    """A row as it is in the file (None where the file is broken), and what it becomes: one standard row or drop, unless
-    the dataset's ``preprocess`` makes it several."""
-
-    raw: Any
-    standard: list[StandardRow | Drop]
-    position: Position
-
-
-def read_rows(chunk: Chunk, rules: RowRules) -> Iterator[ReadRow]:
-    """The rows of one chunk. Where reading cannot go on comes a last :class:`Drop` that says so (``broken``)."""
+def read_rows(chunk: Chunk, rules: RowRules) -> Iterator[tuple[Any, list[StandardRow | Drop], Position]]:
+    """The rows of one chunk: each as it is in the file, what it becomes (one standard row or drop, unless the dataset's
+    ``preprocess`` makes it several), and its position. Where reading cannot go on comes a last drop that says so
+    (``broken``)."""
     try:
         for raw, position in iter_rows(chunk):
-            yield ReadRow(raw, standardise_rows(raw, rules), position)
+            yield raw, standardise_rows(raw, rules), position
     except BadRow as error:
-        yield ReadRow(None, [Drop(error.reason, "file")], error.position)
+        yield None, [Drop(error.reason, "file")], error.position
 
 
 def read_files(paths: Sequence[str], rules: RowRules) -> Iterator[tuple[StandardRow | Drop, str, Position]]:
@@ -51,11 +44,11 @@ def read_files(paths: Sequence[str], rules: RowRules) -> Iterator[tuple[Standard
         UserError: a file is broken (names file:line).
     """
     for path in paths:
-        for read in read_rows(Chunk(path), rules):
-            for row in read.standard:
+        for _, standard, position in read_rows(Chunk(path), rules):
+            for row in standard:
                 if isinstance(row, Drop) and row.broken:
-                    raise UserError(f"{locate(path, read.position)}: {row.reason}")
-                yield row, path, read.position
+                    raise UserError(f"{locate(path, position)}: {row.reason}")
+                yield row, path, position
 
 
 @dataclass(frozen=True)

@@ -1,31 +1,28 @@
-"""Streaming datasets: the same stages as a lazy Ray Data stream, in an order that is a function of the plan alone.
+"""Streaming datasets: the same stage as a lazy Ray Data stream, in an order that is a function of the plan alone.
 
-``plan`` (files grouped into pieces, epochs, seed) → tasks of one or more pieces: read → standard rows → shuffle →
-encode → pack. It is one operator, because two would wait for each other's CPU for ever on a machine that training
-fills. A place in the stream is ``(task, unit)``, whatever the number of workers: every worker sees every block (those
-of one node share its memory) and takes its share of each step, so a resumed run goes on at exactly that place.
+A task of the plan (:mod:`rayswift.data.flow.plan`) is one or more shards: read → standard rows → shuffle → encode →
+pack. It is one operator, because two would wait for each other's CPU for ever on a machine that training fills. A place
+in the stream is ``(task, item)``, whatever the number of workers: every worker sees every block (those of one node
+share its memory) and takes its share of each step, so a resumed run goes on at exactly that place.
 
-``--interleave_prob`` makes a stream of each dataset, read side by side; which one gives the next unit is a function of
-seed and number of the unit alone (:meth:`StreamMix.order`).
+``--interleave_prob`` makes a stream of each dataset, read side by side; which one gives the next item is a function of
+seed and number of the item alone (:meth:`StreamMix.order`).
 """
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from rayswift import private
-from rayswift.data.files import Chunk, Position, chunk_bytes, plan_chunks
-from rayswift.data.flow.cache import encoder_hash, rules_hash
+from rayswift.data.files import Position
+from rayswift.data.flow.plan import StreamMix, StreamPlan
 from rayswift.data.flow.ray_data import one_task_each
 from rayswift.data.flow.stage import StandardBatch, encode_rows, refuse_bad_rows, standard_batches
-from rayswift.data.names import ResolvedDataset
-from rayswift.data.rows.standard import RowRules, StandardRow
+from rayswift.data.rows.standard import StandardRow
 from rayswift.data.tokens.packed_encoder import PackedEncoder, pack_encoder
 from rayswift.data.tokens.row_index import DropReport
 from rayswift.data.tokens.table import StreamPlaces, StreamPosition
@@ -37,13 +34,6 @@ if TYPE_CHECKING:
 
     from rayswift.data.tokens.encoder import Encoder
 
-#: A stream is planned for as many epochs as fit into this many tasks (at least one epoch): millions of rows. Ray
-#: Data's scheduling loop looks at every waiting task, so thousands would cost half a core.
-MAX_PLANNED_TASKS = 256
-#: … and for no more epochs than this.
-MAX_PLANNED_EPOCHS = 10_000
-#: Small files are read together, so that rows of different files mix: this many bytes make a piece.
-PIECE_BYTES = 32 << 20
 #: Blocks leave a task as soon as they are this big, so that training starts before a large file is read.
 STREAM_BLOCK_BYTES = 1 << 20
 #: Token rows that wait for training, in bytes: of the task that is being trained, and of all later ones together.
@@ -54,123 +44,6 @@ STREAM_BATCH = 64
 #: Rows packed together; packs that are not nearly full wait for the next window.
 STREAM_PACKING_WINDOW = 1024
 NEARLY_FULL = 0.97
-#: Choices of a stream that are drawn at once; a resumed run draws the ones it is in again.
-DRAWS = 1024
-
-
-@dataclass(frozen=True)
-class Piece:
-    """What is read and shuffled together: chunks of one dataset, its row rules and its ``#N``; ``size`` in bytes."""
-
-    chunks: tuple[Chunk, ...]
-    rules: RowRules
-    num_samples: int | None
-    size: int
-
-
-@dataclass(frozen=True)
-class StreamPlan:
-    """Everything the order of a stream depends on; frozen when the run starts. A task is a list of (epoch, piece).
-
-    ``packing_length``: tokens of a pack, None without packing.
-    """
-
-    pieces: tuple[Piece, ...]
-    tasks: tuple[tuple[tuple[int, int], ...], ...]
-    seed: int
-    shuffle: bool
-    shuffle_buffer_size: int
-    packing_length: int | None
-    strict: bool
-
-    def fingerprint(self, encoder: Encoder) -> str:
-        """A hash of what decides which tokens come at which place; where the files lie does not count."""
-        pieces = [
-            ([(chunk.path.rsplit("/", 1)[-1], chunk.start, chunk.end) for chunk in piece.chunks], piece.num_samples,
-             piece.size, rules_hash(piece.rules)) for piece in self.pieces
-        ]  # fmt: skip
-        order = (self.tasks, self.seed, self.shuffle, self.shuffle_buffer_size, self.packing_length)
-        return hashlib.sha256(repr((pieces, order, encoder_hash(encoder))).encode()).hexdigest()[:40]
-
-
-@dataclass(frozen=True)
-class StreamMix:
-    """The streams of a run: one of all datasets in turn, or with ``--interleave_prob`` one of each.
-
-    ``probabilities``: how often each gives the next unit.
-    """
-
-    plans: tuple[StreamPlan, ...]
-    probabilities: tuple[float, ...] = (1.0,)
-
-    def fingerprint(self, encoder: Encoder) -> str:
-        """A hash of what decides which tokens come at which place."""
-        parts = [plan.fingerprint(encoder) for plan in self.plans]
-        return hashlib.sha256(repr((parts, self.probabilities)).encode()).hexdigest()[:40]
-
-    def start(self) -> StreamPlaces:
-        """The beginning of every stream."""
-        return (StreamPosition(),) * len(self.plans)
-
-    def order(self, first: int) -> Iterator[int]:
-        """The stream that gives unit number ``first`` of the run, the one that gives the next, and so on."""
-        import numpy as np
-
-        if len(self.plans) == 1:
-            yield from itertools.repeat(0)
-        draws, skip = divmod(first, DRAWS)
-        for number in itertools.count(draws):
-            random = np.random.RandomState((self.plans[0].seed, number))
-            yield from random.choice(len(self.plans), DRAWS, p=self.probabilities)[skip:].tolist()
-            skip = 0
-
-
-def plan_streams(args: Any, datasets: list[ResolvedDataset], packing_length: int | None) -> StreamMix:
-    """Freeze the plans of the streams over these datasets."""
-    weights = args.interleave_prob
-    if not weights:
-        return StreamMix((plan_stream(args, datasets, packing_length),))
-    chosen = [(dataset, weight) for dataset, weight in zip(datasets, weights, strict=True) if weight]
-    plans = tuple(plan_stream(args, [dataset], packing_length) for dataset, _ in chosen)
-    total = sum(weights)
-    return StreamMix(plans, tuple(weight / total for _, weight in chosen))
-
-
-def plan_stream(args: Any, datasets: list[ResolvedDataset], packing_length: int | None) -> StreamPlan:
-    """Freeze the plan of one stream over these datasets."""
-    import numpy as np
-
-    pieces = [piece for dataset in datasets for piece in _pieces(dataset)]
-    tasks: list[list[tuple[int, int]]] = []
-    size = PIECE_BYTES
-    for epoch in range(MAX_PLANNED_EPOCHS):
-        if epoch and len(tasks) >= MAX_PLANNED_TASKS:
-            break
-        shuffled = np.random.RandomState((args.data_seed, epoch)).permutation(len(pieces))
-        for number in shuffled if args.dataset_shuffle else range(len(pieces)):
-            if size >= PIECE_BYTES:
-                tasks.append([])
-                size = 0
-            tasks[-1].append((epoch, int(number)))
-            size += max(pieces[number].size, 1)
-    frozen = tuple(tuple(task) for task in tasks)
-    shuffle, buffer = args.dataset_shuffle, args.shuffle_buffer_size
-    return StreamPlan(tuple(pieces), frozen, args.data_seed, shuffle, buffer, packing_length, args.strict)
-
-
-def _pieces(dataset: ResolvedDataset) -> list[Piece]:
-    """Neighbouring chunks together until they are big enough; everything together under ``#N``."""
-    chunks = plan_chunks(dataset.files)
-    limit = dataset.spec.num_samples
-    groups: list[list[Chunk]] = [[]]
-    size = 0
-    for chunk in chunks:
-        if size >= PIECE_BYTES and not limit:
-            groups.append([])
-            size = 0
-        groups[-1].append(chunk)
-        size += chunk_bytes(chunk)
-    return [Piece(tuple(group), dataset.rules, limit, sum(map(chunk_bytes, group))) for group in groups]
 
 
 # --- one task ---------------------------------------------------------------------------------------------------
@@ -185,7 +58,7 @@ def stream_tokens(
     num_cpus: float = 1,
 ) -> Dataset:
     """The stream as a lazy dataset of token rows: ``input_ids``, ``labels``, ``loss_scale``, and the place of each:
-    ``task``, ``unit`` and ``unit_rows``, the number of rows of that unit.
+    ``task``, ``item`` and ``item_rows``, the number of rows of that item.
 
     Args:
         plan: the frozen plan.
@@ -205,7 +78,7 @@ def stream_tokens(
         encoder = ray.get(packed).unpack()
         for item in batch["id"]:
             task = begin.task + int(item)
-            first = begin.unit if task == begin.task else 0
+            first = begin.item if task == begin.task else 0
             yield from _in_step(task_tokens(plan, task, first, encoder, drop_log), task, reader)
 
     tasks = one_task_each(pa.table({"id": range(len(plan.tasks) - begin.task)}), True, STREAM_BLOCK_BYTES)
@@ -233,24 +106,24 @@ def _in_step(tables: Iterator[pa.Table], task: int, reader: Any | None) -> Itera
 
 
 def task_tokens(
-    plan: StreamPlan, task: int, first_unit: int, encoder: Encoder, drop_log: Any | None
+    plan: StreamPlan, task: int, first_item: int, encoder: Encoder, drop_log: Any | None
 ) -> Iterator[pa.Table]:
-    """The tables of one task from a unit on: a pure function of the plan."""
+    """The tables of one task from an item on: a pure function of the plan."""
     import numpy as np
     import pyarrow as pa
 
     done = 0
-    for epoch, piece in plan.tasks[task]:
-        for tokens, units in _piece_units(plan, epoch, piece, encoder, drop_log):
-            numbers = done + units
+    for epoch, shard in plan.tasks[task]:
+        for tokens, items in _shard_items(plan, epoch, shard, encoder, drop_log):
+            numbers = done + items
             done = int(numbers[-1]) + 1
-            skip = int(np.searchsorted(numbers, first_unit))
+            skip = int(np.searchsorted(numbers, first_item))
             if skip == len(numbers):
                 continue
             columns = {
                 "task": np.full(len(numbers), task, np.int32),
-                "unit": numbers,
-                "unit_rows": np.bincount(units)[units],
+                "item": numbers,
+                "item_rows": np.bincount(items)[items],
             }
             table = pa.Table.from_batches([tokens]).drop_columns(["source", "length"])
             for name, values in columns.items():
@@ -258,17 +131,17 @@ def task_tokens(
             yield table.slice(skip)
 
 
-def _piece_units(
+def _shard_items(
     plan: StreamPlan, epoch: int, number: int, encoder: Encoder, drop_log: Any | None
 ) -> Iterator[tuple[pa.RecordBatch, np.ndarray]]:
-    """Token rows of one piece of one epoch, each batch with its rows' units (int64, from 0 in every batch)."""
+    """Token rows of one shard of one epoch, each batch with its rows' items (int64, from 0 in every batch)."""
     import numpy as np
 
-    piece = plan.pieces[number]
+    shard = plan.shards[number]
     rng = np.random.RandomState((plan.seed, epoch, number)) if plan.shuffle else None
-    chunks = [piece.chunks[i] for i in rng.permutation(len(piece.chunks))] if rng else list(piece.chunks)
-    batches = (batch for chunk in chunks for batch in standard_batches(chunk, piece.rules))
-    rows = _shuffled(_limited(_reported(batches, plan.strict, drop_log), piece.num_samples), plan, rng)
+    chunks = [shard.chunks[i] for i in rng.permutation(len(shard.chunks))] if rng else list(shard.chunks)
+    batches = (batch for chunk in chunks for batch in standard_batches(chunk, shard.rules))
+    rows = _shuffled(itertools.islice(_reported(batches, plan.strict, drop_log), shard.num_samples), plan, rng)
     tokens = _encoded(rows, encoder, plan.strict, drop_log)
     if plan.packing_length is not None:
         yield from _packed(tokens, plan.packing_length)
@@ -297,13 +170,6 @@ def _tell(drops: DropReport, strict: bool, drop_log: Any | None) -> None:
         refuse_bad_rows(drops, strict)
     if (drops.counts or drops.notes) and drop_log is not None:
         drop_log.push.remote({"event": "drops", "lines": drops.lines()})
-
-
-def _limited(rows: Iterator[PlacedRow], limit: int | None) -> Iterator[PlacedRow]:
-    for number, row in enumerate(rows):
-        if number == limit:
-            return
-        yield row
 
 
 def _shuffled(rows: Iterator[PlacedRow], plan: StreamPlan, rng: Any) -> Iterator[list[PlacedRow]]:
@@ -354,7 +220,7 @@ def _packed(batches: Iterator[pa.RecordBatch], packing_length: int) -> Iterator[
 def _pack_window(
     rows: pa.Table, packing_length: int, least: float
 ) -> tuple[tuple[pa.RecordBatch, np.ndarray] | None, pa.Table]:
-    """Packs filled to at least this share, as rows and their units; and the rows that wait."""
+    """Packs filled to at least this share, as rows and their items; and the rows that wait."""
     import numpy as np
 
     from rayswift.data.tokens.packing import pack
@@ -367,8 +233,8 @@ def _pack_window(
     counts = np.diff(packs.offsets)
     taken = np.repeat(enough, counts)
     batch = rows.take(packs.rows[taken]).combine_chunks().to_batches()
-    units = np.repeat(np.arange(int(enough.sum())), counts[enough])
-    return (batch[0], units) if batch else None, rows.take(np.sort(packs.rows[~taken]))
+    items = np.repeat(np.arange(int(enough.sum())), counts[enough])
+    return (batch[0], items) if batch else None, rows.take(np.sort(packs.rows[~taken]))
 
 
 # --- handing it out ---------------------------------------------------------------------------------------------

@@ -54,7 +54,7 @@ class _Pictures:
         path = value.get("path") if isinstance(value, Mapping) else value
         if not isinstance(path, str):
             return [Picture(words.shorten(str(path), 200), why="no path")]
-        picture, size = _inline(path) if path.startswith("data:") else _local(path)
+        picture, size = _picture(path)
         if picture.uri and size > min(self.room, MAX_PICTURE_BYTES * 4 // 3):
             why = "no more room on this page" if size > self.room else "too big to show"
             picture = Picture(picture.name, why=why)
@@ -64,14 +64,13 @@ class _Pictures:
         return [picture._replace(name=words.shorten(picture.name, 300))]
 
 
-def _inline(path: str) -> tuple[Picture, int]:
-    name = f"inline picture, {words.size_text(len(path))}"
-    if not _DATA_URI.fullmatch(path):
-        return Picture(name, why="not a picture that browsers show"), 0
-    return Picture(name, path), len(path)
-
-
-def _local(path: str) -> tuple[Picture, int]:
+def _picture(path: str) -> tuple[Picture, int]:
+    """What a path or ``data:`` URI holds, and its size."""
+    if path.startswith("data:"):
+        name = f"inline picture, {words.size_text(len(path))}"
+        if not _DATA_URI.fullmatch(path):
+            return Picture(name, why="not a picture that browsers show"), 0
+        return Picture(name, path), len(path)
     # SWIFT: ROOT_IMAGE_DIR is the folder that relative paths start from.
     local = os.path.join(os.environ.get("ROOT_IMAGE_DIR", ""), path.removeprefix("file://"))
     if "://" in local or not os.path.isfile(local):

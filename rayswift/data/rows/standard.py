@@ -11,10 +11,10 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
-from decimal import Decimal
 from functools import cached_property
 from typing import Any, Literal
 
+from rayswift.data.rows.cells import as_history, as_objects, as_text
 from rayswift.data.rows.columns import MEDIA, Layout, new_name, plan_layout
 from rayswift.data.rows.messages import (
     MessageNames,
@@ -91,10 +91,6 @@ class RowRules:
         return {key.lower(): name for key, name in self.columns.items()}
 
     @cached_property
-    def _edits_text(self) -> bool:
-        return bool(self.remove_text or self.query_suffix or self.response_prefix)
-
-    @cached_property
     def _after_preprocess(self) -> RowRules:
         """The rules for what ``preprocess`` returns: its columns have their final names."""
         return replace(self, columns={}, preprocess=None)
@@ -161,12 +157,17 @@ def _standardise(row: Mapping[str, Any], rules: RowRules) -> StandardRow:
         if row[key] is not None:
             standard[target] = _kept_value(target, row[key], standard, rules)
     for target in layout.media:
-        _add_media(standard, target, _choose(row, target, layout, standard, rules))
+        value = _choose(row, target, layout, standard, rules)
+        if value is None or value == []:
+            continue
+        if target in standard:
+            raise Unusable(f"{target} are both in a column and inside the messages")
+        standard[target] = [media_file(item) for item in (value if isinstance(value, (list, tuple)) else [value])]
     if "rejected_response" in layout.sources:
         _add_rejected(standard, _choose(row, "rejected_response", layout, standard, rules), rules)
     if rules.keep_extra:
         standard.update({key: row[key] for key in layout.extra if key not in standard})
-    if rules._edits_text:
+    if rules.remove_text or rules.query_suffix or rules.response_prefix:
         _edit_texts(standard, rules)
     for message in standard["messages"]:
         if "{{" in message["content"]:
@@ -205,7 +206,7 @@ def _from_messages(row: Mapping[str, Any], layout: Layout, rules: RowRules) -> S
         messages = parsed.messages
         _add_parsed(standard, "", parsed)
     if "system" in layout.sources and messages[0]["role"] != "system":
-        system = _text(_choose(row, "system", layout, standard, rules), "system")
+        system = as_text(_choose(row, "system", layout, standard, rules), "system")
         if system is not None:
             messages.insert(0, {"role": "system", "content": system})
     if layout.chosen is not None and row[layout.chosen] is not None:
@@ -222,20 +223,29 @@ def _from_columns(row: Mapping[str, Any], layout: Layout, rules: RowRules) -> St
     standard: StandardRow = {"messages": []}
     messages = standard["messages"]
     if "system" in layout.sources:
-        system = _text(_choose(row, "system", layout, standard, rules), "system")
+        system = as_text(_choose(row, "system", layout, standard, rules), "system")
         if system is not None:
             messages.append({"role": "system", "content": system})
     if "history" in layout.sources:
-        messages += _history(row[layout.sources["history"][0]])
+        messages += as_history(row[layout.sources["history"][0]])
     if layout.alpaca:
-        query: Any = _alpaca_query(row, layout, rules)
+        instruction, extra = (row[key] for key in layout.sources["query"])
+        if rules.strip_input_prefix and isinstance(extra, str):
+            extra = extra.removeprefix(rules.strip_input_prefix)
+        if type(instruction) is not str or type(extra) is not str:
+            instruction, extra = as_text(instruction, "instruction"), as_text(extra, "input")
+        if not instruction and not extra:
+            raise Unusable("both instruction and input are empty")
+        query: Any = f"{instruction}\n{extra}" if instruction and extra else instruction or extra
     else:
         query = _choose(row, "query", layout, standard, rules)
     before = len(messages)
     if type(query) is str:
         messages.append({"role": "user", "content": query})
+    elif isinstance(query, (list, tuple)) and query and is_message(query[0], rules.message_names):
+        _add_parsed(standard, "", read_messages(query, rules.message_names))  # TRL's conversational prompts
     elif query is not None:
-        _add_query(standard, query, rules)
+        messages.append({"role": "user", "content": as_text(query, "query")})
     response = _choose(row, "response", layout, standard, rules)
     if type(response) is str:
         messages.append({"role": "assistant", "content": response})
@@ -247,31 +257,19 @@ def _from_columns(row: Mapping[str, Any], layout: Layout, rules: RowRules) -> St
     return standard
 
 
-def _alpaca_query(row: Mapping[str, Any], layout: Layout, rules: RowRules) -> str:
-    instruction, extra = (row[key] for key in layout.sources["query"])
-    if rules.strip_input_prefix and isinstance(extra, str):
-        extra = extra.removeprefix(rules.strip_input_prefix)
-    if type(instruction) is not str or type(extra) is not str:
-        instruction, extra = _text(instruction, "instruction"), _text(extra, "input")
-    if not instruction and not extra:
-        raise Unusable("both instruction and input are empty")
-    return f"{instruction}\n{extra}" if instruction and extra else instruction or extra or ""
-
-
-def _add_query(standard: StandardRow, query: Any, rules: RowRules) -> None:
-    """A query that is no plain text: a list of messages (TRL's conversational prompts) or a number."""
-    if isinstance(query, (list, tuple)) and query and is_message(query[0], rules.message_names):
-        _add_parsed(standard, "", read_messages(query, rules.message_names))
-    else:
-        standard["messages"].append({"role": "user", "content": _text(query, "query")})
-
-
 def _read_reply(response: Any, what: str, rules: RowRules) -> ParsedMessages:
     """A response that is no plain text: a message, messages, several texts (SWIFT takes the first) or a number."""
-    response = _first_of_list(response, what, rules)
-    if isinstance(response, list):
-        return read_messages(response, rules.message_names)
-    return ParsedMessages([{"role": "assistant", "content": _text(response, what)}])
+    if is_message(response, rules.message_names):
+        return read_messages([response], rules.message_names)
+    if isinstance(response, (list, tuple)):
+        if not response or response[0] is None:
+            raise Unusable(f"the {what} is a list without a first text")
+        if is_message(response[0], rules.message_names):
+            return read_messages(response, rules.message_names)
+        response = response[0]
+        if isinstance(response, list):
+            return read_messages(response, rules.message_names)
+    return ParsedMessages([{"role": "assistant", "content": as_text(response, what)}])
 
 
 def _add_reply(standard: StandardRow, reply: ParsedMessages) -> None:
@@ -279,17 +277,6 @@ def _add_reply(standard: StandardRow, reply: ParsedMessages) -> None:
     if reply.messages[0]["role"] in ("system", "user"):
         standard["messages"].clear()
     _add_parsed(standard, "", reply)
-
-
-def _first_of_list(value: Any, what: str, rules: RowRules) -> Any:
-    """Of several texts the first (SWIFT); messages as a list of messages."""
-    if is_message(value, rules.message_names):
-        return [value]
-    if isinstance(value, (list, tuple)):
-        if not value or value[0] is None:
-            raise Unusable(f"the {what} is a list without a first text")
-        return list(value) if is_message(value[0], rules.message_names) else value[0]
-    return value
 
 
 def _add_parsed(standard: StandardRow, side: str, parsed: ParsedMessages) -> None:
@@ -301,45 +288,6 @@ def _add_parsed(standard: StandardRow, side: str, parsed: ParsedMessages) -> Non
         standard.setdefault(f"{side}{column}", []).extend(files)
     if parsed.warnings:
         standard.setdefault(WARNINGS, []).extend(parsed.warnings)
-
-
-def _text(value: Any, what: str) -> str | None:
-    """A cell as text: numbers are spelled, bytes are UTF-8, null is None; anything else has no one spelling."""
-    if value is None or isinstance(value, str):
-        return value
-    if isinstance(value, (int, float, Decimal)) and not isinstance(value, bool):
-        return str(value)
-    if isinstance(value, bytes):
-        try:
-            return value.decode("utf-8")
-        except UnicodeDecodeError:
-            raise Unusable(f"the {what} is bytes that are not UTF-8 text") from None
-    kinds = {bool: "true or false", dict: "an object", list: "a list", tuple: "a list"}
-    raise Unusable(f"the {what} is {kinds.get(type(value), type(value).__name__)}, not text")
-
-
-def _history(value: Any) -> list[dict[str, Any]]:
-    if isinstance(value, str) and value.strip():
-        value = parse_text(value)
-        value = "?" if value is None else value
-    if value is None or value == "" or value == [] or (isinstance(value, str) and not value.strip()):
-        return []
-    if not isinstance(value, (list, tuple)) or not all(
-        isinstance(turn, (list, tuple)) and len(turn) == 2 for turn in value
-    ):
-        raise Unusable("history is not a list of [user, assistant] pairs")
-    turns = [
-        (role, _text(text, "history")) for turn in value for role, text in zip(("user", "assistant"), turn, strict=True)
-    ]
-    return [{"role": role, "content": text} for role, text in turns if text is not None]
-
-
-def _add_media(standard: StandardRow, target: str, value: Any) -> None:
-    if value is None or value == []:
-        return
-    if target in standard:
-        raise Unusable(f"{target} are both in a column and inside the messages")
-    standard[target] = [media_file(item) for item in (value if isinstance(value, (list, tuple)) else [value])]
 
 
 def _add_rejected(standard: StandardRow, value: Any, rules: RowRules) -> None:
@@ -376,7 +324,7 @@ def _kept_value(target: str, value: Any, standard: StandardRow, rules: RowRules)
         listed = value if isinstance(value, (list, tuple)) else [value]
         return [media_file(item) for item in listed]
     if target.endswith("objects"):
-        return _objects(value)
+        return as_objects(value)
     if target == "chat_template_kwargs":
         value = parse_text(value) if isinstance(value, str) else value
         if not isinstance(value, dict):
@@ -397,29 +345,6 @@ def _conversations(target: str, value: Any, standard: StandardRow, rules: RowRul
         if any(column in parsed.media for parsed in all_parsed):
             standard[f"{side}{column}"] = [parsed.media.get(column, []) for parsed in all_parsed]
     return [parsed.messages for parsed in all_parsed]
-
-
-def _objects(value: Any) -> dict[str, Any]:
-    """Grounding objects; a box is [x, y] or [x1, y1, x2, y2] with the smaller corner first."""
-    value = parse_text(value) if isinstance(value, str) else value
-    if not isinstance(value, Mapping):
-        raise Unusable("objects is not an object with ref and bbox")
-    boxes = value.get("bbox") or []
-    if not isinstance(boxes, (list, tuple)) or not all(_is_box(box) for box in boxes):
-        raise Unusable("objects.bbox holds a box that is not [x, y] or [x1, y1, x2, y2]")
-    objects = {key: value[key] for key in ("ref", "bbox", "bbox_type", "image_id") if value.get(key) is not None}
-    if "bbox" in objects:
-        objects["bbox"] = [
-            list(box) if len(box) == 2 else
-            [min(box[0], box[2]), min(box[1], box[3]), max(box[0], box[2]), max(box[1], box[3])]
-            for box in boxes
-        ]  # fmt: skip
-    return objects
-
-
-def _is_box(box: Any) -> bool:
-    numbers = isinstance(box, (list, tuple)) and all(type(number) in (int, float) for number in box)
-    return numbers and len(box) in (2, 4)
 
 
 def _edit_texts(standard: StandardRow, rules: RowRules) -> None:

@@ -86,7 +86,7 @@ class DropReport:
 
 
 @dataclass
-class BlockRows:
+class RowIndex:
     """Rows of the token cache's files: paths and, per row, its file and its row in that file.
 
     ``index`` is int32 of shape (rows, 2); its order is the order of the dataset. ``lengths`` (int32) is the number of
@@ -100,9 +100,9 @@ class BlockRows:
     def __len__(self) -> int:
         return len(self.index)
 
-    def select(self, rows: np.ndarray) -> BlockRows:
+    def select(self, rows: np.ndarray) -> RowIndex:
         """The rows with these numbers, in this order."""
-        return BlockRows(self.files, self.index[rows], self.lengths[rows])
+        return RowIndex(self.files, self.index[rows], self.lengths[rows])
 
     def fingerprint(self) -> str:
         """A hash of which rows these are, and in which order: their contents, as file names are hashes of theirs."""
@@ -112,7 +112,7 @@ class BlockRows:
 
 
 @dataclass
-class LazyRows(BlockRows):
+class LazyRows(RowIndex):
     """Standard rows that are encoded when they are trained (``--lazy_tokenize true``); ``lengths`` says nothing.
 
     ``origins``: the data file that each of ``files`` was read from.
@@ -121,8 +121,19 @@ class LazyRows(BlockRows):
     origins: list[str]
 
 
+@dataclass
+class TrainData:
+    """What the data path hands to training: token rows for training (None for a stream, standard rows under
+    ``--lazy_tokenize``) and validation, and what was dropped."""
+
+    train: RowIndex | None
+    val: RowIndex | None
+    drops: DropReport
+    val_rows: list[dict[str, Any]] = field(default_factory=list)
+
+
 def all_rows(counts: list[int]) -> np.ndarray:
-    """Every row of files with so many rows, one file after the other: ``BlockRows.index``."""
+    """Every row of files with so many rows, one file after the other: ``RowIndex.index``."""
     import numpy as np
 
     index = np.empty((sum(counts), 2), np.int32)
@@ -134,7 +145,7 @@ def all_rows(counts: list[int]) -> np.ndarray:
     return index
 
 
-def sample_rows(rows: BlockRows, num_samples: int | None, args: Any, rng: np.random.RandomState) -> BlockRows:
+def sample_rows(rows: RowIndex, num_samples: int | None, args: Any, rng: np.random.RandomState) -> RowIndex:
     """``#N`` as SWIFT does it: N rows without replacement; above the size, whole repeats and a random rest."""
     import numpy as np
 
@@ -145,7 +156,7 @@ def sample_rows(rows: BlockRows, num_samples: int | None, args: Any, rng: np.ran
     return rows.select(np.concatenate([np.tile(np.arange(len(rows)), repeats), tail]).astype(np.int64))
 
 
-def split_rows(rows: BlockRows, ratio: float, rng: np.random.RandomState) -> tuple[BlockRows, BlockRows]:
+def split_rows(rows: RowIndex, ratio: float, rng: np.random.RandomState) -> tuple[RowIndex, RowIndex]:
     """Hold out ``max(int(rows · ratio), 1)`` random rows for validation (SWIFT 2.9); a single row is never held out."""
     import numpy as np
 
@@ -156,7 +167,7 @@ def split_rows(rows: BlockRows, ratio: float, rng: np.random.RandomState) -> tup
     return rows.select(np.sort(order[held_out:])), rows.select(np.sort(order[:held_out]))
 
 
-def concat(parts: list[BlockRows]) -> BlockRows:
+def concat(parts: list[RowIndex]) -> RowIndex:
     """Several datasets one after the other."""
     import numpy as np
 
@@ -168,10 +179,10 @@ def concat(parts: list[BlockRows]) -> BlockRows:
         indices.append(part.index + np.array([len(files), 0], np.int32) if files else part.index)
         files += part.files
     lengths = [np.zeros(0, np.int32), *(part.lengths for part in parts)]
-    return BlockRows(files, np.concatenate(indices), np.concatenate(lengths))
+    return RowIndex(files, np.concatenate(indices), np.concatenate(lengths))
 
 
-def blend(parts: list[BlockRows], args: Any, rng: np.random.RandomState) -> BlockRows:
+def blend(parts: list[RowIndex], args: Any, rng: np.random.RandomState) -> RowIndex:
     """Concatenate, or interleave with ``--interleave_prob``, then shuffle once if ``--dataset_shuffle``."""
     import numpy as np
 
@@ -203,7 +214,7 @@ def interleave(sizes: list[int], weights: list[float], strategy: str, rng: np.ra
                 return np.asarray(order, np.int64)
 
 
-def iter_standard_rows(rows: BlockRows) -> Iterator[dict[str, Any]]:
+def iter_standard_rows(rows: RowIndex) -> Iterator[dict[str, Any]]:
     """The standard rows themselves, one record batch in memory at a time where neighbours lie together."""
     import numpy as np
 

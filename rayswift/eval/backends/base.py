@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from rayswift.eval.benchmarks import Benchmark
-from rayswift.eval.models import Contender, Serving
+from rayswift.eval.models import EvalEndpoint, EvalModel
 from rayswift.eval.results import Result
 from rayswift.serve.running import Endpoint
 
@@ -26,10 +26,10 @@ class Backend(Protocol):
     def prepare(self, benchmark: Benchmark) -> None:
         """Load and check its data. Raises UserError. Called for every benchmark before any model starts."""
 
-    def check(self, benchmark: Benchmark, serving: Serving) -> None:
+    def check(self, benchmark: Benchmark, endpoint: EvalEndpoint) -> None:
         """Raises UserError where the engine cannot do what the benchmark needs."""
 
-    def run(self, benchmark: Benchmark, contender: Contender, endpoint: Endpoint, folder: Path) -> Result:
+    def run(self, benchmark: Benchmark, model: EvalModel, endpoint: Endpoint, folder: Path) -> Result:
         """Ask and score every question. Answers are kept in ``folder``; called again there, it asks for the rest."""
 
 

@@ -1,6 +1,6 @@
 """``--eval_backend Native``: EvalScope asks and scores (https://github.com/modelscope/evalscope).
 
-Each benchmark of each contender is an EvalScope task of its own, in a folder of its own: predictions and reviews are
+Each benchmark of each model is an EvalScope task of its own, in a folder of its own: predictions and reviews are
 appended there question by question, and EvalScope goes on with what is there (``use_cache``).
 """
 
@@ -16,7 +16,7 @@ from rayswift.errors import UserError, one_line
 from rayswift.eval.backends.base import generation_flags, is_debugging, own_logging, without_bars
 from rayswift.eval.benchmarks import QUESTION_SETS, Benchmark, require_known
 from rayswift.eval.local_data import data_line, lay_out
-from rayswift.eval.models import Contender, Serving
+from rayswift.eval.models import EvalEndpoint, EvalModel
 from rayswift.eval.question_sets import lay_out_questions
 from rayswift.eval.results import Question, Result
 from rayswift.serve.running import Endpoint
@@ -98,10 +98,10 @@ class Native:
             settings["few_shot_num"] = 0
         return {**settings, "local_path": data.path}
 
-    def check(self, benchmark: Benchmark, serving: Serving) -> None:
+    def check(self, benchmark: Benchmark, endpoint: EvalEndpoint) -> None:
         """Every engine can chat."""
 
-    def run(self, benchmark: Benchmark, contender: Contender, endpoint: Endpoint, folder: Path) -> Result:
+    def run(self, benchmark: Benchmark, model: EvalModel, endpoint: Endpoint, folder: Path) -> Result:
         from evalscope import run_task
 
         task = self._task(benchmark, self.dataset_args[benchmark.asked], endpoint, folder)
@@ -120,7 +120,7 @@ class Native:
                 f"--eval_dataset {benchmark.asked}: {summary.errored} of {summary.requested} questions have no score; "
                 f"{folder / 'logs'} says why; the same command asks them again"
             )
-        return _result(benchmark, contender, report, folder, self.shots[benchmark.asked])
+        return _result(benchmark, model, report, folder, self.shots[benchmark.asked])
 
     def _task(
         self,
@@ -169,12 +169,12 @@ def _quiet() -> None:
             handler.addFilter(lambda record: record.levelno >= logging.ERROR)
 
 
-def _result(benchmark: Benchmark, contender: Contender, report: Report, folder: Path, shots: int) -> Result:
+def _result(benchmark: Benchmark, model: EvalModel, report: Report, folder: Path, shots: int) -> Result:
     scores = {_metric_name(metric.identity): float(metric.score) for metric in report.metrics}
     primary = report.primary_metric_identity
     main = _metric_name(primary) if primary is not None else next(iter(scores), "score")
     questions = list(_questions(folder, main))
-    return Result(benchmark.asked, contender.label, "Native", main, scores, shots, questions)
+    return Result(benchmark.asked, model.label, "Native", main, scores, shots, questions)
 
 
 def _metric_name(identity: Any) -> str:

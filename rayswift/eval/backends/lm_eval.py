@@ -17,7 +17,7 @@ from rayswift.errors import UserError, one_line
 from rayswift.eval.backends.base import generation_flags, is_debugging, own_logging, without_bars
 from rayswift.eval.benchmarks import QUESTION_SETS, Benchmark, require_known
 from rayswift.eval.local_data import LocalData, data_line, lay_out
-from rayswift.eval.models import Contender, Serving
+from rayswift.eval.models import EvalEndpoint, EvalModel
 from rayswift.eval.question_sets import SPLITS, lay_out_questions
 from rayswift.eval.results import Question, Result
 from rayswift.serve.running import Endpoint
@@ -54,7 +54,7 @@ class Harness:
     def prepare(self, benchmark: Benchmark) -> None:
         if benchmark.name not in QUESTION_SETS:
             require_known(benchmark, "lm-eval", self.manager.all_tasks)
-        settings = {**benchmark.settings}
+        settings = dict(benchmark.settings)
         if "few_shot_num" in settings:  # EvalScope's and SWIFT's word
             settings["num_fewshot"] = settings.pop("few_shot_num")
         try:
@@ -134,9 +134,9 @@ class Harness:
             tasks[name] = ConfigurableTask(config=config)
         return {"tasks": tasks, "groups": {}, "group_map": {}}
 
-    def check(self, benchmark: Benchmark, serving: Serving) -> None:
-        args = serving.args
-        if not self._by_likelihood(benchmark) or not serving.is_own:
+    def check(self, benchmark: Benchmark, endpoint: EvalEndpoint) -> None:
+        args = endpoint.args
+        if not self._by_likelihood(benchmark) or not endpoint.is_own:
             return
         need = f"--eval_dataset {benchmark.asked}: lm-eval's {benchmark.name} needs log probabilities of the prompt"
         if args.infer_backend != "vllm":
@@ -149,10 +149,11 @@ class Harness:
     def _by_likelihood(self, benchmark: Benchmark) -> bool:
         return any(t.OUTPUT_TYPE in _ANSWERED_BY_LIKELIHOOD for t in self.tasks[benchmark.asked]["tasks"].values())
 
-    def run(self, benchmark: Benchmark, contender: Contender, endpoint: Endpoint, folder: Path) -> Result:
+    def run(self, benchmark: Benchmark, model: EvalModel, endpoint: Endpoint, folder: Path) -> Result:
         from lm_eval.evaluator import simple_evaluate
 
         args, loaded = self.args, self.tasks[benchmark.asked]
+        inner = {child for children in loaded["group_map"].values() for child in children}
         for task in loaded["tasks"].values():  # a task keeps the requests and answers of its last run
             task._instances = None
         folder.mkdir(parents=True, exist_ok=True)
@@ -161,8 +162,9 @@ class Harness:
             extra.setdefault("system_instruction", args.system)
         try:
             found = simple_evaluate(
-                model=self._model(benchmark, contender, endpoint),
-                tasks=_outermost(loaded),
+                model=self._model(benchmark, model, endpoint),
+                tasks=[group for name, group in loaded["groups"].items() if name not in inner]  # the outermost
+                or list(loaded["tasks"].values()),
                 task_manager=self.manager,
                 limit=args.eval_limit,
                 use_cache=str(folder / "requests"),
@@ -177,7 +179,7 @@ class Harness:
                 f"--eval_dataset {benchmark.asked}: lm-eval stopped ({one_line(error)}); the same command goes on with "
                 "the questions that are left"
             ) from None
-        return _result(benchmark, contender, found)
+        return _result(benchmark, model, found)
 
     def _generation(self) -> dict[str, Any]:
         """Settings of generation over the task's own, in the harness's words."""
@@ -188,12 +190,12 @@ class Harness:
             merged.setdefault("do_sample", True)
         return {names.get(key, key): value for key, value in merged.items()}
 
-    def _model(self, benchmark: Benchmark, contender: Contender, endpoint: Endpoint) -> Any:
+    def _model(self, benchmark: Benchmark, model: EvalModel, endpoint: Endpoint) -> Any:
         """The harness's client of the endpoint."""
         from lm_eval.models.openai_completions import LocalCompletionsAPI
 
         extra = self.args.extra_eval_args
-        tokenizer = extra.get("tokenizer") or contender.tokenizer
+        tokenizer = extra.get("tokenizer") or model.tokenizer
         if tokenizer is None and self._by_likelihood(benchmark):
             raise UserError(
                 f"--eval_dataset {benchmark.asked}: lm-eval's {benchmark.name} needs the model's tokenizer; name its "
@@ -273,13 +275,7 @@ def _context_length(endpoint: Endpoint, args: EvalArguments) -> int:
     return args.vllm_max_model_len or 2048
 
 
-def _outermost(loaded: Any) -> list[Any]:
-    """The groups that are in no other, else the tasks."""
-    inner = {child for children in loaded["group_map"].values() for child in children}
-    return [group for name, group in loaded["groups"].items() if name not in inner] or list(loaded["tasks"].values())
-
-
-def _result(benchmark: Benchmark, contender: Contender, found: Any) -> Result:
+def _result(benchmark: Benchmark, model: EvalModel, found: Any) -> Result:
     """The harness's results as ours. ``acc,none`` is written ``acc``; other filters keep their name.
 
     A benchmark of several tasks without a score of their own together gets the mean over their questions.
@@ -295,11 +291,13 @@ def _result(benchmark: Benchmark, contender: Contender, found: Any) -> Result:
         names = dict.fromkeys(name for question in questions for name in question.scores)
         each = {name: [q.scores[name] for q in questions if name in q.scores] for name in names}
         scores = {name: sum(values) / len(values) for name, values in each.items()}
-    main = _main(scores)
+    # What stands for the task: the first of the metrics that leaderboards show.
+    leading = ("acc", "exact_match-flexible-extract", "exact_match", *scores)
+    main = next((name for name in leading if name in scores), "score")
     if len(per_task) > 1:
         scores |= {f"{task} {name}": value for task, own in per_task.items() for name, value in own.items()}
     shots = next(iter(found["n-shot"].values()), 0)
-    return Result(benchmark.asked, contender.label, "lm-eval", main, scores, int(shots or 0), questions)
+    return Result(benchmark.asked, model.label, "lm-eval", main, scores, int(shots or 0), questions)
 
 
 def _scores(values: Any) -> dict[str, float]:
@@ -316,14 +314,6 @@ def _named(metric: str, kind: str) -> str:
     return metric if kind in ("none", "") else f"{metric}-{kind}"
 
 
-def _main(scores: dict[str, float]) -> str:
-    """The metric that stands for a task: the first of those that leaderboards show."""
-    for wanted in ("acc", "exact_match-flexible-extract", "exact_match"):
-        if found := next((name for name in scores if name == wanted), None):
-            return found
-    return next(iter(scores), "score")
-
-
 def _questions(task: str, samples: list[dict[str, Any]]) -> list[Question]:
     """The harness's samples, one per question (it writes one per filter)."""
     merged: dict[int, Question] = {}
@@ -337,16 +327,11 @@ def _questions(task: str, samples: list[dict[str, Any]]) -> list[Question]:
         if known is None:
             answer, read, expected = _read(sample)
             prompt = sample["arguments"][0][0]
-            merged[sample["doc_id"]] = Question(
-                f"{task}/{sample['doc_id']}", _prompt(prompt), answer, read, expected, scores
-            )
+            shown = prompt if isinstance(prompt, str) else json.dumps(prompt, ensure_ascii=False)
+            merged[sample["doc_id"]] = Question(f"{task}/{sample['doc_id']}", shown, answer, read, expected, scores)
         else:
             known.scores.update(scores)
     return list(merged.values())
-
-
-def _prompt(prompt: Any) -> str:
-    return prompt if isinstance(prompt, str) else json.dumps(prompt, ensure_ascii=False)
 
 
 def _read(sample: dict[str, Any]) -> tuple[str, str, str]:

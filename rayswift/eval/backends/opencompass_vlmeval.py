@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from rayswift.errors import UserError, telling_line
 from rayswift.eval.backends.base import generation_flags
 from rayswift.eval.benchmarks import Benchmark, require_known
-from rayswift.eval.models import Contender, Serving
+from rayswift.eval.models import EvalEndpoint, EvalModel
 from rayswift.eval.results import Question, Result
 from rayswift.serve.running import Endpoint
 
@@ -83,10 +83,10 @@ class Toolkit:
             raise UserError(f"--eval_dataset {benchmark.asked}: {benchmark.local_path} is no folder; {self.kind} takes "
                             "the folder that holds its `data` folder")  # fmt: skip
 
-    def check(self, benchmark: Benchmark, serving: Serving) -> None:
+    def check(self, benchmark: Benchmark, endpoint: EvalEndpoint) -> None:
         """Every engine can chat."""
 
-    def run(self, benchmark: Benchmark, contender: Contender, endpoint: Endpoint, folder: Path) -> Result:
+    def run(self, benchmark: Benchmark, model: EvalModel, endpoint: Endpoint, folder: Path) -> Result:
         folder.mkdir(parents=True, exist_ok=True)
         config = folder.resolve() / "task.json"
         # --extra_eval_args can hold a judge's key: only for us, and only while it runs.
@@ -115,7 +115,7 @@ class Toolkit:
                 f"--eval_dataset {benchmark.asked}: {self.kind} gave no score ({why}); its log is {log_file}"
             )
         main = next((name for name in scores if "acc" in name.lower() or "overall" in name.lower()), next(iter(scores)))
-        return Result(benchmark.asked, contender.label, self.kind, main, scores, None, questions)
+        return Result(benchmark.asked, model.label, self.kind, main, scores, None, questions)
 
     def _task(self, benchmark: Benchmark, endpoint: Endpoint, folder: Path) -> dict[str, Any]:
         """EvalScope's configuration of the run (what SWIFT hands it)."""

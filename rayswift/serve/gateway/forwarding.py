@@ -70,11 +70,6 @@ class GatewayRequest:
     request_id: str = ""
     deaths: int = 0
 
-    @property
-    def streams(self) -> bool:
-        """Whether the answer comes in pieces."""
-        return bool(self.body.get("stream"))
-
 
 @dataclass
 class Response:

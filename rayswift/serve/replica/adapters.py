@@ -7,7 +7,6 @@ apply.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,12 +14,12 @@ from typing import TYPE_CHECKING, Any
 
 from rayswift import hub, private
 from rayswift.errors import UserError
-from rayswift.modeling.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS, check_adapter
+from rayswift.modeling.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS, check_adapter, read_adapter_config
 from rayswift.modeling.loading import read_safetensors_header, weight_files
 from rayswift.serve.openai_errors import ApiError
 
 if TYPE_CHECKING:
-    from rayswift.generate.model_spec import ModelPlan
+    from rayswift.generate.model_spec import ModelSpec
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)*")
 
@@ -48,7 +47,7 @@ def split_key(key: str) -> tuple[str, str]:
 class AdapterLoader:
     """A replica's side: from a key to a checked folder."""
 
-    def __init__(self, plan: ModelPlan) -> None:
+    def __init__(self, plan: ModelSpec) -> None:
         self._plan = plan
         self._base_shapes: dict[str, list[int]] = {}
 
@@ -85,7 +84,7 @@ class AdapterLoader:
             shapes = read_safetensors_header(Path(folder) / ADAPTER_WEIGHTS)
         except UserError as error:
             raise AdapterRefused(422, f"adapter {name}: {str(error).partition(': ')[2] or error}") from None
-        for problem in self._problems(json.loads((Path(folder) / ADAPTER_CONFIG).read_text(encoding="utf-8")), shapes):
+        for problem in self._problems(read_adapter_config(folder), shapes):
             raise AdapterRefused(422, f"adapter {name}: {problem}")
 
     def _problems(self, config: dict[str, Any], shapes: dict[str, dict[str, Any]]) -> Iterator[str]:

@@ -13,7 +13,7 @@ from typing import Any
 from fastapi.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from rayswift.generate.continuous_batching import Piece, Row
+from rayswift.generate.continuous_batching import Sequence, TokenDelta
 from rayswift.serve.openai_errors import ApiError
 
 
@@ -46,7 +46,7 @@ class Shape:
         frame = self._frame([choice], chunk=True)
         return event(frame | {"prompt_token_ids": prompt} if self.include_token_ids else frame)
 
-    def piece_event(self, index: int, piece: Piece) -> bytes:
+    def piece_event(self, index: int, piece: TokenDelta) -> bytes:
         """One piece as a chunk of a stream."""
         choice: dict[str, Any] = {"index": index, "logprobs": self._logprobs(index, piece.logprobs)}
         choice |= {"delta": {"content": piece.text} if piece.text else {}} if self.is_chat else {"text": piece.text}
@@ -59,7 +59,7 @@ class Shape:
         """The last chunk of a stream whose client asked for it."""
         return event(self._frame([], chunk=True) | {"usage": usage})
 
-    def whole(self, answers: list[Piece], prompts: list[list[int]], usage: dict[str, Any]) -> dict[str, Any]:
+    def whole(self, answers: list[TokenDelta], prompts: list[list[int]], usage: dict[str, Any]) -> dict[str, Any]:
         """A whole response. ``answers`` and ``prompts``: one per choice."""
         choices = []
         for index, answer in enumerate(answers):
@@ -108,7 +108,7 @@ DONE = b"data: [DONE]\n\n"
 class EventStream(StreamingResponse):
     """A stream of events; when it ends, or its client has left even before it began, the model drops the rows."""
 
-    def __init__(self, events: AsyncIterator[bytes], rows: list[Row]) -> None:
+    def __init__(self, events: AsyncIterator[bytes], rows: list[Sequence]) -> None:
         super().__init__(events, media_type="text/event-stream")
         self._rows = rows
 
@@ -120,7 +120,9 @@ class EventStream(StreamingResponse):
                 row.cancel()
 
 
-async def pieces_of(rows: list[Row], queue: asyncio.Queue[tuple[int, Piece]]) -> AsyncIterator[tuple[int, Piece]]:
+async def pieces_of(
+    rows: list[Sequence], queue: asyncio.Queue[tuple[int, TokenDelta]]
+) -> AsyncIterator[tuple[int, TokenDelta]]:
     """Pieces as they come, until every row has ended. Raises ApiError (500) when the model fails."""
     unfinished = len(rows)
     while unfinished:
@@ -131,13 +133,13 @@ async def pieces_of(rows: list[Row], queue: asyncio.Queue[tuple[int, Piece]]) ->
         unfinished -= piece.finish_reason is not None
 
 
-async def collect(pieces: AsyncIterator[tuple[int, Piece]], count: int) -> list[Piece]:
+async def collect(pieces: AsyncIterator[tuple[int, TokenDelta]], count: int) -> list[TokenDelta]:
     """The pieces of each answer as one."""
-    found: list[list[Piece]] = [[] for _ in range(count)]
+    found: list[list[TokenDelta]] = [[] for _ in range(count)]
     async for index, piece in pieces:
         found[index].append(piece)
     return [
-        Piece(
+        TokenDelta(
             "".join(piece.text for piece in parts),
             [token for piece in parts for token in piece.token_ids],
             [entry for piece in parts for entry in piece.logprobs],

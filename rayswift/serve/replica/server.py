@@ -13,7 +13,7 @@ from typing import Any
 
 from ray import serve
 
-from rayswift.generate.model_spec import ModelPlan
+from rayswift.generate.model_spec import ModelSpec
 from rayswift.serve.lease import LeaseBook, LeaseMiddleware
 from rayswift.serve.node_address import keep_replica_ports_inside, node_ip
 from rayswift.serve.ports import bind, run_http
@@ -23,7 +23,7 @@ logger = logging.getLogger("rayswift.serve.replica.server")
 
 
 class LoadedAdapter:
-    """An adapter that Serve's multiplexing keeps; leaving the cache unloads it from the engine."""
+    """An adapter in the cache of Serve's multiplexing, which awaits ``__del__`` when it drops one."""
 
     def __init__(self, name: str, serving: Any) -> None:
         self.name, self._serving = name, serving
@@ -33,11 +33,11 @@ class LoadedAdapter:
 
 
 class LLMServer:
-    """The deployment class. ``plan`` is :class:`ModelPlan` as a dictionary."""
+    """The deployment class. ``plan`` is :class:`ModelSpec` as a dictionary."""
 
     async def __init__(self, plan: dict[str, Any]) -> None:  # type: ignore[misc]  # Serve awaits it
         keep_replica_ports_inside()
-        self.plan = ModelPlan(**plan)
+        self.plan = ModelSpec(**plan)
         self.adapters = AdapterLoader(self.plan)
         self.leases = LeaseBook()
         model_dir = await asyncio.to_thread(self.plan.resolve_model)

@@ -20,7 +20,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from rayswift.data.tokens.encoder import Encoder
 from rayswift.errors import UserError
-from rayswift.generate.continuous_batching import BASE, BatchRunner, Busy, Piece, Row
+from rayswift.generate.continuous_batching import BASE, BatchRunner, Busy, Sequence, TokenDelta
 from rayswift.generate.token_choice import Sampling
 from rayswift.generate.transformers import TransformersEngine
 from rayswift.modeling.adapters import add_adapter
@@ -82,7 +82,7 @@ class TransformersServing:
 
     @classmethod
     def from_plan(cls, plan: Any, model_dir: str, encoders: dict[str, Encoder] | None = None) -> TransformersServing:
-        """Load the model of a `ModelPlan`."""
+        """Load the model of a `ModelSpec`."""
         encoders = plan.encoders(model_dir) if encoders is None else encoders
         engine = TransformersEngine.load(
             replace(encoders[""], max_length=plan.max_model_len),
@@ -215,8 +215,8 @@ class TransformersServing:
 
     def rows(
         self, body: GenerationRequest, prompts: list[Prompt], adapter: str, encoder: Encoder,
-        emit: Callable[[int, Piece], Any],
-    ) -> list[Row]:  # fmt: skip
+        emit: Callable[[int, TokenDelta], Any],
+    ) -> list[Sequence]:  # fmt: skip
         """A row for each choice of each prompt; ``emit`` gets the number of the choice with each piece."""
         ends = set() if body.ignore_eos else {*encoder.eos_token_ids, *self.engine.stop_token_ids}
         ends |= set(body.stop_token_ids or ())
@@ -224,7 +224,7 @@ class TransformersServing:
         ends_with: dict[str, Any] = {"adapter": adapter, "stop_ids": frozenset(ends), "stop_words": words}
         choices = [(prompt, choice) for prompt in prompts for choice in range(body.n or 1)]
         return [
-            Row(self.engine, prompt.ids, self.sampling(body, prompt, choice), partial(emit, index), **ends_with)
+            Sequence(self.engine, prompt.ids, self.sampling(body, prompt, choice), partial(emit, index), **ends_with)
             for index, (prompt, choice) in enumerate(choices)
         ]
 
@@ -233,9 +233,9 @@ class TransformersServing:
     async def answer(self, request: Request, body: GenerationRequest, prompts: list[Prompt], echo: bool) -> Response:
         """Generate and respond: an event stream, or one object."""
         name, adapter, encoder = self.find(body.model)
-        loop, pieces = asyncio.get_running_loop(), asyncio.Queue[tuple[int, Piece]]()
+        loop, pieces = asyncio.get_running_loop(), asyncio.Queue[tuple[int, TokenDelta]]()
 
-        def emit(index: int, piece: Piece) -> None:
+        def emit(index: int, piece: TokenDelta) -> None:
             loop.call_soon_threadsafe(pieces.put_nowait, (index, piece))
 
         rows = self.rows(body, prompts, adapter, encoder, emit)
@@ -254,15 +254,14 @@ class TransformersServing:
         self.prompt_tokens += sum(len(prompt.ids) for prompt in prompts)
         texts = [prompt.text for prompt in prompts for _ in range(body.n or 1)] if echo else []
         shape = Shape(name, isinstance(body, ChatRequest), bool(body.return_token_ids), texts)
-        answers = pieces_of(rows, pieces)
+        answers, ids = pieces_of(rows, pieces), [prompt.ids for prompt in prompts]
         if body.stream:
-            events = self._events(body, shape, rows, [prompt.ids for prompt in prompts], answers)
-            return EventStream(events, rows)
-        return await self._whole(request, shape, rows, [prompt.ids for prompt in prompts], answers)
+            return EventStream(self._events(body, shape, rows, ids, answers), rows)
+        return await self._whole(request, shape, rows, ids, answers)
 
     async def _whole(
-        self, request: Request, shape: Shape, rows: list[Row], prompts: list[list[int]],
-        answers: AsyncIterator[tuple[int, Piece]],
+        self, request: Request, shape: Shape, rows: list[Sequence], prompts: list[list[int]],
+        answers: AsyncIterator[tuple[int, TokenDelta]],
     ) -> Response:  # fmt: skip
         collecting = asyncio.ensure_future(collect(answers, len(rows)))
         leaving = asyncio.ensure_future(client_left(request.receive))
@@ -279,8 +278,8 @@ class TransformersServing:
                 row.cancel()
 
     async def _events(
-        self, body: GenerationRequest, shape: Shape, rows: list[Row], prompts: list[list[int]],
-        answers: AsyncIterator[tuple[int, Piece]],
+        self, body: GenerationRequest, shape: Shape, rows: list[Sequence], prompts: list[list[int]],
+        answers: AsyncIterator[tuple[int, TokenDelta]],
     ) -> AsyncIterator[bytes]:  # fmt: skip
         notes = current_notes.get()
         try:

@@ -46,7 +46,7 @@ class Position:
     """How far a checkpoint's run has trained its data, on any number of workers; the step is in its name.
 
     Args:
-        global_batch_size: units per step.
+        global_batch_size: items per step.
         data: fingerprint of the data in its order.
         stream: for each stream the ``(task, unit)`` of its plan that comes next; None for a dataset of known length.
     """

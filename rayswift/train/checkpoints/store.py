@@ -12,9 +12,9 @@ from rayswift.data.files import filesystem_of
 from rayswift.train.checkpoints import manifest as checkpoints
 
 if TYPE_CHECKING:
+    from rayswift.train.config import WorkerConfig
     from rayswift.train.loader import Rank
-    from rayswift.train.trainers.sft import StepTraining
-    from rayswift.train.worker import WorkerConfig
+    from rayswift.train.trainers.step import StepTraining
 
 
 class CheckpointStore:
@@ -92,8 +92,8 @@ class CheckpointStore:
         if self.rank.rank == 0:
             self.config.args.save(os.path.join(local, "args.json"))
             stream = trainer.loader.stream_places(step)
-            batch = self.config.plan.global_batch_size
-            checkpoints.Position(batch, self.config.data_fingerprint, stream).write(local)
+            batch = self.config.schedule.global_batch_size
+            checkpoints.Position(batch, self.config.data.fingerprint, stream).write(local)
         if self.rank.world_size > 1:
             torch.distributed.barrier()
         shares = [checkpoints.hash_files(local, self.local_rank, self.local_world_size)]

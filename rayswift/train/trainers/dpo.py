@@ -8,8 +8,8 @@ import torch
 from datasets import Dataset
 from trl import DPOTrainer
 
-from rayswift.train.loader import Batch
-from rayswift.train.trainers.sft import StepTraining
+from rayswift.train.collate import Batch
+from rayswift.train.trainers.step import StepTraining
 
 #: What SWIFT logs of a preference run, by TRL's names; each a mean over pairs.
 METRICS = (

@@ -1,0 +1,75 @@
+"""What travels from the driver to every worker: the data, the model, the steps, and where the run goes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from rayswift.data.tokens.row_index import LazyRows, RowIndex
+
+if TYPE_CHECKING:
+    from rayswift.data.flow.plan import StreamMix
+    from rayswift.data.tokens.encoder import Encoder
+    from rayswift.data.tokens.packing import Packs
+    from rayswift.train.schedule import StepSchedule
+
+
+@dataclass(frozen=True)
+class RunData:
+    """What a run trains on, and what it is validated on.
+
+    Args:
+        train: token rows, or standard ones to encode on the way; None for a stream.
+        packs: how rows are packed; None without packing, or for a stream.
+        stream: the plans of streams; None for rows.
+        val: validation token rows, or None.
+        encoder: turns standard rows into token ids.
+        fingerprint: tells one data order from another; kept in checkpoints.
+    """
+
+    train: RowIndex | None
+    packs: Packs | None
+    stream: StreamMix | None
+    val: RowIndex | None
+    encoder: Encoder
+    fingerprint: str
+
+    @property
+    def num_items(self) -> int | None:
+        """Rows or packs of an epoch; None for a stream."""
+        if self.train is None:
+            return None
+        return len(self.train) if self.packs is None else len(self.packs)
+
+    @property
+    def token_parts(self) -> dict[str, RowIndex]:
+        """Training and validation rows whose lengths are known, by SWIFT's names for them."""
+        found = {"train_dataset": self.train, "val_dataset": self.val}
+        return {name: rows for name, rows in found.items() if rows is not None and not isinstance(rows, LazyRows)}
+
+
+@dataclass(frozen=True)
+class WorkerConfig:
+    """Everything a worker needs; the same on every rank and every attempt.
+
+    Args:
+        args: the command's arguments.
+        model: the model's local folder, or its hub id when nodes fetch it themselves.
+        dtype: ``bfloat16``, ``float16`` or ``float32``.
+        use_gpu: whether workers have accelerators.
+        data: what is trained.
+        schedule: the run's steps.
+        run_uri: the run directory, a local path or a URI.
+        resume: the checkpoint to start from, or None.
+        events: the driver's event queue.
+    """
+
+    args: Any
+    model: str
+    dtype: str
+    use_gpu: bool
+    data: RunData
+    schedule: StepSchedule
+    run_uri: str
+    resume: str | None
+    events: Any

@@ -1,0 +1,104 @@
+"""The models of a run: found by the driver before anything is started, built by the workers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rayswift.errors import UserError
+from rayswift.train.deepspeed import check_precision, deepspeed_config
+
+
+def find_model(args: Any) -> str:
+    """The local folder of ``--model``, downloaded if need be.
+
+    Raises:
+        UserError: it or ``--ref_model`` is not there, or has no weights.
+    """
+    from rayswift.hub import resolve_model
+    from rayswift.modeling.loading import weight_files
+
+    model_dir = resolve_model(args.model, revision=args.model_revision, use_hf=args.use_hf, token=args.hub_token)
+    weight_files(model_dir)
+    if getattr(args, "ref_model", None):
+        try:
+            weight_files(_reference_dir(args))
+        except UserError as error:
+            raise UserError(str(error).replace("--model ", "--ref_model ")) from None
+    return model_dir
+
+
+def compute_dtype(args: Any, model_dir: str, use_gpu: bool) -> str:
+    """``bfloat16``, ``float16`` or ``float32``: what workers compute in.
+
+    Raises:
+        UserError: ``--torch_dtype`` is not for this device, or ``--deepspeed`` means another one.
+    """
+    from rayswift.modeling.loading import resolve_dtype
+
+    dtype = resolve_dtype(args.torch_dtype, model_dir, use_gpu)
+    if dtype == "float16" and not use_gpu:
+        raise UserError("--torch_dtype float16 trains on GPUs only; use bfloat16 or float32 on CPU")
+    check_precision(deepspeed_config(args.deepspeed), dtype)
+    return dtype
+
+
+def build_model(args: Any, model_dir: str, dtype: str, use_gpu: bool) -> Any:
+    """The model to train, with its adapter if it gets one."""
+    from rayswift.modeling.adapters import add_lora, freeze_for_full, load_adapter
+
+    model = _load(args, model_dir, dtype, use_gpu)
+    model.config.use_cache = False
+    if args.train_type == "full":
+        freeze_for_full(model, args)
+    elif args.adapters:
+        model = load_adapter(model, args.adapters[0], is_trainable=True)
+    else:
+        model = add_lora(model, args)
+    if args.gradient_checkpointing:
+        # Frozen embeddings give inputs without gradients, and recomputed layers would then have none either.
+        model.enable_input_require_grads()
+    return model
+
+
+def reference_model(args: Any, model_dir: str, dtype: str, use_gpu: bool) -> Any:
+    """The frozen model that full training is compared with: ``--ref_model``, else the one in ``model_dir``. None for
+    adapters, which are switched off instead."""
+    if args.train_type != "full":
+        return None
+    return _load(args, _reference_dir(args) if args.ref_model else model_dir, dtype, use_gpu)
+
+
+def _reference_dir(args: Any) -> str:
+    from rayswift.hub import resolve_model
+
+    return resolve_model(args.ref_model, revision=args.ref_model_revision, use_hf=args.use_hf, token=args.hub_token)
+
+
+def _load(args: Any, model_dir: str, dtype: str, use_gpu: bool) -> Any:
+    """A model as it is trained.
+
+    Full training keeps float32 master weights: DeepSpeed makes its own from half-precision ones, without it the model
+    is loaded in float32 and computes under autocast (bfloat16 weights would lose updates smaller than 1/256).
+    """
+    from rayswift.modeling.loading import load_model
+
+    return load_model(
+        model_dir,
+        torch_dtype="float32" if args.train_type == "full" and not args.deepspeed else dtype,
+        attn_impl=_attention(args, use_gpu),
+        trust_remote_code=args.trust_remote_code,
+        model_kwargs=args.model_kwargs,
+    )
+
+
+def _attention(args: Any, use_gpu: bool) -> str | None:
+    """``--attn_impl``; where rows are joined and nothing is said, what does not work across them."""
+    if not (args.packing or args.padding_free) or args.attn_impl not in (None, "sdpa"):
+        return args.attn_impl
+    from transformers.utils import is_flash_attn_2_available
+
+    if args.attn_impl is None and use_gpu and is_flash_attn_2_available():
+        return "flash_attention_2"
+    from rayswift.modeling import varlen_attention
+
+    return varlen_attention.NAME

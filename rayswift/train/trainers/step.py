@@ -1,0 +1,170 @@
+"""What is common to every stage: a Trainer fed by the data path, telling the driver, saving whole checkpoints."""
+
+from __future__ import annotations
+
+import os
+import resource
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from transformers import Trainer, TrainerCallback
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
+from rayswift.data.tokens.table import TokenRows
+from rayswift.train.collate import Batch, Collate
+from rayswift.train.loader import Rank, eval_batches
+
+if TYPE_CHECKING:
+    from rayswift.train.schedule import StepSchedule
+
+Push = Callable[[dict[str, Any]], None]
+
+
+class StepTraining(Trainer):
+    """What RaySwift changes about any trainer of Transformers or TRL: it trains from a loader that knows its own
+    position, reports every step, and saves whole checkpoints.
+
+    To be put before the class of a special trainer. A subclass sums what it counts into ``_counts``, and says what
+    that means.
+
+    Args:
+        loader: iterable of micro-batches from the step to resume at.
+        schedule: the run's steps.
+        val_rows: validation rows, or None.
+        rank: this worker's share.
+        push: sends an event to the driver.
+        commit: called on every worker after a checkpoint's files are written; makes it whole.
+        collate: validation rows to a batch.
+    """
+
+    #: How many numbers ``_counts`` holds.
+    NUM_COUNTS: ClassVar[int]
+
+    def __init__(
+        self,
+        *args: Any,
+        loader: Any,
+        schedule: StepSchedule,
+        val_rows: TokenRows | None,
+        rank: Rank,
+        push: Push,
+        commit: Callable[[Any], None],
+        collate: Collate,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        self.loader, self.schedule, self.val_rows, self.rank = loader, schedule, val_rows, rank
+        self.push, self.commit, self.collate = push, commit, collate
+        self.last_saved_step = -1
+        # On the device, so that counting never waits for it.
+        self._counts = torch.zeros(self.NUM_COUNTS, dtype=torch.float64, device=self.args.device)
+        self._logged_at = time.monotonic()
+        self.remove_callback(PrinterCallback)
+        self.remove_callback(ProgressCallback)
+        self.add_callback(_StepEvents(self))
+
+    # --- data: RaySwift's loaders are already sharded, so Accelerate must not shard them again ---
+
+    def get_train_dataloader(self) -> Any:
+        """The loader itself."""
+        return self.loader
+
+    # --- metrics ---
+
+    def train_metrics(self, counts: torch.Tensor, seconds: float) -> dict[str, float]:
+        """What a row of the log says beside the loss; ``counts`` are those of all workers since the last row."""
+        raise NotImplementedError
+
+    def eval_counts(self, batch: Batch) -> torch.Tensor:
+        """What one validation batch adds to the counts of an evaluation, float64."""
+        raise NotImplementedError
+
+    def eval_means(self, counts: torch.Tensor) -> dict[str, float]:
+        """What an evaluation says, ``loss`` among it; ``counts`` are those of all workers."""
+        raise NotImplementedError
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Complete a row with the metrics of all workers and send it to the driver. Its memory is the peak of this
+        worker's accelerator, or without one of its process."""
+        if "loss" in logs:
+            counts = self._all_reduce(self._counts)
+            now = time.monotonic()
+            logs.update(self.train_metrics(counts, max(now - self._logged_at, 1e-9)))
+            self._counts.zero_()
+            self._logged_at = now
+        logs["epoch"] = self.schedule.epoch_of(self.state.global_step)
+        if torch.cuda.is_available():
+            peak = torch.cuda.max_memory_reserved() / 2**30
+        else:
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        row = {**logs, "global_step": self.state.global_step, "memory(GiB)": peak}
+        self.state.log_history.append(row)
+        if self.is_world_process_zero():
+            self.push({"event": "log", "row": row})
+
+    def _all_reduce(self, values: torch.Tensor) -> torch.Tensor:
+        total = values.clone()
+        if self.rank.world_size > 1:
+            torch.distributed.all_reduce(total)
+        return total.cpu()
+
+    # --- evaluation ---
+
+    @torch.no_grad()
+    def evaluate(self, *_args: Any, metric_key_prefix: str = "eval", **_kwargs: Any) -> dict[str, float]:
+        """The means over the validation rows of all workers."""
+        if self.val_rows is None:
+            return {}
+        started, model = time.monotonic(), self.model_wrapped
+        was_training = model.training
+        model.eval()
+        batches = eval_batches(self.val_rows, self.args.per_device_eval_batch_size, self.rank, self.collate)
+        counts = [self.eval_counts(self._prepare_inputs(batch)) for batch in batches]
+        model.train(was_training)
+        seconds = time.monotonic() - started
+        named = self.eval_means(self._all_reduce(torch.stack(counts).sum(0))) | {
+            "runtime": seconds,
+            "samples_per_second": len(self.val_rows) / seconds,
+            "steps_per_second": len(counts) / seconds,
+        }
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in named.items()}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        self._logged_at += time.monotonic() - started
+        return metrics
+
+    # --- checkpoints ---
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """Let Transformers write the files, then make the checkpoint whole."""
+        step = self.state.global_step
+        if self.state.best_global_step:
+            best = f"checkpoint-{self.state.best_global_step}"
+            self.state.best_model_checkpoint = os.path.join(str(self.args.output_dir), best)
+        super()._save_checkpoint(model, trial)
+        self.commit(self)
+        self.last_saved_step = step
+
+    def save_final(self) -> None:
+        """The last step is always evaluated and saved (SWIFT), also when a stream ended early."""
+        if self.args.save_strategy != "no" and self.last_saved_step != self.state.global_step > 0:
+            self._save_checkpoint(self.model_wrapped, None)
+
+
+class _StepEvents(TrainerCallback):
+    """One event per optimiser step, and SWIFT's rule that the last step is evaluated and saved."""
+
+    def __init__(self, trainer: StepTraining) -> None:
+        self.trainer = trainer
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> Any:
+        """After each optimiser step."""
+        if state.is_world_process_zero:
+            self.trainer.push({"event": "step", "step": state.global_step})
+        if state.global_step >= state.max_steps:
+            control.should_log = True
+            control.should_evaluate = control.should_evaluate or args.eval_strategy != "no"
+            control.should_save = control.should_save or args.save_strategy != "no"
+        return control
