@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from rayswift.cluster import address_of
+from rayswift.data.names import ResolvedDataset
 from rayswift.generate.model_spec import ModelSpec, model_spec
 from rayswift.generate.pool import EnginePool
 from rayswift.generate.transformers import TransformersEngine, load_engine
@@ -46,23 +48,33 @@ def open_endpoint(
         yield EndpointEngine.connect(found.base_url, model=found.model, api_key=found.api_key, seed=seed)
 
 
+@dataclass(frozen=True)
+class AnswerJob:
+    """What the arguments of a command that wants answers lead to: they themselves, completed from the checkpoint; the
+    model that answers (None: the endpoint of ``--base_url``); how an answer is sampled; the datasets that ask."""
+
+    args: Any
+    model: ResolvedModel | None
+    params: SamplingParams
+    datasets: list[ResolvedDataset]
+
+
 @contextlib.contextmanager
 def open_engine(
-    args: Any, model: ResolvedModel | None, deployment: Deployment, *, seed: int | None = None
+    job: AnswerJob, deployment: Deployment, *, seed: int | None = None
 ) -> Iterator[TransformersEngine | EndpointEngine]:
-    """What answers one conversation at a time. ``model``: None with ``--base_url``."""
-    if model is not None and args.infer_backend == "transformers":
-        yield load_engine(model)
+    """What answers one conversation at a time."""
+    if job.model is not None and job.args.infer_backend == "transformers":
+        yield load_engine(job.model)
         return
-    with open_endpoint(args, [model_spec(model)] if model is not None else [], deployment, seed=seed) as endpoint:
+    specs = [] if job.model is None else [model_spec(job.model)]
+    with open_endpoint(job.args, specs, deployment, seed=seed) as endpoint:
         yield endpoint
 
 
 @contextlib.contextmanager
 def open_answers(
-    args: Any,
-    model: ResolvedModel | None,
-    params: SamplingParams,
+    job: AnswerJob,
     deployment: Deployment,
     one_by_one: Callable[[Engine, SamplingParams], AnswerSource] | None = None,
 ) -> Iterator[AnswerSource]:
@@ -71,19 +83,20 @@ def open_answers(
 
     ``one_by_one``: makes the source of one engine that answers one prompt after the other; there is no pool then.
     """
+    args = job.args
     is_spread = args.infer_backend == "vllm" or (
         args.infer_backend == "transformers" and bool(args.num_workers or address_of(args))
     )
-    if model is not None and is_spread and one_by_one is None:
-        yield EnginePool.start(model).answers
+    if job.model is not None and is_spread and one_by_one is None:
+        yield EnginePool.start(job.model).answers
         return
-    with open_engine(args, model, deployment, seed=args.seed) as engine:
+    with open_engine(job, deployment, seed=args.seed) as engine:
         if one_by_one is not None:
-            yield one_by_one(engine, params)
+            yield one_by_one(engine, job.params)
         elif isinstance(engine, TransformersEngine):
-            yield in_batches(engine, params, args.max_batch_size)
+            yield in_batches(engine, job.params, args.max_batch_size)
         else:
-            yield side_by_side(engine, params)
+            yield side_by_side(engine, job.params)
 
 
 def in_batches(engine: Engine, params: SamplingParams, size: int) -> AnswerSource:

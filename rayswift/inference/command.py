@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rayswift.arguments import deciding_settings
-from rayswift.generate.sources import open_answers, open_engine
+from rayswift.generate.sources import AnswerJob, open_answers, open_engine
 from rayswift.generate.types import JsonRow, SamplingParams
 from rayswift.inference.chat import chat
-from rayswift.inference.rows import read_rows
+from rayswift.inference.rows import read_rows, resolve_asked
 from rayswift.inference.run import answer_rows, shown
 from rayswift.inference.scores import check_metric
 from rayswift.journal import open_results, run_identity
@@ -37,21 +37,26 @@ def infer(args: InferArguments) -> list[JsonRow] | None:
     """
     model = None if args.base_url else resolve_model(args)
     args = args if model is None else model.args
-    params = SamplingParams.from_arguments(args)
-    if not (args.val_dataset or args.dataset):
-        with open_engine(args, model, running_deployment) as engine:
-            chat(engine, params, stream=args.stream is not False)
-        return None
+    job = AnswerJob(args, model, SamplingParams.from_arguments(args), resolve_asked(args))
+    if job.datasets:
+        return answer_dataset(job)
+    with open_engine(job, running_deployment) as engine:
+        chat(engine, job.params, stream=job.args.stream is not False)
+    return None
+
+
+def answer_dataset(job: AnswerJob) -> list[JsonRow]:
+    """Answer the rows of the datasets, and go on with a run that was killed."""
+    args = job.args
     path, deciding = result_path(args), deciding_settings(args)
     check_metric(args.metric)
-    rows = read_rows(args)
+    rows = read_rows(job.datasets, args)
     # Opened before the model loads: a path that cannot be written must not cost the answers.
     with open_results(path, run_identity(deciding, rows)) as results:
         try:
             if len(results.rows) == len(rows):  # an earlier start has answered them all: no engine is needed
                 return answer_rows(lambda _: (), rows, results, args)
-            one_by_one = shown if args.stream else None
-            with open_answers(args, model, params, running_deployment, one_by_one) as source:
+            with open_answers(job, running_deployment, shown if args.stream else None) as source:
                 return answer_rows(source, rows, results, args)
         except KeyboardInterrupt:
             logger.info("the same command with --result_path %s goes on from row %d", results.path, len(results.rows))

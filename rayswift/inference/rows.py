@@ -5,11 +5,11 @@ from __future__ import annotations
 import itertools
 import random
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rayswift.data.files import Position, locate
 from rayswift.data.flow.stage import read_files
-from rayswift.data.names import resolve_dataset_files
+from rayswift.data.names import ResolvedDataset, resolve_dataset_files
 from rayswift.data.rows.standard import WARNINGS, Drop
 from rayswift.errors import UserError
 from rayswift.generate.types import Answer, JsonRow, split_reference
@@ -20,35 +20,41 @@ if TYPE_CHECKING:
 BAD_ROW = "error"  # key of a row that could not be read or answered: why
 
 
-def read_rows(args: InferArguments) -> list[JsonRow]:
-    """The standard rows of ``--val_dataset`` (else ``--dataset``), each with its dataset's name as ``dataset``.
+def resolve_asked(args: InferArguments) -> list[ResolvedDataset]:
+    """The files of ``--val_dataset`` (else ``--dataset``); none in a conversation."""
+    found = []
+    for text in args.val_dataset or args.dataset:
+        try:
+            found.append(resolve_dataset_files(text, args))
+        except UserError as error:  # it speaks of --dataset whichever flag named the data
+            raise UserError(str(error).replace("--dataset", asking_flag(args), 1)) from None
+    return found
+
+
+def asking_flag(args: InferArguments) -> str:
+    """The flag that names the rows to answer."""
+    return "--val_dataset" if args.val_dataset else "--dataset"
+
+
+def read_rows(datasets: list[ResolvedDataset], args: InferArguments) -> list[JsonRow]:
+    """The standard rows of the datasets, each with its dataset's name as ``dataset``.
 
     ``NAME#N`` takes the first N rows, ``--val_dataset_sample`` the first N of all; with ``--val_dataset_shuffle true``
     N random ones (``--data_seed``). A row that is no conversation becomes ``{"error": why, "dataset": …}``, or with
     ``--strict true`` a UserError that names file and line.
     """
     rows: list[JsonRow] = []
-    flag = "--val_dataset" if args.val_dataset else "--dataset"
-    for text in args.val_dataset or args.dataset:
-        try:
-            resolved = resolve_dataset_files(text, args)
-        except UserError as error:  # it speaks of --dataset whichever flag named the data
-            raise UserError(str(error).replace("--dataset", flag, 1)) from None
-        found = dataset_rows(resolved, args.strict)
-        rows += take(found, resolved.spec.num_samples, args)
+    for dataset in datasets:
+        found = (row | {"dataset": dataset.spec.name} for row, _, _ in placed_rows(dataset, args.strict))
+        rows += take(found, dataset.spec.num_samples, args)
     if not rows:
-        raise UserError(f"{flag} {' '.join(args.val_dataset or args.dataset)}: no rows in it")
+        raise UserError(f"{asking_flag(args)} {' '.join(args.val_dataset or args.dataset)}: no rows in it")
     return take(rows, args.val_dataset_sample, args)
 
 
-def dataset_rows(resolved: Any, strict: bool) -> Iterator[JsonRow]:
-    """Standard rows of one dataset, bad ones as ``{"error": …}``."""
-    for row, _, _ in placed_rows(resolved, strict):
-        yield row | {"dataset": resolved.spec.name}
-
-
-def placed_rows(resolved: Any, strict: bool) -> Iterator[tuple[JsonRow, str, Position]]:
-    """As :func:`dataset_rows`, each with its file and its position there (for :func:`locate`)."""
+def placed_rows(resolved: ResolvedDataset, strict: bool) -> Iterator[tuple[JsonRow, str, Position]]:
+    """Standard rows of one dataset, bad ones as ``{"error": …}``, each with its file and its position there (for
+    :func:`locate`)."""
     for row, path, position in read_files(resolved.files, resolved.rules):
         if isinstance(row, Drop):
             where = locate(path, position)

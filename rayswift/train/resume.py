@@ -6,7 +6,9 @@ import os
 from dataclasses import dataclass
 from typing import Any
 
+from rayswift.console import say
 from rayswift.data.files import filesystem_of
+from rayswift.data.flow.cache import code_hash
 from rayswift.errors import UserError
 from rayswift.train.checkpoints import manifest as checkpoints
 
@@ -20,13 +22,19 @@ class Resume:
     position: checkpoints.Position | None = None
 
     def check_data(self, fingerprint: str) -> None:
-        """Refuse to go on in the middle of other data than the checkpoint's."""
-        if self.position is not None and self.position.data != fingerprint:
+        """Refuse to go on in the middle of other data than the checkpoint's.
+
+        Another version's code names the same data otherwise, so across versions nothing can be told; that is said.
+        """
+        if self.position is None or self.position.data == fingerprint:
+            return
+        if self.position.code == code_hash():
             raise UserError(
                 "--resume_from_checkpoint: the data is not what the checkpoint was trained on (--dataset, its files, "
                 "the template or the seed changed), so its position has no meaning; --ignore_data_skip true goes on "
                 "anyway"
             )
+        say("the checkpoint is of another version of RaySwift: that its data is the same cannot be checked")
 
 
 def find_resume(wanted: Any, base: str) -> Resume:

@@ -71,3 +71,20 @@ def test_its_adapter_answers(tiny: str) -> None:
     answered = rayswift.infer(adapters=[CHECKPOINT], val_dataset=["rows.jsonl"], max_new_tokens=2, result_path="out")
     assert [(row["labels"], row.get("error")) for row in answered] == [(f"w{number}", None) for number in range(30, 38)]
     assert all(row["response"] for row in answered)
+
+
+@pytest.mark.slow
+def test_training_goes_on_from_it_and_says_what_cannot_be_checked(
+    tiny: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = {
+        "model": tiny, "dataset": ["rows.jsonl"], "split_dataset_ratio": 0, "lora_rank": 1, "max_length": 32,
+        "target_modules": ["q_proj"], "per_device_train_batch_size": 1, "gradient_accumulation_steps": 1,
+        "output_dir": "out", "torch_dtype": "float32",
+    }  # fmt: skip
+    done = rayswift.sft(**given, max_steps=3, resume_from_checkpoint=CHECKPOINT)
+    assert done["global_step"] == 3
+    assert "is of another version of RaySwift" in capsys.readouterr().out
+    again = rayswift.sft(**given, max_steps=4, resume_from_checkpoint=done["last_model_checkpoint"])
+    assert again["global_step"] == 4
+    assert "another version" not in capsys.readouterr().out

@@ -16,7 +16,7 @@ from rayswift.eval import evaluate as evaluation
 from rayswift.eval.results import Question, Result
 from rayswift.generate.types import Answer
 from rayswift.inference.command import deciding_settings
-from rayswift.inference.rows import read_rows
+from rayswift.inference.rows import read_rows, resolve_asked
 from rayswift.journal import open_results, run_identity
 from rayswift.sampling import run as sampling
 
@@ -39,7 +39,9 @@ def test_a_result_file_goes_on_after_its_rows() -> None:
     args: Any = make_arguments(
         "infer", base_url=NOWHERE, model="m", val_dataset=["rows.jsonl"], result_path="out.jsonl"
     )
-    with open_results(Path("out.jsonl"), run_identity(deciding_settings(args), read_rows(args))) as results:
+    with open_results(
+        Path("out.jsonl"), run_identity(deciding_settings(args), read_rows(resolve_asked(args), args))
+    ) as results:
         assert [row["response"] for row in results.rows] == ["before 0", "before 1"]
         results.append({"response": "now 2"})
     assert [row["response"] for row in rows_of("out.jsonl")] == ["of another run", "before 0", "before 1", "now 2"]

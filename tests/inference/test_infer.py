@@ -11,7 +11,8 @@ from in_process import rayswift
 
 from rayswift.arguments import make_arguments
 from rayswift.errors import UserError
-from rayswift.inference.command import infer, read_rows, result_path
+from rayswift.inference.command import infer, result_path
+from rayswift.inference.rows import read_rows, resolve_asked
 from rayswift.modeling.resolved import resolve_model
 
 ROWS = [
@@ -67,8 +68,11 @@ def test_dataset_mode_writes_swifts_rows_and_survives_bad_ones(
 
 
 def test_rows_can_be_limited_sampled_and_shuffled(dataset: str) -> None:
+    def rows_of(args: Any) -> list[Any]:
+        return read_rows(resolve_asked(args), args)
+
     def first_user(args: Any) -> list[str]:
-        return [row["messages"][0]["content"] if row["messages"] else "bad" for row in read_rows(args)]
+        return [row["messages"][0]["content"] if row["messages"] else "bad" for row in rows_of(args)]
 
     everything = first_user(infer_args(model="m", val_dataset=[dataset]))
     assert len(everything) == 5
@@ -78,7 +82,7 @@ def test_rows_can_be_limited_sampled_and_shuffled(dataset: str) -> None:
     assert shuffled != everything
     assert sorted(shuffled) == sorted(everything)
     with pytest.raises(UserError, match=r"val\.jsonl:4: "):
-        read_rows(infer_args(model="m", val_dataset=[dataset], strict=True))
+        rows_of(infer_args(model="m", val_dataset=[dataset], strict=True))
 
 
 def test_a_checkpoint_alone_is_enough_and_its_system_is_used(checkpoint: str, smollm2_dir: str) -> None:

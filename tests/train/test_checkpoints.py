@@ -9,7 +9,10 @@ from pathlib import Path
 import pytest
 from pyarrow.fs import LocalFileSystem
 
+from rayswift.data.flow.cache import code_hash
+from rayswift.errors import UserError
 from rayswift.train.checkpoints import manifest as checkpoints
+from rayswift.train.resume import Resume
 
 LOCAL = LocalFileSystem()
 FILES = {"adapter_model.safetensors": b"\x00" * 4096, "deep/optim_0.pt": b"state", "args.json": b"{}", "empty": b""}
@@ -182,3 +185,17 @@ def test_a_small_file_is_the_old_one_or_the_new_one(tmp_path: Path, monkeypatch:
     assert json.loads(path.read_text(encoding="utf-8")) == {"n": 2}
     checkpoints.write_atomically(LOCAL, str(path), "中文")
     assert path.read_text(encoding="utf-8") == "中文"
+
+
+def test_other_data_is_refused_and_another_version_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    def resumed(data: str, code: str) -> Resume:
+        return Resume("checkpoint-2", position=checkpoints.Position(8, data, code=code))
+
+    resumed("same", "").check_data("same")
+    resumed("same", code_hash()).check_data("same")
+    Resume().check_data("any")
+    assert capsys.readouterr().out == ""
+    with pytest.raises(UserError, match="the data is not what the checkpoint was trained on"):
+        resumed("other", code_hash()).check_data("same")
+    resumed("other", "").check_data("same")
+    assert "of another version of RaySwift" in capsys.readouterr().out

@@ -48,12 +48,14 @@ class Position:
     Args:
         global_batch_size: items per step.
         data: fingerprint of the data in its order.
-        stream: for each stream the ``(task, unit)`` of its plan that comes next; None for a dataset of known length.
+        stream: for each stream the ``(task, item)`` of its plan that comes next; None for a dataset of known length.
+        code: hash of the code that made the data; empty in checkpoints of versions that did not note it.
     """
 
     global_batch_size: int
     data: str
     stream: tuple[tuple[int, int], ...] | None = None
+    code: str = ""
 
     def write(self, folder: str) -> None:
         """Put it into a local checkpoint folder."""
@@ -67,8 +69,8 @@ def read_position(filesystem: FileSystem, checkpoint: str) -> Position | None:
             found = json.loads(stream.read())
     except FileNotFoundError:
         return None
-    places = found["stream"] and tuple((task, unit) for task, unit in found["stream"])
-    return Position(found["global_batch_size"], found["data"], places)
+    places = found["stream"] and tuple((task, item) for task, item in found["stream"])
+    return Position(found["global_batch_size"], found["data"], places, found.get("code", ""))
 
 
 def hash_files(folder: str, share: int = 0, shares: int = 1) -> dict[str, dict[str, Any]]:

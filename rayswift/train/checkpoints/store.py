@@ -9,6 +9,7 @@ import tempfile
 from typing import TYPE_CHECKING, Any
 
 from rayswift.data.files import filesystem_of
+from rayswift.data.flow.cache import code_hash
 from rayswift.train.checkpoints import manifest as checkpoints
 
 if TYPE_CHECKING:
@@ -93,7 +94,7 @@ class CheckpointStore:
             self.config.args.save(os.path.join(local, "args.json"))
             stream = trainer.loader.stream_places(step)
             batch = self.config.schedule.global_batch_size
-            checkpoints.Position(batch, self.config.data.fingerprint, stream).write(local)
+            checkpoints.Position(batch, self.config.data.fingerprint, stream, code_hash()).write(local)
         if self.rank.world_size > 1:
             torch.distributed.barrier()
         shares = [checkpoints.hash_files(local, self.local_rank, self.local_world_size)]
