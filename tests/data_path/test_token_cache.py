@@ -220,9 +220,14 @@ def test_a_cache_that_cannot_be_written(dataset: Path, encoder: Encoder, tmp_pat
 def test_rules_that_have_seen_rows_are_the_same_rules() -> None:
     """Else a second process finds nothing in the cache, and a checkpoint's data is never the data of a new driver."""
     from rayswift.data.flow.cache import rules_hash
-    from rayswift.data.rows.standard import RowRules
+    from rayswift.data.rows.standard import RowRules, standardise_rows
 
     rules = RowRules()
     before = rules_hash(rules)
-    _ = rules._layouts, rules._renames, rules._edits_text  # what reading rows fills
+    raw = [
+        {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}], "extra": 1},
+        {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]},
+        {"instruction": "q", "input": "", "output": "a"},
+    ]
+    assert all(list(standardise_rows(row, rules)) for row in raw)
     assert rules_hash(rules) == before
