@@ -19,6 +19,10 @@ LIMIT = float(os.environ.get("RAYSWIFT_TEST_SECONDS", "10"))
 LONG = {
     "tests/data_path/test_pipeline.py::test_a_stream_through_ray_data_is_the_plan_exactly": "the first Ray Data job of "
     "a session starts its workers",
+    "tests/data_path/test_pipeline.py::test_streams_are_read_side_by_side_by_every_worker_at_its_own_pace": "the first "
+    "Ray Data job of a session starts its workers",
+    "tests/data_path/test_token_cache.py::test_large_datasets_go_through_ray_data_to_the_same_rows": "the first Ray Data "
+    "job of a session starts its workers",
     "tests/exporting/test_quantize.py::test_eight_bit_weights_are_stored_in_eight_bits_and_load_again": "imports "
     "compressed-tensors",
     "tests/generate/test_pool.py::test_a_pool_answers_as_one_engine_does": "an actor imports Transformers",
