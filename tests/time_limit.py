@@ -2,7 +2,8 @@
 
 Its seconds are those of its call and of the fixtures that are made for it alone; what tests share (a model, Ray) counts
 for none of them. Where more processes want to run than there are cores, all of them get as much more time. A slow
-machine needs a higher limit: ``RAYSWIFT_TEST_SECONDS``, 0 for none.
+machine needs a higher limit: ``RAYSWIFT_TEST_SECONDS``, 0 for none. Unset, it is 10 for the whole suite, and none for
+a few tests that are run alone: the first of them pays for the imports of all.
 """
 
 from __future__ import annotations
@@ -15,14 +16,16 @@ from typing import Any
 import pytest
 
 LIMIT = float(os.environ.get("RAYSWIFT_TEST_SECONDS", "10"))
+#: More tests than this are the whole suite.
+MANY = 1000
 #: Tests that may take longer, and why.
 LONG = {
     "tests/data_path/test_pipeline.py::test_a_stream_through_ray_data_is_the_plan_exactly": "the first Ray Data job of "
     "a session starts its workers",
     "tests/data_path/test_pipeline.py::test_streams_are_read_side_by_side_by_every_worker_at_its_own_pace": "the first "
     "Ray Data job of a session starts its workers",
-    "tests/data_path/test_token_cache.py::test_large_datasets_go_through_ray_data_to_the_same_rows": "the first Ray Data "
-    "job of a session starts its workers",
+    "tests/data_path/test_token_cache.py::test_large_datasets_go_through_ray_data_to_the_same_rows": "the first Ray "
+    "Data job of a session starts its workers",
     "tests/exporting/test_quantize.py::test_eight_bit_weights_are_stored_in_eight_bits_and_load_again": "imports "
     "compressed-tensors",
     "tests/generate/test_pool.py::test_a_pool_answers_as_one_engine_does": "an actor imports Transformers",
@@ -60,7 +63,8 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
     item.stash[_own] = seconds = item.stash.get(_own, 0.0) + call.duration - _shared
     _shared = 0.0
     limit = LIMIT * max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))
-    allowed = not LIMIT or item.get_closest_marker("slow") or item.nodeid.partition("[")[0] in LONG
+    is_asked = "RAYSWIFT_TEST_SECONDS" in os.environ or item.session.testscollected > MANY
+    allowed = not (LIMIT and is_asked) or item.get_closest_marker("slow") or item.nodeid.partition("[")[0] in LONG
     if call.when == "call" and report.passed and seconds > limit and not allowed:
         report.outcome = "failed"
         report.longrepr = (
