@@ -162,7 +162,12 @@ def resolve_dataset_files(text: str, args: Any) -> ResolvedDataset:
         UserError: unknown dataset, empty folder, unknown subset, a broken plugin; nothing has been read yet.
     """
     spec = parse_spec(text)
-    entries = _registered(args)
+    # What the user gave comes before what ships.
+    entries = [entry for path in args.external_plugins for entry in PluginFile.read(path).registered().entries]
+    entries += _SCRIPT_ENTRIES
+    for source in args.custom_dataset_info:
+        entries += _read_info(source)
+    entries += _builtin()
     if _exists(spec.name):
         return ResolvedDataset(spec, list_data_files(spec.name), _rules({}, args))
     # SWIFT's order: a dataset's own name, then ids and paths, then the last part of an id.
@@ -220,15 +225,6 @@ def _exists(path: str) -> bool:
 
 #: What scripts registered in this process.
 _SCRIPT_ENTRIES: list[DatasetInfo] = []
-
-
-def _registered(args: Any) -> list[DatasetInfo]:
-    """Every registered dataset, what the user gave before what ships."""
-    entries = [entry for path in args.external_plugins for entry in PluginFile.read(path).registered().entries]
-    entries += _SCRIPT_ENTRIES
-    for source in args.custom_dataset_info:
-        entries += _read_info(source)
-    return entries + _builtin()
 
 
 @cache

@@ -160,15 +160,6 @@ def _other_xml(record: dict[str, Any], written: tuple[str, ...]) -> list[str]:
     return [f"<{key}>{_json(value)}</{key}>" for key, value in record.items() if key not in written]
 
 
-def _arguments_xml(arguments: Any) -> str:
-    """Arguments of a call as Qwen3-Coder writes them."""
-    spelled = {}
-    for name, value in arguments.items() if isinstance(arguments, dict) else ():
-        plain = isinstance(value, (str, int, float)) and not isinstance(value, bool)
-        spelled[name] = str(value) if plain else _json(value)
-    return "".join(f"<parameter={name}>\n{value}\n</parameter>\n" for name, value in spelled.items())
-
-
 def _call_marks(text: str) -> dict[str, str]:
     call = _parse(text)
     if not isinstance(call, dict) or not isinstance(call.get("name"), str):
@@ -176,11 +167,15 @@ def _call_marks(text: str) -> dict[str, str]:
     arguments = call.get("arguments", call.get("parameters", {}))
     if isinstance(arguments, str):
         arguments = _parse(arguments)
+    xml = ""  # as Qwen3-Coder writes them
+    for name, value in arguments.items() if isinstance(arguments, dict) else ():
+        plain = isinstance(value, (str, int, float)) and not isinstance(value, bool)
+        xml += f"<parameter={name}>\n{value if plain else _json(value)}\n</parameter>\n"
     return {
         "NAME": call["name"],
         "NAME_JSON": _json(call["name"]),
         "ARGUMENTS": _json(arguments),
-        "ARGUMENTS_XML": _arguments_xml(arguments),
+        "ARGUMENTS_XML": xml,
         "CALL_JSON": _json({"name": call["name"], "arguments": arguments}),
     }
 
