@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 #: SWIFT's table of source columns for each target, matched case-insensitively. ``chosen`` and ``rejected`` are not in
@@ -55,11 +55,6 @@ def new_name(key: str, renames: Mapping[str, str]) -> str:
     return renames.get(key.lower(), key) if renames else key
 
 
-def _uncertainty(target: str, names: Mapping[str, str]) -> Callable[[str], tuple[bool, bool]]:
-    """Sorts the columns that could be ``target``, the surest first."""
-    return lambda key: (names[key].lower() != target, names[key] == key)
-
-
 def plan_layout(columns: tuple[str, ...], renames: Mapping[str, str]) -> Layout:
     """Find out once what a set of columns means: the schema, and which columns could be what."""
     names = {key: new_name(key, renames) for key in columns if isinstance(key, str)}
@@ -77,7 +72,7 @@ def plan_layout(columns: tuple[str, ...], renames: Mapping[str, str]) -> Layout:
             certain.add(key)
     for target, keys in sources.items():
         # First what the user renamed, then what has the target's name, then SWIFT's guesses.
-        keys.sort(key=_uncertainty(target, names))
+        keys.sort(key=lambda key: (names[key].lower() != target, names[key] == key))
     alpaca = "messages" not in sources and {"instruction", "input"} <= set(lowered)
     if alpaca:
         sources["query"] = [lowered["instruction"], lowered["input"]]

@@ -192,7 +192,14 @@ def _read_message(item: Any, names: MessageNames, parsed: ParsedMessages) -> Non
     kept = {key: item[key] for key in keys if item.get(key) is not None}
     if any(item.get(key) for key in _THOUGHT_KEYS):
         parsed.warn(THOUGHTS_LEFT_OUT)
-    content, calls = _first(item, names.content_keys), _tool_calls(item)
+    content = _first(item, names.content_keys)
+    # OpenAI's calls (a list or its JSON text), or its older single one.
+    calls = item.get("tool_calls") or item.get("function_call") or []
+    if isinstance(calls, str):
+        calls = parse_text(calls)
+    calls = [calls] if isinstance(calls, Mapping) else calls
+    if not isinstance(calls, (list, tuple)):
+        raise Unusable("tool_calls is not a list of calls")
     if content is None and not calls:
         raise Unusable("a message has no content")
     if content is not None and not (calls and content in ("", [])):
@@ -203,17 +210,6 @@ def _read_message(item: Any, names: MessageNames, parsed: ParsedMessages) -> Non
 
 def _first(item: Mapping[str, Any], keys: tuple[str, ...]) -> Any:
     return next((item[key] for key in keys if item.get(key) is not None), None)
-
-
-def _tool_calls(item: Mapping[str, Any]) -> list[Any]:
-    """OpenAI's ``tool_calls`` (a list or its JSON text) or its older single ``function_call``."""
-    calls = item.get("tool_calls") or item.get("function_call") or []
-    if isinstance(calls, str):
-        calls = parse_text(calls)
-    calls = [calls] if isinstance(calls, Mapping) else calls
-    if not isinstance(calls, (list, tuple)):
-        raise Unusable("tool_calls is not a list of calls")
-    return list(calls)
 
 
 def _call_text(call: Any) -> str:
