@@ -115,7 +115,10 @@ def collect(dataset: ResolvedDataset, encoder: Encoder | None, args: PreviewArgu
     Raises:
         UserError: a broken file, ``--strict true`` and a bad row, or no usable row.
     """
-    files = [(path, _size(path)) for path in dataset.files]
+    files = []
+    for path in dataset.files:
+        filesystem, inner = filesystem_of(path)
+        files.append((path, filesystem.get_file_info(inner).size or 0))
     result = DatasetPreview(dataset.spec.text, dataset.spec.num_samples, files, encoder)
     rows = _standard_rows(dataset, args.preview_rows, result)
     while batch := list(itertools.islice(rows, ENCODE_BATCH)):
@@ -123,7 +126,12 @@ def collect(dataset: ResolvedDataset, encoder: Encoder | None, args: PreviewArgu
         samples = _encode(batch, encoder, result) if encoder else [[] for _ in batch]
         for row, encoded in zip(batch, samples, strict=True):
             if len(result.shown) < args.num_shown and (encoded or encoder is None):
-                result.shown.append(_show(row, encoded, encoder))
+                shown = [
+                    Sample(len(one.input_ids), int((one.labels != IGNORED).sum()), token_texts(encoder.tokenizer, one))
+                    for one in encoded
+                    if encoder is not None
+                ]
+                result.shown.append(ShownRow(locate(row.path, row.position), row.raw, row.standard, shown))
         refuse_bad_rows(result.drops, args.strict)
     refuse_bad_rows(result.drops, args.strict)
     if not (result.samples if encoder else result.standard_rows):
@@ -178,15 +186,6 @@ def _encode(batch: list[_Read], encoder: Encoder, result: DatasetPreview) -> lis
     return samples
 
 
-def _show(row: _Read, encoded: list[Encoded], encoder: Encoder | None) -> ShownRow:
-    samples = [
-        Sample(len(one.input_ids), int((one.labels != IGNORED).sum()), token_texts(encoder.tokenizer, one))
-        for one in encoded
-        if encoder is not None
-    ]
-    return ShownRow(locate(row.path, row.position), row.raw, row.standard, samples)
-
-
 def token_texts(tokenizer: Any, sample: Encoded, limit: int = MAX_SHOWN_TOKENS) -> list[TokenText]:
     """The first ``limit`` tokens of a sample as texts that add up to the decoded sample.
 
@@ -215,11 +214,3 @@ def token_texts(tokenizer: Any, sample: Encoded, limit: int = MAX_SHOWN_TOKENS) 
         texts.append(TokenText(tuple(ids[start:end]), text_of(start, end), weights[start]))
         start = end
     return texts
-
-
-# --- files ------------------------------------------------------------------------------------------------------
-
-
-def _size(path: str) -> int:
-    filesystem, inner = filesystem_of(path)
-    return filesystem.get_file_info(inner).size or 0

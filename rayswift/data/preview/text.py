@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, TextIO
 
-from rayswift.data.preview.collect import DatasetPreview, Sample, ShownRow
+from rayswift.data.preview.collect import DatasetPreview, ShownRow
 from rayswift.data.preview.words import (
     length_bins,
     length_summary,
@@ -70,7 +70,15 @@ def _lines(shown: DatasetPreview, paint: _Paint) -> Iterator[str]:
     if shown.encoder is None:
         yield "No tokens yet: --model NAME adds token ids, what is trained, and lengths."
     else:
-        yield from _length_lines(shown, shown.encoder.max_length, paint)
+        lengths, limit = shown.lengths, shown.encoder.max_length
+        yield paint(_BOLD, "Token lengths") + f"  {length_summary(lengths, limit)}"
+        bins = length_bins(lengths)
+        most = max(count for _, _, count in bins)
+        width = len(f"{bins[-1][1]:,}")
+        for low, high, count in bins:
+            bar = "█" * -(-count * _BAR // most)
+            over = "  > --max_length" if limit is not None and low > limit and count else ""
+            yield f"  {low:>{width},} – {high:>{width},}  {bar:<{_BAR}} {count:,}{over}"
     yield ""
     yield paint(_BOLD, "Rows") + f"  {outcome_line(shown)}"
     yield from _report_lines("dropped", shown.drops)
@@ -93,30 +101,13 @@ def _row_lines(row: ShownRow, paint: _Paint) -> Iterator[str]:
     for number, sample in enumerate(row.samples, start=1):
         which = f" {number} of {len(row.samples)}" if len(row.samples) > 1 else ""
         yield paint(_DIM, f"encoded sample{which}: {sample.num_ids:,} ids, {sample.num_trained:,} trained")
-        yield _indent(_marked(sample, paint))
-
-
-def _marked(sample: Sample, paint: _Paint) -> str:
-    """The sample's text with its trained parts marked; a weight other than 1 is said."""
-    parts = []
-    for weight, run in itertools.groupby(sample.texts, key=lambda text: text.weight):
-        text = printable(shorten("".join(token.text for token in run), _TEXT))
-        parts.append(text if not weight else paint.trained(text) + ("" if weight == 1 else f"[× {weight:g}]"))
-    if sample.num_hidden:
-        parts.append(f" … {sample.num_hidden:,} more ids")
-    return "".join(parts)
-
-
-def _length_lines(shown: DatasetPreview, max_length: int | None, paint: _Paint) -> Iterator[str]:
-    lengths = shown.lengths
-    yield paint(_BOLD, "Token lengths") + f"  {length_summary(lengths, max_length)}"
-    bins = length_bins(lengths)
-    most = max(number for _, _, number in bins)
-    width = len(f"{bins[-1][1]:,}")
-    for low, high, number in bins:
-        bar = "█" * -(-number * _BAR // most)
-        over = "  > --max_length" if max_length is not None and low > max_length and number else ""
-        yield f"  {low:>{width},} – {high:>{width},}  {bar:<{_BAR}} {number:,}{over}"
+        parts = []  # the trained ones marked; a weight other than 1 is said
+        for weight, run in itertools.groupby(sample.texts, key=lambda text: text.weight):
+            text = printable(shorten("".join(token.text for token in run), _TEXT))
+            parts.append(text if not weight else paint.trained(text) + ("" if weight == 1 else f"[× {weight:g}]"))
+        if sample.num_hidden:
+            parts.append(f" … {sample.num_hidden:,} more ids")
+        yield _indent("".join(parts))
 
 
 def _report_lines(verb: str, report: DropReport) -> Iterator[str]:
