@@ -276,17 +276,14 @@ class StreamReader:
             dataset = stream_tokens(*stream)
             with DataContext.current(dataset.context):
                 for ref, size in private.iter_block_refs(dataset):
-                    self._add(ref, size)
+                    with self._changed:
+                        self._blocks[self._end] = (ref, size)
+                        self._end += 1
+                        self._changed.notify_all()
         except BaseException as error:
             self._error = error
         with self._changed:
             self._over = True
-            self._changed.notify_all()
-
-    def _add(self, ref: Any, size: int) -> None:
-        with self._changed:
-            self._blocks[self._end] = (ref, size)
-            self._end += 1
             self._changed.notify_all()
 
     def has_room(self, task: int, made: int) -> bool:
