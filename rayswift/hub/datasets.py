@@ -60,7 +60,13 @@ def choose_data_files(
         data = [path for path in data if path.startswith(config.folder)]
     elif subset and subset != "default":
         data = _subset_by_name(label, data, subset)
-    return _one_format(label, _split_by_name(label, data, split))
+    data = _split_by_name(label, data, split)
+    # The same rows are often there in several formats: keep the one with most files, and .txt only if alone.
+    groups = {name: [path for path in data if _format_of(path) == name] for name in _FORMATS}
+    ranked = sorted((n for n in groups if groups[n]), key=lambda n: (n == "txt", -len(groups[n])))
+    if len(ranked) > 1:
+        logger.warning("%s: holds %s; taking the %s files", label, " and ".join(ranked), ranked[0])
+    return sorted(groups[ranked[0]])
 
 
 def _format_of(path: str) -> str | None:
@@ -114,12 +120,9 @@ def _structure_configs(text: str) -> list[_Config]:
 
 def _choose_config(label: str, dataset_id: str, configs: list[_Config], subset: str | None) -> _Config:
     names = ", ".join(config.name for config in configs)
-    if subset:
-        chosen = [config for config in configs if config.name == subset]
-        if not chosen and subset != "default":
-            raise UserError(f"{label}: no subset {subset!r}; there are {names}")
-    else:
-        chosen = []
+    chosen = [config for config in configs if subset and config.name == subset]
+    if subset and not chosen and subset != "default":
+        raise UserError(f"{label}: no subset {subset!r}; there are {names}")
     chosen = chosen or [c for c in configs if c.is_default] or [c for c in configs if c.name == "default"]
     if not chosen and len(configs) > 1:
         raise UserError(f"{label}: has several subsets; choose one as {dataset_id}:NAME from {names}")
@@ -179,12 +182,3 @@ def _split_by_name(label: str, data: list[str], split: str) -> list[str]:
         known = sorted({split_of(path) or "train" for path in data})
         raise UserError(f"{label}: no split {split!r}; there are {', '.join(known)}")
     return found
-
-
-def _one_format(label: str, data: list[str]) -> list[str]:
-    """The same rows are often there in several formats: keep the one with most files, and .txt only if alone."""
-    groups: dict[str, list[str]] = {name: [p for p in data if _format_of(p) == name] for name in _FORMATS}
-    ranked = sorted((n for n in groups if groups[n]), key=lambda n: (n == "txt", -len(groups[n])))
-    if len(ranked) > 1:
-        logger.warning("%s: holds %s; taking the %s files", label, " and ".join(ranked), ranked[0])
-    return sorted(groups[ranked[0]])

@@ -108,7 +108,7 @@ class Destination:
         try:
             if self.use_hf:
                 return self._push_huggingface(folder, message)
-            return self._push_modelscope(folder, self._tracker(origin), message)
+            return self._push_modelscope(folder, origin, message)
         except Exception as error:  # each client has its own classes of errors
             raise self._explained(error) from None
 
@@ -132,9 +132,14 @@ class Destination:
         api.upload_folder(repo_id=self.name, folder_path=folder, commit_message=message)
         return url
 
-    def _push_modelscope(self, folder: str, tracker: str, message: str) -> str:
+    def _push_modelscope(self, folder: str, origin: str, message: str) -> str:
         from modelscope_hub.errors import AlreadyExistsError, APIError, StorageError
 
+        # Where the client notes which files have arrived; outside the folder that is pushed.
+        key = hashlib.sha256(f"{self.name}\0{os.path.abspath(origin)}".encode()).hexdigest()[:32]
+        root = os.path.expanduser(os.environ.get("RAYSWIFT_CACHE") or "~/.cache/rayswift")
+        tracker = os.path.join(root, "push", f"{key}.json")
+        os.makedirs(os.path.dirname(tracker), exist_ok=True)
         api = self._modelscope()
         if not api.repo_exists(self.name, "model"):
             try:
@@ -158,13 +163,6 @@ class Destination:
         if os.path.exists(tracker):  # it is for resuming; a later push has to look at the hub anew
             os.remove(tracker)
         return f"{api.legacy.endpoint.rstrip('/')}/models/{self.name}"
-
-    def _tracker(self, origin: str) -> str:
-        """Where ModelScope's client notes which files have arrived; outside the folder that is pushed."""
-        key = hashlib.sha256(f"{self.name}\0{os.path.abspath(origin)}".encode()).hexdigest()[:32]
-        root = os.path.expanduser(os.environ.get("RAYSWIFT_CACHE") or "~/.cache/rayswift")
-        os.makedirs(os.path.join(root, "push"), exist_ok=True)
-        return os.path.join(root, "push", f"{key}.json")
 
     # What went wrong ------------------------------------------------------------------------------------------------
 
