@@ -129,14 +129,10 @@ def convert(spec: Spec, raw: Any) -> Any:
             raise TypeError("expected one value, got several")
         return _scalar(spec, raw)
     except (TypeError, ValueError) as error:
-        shown = "***" if is_secret(spec.name) else redact_text(_shorten(raw))
+        text = " ".join(map(str, raw)) if isinstance(raw, (list, tuple)) else str(raw)
+        text = " ".join(text.split())
+        shown = "***" if is_secret(spec.name) else redact_text(text if len(text) <= 60 else f"{text[:57]}...")
         raise ValueError(f"{spec.flag} {shown}: {error}, {spec.hint}") from None
-
-
-def _shorten(raw: Any) -> str:
-    text = " ".join(map(str, raw)) if isinstance(raw, (list, tuple)) else str(raw)
-    text = " ".join(text.split())
-    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def _scalar(spec: Spec, raw: Any) -> Any:
@@ -150,17 +146,13 @@ def _scalar(spec: Spec, raw: Any) -> Any:
         if spec.choices and value not in spec.choices:
             raise ValueError(f"choose from {', '.join(spec.choices)}")
     elif isinstance(value, (int, float)) and not isinstance(value, bool):
-        _check_bounds(spec, value)
+        bounds = ((spec.ge, "at least", lambda v, b: v >= b), (spec.gt, "above", lambda v, b: v > b),
+                  (spec.le, "at most", lambda v, b: v <= b), (spec.lt, "below", lambda v, b: v < b))  # fmt: skip
+        known = [(words, bound, holds) for bound, words, holds in bounds if bound is not None]
+        if not all(holds(value, bound) for _, bound, holds in known):
+            wanted = " and ".join(f"{words} {bound:g}" for words, bound, _ in known)
+            raise ValueError(f"expected {_EXPECTED[spec.item_kind][0]} {wanted}")
     return value
-
-
-def _check_bounds(spec: Spec, value: float) -> None:
-    bounds = ((spec.ge, "at least", lambda v, b: v >= b), (spec.gt, "above", lambda v, b: v > b),
-              (spec.le, "at most", lambda v, b: v <= b), (spec.lt, "below", lambda v, b: v < b))  # fmt: skip
-    known = [(words, bound, holds) for bound, words, holds in bounds if bound is not None]
-    if not all(holds(value, bound) for _, bound, holds in known):
-        wanted = " and ".join(f"{words} {bound:g}" for words, bound, _ in known)
-        raise ValueError(f"expected {_EXPECTED[spec.item_kind][0]} {wanted}")
 
 
 def _expected(kind: str) -> ValueError:

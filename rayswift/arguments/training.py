@@ -121,9 +121,6 @@ class OptimizerArguments(Arguments):
             yield "--deepspeed contradicts --fsdp: both shard the model, give one of the two"
         if self.zero_hpz_partition_size and self.zero_stage != 3:
             yield "--zero_hpz_partition_size needs --deepspeed zero3"
-        yield from self._precision_problems()
-
-    def _precision_problems(self) -> Iterator[str]:
         fp16, bf16 = self.training_args.get("fp16"), self.training_args.get("bf16")
         dtype = getattr(self, "torch_dtype", None)
         if fp16 and bf16:
