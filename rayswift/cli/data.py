@@ -17,7 +17,12 @@ _WORDS = {"preview": "rows before and after each stage, token lengths, and what 
 def data(argv: Sequence[str]) -> int:
     """Run ``rayswift data WORD ...``; without a word, list them. Returns the exit status."""
     if not argv or argv[0] in ("-h", "--help", "help"):
-        print(_overview(), end="")
+        words = "".join(f"  {word:<8} {text}\n" for word, text in _WORDS.items())
+        print(
+            f"usage: rayswift data WORD [--flag value ...]\n\n{words}\n"
+            "rayswift data WORD --help lists its flags.\n"
+            "Example: rayswift data preview --dataset train.jsonl --model Qwen/Qwen2.5-0.5B-Instruct"
+        )
         return 0
     word, rest = argv[0].lower(), list(argv[1:])
     if word not in _WORDS:
@@ -34,12 +39,3 @@ def data(argv: Sequence[str]) -> int:
 
     preview(cast("PreviewArguments", args))
     return 0
-
-
-def _overview() -> str:
-    words = "".join(f"  {word:<8} {text}\n" for word, text in _WORDS.items())
-    return (
-        f"usage: rayswift data WORD [--flag value ...]\n\n{words}\n"
-        "rayswift data WORD --help lists its flags.\n"
-        "Example: rayswift data preview --dataset train.jsonl --model Qwen/Qwen2.5-0.5B-Instruct\n"
-    )

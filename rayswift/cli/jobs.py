@@ -178,21 +178,17 @@ def status(argv: Sequence[str]) -> int:
     print(f"{len(alive)} nodes alive, {len(nodes) - len(alive)} dead")
     for node in sorted(alive, key=lambda node: not node.is_head_node):
         role = "head" if node.is_head_node else "worker"
-        print(f"  {node.node_ip:<15} {role:<6} {_resources(node.resources_total or {})}")
+        shown = []
+        for name, amount in sorted((node.resources_total or {}).items()):
+            if name == "memory":
+                shown.append(f"memory {amount / 2**30:.0f} GiB")
+            elif not name.startswith(("node:", "object_store")):
+                shown.append(f"{name} {amount:g}")
+        print(f"  {node.node_ip:<15} {role:<6} {', '.join(shown)}")
     print(f"{len(jobs)} jobs")
     for job in sorted(jobs, key=lambda job: job.start_time or 0):
         print(f"  {job.submission_id or job.job_id or '-':<26} {job.status.lower():<9} {_entrypoint(job.entrypoint)}")
     return 0
-
-
-def _resources(total: dict[str, float]) -> str:
-    shown = []
-    for name, amount in sorted(total.items()):
-        if name == "memory":
-            shown.append(f"memory {amount / 2**30:.0f} GiB")
-        elif not name.startswith(("node:", "object_store")):
-            shown.append(f"{name} {amount:g}")
-    return ", ".join(shown)
 
 
 def _entrypoint(text: str) -> str:
