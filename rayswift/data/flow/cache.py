@@ -130,9 +130,8 @@ def rules_hash(rules: RowRules) -> str:
     from ray import cloudpickle
 
     # A copy: what rules keep of columns they have seen is pickled too, and differs from process to process.
-    return hashlib.sha256(cloudpickle.dumps(replace(rules, message_names=replace(rules.message_names)))).hexdigest()[
-        :40
-    ]
+    plain = replace(rules, message_names=replace(rules.message_names))
+    return hashlib.sha256(cloudpickle.dumps(plain)).hexdigest()[:40]
 
 
 def tokens_key(rows_key: str, encoder: Encoder, subset: Any = None) -> str:
