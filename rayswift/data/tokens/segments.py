@@ -280,7 +280,12 @@ def _fast_backend(backend: Tokenizer, added: list[str]) -> Backend | None:
         import fastokens
 
         fast = functools.partial(_fast_ids, fastokens.Tokenizer.from_json_str(backend.to_str()))
-        texts = _sample_texts(backend, added)
+        # Texts that tell two tokenizers apart: every kind of writing, and this tokenizer's own tokens.
+        size = backend.get_vocab_size()
+        own = [backend.decode([number, number + 1, number + 2], skip_special_tokens=False) for number in
+               range(0, max(size - 3, 0), max(size // 300, 1))]  # fmt: skip
+        around = [f"a{token}b {token} c" for token in added[:100]]
+        texts = [text for text in (*_SAMPLE, *own, *around, " ".join(own), " ".join(added[:100])) if text]
         if all(np.array_equal(one, other) for one, other in zip(_plain_ids(backend, texts), fast(texts), strict=True)):
             return fast
         logger.debug("fastokens differs from tokenizers in the self-test: staying with tokenizers")
@@ -301,15 +306,6 @@ _SAMPLE = (
     "<|im_start|>user\n<|im_end|><|endoftext|><s></s>[INST] [/INST]",
     "<think>\n\n</think><tool_call>{\"name\": \"f\"}</tool_call>",
 )  # fmt: skip
-
-
-def _sample_texts(backend: Tokenizer, added: list[str]) -> list[str]:
-    """Texts that tell two tokenizers apart: every kind of writing, and this tokenizer's own tokens."""
-    size = backend.get_vocab_size()
-    own = [backend.decode([number, number + 1, number + 2], skip_special_tokens=False) for number in
-           range(0, max(size - 3, 0), max(size // 300, 1))]  # fmt: skip
-    around = [f"a{token}b {token} c" for token in added[:100]]
-    return [text for text in (*_SAMPLE, *own, *around, " ".join(own), " ".join(added[:100])) if text]
 
 
 def _private_copy(backend: Tokenizer, special: set[str]) -> Tokenizer:
