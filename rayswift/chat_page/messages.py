@@ -34,7 +34,8 @@ def openai_messages(
             if messages and messages[-1]["role"] == "user":
                 messages.pop()
             continue
-        content = merged(part for item in _as_list(message["content"]) for part in parts_of(item))
+        items = message["content"] if isinstance(message["content"], list) else [message["content"]]
+        content = merged(part for item in items for part in parts_of(item))
         if content:
             messages.append({"role": message["role"], "content": content})
     if isinstance(question, str):
@@ -74,7 +75,3 @@ def file_part(path: str) -> dict[str, Any]:
         raise UserError(f"{Path(path).name}: not an image, video or sound that a model could take")
     data = base64.b64encode(Path(path).read_bytes()).decode()
     return {"type": f"{kind}_url", f"{kind}_url": {"url": f"data:{mime};base64,{data}"}}
-
-
-def _as_list(content: Any) -> list[Any]:
-    return content if isinstance(content, list) else [content]

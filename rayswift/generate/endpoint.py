@@ -80,19 +80,16 @@ class EndpointEngine:
             raise EngineUnusable(f"--base_url {base_url}: it serves no model yet; name one with --model")
         engine = cls(client.with_options(max_retries=RETRIES), model or names[0], seed, system)
         if model is not None and model not in names:
-            engine._probe()
+            # Ask for one token: a server may know more models (adapters loaded on demand) than it lists.
+            with translated(engine.client, engine.model):
+                engine.client.chat.completions.create(
+                    model=engine.model, messages=[{"role": "user", "content": "hi"}], max_tokens=1
+                )
         return engine
 
     def models(self) -> list[str]:
         """Names that the endpoint lists now: models and adapters."""
         return model_names(self.client)
-
-    def _probe(self) -> None:
-        """Ask for one token: a server may know more models (adapters loaded on demand) than it lists."""
-        with translated(self.client, self.model):
-            self.client.chat.completions.create(
-                model=self.model, messages=[{"role": "user", "content": "hi"}], max_tokens=1
-            )
 
     # --- the engine interface -----------------------------------------------------------------------------------
 
@@ -269,15 +266,10 @@ def explain(error: openai.OpenAIError, client: openai.OpenAI, model: str | None)
         if model is None:
             return EngineUnusable(f"{where}: no OpenAI endpoint there; the address usually ends in /v1")
         return EngineUnusable(f"--model {model}: {where} has no such model; it has {', '.join(model_names(client))}")
-    text = one_line_message(error)
+    # The server's own message; OpenAI's shape, SWIFT's (``message`` at the top) or plain text.
+    body = getattr(error, "body", None)
+    message = body.get("message") if isinstance(body, dict) else None
+    text = " ".join(str(message or getattr(error, "message", None) or error).split())[:500]
     if isinstance(error, openai.RateLimitError) or getattr(error, "status_code", None) in (502, 503, 504):
         return EngineUnusable(f"{where}: the server has no capacity now ({text}); try again later")
     return EngineUnusable(f"{where}: {text}") if model is None else UserError(text)
-
-
-def one_line_message(error: openai.OpenAIError) -> str:
-    """The server's own message; OpenAI's shape, SWIFT's (``message`` at the top) or plain text."""
-    body = getattr(error, "body", None)
-    message = body.get("message") if isinstance(body, dict) else None
-    text = message or getattr(error, "message", None) or str(error)
-    return " ".join(str(text).split())[:500]

@@ -69,25 +69,22 @@ def check_model(args: DeployArguments, model_dir: str, use_gpu: bool) -> None:
     config = read_config(model_dir)
     dtype = resolve_dtype(args.torch_dtype, model_dir, use_gpu, training=False)
     parameters = 0 if use_gpu else parameter_counts(model_dir).parameters
-    check_context(args, config)
-    check_kernels(args, config, use_gpu)
-    if not use_gpu:
-        check_memory(args, parameters * {"float32": 4, "bfloat16": 2, "float16": 2}[dtype])
-
-
-def check_context(args: DeployArguments, config: dict[str, Any]) -> None:
-    """Raises UserError for a context longer than the model's."""
     longest = config.get("max_position_embeddings") or (config.get("text_config") or {}).get("max_position_embeddings")
     wanted = args.vllm_max_model_len or args.max_length
     flag = "vllm_max_model_len" if args.vllm_max_model_len else "max_length"
     if longest and wanted and wanted > longest:
         raise UserError(f"--{flag} {wanted}: the model has {longest} positions; use --{flag} {longest} or less")
+    check_kernels(args, config, use_gpu)
+    if not use_gpu:
+        check_memory(args, parameters * {"float32": 4, "bfloat16": 2, "float16": 2}[dtype])
 
 
 def check_memory(args: DeployArguments, weights: int) -> None:
     """Raises UserError when the replicas' weights (bytes of each) cannot fit into this machine's memory."""
+    import psutil
+
     cache = cpu_cache_gib(1) * GIB if args.infer_backend == "vllm" else 0
-    needed, available = (weights + cache) * max(1, args.min_replicas), available_memory()
+    needed, available = (weights + cache) * max(1, args.min_replicas), int(psutil.virtual_memory().available)
     if needed > available:
         raise UserError(
             f"--model {args.model}: {max(1, args.min_replicas)} replica(s) need {needed / GIB:.1f} GiB "
@@ -121,13 +118,6 @@ def check_kernels(args: DeployArguments, config: dict[str, Any], use_gpu: bool) 
             f"--model {args.model}: vLLM needs {needed} for {method} weights (these have {bits} bits); use "
             "--infer_backend transformers, or export the model with --quant_method int8"
         )
-
-
-def available_memory() -> int:
-    """Bytes that this machine can still give."""
-    import psutil
-
-    return int(psutil.virtual_memory().available)
 
 
 def cpu_cache_gib(replicas: int) -> int:

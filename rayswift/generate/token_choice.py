@@ -78,14 +78,10 @@ def _choose(sampling: Sampling, prompt: list[int], generated: list[int], scores:
     scores = _cut(sampling, scores)
     generator = None
     if sampling.seed is not None:
-        generator = torch.Generator(device=scores.device).manual_seed(_seed_at(sampling, len(generated)))
+        # A seed for every token: an answer that goes on in another process draws what it would have drawn here.
+        seed = hash((sampling.seed, sampling.index, len(generated)))  # of integers: the same in every process
+        generator = torch.Generator(device=scores.device).manual_seed(seed & (2**63 - 1))
     return int(torch.multinomial(scores.softmax(dim=-1), 1, generator=generator))
-
-
-def _seed_at(sampling: Sampling, position: int) -> int:
-    """A seed for every token: an answer that goes on in another process draws what it would have drawn here."""
-    seed = hash((sampling.seed, sampling.index, position))  # of integers: the same in every process
-    return seed & (2**63 - 1)
 
 
 def _adjusted(sampling: Sampling, prompt: list[int], generated: list[int], scores: Any) -> Any:

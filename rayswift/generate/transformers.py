@@ -103,8 +103,7 @@ class TransformersEngine:
             except UserError as error:
                 answers[index].error = str(error)
         answer = self._search if params.num_beams > 1 else self._answer
-        answers_of = zip(prompts, answer(list(prompts.values()), params), strict=True)
-        for index, found in answers_of:
+        for index, found in zip(prompts, answer(list(prompts.values()), params), strict=True):
             answers[index] = found
         return answers
 

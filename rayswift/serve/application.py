@@ -82,8 +82,13 @@ def serve_config(plans: list[ModelSpec], args: DeployArguments, *, listen: bool)
         for plan in plans
     ]
     tls = {key: getattr(args, key) for key in ("ssl_keyfile", "ssl_certfile") if getattr(args, key)}
+    optional = ("adapters", "default_adapter", "adapter_root")
     gateway: dict[str, Any] = {
-        "models": [gateway_entry(args.app_name, plan) for plan in plans],
+        "models": [
+            {"name": plan.name, "app": app_name(args.app_name, plan), "deployment": deployment_name(plan)}
+            | {key: getattr(plan, key) for key in optional if getattr(plan, key)}
+            for plan in plans
+        ],
         "api_keys": [hashlib.sha256(key.encode()).hexdigest() for key in args.api_key],
         "queue_timeout": args.queue_timeout,
         "owned_by": args.owned_by,
@@ -98,15 +103,6 @@ def serve_config(plans: list[ModelSpec], args: DeployArguments, *, listen: bool)
         "http_options": {"host": args.host, "port": args.port},
         "applications": [*({**app, "route_prefix": None} for app in models), door],
     }
-
-
-def gateway_entry(app: str, plan: ModelSpec) -> dict[str, Any]:
-    """What the gateway knows of a model."""
-    entry: dict[str, Any] = {"name": plan.name, "app": app_name(app, plan), "deployment": deployment_name(plan)}
-    optional = {
-        "adapters": plan.adapters, "default_adapter": plan.default_adapter, "adapter_root": plan.adapter_root,
-    }  # fmt: skip
-    return entry | {key: value for key, value in optional.items() if value}
 
 
 def app_name(app: str, plan: ModelSpec) -> str:

@@ -45,7 +45,10 @@ def deploy(args: DeployArguments) -> None:
     """
     specs = model_specs(args)
     if args.dry_run:
-        print(as_yaml(serve_config(specs, args, listen=False)), end="")
+        import yaml
+
+        plain = json.loads(json.dumps(serve_config(specs, args, listen=False)))
+        print(yaml.safe_dump(plain, sort_keys=False, allow_unicode=True), end="")
         return
     with deployment(args, specs):
         watch(args, specs)
@@ -67,7 +70,7 @@ def deployment(args: DeployArguments, specs: list[ModelSpec]) -> Iterator[None]:
 
     logging.getLogger("ray.serve").setLevel(logging.WARNING)  # this command says what happens itself
     is_main = threading.current_thread() is threading.main_thread()
-    sigterm = signal.signal(signal.SIGTERM, _interrupt) if is_main else None
+    sigterm = signal.signal(signal.SIGTERM, signal.default_int_handler) if is_main else None
     names = [args.app_name, *(app_name(args.app_name, spec) for spec in specs)]
     apply(serve_config(specs, args, listen=True))
     deployed = _deploy_times(names)
@@ -88,10 +91,6 @@ def deployment(args: DeployArguments, specs: list[ModelSpec]) -> Iterator[None]:
             ray.shutdown()
         if is_main:
             signal.signal(signal.SIGTERM, sigterm)
-
-
-def _interrupt(*_: Any) -> None:
-    raise KeyboardInterrupt
 
 
 def _deploy_times(names: list[str]) -> dict[str, float]:
@@ -191,10 +190,3 @@ def _replicas(app: Any) -> str:
     states = app.deployments[next(iter(app.deployments))].replica_states if app and app.deployments else {}
     counts = {str(state).rpartition(".")[2]: count for state, count in states.items()}
     return f"{counts.get('RUNNING', 0)}/{sum(counts.values())}"
-
-
-def as_yaml(config: dict[str, Any]) -> str:
-    """The configuration as the file that ``serve deploy`` reads."""
-    import yaml
-
-    return str(yaml.safe_dump(json.loads(json.dumps(config)), sort_keys=False, allow_unicode=True))

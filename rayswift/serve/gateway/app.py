@@ -304,7 +304,7 @@ class Gateway:
         model = self._owner(body)
         key = await asyncio.to_thread(model.adapters.add, name, name if path is None else path)
         try:
-            await model.forwarder.preload(key)
+            await model.forwarder.whole(GatewayRequest("GET", "/health", adapter=key))  # one replica loads it
         except ApiError:
             model.adapters.remove(name)
             raise

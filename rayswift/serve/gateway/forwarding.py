@@ -130,10 +130,6 @@ class Forwarder:
                     raise ApiError(503, "no replica could answer the request", retry_after=5) from error
                 await self._before_retry(error, tries)
 
-    async def preload(self, adapter: str) -> None:
-        """Have one replica load an adapter. Raises ApiError when it cannot be used."""
-        await self.whole(GatewayRequest("GET", "/health", adapter=adapter))
-
     async def whole(self, request: GatewayRequest) -> bytes:
         """The whole answer to a request. Raises ApiError for one that is refused."""
         async with aclosing(self.send(request)) as responses:

@@ -63,11 +63,6 @@ class GenerationRequest(_Body):
     return_token_ids: bool | None = None
 
     @property
-    def stop_texts(self) -> tuple[str, ...]:
-        """``stop`` as texts."""
-        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
-
-    @property
     def token_limit(self) -> int | None:
         """Tokens that an answer may have."""
         return self.max_tokens

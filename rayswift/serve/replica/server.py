@@ -51,7 +51,7 @@ class LLMServer:
         else:
             from rayswift.serve.replica.transformers import TransformersServing
 
-            self.serving = TransformersServing.from_plan(self.plan, model_dir, self.encoders)
+            self.serving = TransformersServing.from_plan(self.plan, self.encoders)
         await self.serving.start()
 
         async def load(key: str) -> LoadedAdapter:  # a function: Serve sets attributes on it

@@ -133,9 +133,10 @@ def use_trained_templates(online_renderer: Any, encoder_of: EncoderOf) -> None:
     to vLLM. Only text becomes ids here: length checks, truncation, tool parsers and structured output stay vLLM's. A
     chat request that gets such a prompt also stops at the template's stop words.
     """
-    renderer, config = online_renderer.renderer, online_renderer.model_config
+    config = online_renderer.model_config
     preprocess_chat, render_messages = private.rendering(online_renderer)
-    engine_stops = _engine_stops(renderer, config)
+    listed = config.try_get_generation_config().get("eos_token_id")  # vLLM stops by itself at these
+    engine_stops = {online_renderer.renderer.get_eos_token_id(), *(listed if isinstance(listed, list) else [listed])}
 
     async def preprocess(request: Any, messages: list[Any], **settings: Any) -> Any:
         encoder = encoder_of(request.model)
@@ -194,12 +195,6 @@ def _as_sent(value: Any) -> Any:
     if not hasattr(value, "model_fields_set"):
         return value
     return {name: _as_sent(item) for name, item in value if name in value.model_fields_set}
-
-
-def _engine_stops(renderer: Any, config: Any) -> set[int]:
-    """Token ids at which vLLM stops by itself."""
-    listed = config.try_get_generation_config().get("eos_token_id")
-    return {renderer.get_eos_token_id(), *(listed if isinstance(listed, list) else [listed])}
 
 
 def _add_stops(request: Any, encoder: Encoder, tools: bool, engine_stops: set[int]) -> None:

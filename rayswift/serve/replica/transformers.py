@@ -81,9 +81,8 @@ class TransformersServing:
         self.app = make_app(self)
 
     @classmethod
-    def from_plan(cls, plan: Any, model_dir: str, encoders: dict[str, Encoder] | None = None) -> TransformersServing:
-        """Load the model of a `ModelSpec`."""
-        encoders = plan.encoders(model_dir) if encoders is None else encoders
+    def from_plan(cls, plan: Any, encoders: dict[str, Encoder]) -> TransformersServing:
+        """Load the model of a `ModelSpec`; ``encoders``: its own."""
         engine = TransformersEngine.load(
             replace(encoders[""], max_length=plan.max_model_len),
             torch_dtype=plan.torch_dtype,
@@ -220,7 +219,8 @@ class TransformersServing:
         """A row for each choice of each prompt; ``emit`` gets the number of the choice with each piece."""
         ends = set() if body.ignore_eos else {*encoder.eos_token_ids, *self.engine.stop_token_ids}
         ends |= set(body.stop_token_ids or ())
-        words = (*body.stop_texts, *(() if body.ignore_eos else encoder.stop_strings))
+        asked = [body.stop] if isinstance(body.stop, str) else body.stop or []
+        words = (*asked, *(() if body.ignore_eos else encoder.stop_strings))
         ends_with: dict[str, Any] = {"adapter": adapter, "stop_ids": frozenset(ends), "stop_words": words}
         choices = [(prompt, choice) for prompt in prompts for choice in range(body.n or 1)]
         return [
