@@ -102,14 +102,12 @@ def _running(endpoint: EvalEndpoint) -> Iterator[Endpoint]:
 
 def deciding_settings(args: EvalArguments, benchmarks: list[Benchmark]) -> dict[str, Any]:
     """What decides the answers: the flags, and the local files as they are now."""
-    return arguments.deciding_settings(args) | {
-        "files": {one.asked: _fingerprint(one.local_path) for one in benchmarks if one.local_path}
-    }
-
-
-def _fingerprint(path: str) -> list[tuple[str, int, int]]:
-    files = sorted(file for file in Path(path).rglob("*") if file.is_file()) if os.path.isdir(path) else [Path(path)]
-    return [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    files = {}
+    for benchmark in benchmarks:
+        if path := benchmark.local_path:
+            found = sorted(f for f in Path(path).rglob("*") if f.is_file()) if os.path.isdir(path) else [Path(path)]
+            files[benchmark.asked] = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in found]
+    return arguments.deciding_settings(args) | {"files": files}
 
 
 # --- results ----------------------------------------------------------------------------------------------------

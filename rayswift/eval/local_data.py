@@ -61,7 +61,14 @@ def lay_out(
         return LocalData(str(path), None)
     files = _found(benchmark, path, subsets, split, others)
     if missing := [subset for subset in subsets if (subset, split) not in files]:
-        raise UserError(_missing_line(benchmark, path, missing, split, len(subsets)))
+        more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
+        names, choose = [f"{benchmark.asked}_{split}.jsonl", f"{split}.jsonl"], ""
+        if len(subsets) > 1:
+            names, choose = [f"{missing[0]}_{split}.jsonl"], "; or choose subsets with its subset_list"
+        raise UserError(
+            f"--eval_dataset {benchmark.asked}: {path} has no file of subset {missing[0]}{more}, split {split}; "
+            f"expected {' or '.join(names)} (csv, json or parquet as well){choose}"
+        )
     return _cached(benchmark, files, check)
 
 
@@ -94,17 +101,6 @@ def _found(
 def _stem(name: str) -> str:
     """A path without suffix and shard number, in one spelling."""
     return _SHARD.sub("", _SUFFIX.sub("", name.lower()).replace("-", "_"))
-
-
-def _missing_line(benchmark: Benchmark, path: Path, missing: list[str], split: str, count: int) -> str:
-    subset = missing[0]
-    more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
-    names = [f"{subset}_{split}.jsonl"] if count > 1 else [f"{benchmark.asked}_{split}.jsonl", f"{split}.jsonl"]
-    choose = "; or choose subsets with its subset_list" if count > 1 else ""
-    return (
-        f"--eval_dataset {benchmark.asked}: {path} has no file of subset {subset}{more}, split {split}; "
-        f"expected {' or '.join(names)} (csv, json or parquet as well){choose}"
-    )
 
 
 def _with_columns(columns: Sequence[str]) -> RowCheck:

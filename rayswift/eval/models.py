@@ -58,7 +58,7 @@ def plan_endpoints(args: EvalArguments) -> list[EvalEndpoint]:
     Raises:
         UserError: two models of one name, or several adapters without names.
     """
-    endpoints = list(_endpoints(args))
+    endpoints = _endpoints(args)
     labels = [model.label for endpoint in endpoints for model in endpoint.models]
     if twice := next((label for number, label in enumerate(labels) if label in labels[:number]), None):
         raise UserError(f"--adapters: two of them are called {twice}; write NAME=DIR")

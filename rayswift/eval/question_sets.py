@@ -7,6 +7,7 @@ The rows are EvalScope's (https://evalscope.readthedocs.io, "custom dataset"): `
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +29,7 @@ def lay_out_questions(benchmark: Benchmark) -> tuple[LocalData, list[str]]:
     multiple = bool(benchmark.settings.get("extra_params", {}).get("multiple_correct"))
     check: RowCheck = (lambda row: choice_row(row, multiple)) if benchmark.name == "general_mcq" else answer_row
     subsets = list(benchmark.settings.get("subset_list") or subsets_of(str(benchmark.local_path), split, examples))
-    named = Benchmark(
-        benchmark.asked, benchmark.name, benchmark.settings, benchmark.local_path, tuple(subsets), benchmark.columns
-    )
-    return lay_out(named, subsets, split, [examples], check), subsets
+    return lay_out(replace(benchmark, file_names=tuple(subsets)), subsets, split, [examples], check), subsets
 
 
 def subsets_of(path: str, split: str, examples: str) -> list[str]:
@@ -47,36 +45,25 @@ def choice_row(row: Row, multiple: bool = False) -> Row:
     """A row with choices, checked; beside EvalScope's columns the ``choices`` and the ``gold`` index for lm-eval."""
     if not _text(row.get("question")):
         raise ValueError("no question")
-    choices = _choices(row)
-    if len(choices) < 2:
+    cells = [_text(row.get(letter)) for letter in LETTERS]
+    count = max((number for number, cell in enumerate(cells, 1) if cell), default=0)
+    if "" in cells[:count]:
+        raise ValueError(f"choice {LETTERS[cells.index('')]} is empty, but {LETTERS[count - 1]} is not")
+    if count < 2:
         raise ValueError("expected at least the choices A and B")
-    letters = LETTERS[: len(choices)]
-    answer = _letters(row.get("answer"))
+    choices, letters, given = cells[:count], LETTERS[:count], row.get("answer")
+    parts = given if isinstance(given, (list, tuple)) else [given]  # ``C``, ``A,C``, ``AC``, or a list of them
+    answer = [letter for part in parts for letter in _text(part).upper().replace(",", "").replace(" ", "")]
     if not answer or any(letter not in letters for letter in answer):
-        raise ValueError(f"answer is {row.get('answer')!r}, expected one of {', '.join(letters)}")
+        raise ValueError(f"answer is {given!r}, expected one of {', '.join(letters)}")
     if len(answer) > 1 and not multiple:
         raise ValueError(
-            f"answer is {row['answer']!r}: several right answers need "
+            f"answer is {given!r}: several right answers need "
             '"extra_params": {"multiple_correct": true} in --eval_dataset_args'
         )
     kept = {key: value for key, value in row.items() if key not in LETTERS}
     kept |= dict(zip(letters, choices, strict=True))
     return {**kept, "answer": answer if multiple else answer[0], "choices": choices, "gold": letters.index(answer[0])}
-
-
-def _choices(row: Row) -> list[str]:
-    """The choices up to the last that is there; a hole between two is refused."""
-    cells = [_text(row.get(letter)) for letter in LETTERS]
-    count = max((number for number, cell in enumerate(cells, 1) if cell), default=0)
-    if "" in cells[:count]:
-        raise ValueError(f"choice {LETTERS[cells.index('')]} is empty, but {LETTERS[count - 1]} is not")
-    return cells[:count]
-
-
-def _letters(answer: Any) -> list[str]:
-    """``C``, ``A,C``, ``AC`` or a list of them, as letters."""
-    parts = answer if isinstance(answer, (list, tuple)) else [_text(answer)]
-    return [letter for part in parts for letter in _text(part).upper().replace(",", "").replace(" ", "")]
 
 
 def answer_row(row: Row) -> Row:
@@ -85,19 +72,17 @@ def answer_row(row: Row) -> Row:
     if not _text(answer):
         raise ValueError("no answer (or response) to compare with")
     messages = row.get("messages")
-    question = _flat(messages) if messages else _text(row.get("question") or row.get("query"))
+    if not messages:
+        question = _text(row.get("question") or row.get("query"))
+    elif not isinstance(messages, Sequence) or not all(isinstance(m, dict) and m.get("content") for m in messages):
+        raise ValueError('messages: expected [{"role": "user", "content": "…"}, …]')
+    elif len(messages) == 1:
+        question = _text(messages[0]["content"])
+    else:
+        question = "\n".join(f"{message.get('role', 'user')}: {message['content']}" for message in messages)
     if not question:
         raise ValueError("no question (or query, or messages)")
     return {**row, "question": question, "answer": _text(answer)}
-
-
-def _flat(messages: Any) -> str:
-    """A conversation as one text: the question alone, or each turn after its role."""
-    if not isinstance(messages, Sequence) or not all(isinstance(m, dict) and m.get("content") for m in messages):
-        raise ValueError('messages: expected [{"role": "user", "content": "…"}, …]')
-    if len(messages) == 1:
-        return _text(messages[0]["content"])
-    return "\n".join(f"{message.get('role', 'user')}: {message['content']}" for message in messages)
 
 
 def _text(value: Any) -> str:

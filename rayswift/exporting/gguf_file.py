@@ -7,7 +7,6 @@ of a model, this module reads from the folder: sizes, the tokenizer's kind, and 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -64,6 +63,7 @@ def check_convertible(model_dir: str) -> None:
 def write_gguf(model_dir: str, path: str, kind: str, name: str) -> None:
     """Write the model as one file; one tensor is in memory at a time."""
     import gguf
+    from safetensors import safe_open
 
     config = read_config(model_dir)
     arch = _ARCHITECTURES[config["model_type"]]
@@ -78,8 +78,10 @@ def write_gguf(model_dir: str, path: str, kind: str, name: str) -> None:
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
-    for hf_name, tensor in _tensors(model_dir, list(names)):
-        gguf_name, shape = names[hf_name]
+    where = {name: path for path in weight_files(model_dir) for name in read_safetensors_header(path)}
+    files = {path: safe_open(path, framework="pt") for path in set(where.values())}
+    for hf_name, (gguf_name, shape) in names.items():
+        tensor = files[where[hf_name]].get_tensor(hf_name).float().numpy()
         values = _permuted(hf_name, tensor, config) if arch == "llama" else tensor
         writer.write_tensor_data(gguf.quants.quantize(values, _tensor_type(gguf_name, shape, kind)))
     writer.close()
@@ -93,7 +95,7 @@ def _add_settings(writer: Any, config: dict[str, Any], name: str, kind: str) -> 
     rope = config.get("rope_parameters") or {}
     writer.add_type(gguf.GGUFType.MODEL)
     writer.add_name(name)
-    writer.add_file_type(_file_type(kind))
+    writer.add_file_type(int(gguf.LlamaFileType["ALL_F32" if kind == "f32" else f"MOSTLY_{kind.upper()}"]))
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     writer.add_vocab_size(config["vocab_size"])
     writer.add_context_length(config["max_position_embeddings"])
@@ -107,13 +109,6 @@ def _add_settings(writer: Any, config: dict[str, Any], name: str, kind: str) -> 
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
     writer.add_rope_freq_base(rope.get("rope_theta") or config.get("rope_theta") or 10000.0)
     writer.add_rope_dimension_count(head_dim)
-
-
-def _file_type(kind: str) -> int:
-    import gguf
-
-    name = "ALL_F32" if kind == "f32" else f"MOSTLY_{kind.upper()}"
-    return int(gguf.LlamaFileType[name])
 
 
 def _read_tokenizer(model_dir: str) -> dict[str, Any]:
@@ -172,16 +167,6 @@ def _tensor_names(model_dir: str, arch: str, layers: int) -> dict[str, tuple[str
                 raise UserError(f"--to_gguf: {path.name} holds {name}, which GGUF's {arch} has no place for")
             found[name] = (gguf_name, tuple(tensor["shape"]))
     return found
-
-
-def _tensors(model_dir: str, names: list[str]) -> Iterator[tuple[str, np.ndarray]]:
-    """The named tensors as float32, in this order."""
-    from safetensors import safe_open
-
-    where = {name: path for path in weight_files(model_dir) for name in read_safetensors_header(path)}
-    files = {path: safe_open(path, framework="pt") for path in set(where.values())}
-    for name in names:
-        yield name, files[where[name]].get_tensor(name).float().numpy()
 
 
 def _permuted(name: str, tensor: np.ndarray, config: dict[str, Any]) -> np.ndarray:

@@ -45,12 +45,11 @@ def model_card(folder: str, name: str, checkpoint: str) -> str:
         name: ``owner/name`` on the hub.
         checkpoint: the training checkpoint it came from; its run directory has the losses.
     """
-    saved = _json(Path(folder) / "args.json") or _json(Path(checkpoint) / "args.json")
-    saved = redact(saved)
+    saved = redact(_json(Path(folder) / "args.json") or _json(Path(checkpoint) / "args.json"))
     adapter, config = _json(Path(folder) / "adapter_config.json"), _json(Path(folder) / "config.json")
     base = saved.get("model") or adapter.get("base_model_name_or_path")
-    parts = [_front_matter(base, saved, adapter, config), _MARK, f"# {name.split('/')[-1]}"]
-    parts.append(_summary(base, saved, adapter, config))
+    parts = [_front_matter(base, saved, adapter, config), _MARK, f"# {name.split('/')[-1]}",
+             _summary(base, saved, adapter, config)]  # fmt: skip
     if rows := [(key, _shown(saved[key])) for key in _SETTINGS if saved.get(key) not in (None, [], "")]:
         parts.append("## Settings\n\n" + _table(("setting", "value"), rows) + "\n\nAll of them: `args.json`.")
     parts += [section for section in (_losses(checkpoint), _scores(folder, checkpoint)) if section]

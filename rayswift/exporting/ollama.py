@@ -33,7 +33,12 @@ def modelfile(encoder: Encoder, weights: str, context: int | None) -> str:
         lines.append(f'SYSTEM """{text}"""')
     stops = [*encoder.stop_words, encoder.tokenizer.eos_token or ""]
     lines += [f"PARAMETER stop {json.dumps(stop, ensure_ascii=False)}" for stop in dict.fromkeys(stops) if stop]
-    lines += [f"PARAMETER {name} {value}" for name, value in _sampling(encoder.model_dir).items()]
+    path = Path(encoder.model_dir) / "generation_config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except (OSError, ValueError):
+        config = {}
+    lines += [f"PARAMETER {own} {config[name]}" for name, own in _PARAMETERS.items() if config.get(name) is not None]
     if context:
         lines.append(f"PARAMETER num_ctx {context}")
     return "\n".join(lines) + "\n"
@@ -95,12 +100,3 @@ def _render(encoder: Encoder, messages: list[dict[str, Any]]) -> str:
     """The prompt's text; without the bos token that Ollama adds by itself."""
     text: str = encoder.tokenizer.decode(encoder.encode_prompt(messages), skip_special_tokens=False)
     return text.removeprefix(encoder.tokenizer.bos_token) if adds_bos(encoder.tokenizer) else text
-
-
-def _sampling(model_dir: str) -> dict[str, Any]:
-    path = Path(model_dir) / "generation_config.json"
-    try:
-        config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    except (OSError, ValueError):
-        return {}
-    return {ollama: config[name] for name, ollama in _PARAMETERS.items() if config.get(name) is not None}

@@ -27,12 +27,8 @@ _NEEDED = {
 CALIBRATED = ("gptq", "awq")
 #: compressed-tensors' own names for 8-bit weights per row with 8-bit activations per token.
 _PRESETS = {"int8": "INT8", "fp8": "FP8_DYNAMIC"}
-
-
 #: The range of a group's levels is searched for the least error in this norm, as GPTQ's authors do.
 _GPTQ_NORM = 2.4
-
-
 #: Tokens of a calibration row for AWQ, as in AutoAWQ.
 _AWQ_LENGTH = 512
 

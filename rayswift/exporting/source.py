@@ -32,15 +32,11 @@ class ExportSource:
 
     def model_dir(self) -> str:
         """The local folder of ``--model`` (the adapter's base); a hub id is downloaded."""
-        args = self.args
-        model = args.model or base_model_of(self._peft_folder())
+        args, folder = self.args, self.adapter or self.checkpoint
+        lower = os.path.join(folder, SWIFT_ADAPTER)  # where SWIFT's own backend puts the adapter's configuration
+        has_lower = os.path.isfile(os.path.join(lower, ADAPTER_CONFIG))
+        model = args.model or base_model_of(lower if has_lower else folder)
         return hub.resolve_model(model, revision=args.model_revision, use_hf=args.use_hf, token=args.hub_token)
-
-    def _peft_folder(self) -> str:
-        """Where the adapter's configuration stands: SWIFT's own backend puts it one level lower."""
-        folder = self.adapter or self.checkpoint
-        lower = os.path.join(folder, SWIFT_ADAPTER)
-        return lower if os.path.isfile(os.path.join(lower, ADAPTER_CONFIG)) else folder
 
 
 def find_source(args: Any) -> ExportSource:
@@ -50,7 +46,13 @@ def find_source(args: Any) -> ExportSource:
         UserError: no such folder or id, an adapter that does not say which model it belongs to.
     """
     given = args.adapters[0] if args.adapters else args.model
-    adapter = _adapter_folder(args) if args.adapters else None
+    adapter: str | None = None
+    if args.adapters:
+        own = os.path.expanduser(given)
+        if args.to_peft_format and os.path.isfile(os.path.join(own, SWIFT_ADAPTER, ADAPTER_CONFIG)):
+            adapter = os.path.abspath(own)
+        else:
+            adapter = hub.resolve_adapter(given, use_hf=args.use_hf, token=args.hub_token)
     where = adapter or os.path.expanduser(given)
     # What a QLoRA run loaded its base model with is no wish to quantise the result.
     args = completed(args, where, without="quant_")
@@ -59,11 +61,3 @@ def find_source(args: Any) -> ExportSource:
     local = os.path.exists(os.path.expanduser(given))
     name = os.path.abspath(os.path.expanduser(given)) if local else os.path.abspath(os.path.basename(given.rstrip("/")))
     return ExportSource(args, adapter, where, name)
-
-
-def _adapter_folder(args: Any) -> str:
-    given: str = args.adapters[0]
-    local = os.path.expanduser(given)
-    if args.to_peft_format and os.path.isfile(os.path.join(local, SWIFT_ADAPTER, ADAPTER_CONFIG)):
-        return os.path.abspath(local)
-    return hub.resolve_adapter(given, use_hf=args.use_hf, token=args.hub_token)

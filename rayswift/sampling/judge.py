@@ -83,14 +83,10 @@ class Judge:
                  {"role": "user", "content": f"{question}The answer to judge:\n\n{answer['content']}"}]  # fmt: skip
         settings = SamplingParams(temperature=0.0, max_new_tokens=self.max_tokens)
         try:
-            return read_reward(engine.complete(asked, settings).text)
+            text = engine.complete(asked, settings).text
         except EngineUnusable:
             raise
         except UserError:  # this answer cannot be judged (too long, refused)
             return 0.0
-
-
-def read_reward(text: str) -> float:
-    """The number after the last ``Reward:``, between −1 and 1; 0 where there is none."""
-    found = list(_REWARD.finditer(text))
-    return min(1.0, max(-1.0, float(found[-1]["number"]))) if found else 0.0
+        found = list(_REWARD.finditer(text))  # the number after the last counts
+        return min(1.0, max(-1.0, float(found[-1]["number"]))) if found else 0.0

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from rayswift.arguments import deciding_settings
 from rayswift.data.plugins import PluginFile
 from rayswift.errors import UserError
-from rayswift.generate.types import Answer, Request
+from rayswift.generate.types import Request
 from rayswift.inference.run import Throughput, progress_bar
 from rayswift.journal import Journal, open_journal, run_identity
 from rayswift.modeling.resolved import resolve_model
@@ -50,10 +50,13 @@ def sample(args: SampleArguments) -> Row:
         logger.info("%s is there already: nothing to do; --override_exist_file true writes it anew", files.result)
         return {"output_file": str(files.result)}
     counts = SampleStats(prompts=len(prompts))
+    # What decides the scores: their settings, and the text of the plugins.
+    plugins = [PluginFile.read(path).source for path in args.external_plugins]
+    scored = run_identity({"plugins": plugins, **deciding_settings(args, "scores")}, [{"of": identity}])
     with (
         told_how_to_resume(files),
         open_journal(files.answers, identity, override=args.override_exist_file) as journal,
-        open_journal(files.scores, run_identity(reward_settings(args), [{"of": identity}]), override=True) as scores,
+        open_journal(files.scores, scored, override=True) as scores,
     ):
         tally = answer_prompts(args, prompts, journal)
         candidates = Candidates(prompts, journal, args.num_return_sequences)
@@ -62,12 +65,6 @@ def sample(args: SampleArguments) -> Row:
     for journal_file in (files.answers, files.scores):  # the result is whole
         journal_file.unlink(missing_ok=True)
     return report(args, files, counts, tally)
-
-
-def reward_settings(args: SampleArguments) -> Row:
-    """The settings that decide what the scores are, with the text of the plugins."""
-    plugins = [PluginFile.read(path).source for path in args.external_plugins]
-    return {"plugins": plugins, **deciding_settings(args, "scores")}
 
 
 @contextlib.contextmanager
@@ -99,20 +96,19 @@ class Candidates:
 
 def answer_prompts(args: SampleArguments, prompts: Sequence[Prompt], journal: Journal) -> Throughput:
     """Let the engine answer what the journal lacks; each answer is on disk when the next one is looked at."""
-    tally = Throughput()
     if args.sampler_engine == "no":
-        return tally
+        return Throughput()
     requests, total = missing(args, prompts, journal)
     done = total - sum(len(request.numbers) for request in requests)
     if done:
         logger.info("%d of %d answers are there already: they are kept", done, total)
     if not requests:
-        return tally
+        return Throughput()
     failed, first_failure = 0, ""
     with open_engine(args) as answers, progress_bar(total, done, hidden=False, name="sample", unit="answer") as bar:
         tally = Throughput()
         for number, answer in answers(requests):
-            journal.add(number, record_of(answer))
+            journal.add(number, {"text": answer.text, "tokens": answer.num_generated_tokens, "error": answer.error})
             tally.add(answer)
             failed += answer.error is not None
             first_failure = first_failure or answer.error or ""
@@ -143,11 +139,6 @@ def missing(args: SampleArguments, prompts: Sequence[Prompt], journal: Journal) 
             seeds = tuple(prompt.seed(args.seed, number % args.num_return_sequences) for number in wanted)
             requests.append(Request(wanted, prompt.row, seeds))
     return requests, total
-
-
-def record_of(answer: Answer) -> Row:
-    """An answer as the journal keeps it."""
-    return {"text": answer.text, "tokens": answer.num_generated_tokens, "error": answer.error}
 
 
 def report(args: SampleArguments, files: Files, counts: SampleStats, tally: Throughput) -> Row:

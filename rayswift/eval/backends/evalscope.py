@@ -22,8 +22,6 @@ from rayswift.eval.results import Question, Result
 from rayswift.serve.running import Endpoint
 
 if TYPE_CHECKING:
-    from evalscope.report import Report
-
     from rayswift.arguments import EvalArguments
 
 logger = logging.getLogger("rayswift.eval.backends.evalscope")
@@ -43,7 +41,13 @@ class Native:
         self.shots: dict[str, int] = {}
         if ours := [name for name in _OURS if name in args.extra_eval_args]:
             raise UserError(f"--extra_eval_args: {ours[0]} is set by other flags of rayswift eval; leave it out")
-        _quiet()
+        # EvalScope logs each step: its log file keeps them, the terminal gets what went wrong.
+        with own_logging():
+            from evalscope.utils.logger import get_logger
+        logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns at each number that it sets no timer
+        for handler in get_logger().handlers:
+            if not isinstance(handler, logging.FileHandler) and not is_debugging():
+                handler.addFilter(lambda record: record.levelno >= logging.ERROR)
 
     def prepare(self, benchmark: Benchmark) -> None:
         from evalscope.api.registry import BENCHMARK_REGISTRY, get_benchmark
@@ -120,7 +124,11 @@ class Native:
                 f"--eval_dataset {benchmark.asked}: {summary.errored} of {summary.requested} questions have no score; "
                 f"{folder / 'logs'} says why; the same command asks them again"
             )
-        return _result(benchmark, model, report, folder, self.shots[benchmark.asked])
+        scores = {_metric_name(metric.identity): float(metric.score) for metric in report.metrics}
+        primary = report.primary_metric_identity
+        main = _metric_name(primary) if primary is not None else next(iter(scores), "score")
+        shots, questions = self.shots[benchmark.asked], _questions(folder, main)
+        return Result(benchmark.asked, model.label, "Native", main, scores, shots, questions)
 
     def _task(
         self,
@@ -156,25 +164,6 @@ class Native:
             return TaskConfig(**values)
         except Exception as error:  # pydantic's, which names the field
             raise UserError(f"--eval_generation_config or --extra_eval_args: {one_line(error)}") from None
-
-
-def _quiet() -> None:
-    """EvalScope logs each step: its log file keeps them, the terminal gets what went wrong."""
-    with own_logging():
-        from evalscope.utils.logger import get_logger
-
-    logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns at each number that it sets no timer
-    for handler in get_logger().handlers:
-        if not isinstance(handler, logging.FileHandler) and not is_debugging():
-            handler.addFilter(lambda record: record.levelno >= logging.ERROR)
-
-
-def _result(benchmark: Benchmark, model: EvalModel, report: Report, folder: Path, shots: int) -> Result:
-    scores = {_metric_name(metric.identity): float(metric.score) for metric in report.metrics}
-    primary = report.primary_metric_identity
-    main = _metric_name(primary) if primary is not None else next(iter(scores), "score")
-    questions = list(_questions(folder, main))
-    return Result(benchmark.asked, model.label, "Native", main, scores, shots, questions)
 
 
 def _metric_name(identity: Any) -> str:

@@ -192,6 +192,7 @@ class Harness:
 
     def _model(self, benchmark: Benchmark, model: EvalModel, endpoint: Endpoint) -> Any:
         """The harness's client of the endpoint."""
+        import openai
         from lm_eval.models.openai_completions import LocalCompletionsAPI
 
         extra = self.args.extra_eval_args
@@ -203,6 +204,10 @@ class Harness:
             )
         # The harness has no other way in for the key.
         os.environ["OPENAI_API_KEY"] = endpoint.api_key or os.environ.get("OPENAI_API_KEY", "")
+        # The harness cuts prompts on the left that are longer than what the endpoint says about its model.
+        client = openai.OpenAI(base_url=endpoint.base_url, api_key=endpoint.api_key or "none")
+        said = (getattr(one, "max_model_len", None) for one in client.models.list() if one.id == endpoint.model)
+        length = next((int(length) for length in said if length), self.args.vllm_max_model_len or 2048)
         return LocalCompletionsAPI(
             base_url=f"{endpoint.base_url.rstrip('/')}/completions",
             model=endpoint.model,
@@ -210,7 +215,7 @@ class Harness:
             tokenizer_backend="huggingface" if tokenizer else None,
             num_concurrent=max(2, self.args.eval_num_proc),  # one at a time would retry without an end
             max_retries=_RETRIES,
-            max_length=_context_length(endpoint, self.args),
+            max_length=length,
             **extra.get("model_args", {}),
         )
 
@@ -261,18 +266,6 @@ _QUESTION_TASKS: dict[str, dict[str, Any]] = {
         ],
     },
 }  # fmt: skip
-
-
-def _context_length(endpoint: Endpoint, args: EvalArguments) -> int:
-    """What the endpoint says about its model; the harness cuts longer prompts on the left."""
-    import openai
-
-    client = openai.OpenAI(base_url=endpoint.base_url, api_key=endpoint.api_key or "none")
-    for model in client.models.list():
-        length = getattr(model, "max_model_len", None)
-        if model.id == endpoint.model and length:
-            return int(length)
-    return args.vllm_max_model_len or 2048
 
 
 def _result(benchmark: Benchmark, model: EvalModel, found: Any) -> Result:
