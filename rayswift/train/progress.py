@@ -105,21 +105,18 @@ class Progress:
         self.run.fetch("logging.jsonl")
         self._first_step, self._started = step, time.monotonic()
         self.rows = [row for row in read_log(self.run) if row.get("global_step/max_steps") and _step_of(row) <= step]
-        self.rows = self._with_lost_rows(event.get("history", []))
-        self.run.write_jsonl("logging.jsonl", self.rows)
-        self._bar.n = self._bar.initial = step
-        self._bar.start_t = self._bar.last_print_t = time.time()
-        self._bar.refresh()
-
-    def _with_lost_rows(self, history: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """The rows, with those that a killed driver did not come to write; the checkpoint has them, but for times."""
+        # A killed driver did not come to write the last rows; the checkpoint has them, but for times.
         known = {(_step_of(row), "eval_loss" in row) for row in self.rows}
-        logged = [row for row in history if "loss" in row or "eval_loss" in row]
+        logged = [row for row in event.get("history", []) if "loss" in row or "eval_loss" in row]
         lost = [self._format(row) for row in logged if (row["global_step"], "eval_loss" in row) not in known]
         for row in lost:
             for name in ("train_speed(iter/s)", "elapsed_time", "remaining_time"):
                 row.pop(name, None)
-        return sorted([*self.rows, *lost], key=lambda row: (_step_of(row), "eval_loss" in row))
+        self.rows = sorted([*self.rows, *lost], key=lambda row: (_step_of(row), "eval_loss" in row))
+        self.run.write_jsonl("logging.jsonl", self.rows)
+        self._bar.n = self._bar.initial = step
+        self._bar.start_t = self._bar.last_print_t = time.time()
+        self._bar.refresh()
 
     def _on_step(self, event: dict[str, Any]) -> None:
         self._bar.n = event["step"]
