@@ -129,7 +129,12 @@ class Progress:
         self.run.append_jsonl("logging.jsonl", formatted)
         self._say(str(formatted))
         if "loss" in row:
-            self._bar.set_postfix_str(_postfix(row))
+            accuracy = row["rewards/accuracies"] if "rewards/accuracies" in row else row["token_acc"]
+            grad_norm = f"grad_norm={row['grad_norm']:.2f} " if "grad_norm" in row else ""
+            self._bar.set_postfix_str(
+                f"loss={row['loss']:.4f} acc={accuracy:.3f} {grad_norm}lr={row['learning_rate']:.2e} "
+                f"tok/s={row['tokens/s']:.0f} mem={row['memory(GiB)']:.2f}GiB"
+            )
         if self._writer:
             prefix = "eval" if "eval_loss" in row else "train"
             for name, value in row.items():
@@ -191,15 +196,6 @@ def read_log(run: RunDirectory) -> list[dict[str, Any]]:
 
 def _step_of(row: dict[str, Any]) -> int:
     return int(row["global_step/max_steps"].split("/")[0])
-
-
-def _postfix(row: dict[str, Any]) -> str:
-    accuracy = row["rewards/accuracies"] if "rewards/accuracies" in row else row["token_acc"]
-    parts = [f"loss={row['loss']:.4f}", f"acc={accuracy:.3f}"]
-    if "grad_norm" in row:
-        parts.append(f"grad_norm={row['grad_norm']:.2f}")
-    parts += [f"lr={row['learning_rate']:.2e}", f"tok/s={row['tokens/s']:.0f}", f"mem={row['memory(GiB)']:.2f}GiB"]
-    return " ".join(parts)
 
 
 def plot_rows(rows: list[dict[str, Any]], run: RunDirectory) -> None:
