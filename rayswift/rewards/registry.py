@@ -84,15 +84,12 @@ class Reward:
             raise
         except Exception as error:  # whatever a user's function raises
             raise UserError(f"{self.flag} {self.name}: {type(error).__name__}: {error} ({last_place(error)})") from None
-        return self._checked(found, len(requests))
-
-    def _checked(self, found: Any, count: int) -> list[float]:
         try:
             scores = [float(min(one)) if isinstance(one, (list, tuple)) else float(one) for one in found]
         except (TypeError, ValueError):
             raise UserError(f"{self.flag} {self.name}: returned {found!r:.80}, expected a list of numbers") from None
-        if len(scores) != count:
-            raise UserError(f"{self.flag} {self.name}: returned {len(scores)} numbers for {count} answers")
+        if len(scores) != len(requests):
+            raise UserError(f"{self.flag} {self.name}: returned {len(scores)} numbers for {len(requests)} answers")
         if not all(map(math.isfinite, scores)):
             raise UserError(f"{self.flag} {self.name}: returned a number that is not finite")
         return scores
