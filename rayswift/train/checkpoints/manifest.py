@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import os
 import re
 import uuid
@@ -19,8 +18,6 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from pyarrow.fs import FileSystem
-
-logger = logging.getLogger("rayswift.train")
 
 MANIFEST = "manifest.json"
 _POSITION = "position.json"
@@ -103,8 +100,7 @@ def write_atomically(filesystem: FileSystem, path: str, text: str) -> None:
 
 def write_manifest(filesystem: FileSystem, checkpoint: str, step: int, files: dict[str, dict[str, Any]]) -> None:
     """Make a checkpoint whole: the last thing that is written into it."""
-    text = json.dumps({"step": step, "files": files}, indent=1)
-    write_atomically(filesystem, f"{checkpoint}/{MANIFEST}", text)
+    write_atomically(filesystem, f"{checkpoint}/{MANIFEST}", json.dumps({"step": step, "files": files}, indent=1))
 
 
 def read_manifest(filesystem: FileSystem, checkpoint: str) -> dict[str, Any] | None:
