@@ -93,9 +93,8 @@ def numbers_in(text: str) -> list[str]:
 
 def to_number(text: str) -> Fraction | None:
     """The value of a number as :func:`numbers_in` finds it."""
-    plain = re.sub(r"[$,\s]", "", text).replace("−", "-")
     try:
-        return Fraction(plain)
+        return Fraction(re.sub(r"[$,\s]", "", text).replace("−", "-"))
     except (ValueError, ZeroDivisionError):
         return None
 

@@ -79,7 +79,10 @@ class Reward:
         for column in requests[0] if requests else ():
             available.setdefault(column, [request.get(column) for request in requests])
         try:
-            found = self.function(**accepted(self.function, available))
+            parameters = inspect.signature(self.function).parameters
+            if not any(one.kind is one.VAR_KEYWORD for one in parameters.values()):
+                available = {name: available[name] for name in parameters if name in available}
+            found = self.function(**available)
         except UserError:
             raise
         except Exception as error:  # whatever a user's function raises
@@ -108,14 +111,6 @@ def make_reward(flag: str, name: str, known: Mapping[str, Any]) -> Reward:
         except Exception as error:
             raise UserError(f"{flag} {name}: {type(error).__name__}: {error} ({last_place(error)})") from None
     return Reward(flag, name, made)
-
-
-def accepted(function: RewardFunction, available: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of the keywords that the function takes."""
-    parameters = inspect.signature(function).parameters.values()
-    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
-        return dict(available)
-    return {parameter.name: available[parameter.name] for parameter in parameters if parameter.name in available}
 
 
 def last_place(error: BaseException) -> str:
