@@ -6,7 +6,6 @@ DeepSpeed's own estimators (``estimate_zero2_model_states_mem_needs``, ``estimat
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -79,9 +78,8 @@ def _free_bytes() -> int | None:
         free = int(fields["MemAvailable"].split()[0]) * 1024
     except (OSError, KeyError, ValueError):
         return None
-    group = "/sys/fs/cgroup"
     try:
-        with open(os.path.join(group, "memory.max")) as most, open(os.path.join(group, "memory.current")) as now:
+        with open("/sys/fs/cgroup/memory.max") as most, open("/sys/fs/cgroup/memory.current") as now:
             return min(free, int(most.read()) - int(now.read()))
     except (OSError, ValueError):  # no limit: "max"
         return free
