@@ -80,7 +80,7 @@ class Reward:
             available.setdefault(column, [request.get(column) for request in requests])
         try:
             parameters = inspect.signature(self.function).parameters
-            if not any(one.kind is one.VAR_KEYWORD for one in parameters.values()):
+            if not any(one.kind is one.VAR_KEYWORD for one in parameters.values()):  # else it takes them all
                 available = {name: available[name] for name in parameters if name in available}
             found = self.function(**available)
         except UserError:
