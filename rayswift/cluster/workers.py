@@ -27,8 +27,7 @@ def check_before_start(args: Any) -> None:
     """Refuse what this machine can never give, before Ray is even imported (embedded Ray on CPU only)."""
     if address_of(args) or args.resources_per_worker or args.use_gpu or has_nvidia_driver():
         return
-    local = Cluster(embedded=True, cpus=cpu_count(), gpus=0, nodes=1)
-    plan_workers(args, local)
+    plan_workers(args, Cluster(embedded=True, cpus=cpu_count(), gpus=0, nodes=1))
 
 
 def plan_workers(args: Any, cluster: Cluster) -> Workers:

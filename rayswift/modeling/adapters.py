@@ -104,12 +104,11 @@ def linear_suffixes(model: Any) -> set[str]:
 
     head = model.get_output_embeddings()
     head_names = {name for name, module in model.named_modules() if module is head}
-    linear = {
-        name
+    return {
+        name.rpartition(".")[2]
         for name, module in model.named_modules()
         if isinstance(module, torch.nn.Linear | Conv1D) and name not in head_names
     }
-    return {name.rpartition(".")[2] for name in linear}
 
 
 def example_layers(model: Any) -> str:

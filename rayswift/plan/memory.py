@@ -6,7 +6,6 @@ DeepSpeed's own estimators (``estimate_zero2_model_states_mem_needs``, ``estimat
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -48,15 +47,13 @@ def memory_need(args: Any, model_dir: str, dtype: str, num_workers: int, use_gpu
         # Full training keeps float32 weights; adapters are float32 beside the frozen weights.
         weights = 0 if trained == total else item * total
         return MemoryNeed(weights + _OPTIMISER_BYTES * trained + reference)
-    gradients = item * trained
     states = _OPTIMISER_BYTES * trained // (num_workers if stage >= 1 else 1)
     weights = (item * total + reference) // (num_workers if stage >= 3 else 1)
     # ZeRO-3 has no gradients beside those of the optimiser's shard.
-    gradients = 0 if stage >= 3 else gradients // (num_workers if stage >= 2 else 1)
+    gradients = 0 if stage >= 3 else item * trained // (num_workers if stage >= 2 else 1)
     zero = config.get("zero_optimization", {})
-    host = (states if _offloads(zero, "offload_optimizer") else 0) + (
-        weights if _offloads(zero, "offload_param") else 0
-    )
+    parts = (("offload_optimizer", states), ("offload_param", weights))
+    host = sum(size for name, size in parts if (zero.get(name) or {}).get("device", "none") != "none")
     device = weights + gradients + states - host
     return MemoryNeed(device, host) if use_gpu else MemoryNeed(device + host)
 
@@ -81,13 +78,8 @@ def _free_bytes() -> int | None:
         free = int(fields["MemAvailable"].split()[0]) * 1024
     except (OSError, KeyError, ValueError):
         return None
-    group = "/sys/fs/cgroup"
     try:
-        with open(os.path.join(group, "memory.max")) as most, open(os.path.join(group, "memory.current")) as now:
+        with open("/sys/fs/cgroup/memory.max") as most, open("/sys/fs/cgroup/memory.current") as now:
             return min(free, int(most.read()) - int(now.read()))
     except (OSError, ValueError):  # no limit: "max"
         return free
-
-
-def _offloads(zero: dict[str, Any], part: str) -> bool:
-    return (zero.get(part) or {}).get("device", "none") != "none"

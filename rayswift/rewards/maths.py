@@ -59,7 +59,10 @@ def final_number(text: str) -> Fraction | None:
 
 def marked_answer(text: str) -> str | None:
     """What a text says is its answer: a tag, ``####``, ``\\boxed{…}``, or "the answer is …"."""
-    if (inner := last_tagged(text, "<answer>", "</answer>")) is not None:
+    end = text.rfind("</answer>")
+    start = text.rfind("<answer>", 0, max(end, 0))
+    if start >= 0:
+        inner = text[start + len("<answer>") : end].strip()
         return last_boxed(inner) or inner
     if found := list(_HASHES.finditer(text)):
         inner = found[-1]["answer"].strip()
@@ -69,13 +72,6 @@ def marked_answer(text: str) -> str | None:
     if found := list(_PHRASES.finditer(text)):
         return found[-1]["answer"].strip().rstrip(".。").strip() or None
     return None
-
-
-def last_tagged(text: str, opening: str, closing: str) -> str | None:
-    """What stands in the last pair of tags."""
-    end = text.rfind(closing)
-    start = text.rfind(opening, 0, max(end, 0))
-    return text[start + len(opening) : end].strip() if start >= 0 else None
 
 
 def last_boxed(text: str) -> str | None:
@@ -97,9 +93,8 @@ def numbers_in(text: str) -> list[str]:
 
 def to_number(text: str) -> Fraction | None:
     """The value of a number as :func:`numbers_in` finds it."""
-    plain = re.sub(r"[$,\s]", "", text).replace("−", "-")
     try:
-        return Fraction(plain)
+        return Fraction(re.sub(r"[$,\s]", "", text).replace("−", "-"))
     except (ValueError, ZeroDivisionError):
         return None
 

@@ -79,20 +79,20 @@ class Reward:
         for column in requests[0] if requests else ():
             available.setdefault(column, [request.get(column) for request in requests])
         try:
-            found = self.function(**accepted(self.function, available))
+            parameters = inspect.signature(self.function).parameters
+            if not any(one.kind is one.VAR_KEYWORD for one in parameters.values()):  # else it takes them all
+                available = {name: available[name] for name in parameters if name in available}
+            found = self.function(**available)
         except UserError:
             raise
         except Exception as error:  # whatever a user's function raises
             raise UserError(f"{self.flag} {self.name}: {type(error).__name__}: {error} ({last_place(error)})") from None
-        return self._checked(found, len(requests))
-
-    def _checked(self, found: Any, count: int) -> list[float]:
         try:
             scores = [float(min(one)) if isinstance(one, (list, tuple)) else float(one) for one in found]
         except (TypeError, ValueError):
             raise UserError(f"{self.flag} {self.name}: returned {found!r:.80}, expected a list of numbers") from None
-        if len(scores) != count:
-            raise UserError(f"{self.flag} {self.name}: returned {len(scores)} numbers for {count} answers")
+        if len(scores) != len(requests):
+            raise UserError(f"{self.flag} {self.name}: returned {len(scores)} numbers for {len(requests)} answers")
         if not all(map(math.isfinite, scores)):
             raise UserError(f"{self.flag} {self.name}: returned a number that is not finite")
         return scores
@@ -111,14 +111,6 @@ def make_reward(flag: str, name: str, known: Mapping[str, Any]) -> Reward:
         except Exception as error:
             raise UserError(f"{flag} {name}: {type(error).__name__}: {error} ({last_place(error)})") from None
     return Reward(flag, name, made)
-
-
-def accepted(function: RewardFunction, available: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of the keywords that the function takes."""
-    parameters = inspect.signature(function).parameters.values()
-    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
-        return dict(available)
-    return {parameter.name: available[parameter.name] for parameter in parameters if parameter.name in available}
 
 
 def last_place(error: BaseException) -> str:

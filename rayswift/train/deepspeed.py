@@ -24,8 +24,7 @@ def deepspeed_config(value: str | dict[str, Any] | None) -> dict[str, Any] | Non
     if value in presets:
         return presets[value]
     try:
-        text = value if value.lstrip().startswith("{") else Path(value).read_text(encoding="utf-8")
-        config = json.loads(text)
+        config = json.loads(value if value.lstrip().startswith("{") else Path(value).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError):
         raise UserError(f"--deepspeed {value}: choose {', '.join(presets)}, a JSON text or a file") from None
     except json.JSONDecodeError as error:

@@ -70,16 +70,20 @@ def train(args: Any) -> dict[str, Any]:
     resume = find_resume(args.resume_from_checkpoint, base)
     ray_cluster.check_before_start(args)
     inputs = Inputs(args, base, resume, find_model(args), resolve_datasets(args))
-    first_row = first_usable_row([*inputs.datasets.train, *inputs.datasets.val], inputs.args.strict)
+    first_row = first_usable_row([*inputs.datasets.train, *inputs.datasets.val], args.strict)
 
     machines = _connect(inputs)
     loaded, data = _load_data(inputs, machines)
-    schedule = _check_data(inputs, machines, data)
+    if not args.training_args.get("ignore_data_skip"):
+        resume.check_data(data.fingerprint)
+    # A run that goes on keeps the batch of its checkpoint.
+    saved = resume.position.global_batch_size if resume.position else None
+    schedule = plan_steps(args, machines.workers.largest, data.num_items, packed=args.packing, global_batch_size=saved)
     _say_data(inputs, machines, loaded, data, schedule, first_row)
 
     run = _open_run(inputs, loaded)
     outcome = _fit(inputs, machines, data, schedule, run)
-    _print_end(inputs.args, outcome)
+    _print_end(args, outcome)
     return outcome
 
 
@@ -149,15 +153,6 @@ def _load_data(inputs: Inputs, machines: Machines) -> tuple[TrainData, RunData]:
     )
     fingerprint = hashlib.sha256(repr(settings).encode()).hexdigest()[:40]
     return loaded, RunData(loaded.train, packs, None, loaded.val, encoder, fingerprint)
-
-
-def _check_data(inputs: Inputs, machines: Machines, data: RunData) -> StepSchedule:
-    """The run's steps; those of a checkpoint's data and batch where it goes on from one."""
-    args, position = inputs.args, inputs.resume.position
-    if not args.training_args.get("ignore_data_skip"):
-        inputs.resume.check_data(data.fingerprint)
-    saved = position.global_batch_size if position else None
-    return plan_steps(args, machines.workers.largest, data.num_items, packed=args.packing, global_batch_size=saved)
 
 
 def _say_data(

@@ -184,7 +184,12 @@ class StreamLoader(_Loader):
         step, waiting = self.start_step, []
         if step >= self.schedule.max_steps:
             return
-        for item in self._items():
+        streams = [iter_items(tables) for tables in self.tables()]
+        for stream in self.order:
+            item = next(streams[stream], None)
+            if item is None:  # planned for many epochs: the first stream that ends is the end of all
+                break
+            self._reached[stream] = item.next_position
             waiting.append(item)
             if len(waiting) == self.schedule.global_batch_size:
                 step += 1
@@ -195,16 +200,6 @@ class StreamLoader(_Loader):
         # A mixture ends with its last whole step: its place in the order is the number of steps times their size.
         if waiting and len(self._reached) == 1:
             yield self._share(waiting, step + 1)
-
-    def _items(self) -> Iterator[StreamItem]:
-        """Items until one of the streams ends, which is planned for many epochs."""
-        streams = [iter_items(tables) for tables in self.tables()]
-        for stream in self.order:
-            item = next(streams[stream], None)
-            if item is None:
-                return
-            self._reached[stream] = item.next_position
-            yield item
 
     def _share(self, items: list[StreamItem], step: int) -> list[list[StreamItem]]:
         self._places = {step: tuple(self._reached)}

@@ -105,21 +105,18 @@ class Progress:
         self.run.fetch("logging.jsonl")
         self._first_step, self._started = step, time.monotonic()
         self.rows = [row for row in read_log(self.run) if row.get("global_step/max_steps") and _step_of(row) <= step]
-        self.rows = self._with_lost_rows(event.get("history", []))
-        self.run.write_jsonl("logging.jsonl", self.rows)
-        self._bar.n = self._bar.initial = step
-        self._bar.start_t = self._bar.last_print_t = time.time()
-        self._bar.refresh()
-
-    def _with_lost_rows(self, history: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """The rows, with those that a killed driver did not come to write; the checkpoint has them, but for times."""
+        # A killed driver did not come to write the last rows; the checkpoint has them, but for times.
         known = {(_step_of(row), "eval_loss" in row) for row in self.rows}
-        logged = [row for row in history if "loss" in row or "eval_loss" in row]
+        logged = [row for row in event.get("history", []) if "loss" in row or "eval_loss" in row]
         lost = [self._format(row) for row in logged if (row["global_step"], "eval_loss" in row) not in known]
         for row in lost:
             for name in ("train_speed(iter/s)", "elapsed_time", "remaining_time"):
                 row.pop(name, None)
-        return sorted([*self.rows, *lost], key=lambda row: (_step_of(row), "eval_loss" in row))
+        self.rows = sorted([*self.rows, *lost], key=lambda row: (_step_of(row), "eval_loss" in row))
+        self.run.write_jsonl("logging.jsonl", self.rows)
+        self._bar.n = self._bar.initial = step
+        self._bar.start_t = self._bar.last_print_t = time.time()
+        self._bar.refresh()
 
     def _on_step(self, event: dict[str, Any]) -> None:
         self._bar.n = event["step"]
@@ -132,7 +129,12 @@ class Progress:
         self.run.append_jsonl("logging.jsonl", formatted)
         self._say(str(formatted))
         if "loss" in row:
-            self._bar.set_postfix_str(_postfix(row))
+            accuracy = row["rewards/accuracies"] if "rewards/accuracies" in row else row["token_acc"]
+            grad_norm = f"grad_norm={row['grad_norm']:.2f} " if "grad_norm" in row else ""
+            self._bar.set_postfix_str(
+                f"loss={row['loss']:.4f} acc={accuracy:.3f} {grad_norm}lr={row['learning_rate']:.2e} "
+                f"tok/s={row['tokens/s']:.0f} mem={row['memory(GiB)']:.2f}GiB"
+            )
         if self._writer:
             prefix = "eval" if "eval_loss" in row else "train"
             for name, value in row.items():
@@ -194,15 +196,6 @@ def read_log(run: RunDirectory) -> list[dict[str, Any]]:
 
 def _step_of(row: dict[str, Any]) -> int:
     return int(row["global_step/max_steps"].split("/")[0])
-
-
-def _postfix(row: dict[str, Any]) -> str:
-    accuracy = row["rewards/accuracies"] if "rewards/accuracies" in row else row["token_acc"]
-    parts = [f"loss={row['loss']:.4f}", f"acc={accuracy:.3f}"]
-    if "grad_norm" in row:
-        parts.append(f"grad_norm={row['grad_norm']:.2f}")
-    parts += [f"lr={row['learning_rate']:.2e}", f"tok/s={row['tokens/s']:.0f}", f"mem={row['memory(GiB)']:.2f}GiB"]
-    return " ".join(parts)
 
 
 def plot_rows(rows: list[dict[str, Any]], run: RunDirectory) -> None:

@@ -50,8 +50,7 @@ def find_resume(wanted: Any, base: str) -> Resume:
         _check_bytes(base, filesystem, found.path)
         checkpoints.clean_unfinished(filesystem, found.run_directory, found.step)
         prefix = base[: len(base) - len(inner)] if "://" in base else ""
-        position = checkpoints.read_position(filesystem, found.path)
-        return Resume(found.path, prefix + found.run_directory, position)
+        return Resume(found.path, prefix + found.run_directory, checkpoints.read_position(filesystem, found.path))
     path = wanted if "://" in wanted else os.path.abspath(os.path.expanduser(wanted))
     filesystem, inner = filesystem_of(path)
     if not filesystem.get_file_info(inner).type.name == "Directory":

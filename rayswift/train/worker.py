@@ -67,8 +67,7 @@ def _prepare_process(config: WorkerConfig, local_world_size: int) -> None:
 
     transformers_logging.disable_progress_bar()
     if not config.use_gpu:
-        cpus = len(os.sched_getaffinity(0))
-        torch.set_num_threads(max(1, cpus // local_world_size))
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world_size))
     if config.args.deepspeed:
         from rayswift.train.deepspeed import prepare_deepspeed
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import os
 import re
 import uuid
@@ -19,8 +18,6 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from pyarrow.fs import FileSystem
-
-logger = logging.getLogger("rayswift.train")
 
 MANIFEST = "manifest.json"
 _POSITION = "position.json"
@@ -103,8 +100,7 @@ def write_atomically(filesystem: FileSystem, path: str, text: str) -> None:
 
 def write_manifest(filesystem: FileSystem, checkpoint: str, step: int, files: dict[str, dict[str, Any]]) -> None:
     """Make a checkpoint whole: the last thing that is written into it."""
-    text = json.dumps({"step": step, "files": files}, indent=1)
-    write_atomically(filesystem, f"{checkpoint}/{MANIFEST}", text)
+    write_atomically(filesystem, f"{checkpoint}/{MANIFEST}", json.dumps({"step": step, "files": files}, indent=1))
 
 
 def read_manifest(filesystem: FileSystem, checkpoint: str) -> dict[str, Any] | None:
@@ -138,8 +134,9 @@ def list_checkpoints(filesystem: FileSystem, run_directory: str) -> list[FoundCh
 
 def latest_checkpoint(filesystem: FileSystem, output_dir: str) -> FoundCheckpoint | None:
     """The newest whole checkpoint below ``--output_dir``: of the newest run that has one, or of the folder itself."""
-    runs = sorted((name for name in _folders(filesystem, output_dir) if _RUN_NAME.match(name)), key=_version)
-    for folder in [f"{output_dir}/{name}" for name in reversed(runs)] + [output_dir]:
+    matches = filter(None, map(_RUN_NAME.match, _folders(filesystem, output_dir)))
+    runs = sorted(matches, key=lambda match: int(match[1]))
+    for folder in [f"{output_dir}/{match.string}" for match in reversed(runs)] + [output_dir]:
         checkpoints = list_checkpoints(filesystem, folder)
         if checkpoints:
             return checkpoints[-1]
@@ -186,12 +183,6 @@ def _folders(filesystem: FileSystem, path: str) -> list[str]:
     return [info.base_name for info in infos if info.type == fs.FileType.Directory]
 
 
-def _version(name: str) -> int:
-    match = _RUN_NAME.match(name)
-    assert match is not None
-    return int(match.group(1))
-
-
 def run_versions(filesystem: FileSystem, output_dir: str) -> list[int]:
     """The N of every ``vN-date`` run directory below ``--output_dir``."""
-    return [_version(name) for name in _folders(filesystem, output_dir) if _RUN_NAME.match(name)]
+    return [int(match[1]) for match in map(_RUN_NAME.match, _folders(filesystem, output_dir)) if match]

@@ -36,21 +36,31 @@ class CheckpointStore:
 
     def resume_from(self) -> tuple[str | None, int]:
         """The newest whole checkpoint of this run, else the one the run was told to start from; rank 0 decides."""
+        import torch
+
         found: list[Any] = [None]
         if self.rank.rank == 0:
             whole = checkpoints.list_checkpoints(self.filesystem, self.run_path)
             found = [(whole[-1].path, whole[-1].step) if whole else None]
             checkpoints.clean_unfinished(self.filesystem, self.run_path, whole[-1].step if whole else -1)
             if not whole and self.config.resume:
-                found = [(self.config.resume, _step_of(self.config.resume))]
+                found = [(self.config.resume, int(self.config.resume.rstrip("/").rsplit("-", 1)[1]))]
         if self.rank.world_size > 1:
-            import torch
-
             torch.distributed.broadcast_object_list(found, src=0)
         if found[0] is None:
             return None, 0
         path, step = found[0]
-        return self._fetch(path), step
+        if not self.remote or os.path.isdir(path):
+            return path, step
+        local = os.path.join(self.local_dir, "resume", os.path.basename(path))
+        if self.local_rank == 0:
+            from pyarrow import fs
+
+            shutil.rmtree(local, ignore_errors=True)
+            fs.copy_files(path, local, source_filesystem=self.filesystem)
+        if self.rank.world_size > 1:
+            torch.distributed.barrier()
+        return local, step
 
     def position(self, checkpoint: str | None) -> checkpoints.Position | None:
         """The position in a checkpoint that :meth:`resume_from` gave."""
@@ -65,21 +75,6 @@ class CheckpointStore:
         with open(os.path.join(checkpoint, "trainer_state.json"), encoding="utf-8") as file:
             rows = json.load(file)["log_history"]
         return [row for row in rows if "global_step" in row]
-
-    def _fetch(self, path: str) -> str:
-        from pyarrow import fs
-
-        if not self.remote or os.path.isdir(path):
-            return path
-        local = os.path.join(self.local_dir, "resume", os.path.basename(path))
-        if self.local_rank == 0:
-            shutil.rmtree(local, ignore_errors=True)
-            fs.copy_files(path, local, source_filesystem=self.filesystem)
-        if self.rank.world_size > 1:
-            import torch
-
-            torch.distributed.barrier()
-        return local
 
     def commit(self, trainer: StepTraining) -> None:
         """Make the checkpoint of this step whole: hash, report, then the manifest; then remove surplus ones."""
@@ -136,7 +131,3 @@ class CheckpointStore:
         """Remove this node's staging folder."""
         if self.remote and self.local_rank == 0:
             shutil.rmtree(self.local_dir, ignore_errors=True)
-
-
-def _step_of(path: str) -> int:
-    return int(path.rstrip("/").rsplit("-", 1)[1])

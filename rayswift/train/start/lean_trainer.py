@@ -37,9 +37,7 @@ class LeanTorchTrainer(TorchTrainer):
 
     def __init__(self, *args: Any, embedded: bool, alone: bool, warm: list[Any], **options: Any) -> None:
         super().__init__(*args, **options)
-        self._embedded = embedded
-        self._alone = alone
-        self._warm = warm
+        self._embedded, self._alone, self._warm = embedded, alone, warm
 
     def fit(self) -> Any:
         """Train; what Ray Train gives."""

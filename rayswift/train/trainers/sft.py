@@ -50,10 +50,7 @@ class SftTrainer(StepTraining):
     def eval_means(self, counts: torch.Tensor) -> dict[str, float]:
         """Loss per trained token and token accuracy."""
         loss, right, trained = counts.tolist()
-        return {
-            "loss": loss / trained if trained else math.nan,
-            "token_acc": right / trained if trained else math.nan,
-        }
+        return {"loss": loss / trained if trained else math.nan, "token_acc": right / trained if trained else math.nan}
 
 
 def count_right(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -139,13 +139,12 @@ class StepTraining(Trainer):
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Let Transformers write the files, then make the checkpoint whole."""
-        step = self.state.global_step
         if self.state.best_global_step:
             best = f"checkpoint-{self.state.best_global_step}"
             self.state.best_model_checkpoint = os.path.join(str(self.args.output_dir), best)
         super()._save_checkpoint(model, trial)
         self.commit(self)
-        self.last_saved_step = step
+        self.last_saved_step = self.state.global_step
 
     def save_final(self) -> None:
         """The last step is always evaluated and saved (SWIFT), also when a stream ended early."""
