@@ -1,15 +1,15 @@
 """Chunks of data files → standard rows → token rows, each kept in the token cache; here or by Ray Data.
 
-A chunk goes from file to file, so that rows never pass through the object store. Small data and a machine of few cores
-are encoded in this process: a Ray task would first have to import and load a tokenizer, whose own threads use a second
-core anyway. Where there are more cores or nodes each chunk is a task of Ray Data, which starts, retries and spreads
-them (measured in ``docs/data.md``).
+A chunk goes from file to file, so that rows never pass through the object store. Small data is encoded in this process;
+where a machine of few cores has enough to do, by an actor on each other core as well; where there are more cores or
+nodes each chunk is a task of Ray Data, which starts, retries and spreads them (measured in ``docs/data.md``).
 """
 
 from __future__ import annotations
 
 import gc
 import json
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -21,7 +21,7 @@ from rayswift.data.flow.cache import TokenCache
 from rayswift.data.flow.ray_data import one_task_each
 from rayswift.data.flow.stage import StandardBatch, encode_rows, refuse_bad_rows, standard_batches, token_schema
 from rayswift.data.rows.standard import RowRules
-from rayswift.data.tokens.packed_encoder import pack_encoder
+from rayswift.data.tokens.packed_encoder import PackedEncoder, pack_encoder
 from rayswift.data.tokens.row_index import DropReport
 from rayswift.errors import UserError
 
@@ -30,9 +30,11 @@ if TYPE_CHECKING:
 
     from rayswift.data.tokens.encoder import Encoder
 
-#: What this process encodes in the time that Ray Data and its processes take to start, in bytes of text …
+#: What this process encodes in the time that another takes to start, import and load a tokenizer, in bytes of text.
+ACTOR_START_BYTES = 24 * 2**20
+#: The same for Ray Data, its operators and its processes …
 RAY_DATA_START_BYTES = 256 * 2**20
-#: … and the cores that Ray Data's tasks take to be as fast as this process, whose tokenizer has threads of its own.
+#: … and the cores that Ray Data's tasks take to be as fast as this process and its actors.
 CPUS_HERE = 4
 
 
@@ -164,8 +166,10 @@ def encode_all(
     if _is_work_for_ray_data(todo):
         made = _encode_by_ray_data(todo, encoder, cache, on_rows)
     else:
-        made = ((task, encode_chunk(task, encoder, cache, on_rows)) for task in todo)
+        made = _encode_here(todo, encoder, cache, on_rows)
     for task, summary in made:
+        if "error" in summary:  # raised in this process, without Ray's words around it
+            raise UserError(summary["error"])
         summaries[task.key] = summary
         _refuse(task, summary, cache, strict)
     found = [known for task in tasks if (known := summaries[task.key]) is not None]
@@ -191,6 +195,75 @@ def _is_work_for_ray_data(tasks: list[EncodeTask]) -> bool:
     return saved > RAY_DATA_START_BYTES
 
 
+def _encode_elsewhere(task: EncodeTask, encoder: Encoder, cache: TokenCache) -> dict[str, Any]:
+    """:func:`encode_chunk` in another process: its summary, or ``error`` as the user is to read it."""
+    try:
+        return encode_chunk(task, encoder, cache, lambda _: None)
+    except UserError as error:
+        return {"error": str(error)}
+
+
+class _ChunkEncoder:
+    """An actor that encodes chunks one after the other."""
+
+    def __init__(self, packed: PackedEncoder, cache: TokenCache) -> None:
+        self.encoder, self.cache = packed.unpack(), cache
+
+    def encode(self, task: EncodeTask) -> dict[str, Any]:
+        return _encode_elsewhere(task, self.encoder, self.cache)
+
+
+def _encode_here(
+    tasks: list[EncodeTask], encoder: Encoder, cache: TokenCache, on_rows: Callable[[int], None]
+) -> Iterator[tuple[EncodeTask, dict[str, Any]]]:
+    """Chunks with their summaries, as they are done: this process takes them from the front, actors from the back.
+
+    It never waits for a process that has not started: a chunk that no actor can have begun is made here, and so is
+    one whose actor was lost. Made twice, it is the same entry.
+    """
+    import ray
+
+    waiting = deque(tasks)
+    others = int(most_cpus()) - 1 if ray.is_initialized() else 0
+    others = min(others, sum(task.size for task in tasks) // ACTOR_START_BYTES)
+    actors: list[Any] = []
+    if others > 0:
+        packed = ray.put(pack_encoder(encoder))
+        kind = ray.remote(_ChunkEncoder).options(num_cpus=1, scheduling_strategy="SPREAD")
+        actors = [kind.remote(packed, cache) for _ in range(others)]
+    free = deque(actors * 2)  # each holds two chunks, lest it wait while this process is busy with one
+    held: dict[Any, tuple[Any, EncodeTask]] = {}
+    started: set[Any] = set()
+    try:
+        while waiting or held:
+            while free and len(waiting) > 1:
+                actor, task = free.popleft(), waiting.pop()
+                held[actor.encode.remote(task)] = actor, task
+            if not waiting:
+                holders = Counter(actor for actor, _ in held.values())
+                idle = [ref for ref, (actor, _) in held.items() if actor not in started or holders[actor] > 1]
+                if idle:
+                    waiting.append(held.pop(idle[-1])[1])
+            done = ray.wait(list(held), timeout=0 if waiting else None)[0] if held else []
+            for ref in done:
+                actor, task = held.pop(ref)
+                try:
+                    summary = ray.get(ref)
+                except ray.exceptions.RayError:
+                    waiting.append(task)
+                    continue
+                started.add(actor)
+                free.append(actor)
+                on_rows(summary.get("rows_in", 0))
+                yield task, summary
+            if waiting:
+                task = waiting.popleft()
+                yield task, encode_chunk(task, encoder, cache, on_rows)
+    finally:
+        for actor in actors:
+            ray.kill(actor)
+
+
 def _encode_by_ray_data(
     tasks: list[EncodeTask], encoder: Encoder, cache: TokenCache, on_rows: Callable[[int], None]
 ) -> Iterator[tuple[EncodeTask, dict[str, Any]]]:
@@ -204,11 +277,8 @@ def _encode_by_ray_data(
     def encode(batch: pa.Table) -> pa.Table:
         packed, cache = ray.get(shared)
         task = cloudpickle.loads(batch["task"][0].as_py())
-        try:
-            summary = encode_chunk(task, packed.unpack(), cache, lambda _: None)
-        except UserError as error:  # raised in this process, without Ray's words around it
-            summary = {"error": str(error)}
-        return pa.table({"number": batch["number"], "summary": [json.dumps(summary)]})
+        summary = json.dumps(_encode_elsewhere(task, packed.unpack(), cache))
+        return pa.table({"number": batch["number"], "summary": [summary]})
 
     rows = pa.table({"number": range(len(tasks)), "task": [cloudpickle.dumps(task) for task in tasks]})
     done = one_task_each(rows, preserve_order=False).map_batches(
@@ -216,9 +286,7 @@ def _encode_by_ray_data(
     )
     for row in done.iter_rows():
         task, summary = tasks[row["number"]], json.loads(row["summary"])
-        if "error" in summary:
-            raise UserError(summary["error"])
-        on_rows(summary["rows_in"])
+        on_rows(summary.get("rows_in", 0))
         yield task, summary
 
 
