@@ -1,7 +1,7 @@
-"""Rows → token blocks in one process against the same by Ray Data: where the second begins to pay.
+"""Rows → token blocks by the driver and its actors against the same by Ray Data: where the second begins to pay.
 
-The same rows at each size, encoded by the driver alone, by Ray Data's tasks on one node, and by Ray Data's tasks on two
-Ray nodes of this machine, which share its cores. Nothing is cached. What stands in
+The same rows at each size, encoded by the driver with an actor on each other core, by Ray Data's tasks on one node, and
+by Ray Data's tasks on two Ray nodes of this machine, which share its cores. Nothing is cached. What stands in
 ``rayswift.data.flow.encode_tasks.RAY_DATA_START_BYTES`` and ``CPUS_HERE`` was chosen from this.
 
     python benchmarks/data_here_or_ray_data.py [--rows 100000,300000] [--source FILE]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -192,6 +193,39 @@ def test_large_datasets_go_through_ray_data_to_the_same_rows(
         file.write("{\n")
     with pytest.raises(UserError, match=r"^\S*b.jsonl:31: broken JSON"):
         load(dataset, encoder, str(tmp_path / "there"))
+
+
+def test_other_cores_encode_the_same_and_the_loss_of_one_costs_nothing(
+    ray_cluster: None, dataset: Path, encoder: Encoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = load(dataset, encoder, str(tmp_path / "here"), dataset_shuffle=False)
+    monkeypatch.setattr(encode_tasks, "ACTOR_START_BYTES", 1)
+    monkeypatch.setattr(encode_tasks, "most_cpus", lambda: 2)
+    monkeypatch.setattr(sources, "CHUNK_BYTES", 100)
+    made_here: list[Any] = []
+    whole = encode_tasks.encode_chunk
+
+    def slowly(task: Any, *args: Any) -> dict[str, Any]:
+        """As this process would with chunks of 4 MiB: the actor gets its share."""
+        made_here.append(task)
+        time.sleep(0.1)
+        return whole(task, *args)
+
+    monkeypatch.setattr(encode_tasks, "encode_chunk", slowly)
+    there = load(dataset, encoder, str(tmp_path / "there"), dataset_shuffle=False)
+    assert there.train is not None
+    assert 0 < len(made_here) < len(there.train.files)
+    assert contents(there) == contents(here)
+    assert there.drops.lines() == here.drops.lines()
+    made_here.clear()
+    die = type("Dies", (), {"__init__": lambda self, *_: os._exit(1), "encode": lambda self, task: None})
+    monkeypatch.setattr(encode_tasks, "_ChunkEncoder", die)
+    monkeypatch.setattr(encode_tasks, "encode_chunk", lambda *args: made_here.append(args[0]) or whole(*args))
+    lost = load(dataset, encoder, str(tmp_path / "lost"), dataset_shuffle=False)
+    assert lost.train is not None
+    made_keys = [task.key for task in made_here]
+    assert len(set(made_keys)) == len(made_keys) >= len(lost.train.files)
+    assert contents(lost) == contents(here)
 
 
 @pytest.mark.parametrize(
