@@ -13,6 +13,7 @@ import functools
 import inspect
 import logging
 import os
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -313,7 +314,38 @@ async def unload_adapter(server: Any, name: str) -> None:
     await unload(UnloadLoRAAdapterRequest(lora_name=name))
 
 
-# --- PyTorch and PEFT ---------------------------------------------------------------------------------------------
+# --- PyTorch, DeepSpeed and PEFT ----------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def no_pickled_code() -> Iterator[None]:
+    """Inside, ``torch.load`` opens no pickle that could run code, whatever its caller asks for.
+
+    DeepSpeed passes ``weights_only=False`` for shards that hold tensors and three plain classes of its own. Public way:
+    torch's environment variable. Without those classes (DeepSpeed moved them) its shards are refused, never run.
+    """
+    import torch
+
+    classes = []
+    if "deepspeed" in sys.modules:
+        try:
+            from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+            from deepspeed.runtime.zero.config import ZeroStageEnum
+
+            classes = [LossScaler, DynamicLossScaler, ZeroStageEnum]
+        except ImportError:
+            logger.warning("DeepSpeed has moved its loss scaler: its shards cannot be read")
+    variable = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
+    before = os.environ.get(variable)
+    os.environ[variable] = "1"
+    try:
+        with torch.serialization.safe_globals(classes):
+            yield
+    finally:
+        if before is None:
+            del os.environ[variable]
+        else:
+            os.environ[variable] = before
 
 
 def cpu_has_bfloat16() -> bool:

@@ -5,10 +5,12 @@ from __future__ import annotations
 
 import ast
 import asyncio
+import functools
 import importlib.util
 import inspect
 import logging
 import os
+import pickle
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -372,6 +374,20 @@ def test_pytorch_knows_the_cpus_bfloat16_and_without_that_its_instructions(monke
     for capability, expected in (("AVX512", True), ("AVX2", False), ("NO AVX", False)):
         monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda capability=capability: capability)
         assert private.cpu_has_bfloat16() is expected
+
+
+def test_pickles_give_tensors_and_deepspeeds_classes_and_run_nothing(tmp_path: Path) -> None:
+    import torch
+    from deepspeed.runtime.fp16.loss_scaler import LossScaler
+
+    before = dict(os.environ)
+    torch.save({"loss_scaler": LossScaler(4.0), "x": torch.ones(2)}, tmp_path / "plain.pt")
+    torch.save(functools.partial(print, "ran"), tmp_path / "code.pt")
+    with private.no_pickled_code():
+        assert torch.load(tmp_path / "plain.pt", weights_only=False)["loss_scaler"].cur_scale == 4.0
+        with pytest.raises(pickle.UnpicklingError):
+            torch.load(tmp_path / "code.pt", weights_only=False)
+    assert dict(os.environ) == before
 
 
 def test_pefts_rules_for_names() -> None:

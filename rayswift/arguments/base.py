@@ -25,11 +25,13 @@ ARGS_FILE = "args.json"
 _FORCED = ("train_type", "bnb_4bit_quant_type", "bnb_4bit_use_double_quant")
 # ... and these if the command line does not name them (task_type: a model trained on text can be served as vectors).
 _RESTORED = (
-    "external_plugins", "model", "task_type", "model_type", "model_revision", "torch_dtype", "attn_impl",
+    "model", "task_type", "model_type", "model_revision", "torch_dtype", "attn_impl",
     "experts_impl", "new_special_tokens", "num_labels", "problem_type", "rope_scaling", "max_model_len",
     "quant_method", "quant_bits", "hqq_axis", "template", "system", "truncation_strategy", "agent_template",
     "norm_bbox", "use_chat_template", "response_prefix",
 )  # fmt: skip
+# A checkpoint may be a stranger's: what runs code comes from the user's own command line or YAML alone.
+_RUN_CODE = ("external_plugins", "trust_remote_code")
 
 
 @dataclass(init=False, repr=False, eq=False)
@@ -118,7 +120,14 @@ class Arguments:
             wanted |= {name: name not in self.given for name, spec in specs.items() if spec.topic == "Dataset"}
         result, restored = copy.copy(self), set(self.restored)
         for name, value in _readable(specs, saved).items():
-            if wanted.get(name):
+            if name in _RUN_CODE:
+                if not self.is_set(name):
+                    logger.warning(
+                        "the checkpoint was made with --%s, which runs code and so is not taken from it; "
+                        "give the flag if you trust it",
+                        name,
+                    )
+            elif wanted.get(name):
                 setattr(result, name, value)
                 restored.add(name)
         result.restored = frozenset(restored)

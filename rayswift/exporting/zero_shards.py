@@ -1,13 +1,14 @@
 """Adapters whose weights are only in DeepSpeed's shards: ZeRO-3 without ``stage3_gather_16bit_weights_on_model_save``.
 
-Checkpoints of the presets hold the gathered adapter and need none of this. Shards are pickle files, which can run code
-when they are read: only those of a checkpoint with a true manifest, as RaySwift itself writes it, are opened.
+Checkpoints of the presets hold the gathered adapter and need none of this. Shards are pickle files, which could run
+code: only tensors and DeepSpeed's own plain classes are read from them.
 """
 
 from __future__ import annotations
 
 import logging
 import os
+import pickle
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from rayswift import private
 from rayswift.errors import UserError, one_line
 from rayswift.exporting.peft_format import peft_name
 from rayswift.modeling.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS
@@ -43,12 +45,11 @@ def gathered(adapter: str) -> Iterator[str]:
     """The adapter's folder, or a temporary one with its weights put together from the shards.
 
     Raises:
-        UserError: shards that are not of a whole RaySwift checkpoint, or cannot be read.
+        UserError: shards that hold more than tensors, or cannot be read.
     """
     if not needs_gathering(adapter):
         yield adapter
         return
-    _check_manifest(adapter)
     from safetensors.torch import save_file
 
     with tempfile.TemporaryDirectory(prefix="rayswift-adapter-") as folder:
@@ -57,20 +58,6 @@ def gathered(adapter: str) -> Iterator[str]:
             if file.suffix in (".json", ".jinja") or file.name.startswith("tokenizer"):
                 shutil.copyfile(file, Path(folder) / file.name)
         yield folder
-
-
-def _check_manifest(adapter: str) -> None:
-    from pyarrow import fs
-
-    from rayswift.train.checkpoints.manifest import read_manifest, verify
-
-    manifest = read_manifest(fs.LocalFileSystem(), os.path.abspath(adapter))
-    broken = verify(adapter, manifest) if manifest else "manifest.json"
-    if broken:
-        raise UserError(
-            f"--adapters {adapter}: its weights are in DeepSpeed shards (pickle), and {broken} does not prove that this"
-            " is a whole RaySwift checkpoint; train with stage3_gather_16bit_weights_on_model_save true"
-        )
 
 
 def _read_shards(adapter: str) -> dict[str, Any]:
@@ -82,7 +69,13 @@ def _read_shards(adapter: str) -> dict[str, Any]:
 
     logger.info("putting the adapter together from the shards in %s", adapter)
     try:
-        state = get_fp32_state_dict_from_zero_checkpoint(adapter)
+        with private.no_pickled_code():
+            state = get_fp32_state_dict_from_zero_checkpoint(adapter)
+    except pickle.UnpicklingError as error:
+        raise UserError(
+            f"--adapters {adapter}: its weights are in DeepSpeed shards (pickle) that hold more than tensors, which "
+            "could run code; train with stage3_gather_16bit_weights_on_model_save true"
+        ) from error
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise UserError(f"--adapters {adapter}: its DeepSpeed shards cannot be read ({one_line(error)})") from error
     return {

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from rayswift import private
 from rayswift.data.tokens.row_index import LazyRows
 from rayswift.data.tokens.table import LazyItems, StreamPlaces, StreamPosition, TokenRows, TrainItems
 from rayswift.errors import UserError, one_line
@@ -47,7 +48,8 @@ def train_loop(loop_config: dict[str, Any]) -> dict[str, Any]:
         return {"user_error" if isinstance(error, UserError) else "error": one_line(error)}
     if rank.rank == 0:
         config.events.push.remote({"event": "resume", "step": start_step, "history": store.history(resume)})
-    trainer.train(resume_from_checkpoint=resume)
+    with private.no_pickled_code():  # a checkpoint may be a stranger's
+        trainer.train(resume_from_checkpoint=resume)
     trainer.save_final()
     store.close()
     state = trainer.state

@@ -140,3 +140,17 @@ def test_secrets_can_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setenv("RAYSWIFT_API_KEY", "abc def")
     assert parse_arguments("deploy", ["--model", "m"]).api_key == ["abc", "def"]
     assert parse_arguments("deploy", ["--model", "m", "--api_key", "k"]).api_key == ["k"]
+
+
+def test_a_checkpoint_never_says_what_code_is_run(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    plugin = tmp_path / "helper.py"
+    plugin.write_text("raise SystemExit('ran')")
+    saved = {"external_plugins": [str(plugin)], "custom_register_path": [str(plugin)], "trust_remote_code": True}
+    for line in (["infer", "--load_data_args", "true"], ["sample", "--dataset", "d"]):
+        restored = parse_arguments(line[0], ["--adapters", "x", *line[1:]]).with_saved(saved)
+        assert (restored.external_plugins, restored.trust_remote_code) == ([], False)
+    assert "--external_plugins, which runs code" in caplog.text
+    caplog.clear()
+    mine = parse_arguments("infer", ["--adapters", "x", "--external_plugins", str(plugin)]).with_saved(saved)
+    assert mine.external_plugins == [str(plugin)]
+    assert "external_plugins" not in caplog.text

@@ -5,15 +5,18 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from pyarrow import fs
 from safetensors.torch import load_file, save_file
 
 from rayswift.arguments import make_arguments
 from rayswift.errors import UserError
 from rayswift.exporting import export
 from rayswift.exporting.zero_shards import needs_gathering
+from rayswift.train.checkpoints.manifest import hash_files, write_manifest
 
 
 def test_a_gathered_checkpoint_is_merged_as_it_is(base_and_adapter: tuple[str, str]) -> None:
@@ -22,14 +25,34 @@ def test_a_gathered_checkpoint_is_merged_as_it_is(base_and_adapter: tuple[str, s
     assert not needs_gathering(adapter)
 
 
-def test_shards_without_a_true_manifest_are_not_opened(base_and_adapter: tuple[str, str]) -> None:
+class RunsCode:
+    """What a stranger puts into a pickle: opening it calls a function."""
+
+    def __init__(self, target: Path) -> None:
+        self.target = target
+
+    def __reduce__(self) -> tuple[Any, tuple[Path]]:
+        return (Path.touch, (self.target,))
+
+
+def test_shards_never_run_code_whatever_manifest_lies_beside_them(
+    base_and_adapter: tuple[str, str], tmp_path: Path
+) -> None:
     base, adapter = base_and_adapter
+    shards = Path(adapter, "global_step3")
+    shards.mkdir()
     (Path(adapter) / "latest").write_text("global_step3")
+    torch.save({"module": {}, "x": RunsCode(tmp_path / "ran")}, shards / "zero_pp_rank_0_mp_rank_00_model_states.pt")
+    torch.save(
+        {"optimizer_state_dict": RunsCode(tmp_path / "ran")}, shards / "zero_pp_rank_0_mp_rank_00_optim_states.pt"
+    )
     weights = Path(adapter) / "adapter_model.safetensors"
     save_file({name: torch.empty(0) for name in load_file(weights)}, weights)
+    write_manifest(fs.LocalFileSystem(), adapter, 3, hash_files(adapter))
     assert needs_gathering(adapter)
-    with pytest.raises(UserError, match="stage3_gather_16bit_weights_on_model_save"):
+    with pytest.raises(UserError, match=r"hold more than tensors.*stage3_gather_16bit_weights_on_model_save"):
         export(make_arguments("export", adapters=[adapter], model=base, merge_lora=True))
+    assert not (tmp_path / "ran").exists()
     assert not Path(adapter + "-merged").exists()
 
 
