@@ -121,7 +121,7 @@ class Arguments:
         result, restored = copy.copy(self), set(self.restored)
         for name, value in _readable(specs, saved).items():
             if name in _RUN_CODE:
-                if not self.is_set(name):
+                if value and not self.is_set(name):
                     logger.warning(
                         "the checkpoint was made with --%s, which runs code and so is not taken from it; "
                         "give the flag if you trust it",

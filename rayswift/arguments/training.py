@@ -13,11 +13,12 @@ from rayswift.arguments.fields import arg, read_json
 from rayswift.arguments.groups import DatasetArguments, ModelArguments, TemplateArguments
 
 DEEPSPEED_PRESETS = ("zero0", "zero1", "zero2", "zero3", "zero2_offload", "zero3_offload")
-_LORA_ONLY = (
-    "lora_rank", "lora_alpha", "lora_dropout", "lora_bias", "lora_dtype", "target_modules", "target_regex",
-    "modules_to_save", "use_rslora", "use_dora", "init_weights",
+#: What says which weights an adapter, or full training, has and what they mean.
+LORA_WEIGHTS = (
+    "lora_rank", "lora_alpha", "lora_bias", "target_modules", "target_regex", "modules_to_save", "use_rslora",
+    "use_dora",
 )  # fmt: skip
-_FULL_ONLY = ("freeze_parameters", "freeze_parameters_ratio", "trainable_parameters")
+FULL_WEIGHTS = ("freeze_parameters", "freeze_parameters_ratio", "trainable_parameters")
 
 
 @dataclass(init=False, repr=False, eq=False)
@@ -55,7 +56,8 @@ class TunerArguments(Arguments):
             yield "--adapters contradicts --train_type full: give --train_type lora, or merge the adapter first"
 
     def remarks(self) -> Iterator[str]:
-        names = _LORA_ONLY if self.train_type == "full" else _FULL_ONLY
+        lora = (*LORA_WEIGHTS, "lora_dropout", "lora_dtype", "init_weights")
+        names = lora if self.train_type == "full" else FULL_WEIGHTS
         flags = [f"--{name}" for name in names if name in self.given]
         if flags:
             yield f"{', '.join(flags)}: no effect with --train_type {self.train_type}"

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import struct
 import sys
 from dataclasses import dataclass
 from math import prod
+from operator import index
 from pathlib import Path
 from typing import Any
 
@@ -223,13 +225,33 @@ def read_safetensors_header(path: Path) -> dict[str, dict[str, Any]]:
             raise broken
         try:
             header = json.loads(file.read(length))
-        except ValueError:
+            header.pop("__metadata__", None)
+            spans = sorted(tuple(map(index, tensor["data_offsets"])) for tensor in header.values())
+            shapes = [prod(map(index, tensor["shape"])) for tensor in header.values()]
+            known = all(isinstance(tensor["dtype"], str) for tensor in header.values())
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
             raise broken from None
-    header.pop("__metadata__", None)
-    data_bytes = max((tensor["data_offsets"][1] for tensor in header.values()), default=0)
-    if path.stat().st_size != 8 + length + data_bytes:
+    ends = [0, *(end for _, end in spans)]
+    in_a_row = all(len(span) == 2 and span[0] == end <= span[1] for span, end in zip(spans, ends, strict=False))
+    if not known or not in_a_row or min(shapes, default=0) < 0 or path.stat().st_size != 8 + length + ends[-1]:
         raise broken
     return header
+
+
+def model_fingerprint(model_dir: str) -> str:
+    """What tells one model's weights from another's of the same shapes: a hash of every tensor's name, type, shape and
+    some of its bytes. How the tensors are spread over files does not count. Milliseconds; not proof against forgery.
+    """
+    known = {}
+    for path in weight_files(model_dir):
+        header = read_safetensors_header(path)
+        with path.open("rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            for name, tensor in header.items():
+                start, end = tensor["data_offsets"]
+                file.seek(8 + length + (start + end) // 2)
+                known[name] = (tensor["dtype"], tensor["shape"], file.read(min(64, end - (start + end) // 2)))
+    return hashlib.blake2b(repr(sorted(known.items())).encode(), digest_size=20).hexdigest()
 
 
 def parameter_counts(model_dir: str) -> ParameterCounts:

@@ -55,6 +55,7 @@ class WorkerConfig:
     Args:
         args: the command's arguments.
         model: the model's local folder, or its hub id when nodes fetch it themselves.
+        model_fingerprint: what tells it from others; kept in checkpoints.
         dtype: ``bfloat16``, ``float16`` or ``float32``.
         use_gpu: whether workers have accelerators.
         data: what is trained.
@@ -66,6 +67,7 @@ class WorkerConfig:
 
     args: Any
     model: str
+    model_fingerprint: str
     dtype: str
     use_gpu: bool
     data: RunData

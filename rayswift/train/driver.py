@@ -67,9 +67,10 @@ def train(args: Any) -> dict[str, Any]:
     """
     base = output_base(args)
     check_writable(base)
-    resume = find_resume(args.resume_from_checkpoint, base)
+    resume = find_resume(args.resume_from_checkpoint, base, args.add_version)
     ray_cluster.check_before_start(args)
     inputs = Inputs(args, base, resume, find_model(args), resolve_datasets(args))
+    resume.check_model(args, inputs.model_dir)
     first_row = first_usable_row([*inputs.datasets.train, *inputs.datasets.val], args.strict)
 
     machines = _connect(inputs)
@@ -201,6 +202,7 @@ def length_line(lengths: Any) -> str:
 def _open_run(inputs: Inputs, loaded: TrainData) -> RunDirectory:
     """The run directory, with what the run begins with."""
     going_on, args = inputs.resume.run_directory, inputs.args
+    inputs.resume.make_way()
     run = RunDirectory(going_on) if going_on else RunDirectory.create(inputs.base, args.add_version)
     args.save(run.local / "args.json")
     if loaded.val_rows:
@@ -218,6 +220,7 @@ def _fit(
     inputs: Inputs, machines: Machines, data: RunData, schedule: StepSchedule, run: RunDirectory
 ) -> dict[str, Any]:
     """Train with Ray Train, and show it."""
+    from rayswift.modeling.loading import model_fingerprint
     from rayswift.train.events import start_event_queue
     from rayswift.train.progress import Progress
 
@@ -226,6 +229,7 @@ def _fit(
     config = WorkerConfig(
         args=args,
         model=inputs.model_dir if os.path.isdir(args.model) else args.model,
+        model_fingerprint=model_fingerprint(inputs.model_dir),
         dtype=machines.dtype,
         use_gpu=machines.workers.use_gpu,
         data=data,

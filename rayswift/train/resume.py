@@ -2,24 +2,33 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from rayswift.arguments.training import FULL_WEIGHTS, LORA_WEIGHTS
 from rayswift.console import say
 from rayswift.data.files import filesystem_of
 from rayswift.data.flow.cache import code_hash
 from rayswift.errors import UserError
+from rayswift.modeling.loading import model_fingerprint
 from rayswift.train.checkpoints import manifest as checkpoints
+
+if TYPE_CHECKING:
+    from pyarrow.fs import FileSystem
 
 
 @dataclass(frozen=True)
 class Resume:
-    """A checkpoint and its position, and the run directory to go on in (None: a new one)."""
+    """A checkpoint (its path on its file system, its URI and its position), and the run directory to go on in (None: a
+    new one)."""
 
     checkpoint: str | None = None
     run_directory: str | None = None
     position: checkpoints.Position | None = None
+    uri: str | None = None
 
     def check_data(self, fingerprint: str) -> None:
         """Refuse to go on in the middle of other data than the checkpoint's.
@@ -36,40 +45,92 @@ class Resume:
             )
         say("the checkpoint is of another version of RaySwift: that its data is the same cannot be checked")
 
+    def check_model(self, args: Any, model_dir: str) -> None:
+        """Refuse another model, or another set of trained weights, than the checkpoint's."""
+        if self.uri is None:
+            return
+        known = self.position.model if self.position else ""
+        if known and known != model_fingerprint(model_dir):
+            raise UserError(
+                f"--model {args.model}: not the model that the checkpoint was trained from (its weights differ); give "
+                "that one, or --adapters CHECKPOINT to begin a new run on this one"
+            )
+        filesystem, inner = filesystem_of(self.uri)
+        try:
+            with filesystem.open_input_stream(f"{inner}/args.json") as stream:
+                saved = json.loads(stream.read())
+        except FileNotFoundError:  # another program's checkpoint
+            return
+        given = args.to_dict()
+        for name in ("train_type", *(LORA_WEIGHTS if args.train_type == "lora" else FULL_WEIGHTS)):
+            if name in saved and saved[name] != given[name]:
+                raise UserError(
+                    f"--{name} {given[name]}: the checkpoint was trained with {saved[name]}; give that, or "
+                    "leave --resume_from_checkpoint out"
+                )
 
-def find_resume(wanted: Any, base: str) -> Resume:
+    def make_way(self) -> None:
+        """Set aside what stands in the run's way, and say so."""
+        if self.run_directory and self.checkpoint:
+            filesystem, inner = filesystem_of(self.run_directory)
+            step = int(self.checkpoint.rsplit("-", 1)[1])
+            if moved := checkpoints.make_way(filesystem, inner, step):
+                say(f"set aside, as this run goes on from checkpoint-{step}: {', '.join(moved)}")
+
+
+def find_resume(wanted: Any, base: str, add_version: bool) -> Resume:
     """``true``: the newest whole checkpoint below ``--output_dir``, and its own run directory goes on. A path: that
-    checkpoint, in a new run directory, so that later checkpoints of the old run stay."""
-    if not wanted or str(wanted).lower() == "false":
-        return Resume()
+    checkpoint, in a new run directory, so that later checkpoints of the old run stay.
+
+    Nothing is changed here: :meth:`Resume.make_way` does, when all else is known to be right.
+
+    Raises:
+        UserError: no such checkpoint, none that is whole, or a new run would write among the checkpoints of another.
+    """
+    filesystem, inner = filesystem_of(base)
     if str(wanted).lower() == "true":
-        filesystem, inner = filesystem_of(base)
-        found = checkpoints.latest_checkpoint(filesystem, inner)
-        if found is None:
-            raise UserError(f"--resume_from_checkpoint true: no whole checkpoint below --output_dir {base}")
-        _check_bytes(base, filesystem, found.path)
-        checkpoints.clean_unfinished(filesystem, found.run_directory, found.step)
-        prefix = base[: len(base) - len(inner)] if "://" in base else ""
-        return Resume(found.path, prefix + found.run_directory, checkpoints.read_position(filesystem, found.path))
-    path = wanted if "://" in wanted else os.path.abspath(os.path.expanduser(wanted))
-    filesystem, inner = filesystem_of(path)
+        damaged = []
+        for found in checkpoints.find_checkpoints(filesystem, inner):
+            if broken := _damaged_file(filesystem, found.path):
+                damaged.append(broken)
+                continue
+            for file in damaged:
+                say(f"{file} is not what was saved; going on from {os.path.basename(found.path)}, the newest whole one")
+            prefix = base[: len(base) - len(inner)] if "://" in base else ""
+            position = checkpoints.read_position(filesystem, found.path)
+            return Resume(found.path, prefix + found.run_directory, position, prefix + found.path)
+        why = f" ({damaged[0]} is not what was saved)" if damaged else ""
+        raise UserError(f"--resume_from_checkpoint true: no whole checkpoint below --output_dir {base}{why}")
+    used = [] if add_version else checkpoints.checkpoint_names(filesystem, inner)
+    if not wanted or str(wanted).lower() == "false":
+        if used:
+            raise UserError(
+                f"--output_dir {base}: holds {used[0]} already; --resume_from_checkpoint true goes on with it, "
+                "another folder (or --add_version true) begins anew"
+            )
+        return Resume()
+    path = wanted if "://" in wanted else os.path.realpath(os.path.expanduser(wanted))
+    filesystem, inner = filesystem_of(path.rstrip("/"))
     if not filesystem.get_file_info(inner).type.name == "Directory":
         raise UserError(f"--resume_from_checkpoint {wanted}: no such folder")
-    if not checkpoints.read_manifest(filesystem, inner):
+    if not checkpoints.read_manifest(filesystem, inner) or not re.search(r"checkpoint-\d+$", inner):
         raise UserError(
             f"--resume_from_checkpoint {wanted}: no whole checkpoint (its {checkpoints.MANIFEST} is missing or not "
             "true); give a checkpoint-N folder of a run, or `true` for the newest whole one"
         )
-    _check_bytes(path, filesystem, inner)
-    return Resume(inner, position=checkpoints.read_position(filesystem, inner))
-
-
-def _check_bytes(uri: str, filesystem: Any, checkpoint: str) -> None:
-    """Refuse a local checkpoint whose files are not the ones that were saved (a bucket checks its own)."""
-    manifest = checkpoints.read_manifest(filesystem, checkpoint)
-    damaged = checkpoints.verify(checkpoint, manifest) if manifest and "://" not in uri else None
-    if damaged:
+    if broken := _damaged_file(filesystem, inner):
         raise UserError(
-            f"--resume_from_checkpoint: {checkpoint}/{damaged} is not what was saved (its hash differs from the "
-            "manifest); give an earlier checkpoint-N folder"
+            f"--resume_from_checkpoint: {broken} is not what was saved (its hash differs from the manifest); give an "
+            "earlier checkpoint-N folder"
         )
+    here = os.path.dirname(path.rstrip("/")) == (base if "://" in base else os.path.realpath(base))
+    if used and not here:
+        raise UserError(f"--output_dir {base}: holds {used[0]} of another run; choose another folder")
+    position = checkpoints.read_position(filesystem, inner)
+    return Resume(inner, base if used else None, position, path.rstrip("/"))
+
+
+def _damaged_file(filesystem: FileSystem, checkpoint: str) -> str | None:
+    manifest = checkpoints.read_manifest(filesystem, checkpoint)
+    file = checkpoints.verify(checkpoint, manifest, filesystem) if manifest else checkpoints.MANIFEST
+    return f"{checkpoint}/{file}" if file else None

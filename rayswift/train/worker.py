@@ -115,6 +115,7 @@ def _build_trainer(
         "val_rows": val_rows,
         "rank": rank,
         "push": push,
+        "begin": store.begin,
         "commit": store.commit,
         "collate": collate,
     }

@@ -58,7 +58,7 @@ def test_its_arguments_are_a_configuration_of_this_version(caplog: pytest.LogCap
 
 def test_its_checkpoint_is_whole(left_over: Path) -> None:
     (found,) = checkpoints.list_checkpoints(LOCAL, str(left_over / RUN))
-    assert checkpoints.latest_checkpoint(LOCAL, str(left_over)) == found
+    assert checkpoints.find_checkpoints(LOCAL, str(left_over)) == [found]
     assert (found.step, found.path) == (2, str(left_over / CHECKPOINT))
     manifest = checkpoints.read_manifest(LOCAL, found.path)
     assert manifest is not None

@@ -8,9 +8,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from pyarrow.fs import LocalFileSystem
+from tiny_models import llama, word_tokenizer
+from transformers import AutoModelForCausalLM
 
+from rayswift.arguments import make_arguments
 from rayswift.cli.main import main
+from rayswift.modeling.loading import model_fingerprint
 from rayswift.train.checkpoints import manifest as checkpoints
 
 
@@ -80,8 +85,45 @@ def test_checkpoints(refused: Callable[..., str], tmp_path: Path) -> None:
     message = refused(resume_from_checkpoint=str(folder))
     assert message.startswith(f"--resume_from_checkpoint {folder}: no whole checkpoint")
     assert refused(resume_from_checkpoint="true").startswith("--resume_from_checkpoint true: no whole checkpoint below")
+    # A folder of that name without versions: nothing in it is touched.
+    message = refused(output_dir=str(tmp_path), add_version="false")
+    assert message.startswith(f"--output_dir {tmp_path}: holds checkpoint-3 already; --resume_from_checkpoint true")
     # Whole, but for one flipped bit.
     checkpoints.write_manifest(LocalFileSystem(), str(folder), 3, checkpoints.hash_files(str(folder)))
     weights.write_bytes(b"0123456788")
     message = refused(resume_from_checkpoint=str(folder))
     assert message.startswith(f"--resume_from_checkpoint: {folder}/adapter_model.safetensors is not what was saved")
+    message = refused(resume_from_checkpoint="true", output_dir=str(tmp_path))
+    assert message.endswith(f"({folder}/adapter_model.safetensors is not what was saved)")
+    assert weights.read_bytes() == b"0123456788"
+
+
+def test_checkpoints_of_another_model(
+    refused: Callable[..., str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made: dict[str, str] = {}
+    for name in ("one", "other"):
+        made[name] = str(tmp_path / name)
+        model = llama()
+        with torch.no_grad():
+            model.model.embed_tokens.weight.mul_(1 if name == "one" else 1.5)
+        model.save_pretrained(made[name])
+        word_tokenizer().save_pretrained(made[name])
+    folder = tmp_path / "checkpoint-3"
+    folder.mkdir()
+    make_arguments("sft", model=made["one"], dataset="d", lora_rank=4).save(folder)
+    checkpoints.Position(16, "data", model=model_fingerprint(made["one"])).write(str(folder))
+    checkpoints.write_manifest(LocalFileSystem(), str(folder), 3, checkpoints.hash_files(str(folder)))
+    (folder.parent / "last").symlink_to("checkpoint-3")
+    capsys.readouterr()  # the bars of saving
+    message = refused(model=made["other"], resume_from_checkpoint=str(folder), lora_rank="4")
+    assert message.startswith(f"--model {made['other']}: not the model that the checkpoint was trained from")
+    message = refused(model=made["one"], resume_from_checkpoint=str(tmp_path / "last"))
+    assert message.startswith("--lora_rank 8: the checkpoint was trained with 4; give that")
+    message = refused(model=made["one"], resume_from_checkpoint="true", output_dir=str(tmp_path), train_type="full")
+    assert message.startswith("--train_type full: the checkpoint was trained with lora")
+    # Other files, the same weights.
+    llama_again = AutoModelForCausalLM.from_pretrained(made["one"])
+    llama_again.save_pretrained(tmp_path / "shards", max_shard_size="20KB")
+    assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 1
+    assert model_fingerprint(str(tmp_path / "shards")) == model_fingerprint(made["one"])

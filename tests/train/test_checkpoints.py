@@ -68,7 +68,7 @@ def test_a_checkpoint_that_is_not_whole_is_not_listed(tmp_path: Path, damage: st
         manifest.write_text("[1, 2]", encoding="utf-8")
     assert checkpoints.read_manifest(LOCAL, str(folder)) is None
     assert steps(tmp_path) == []
-    assert checkpoints.latest_checkpoint(LOCAL, str(tmp_path)) is None
+    assert checkpoints.find_checkpoints(LOCAL, str(tmp_path)) == []
 
 
 def test_changed_bytes_of_the_same_size_are_found_by_hash(tmp_path: Path) -> None:
@@ -102,27 +102,37 @@ def test_the_latest_is_of_the_newest_run_that_has_one(tmp_path: Path) -> None:
     save(newer, 300, whole=False)
     save(newest, 50, whole=False)
     save(tmp_path / "other-folder", 5000)
-    found = checkpoints.latest_checkpoint(LOCAL, str(tmp_path))
-    assert found is not None
-    assert (found.step, found.run_directory) == (200, str(newer))
+    found = checkpoints.find_checkpoints(LOCAL, str(tmp_path))
+    assert [(one.step, one.run_directory) for one in found] == [(200, str(newer)), (100, str(newer))]
 
 
 def test_the_latest_without_version_folders(tmp_path: Path) -> None:
     save(tmp_path, 20)
-    found = checkpoints.latest_checkpoint(LOCAL, str(tmp_path))
-    assert found == checkpoints.FoundCheckpoint(str(tmp_path / "checkpoint-20"), 20)
-    assert checkpoints.latest_checkpoint(LOCAL, str(tmp_path / "nowhere")) is None
+    found = checkpoints.find_checkpoints(LOCAL, str(tmp_path))
+    assert found == [checkpoints.FoundCheckpoint(str(tmp_path / "checkpoint-20"), 20)]
+    assert checkpoints.find_checkpoints(LOCAL, str(tmp_path / "nowhere")) == []
 
 
-def test_what_a_dead_run_left_is_removed(tmp_path: Path) -> None:
+def test_a_run_that_goes_on_deletes_only_what_it_was_writing(tmp_path: Path) -> None:
     for step in (10, 20, 40):
         save(tmp_path, step)
-    save(tmp_path, 15, whole=False)
-    save(tmp_path, 30, whole=False)
+    for step in (15, 30, 99):
+        save(tmp_path, step, whole=False)
+    save(tmp_path, 25)
+    (tmp_path / "checkpoint-25" / "deep" / "optim_0.pt").write_bytes(b"stale")  # a bit flip: the size is right
     (tmp_path / "runs").mkdir()
-    removed = checkpoints.clean_unfinished(LOCAL, str(tmp_path), after_step=20)
-    assert sorted(removed) == ["checkpoint-15", "checkpoint-30", "checkpoint-40"]
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-10", "checkpoint-20", "runs"]
+    (tmp_path / "checkpoint-99.aside").mkdir()
+    checkpoints.begin_checkpoint(LOCAL, str(tmp_path), "checkpoint-30")
+    moved = checkpoints.make_way(LOCAL, str(tmp_path), after_step=25)
+    assert moved == [
+        "checkpoint-99 → checkpoint-99.aside-1", "checkpoint-40 → checkpoint-40.aside",
+        "checkpoint-25 → checkpoint-25.aside", "checkpoint-15 → checkpoint-15.aside",
+    ]  # fmt: skip
+    assert steps(tmp_path) == [10, 20]
+    assert (tmp_path / "checkpoint-40.aside" / "deep" / "optim_0.pt").is_file()
+    assert sorted(path.name for path in tmp_path.iterdir() if "aside" not in path.name) == [
+        "checkpoint-10", "checkpoint-20", "runs",
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize(

@@ -87,6 +87,7 @@ class Run:
             val_rows=val,
             rank=Rank(0, 1),
             push=events.append,
+            begin=lambda _: None,
             commit=lambda _: None,
             collate=PAIR,
         )

@@ -8,6 +8,7 @@ NFS or in a bucket.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -47,12 +48,14 @@ class Position:
         data: fingerprint of the data in its order.
         stream: for each stream the ``(task, item)`` of its plan that comes next; None for a dataset of known length.
         code: hash of the code that made the data; empty in checkpoints of versions that did not note it.
+        model: fingerprint of the model that training started from; empty in checkpoints that did not note it.
     """
 
     global_batch_size: int
     data: str
     stream: tuple[tuple[int, int], ...] | None = None
     code: str = ""
+    model: str = ""
 
     def write(self, folder: str) -> None:
         """Put it into a local checkpoint folder."""
@@ -67,18 +70,23 @@ def read_position(filesystem: FileSystem, checkpoint: str) -> Position | None:
     except FileNotFoundError:
         return None
     places = found["stream"] and tuple((task, item) for task, item in found["stream"])
-    return Position(found["global_batch_size"], found["data"], places, found.get("code", ""))
+    return Position(found["global_batch_size"], found["data"], places, found.get("code", ""), found.get("model", ""))
 
 
-def hash_files(folder: str, share: int = 0, shares: int = 1) -> dict[str, dict[str, Any]]:
-    """Size and BLAKE2b hash of every ``shares``-th file below a local folder, by its relative path."""
+def hash_files(folder: str, share: int = 0, shares: int = 1, sync: bool = False) -> dict[str, dict[str, Any]]:
+    """Size and BLAKE2b hash of every ``shares``-th file below a local folder, by its relative path; with ``sync`` the
+    files and their folders are on the disk afterwards."""
     files = sorted(path for path in Path(folder).rglob("*") if path.is_file() and path.name != MANIFEST)
+    for inner in {path.parent for path in files} if sync else ():
+        sync_folder(str(inner))
     entries = {}
     for path in files[share::shares]:
         digest = hashlib.blake2b(digest_size=20)
         with path.open("rb") as file:
             while data := file.read(1 << 22):
                 digest.update(data)
+            if sync:
+                os.fsync(file.fileno())
         name = path.relative_to(folder).as_posix()
         entries[name] = {"size": path.stat().st_size, "blake2b": digest.hexdigest()}
     return entries
@@ -96,10 +104,20 @@ def write_atomically(filesystem: FileSystem, path: str, text: str) -> None:
         with open(target, "rb") as file:
             os.fsync(file.fileno())
         os.replace(target, path)
+        sync_folder(os.path.dirname(path))
+
+
+def sync_folder(path: str) -> None:
+    """Have a local folder's names on the disk: a power cut then leaves no file that has lost its name."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def write_manifest(filesystem: FileSystem, checkpoint: str, step: int, files: dict[str, dict[str, Any]]) -> None:
-    """Make a checkpoint whole: the last thing that is written into it."""
+    """Make a checkpoint whole: the last thing that is written into it, when all else is on the disk."""
     write_atomically(filesystem, f"{checkpoint}/{MANIFEST}", json.dumps({"step": step, "files": files}, indent=1))
 
 
@@ -115,8 +133,13 @@ def read_manifest(filesystem: FileSystem, checkpoint: str) -> dict[str, Any] | N
     return manifest if [info.size for info in infos] == sizes else None
 
 
-def verify(folder: str, manifest: dict[str, Any]) -> str | None:
-    """The first file of a local checkpoint whose bytes are not what the manifest says; None if all are."""
+def verify(folder: str, manifest: dict[str, Any], filesystem: FileSystem | None = None) -> str | None:
+    """The first file of a local checkpoint whose bytes are not what the manifest says; None if all are (a bucket checks
+    its own)."""
+    from pyarrow import fs
+
+    if not isinstance(filesystem, fs.LocalFileSystem | None):
+        return None
     found = hash_files(folder)
     return next((name for name, entry in manifest["files"].items() if found.get(name) != entry), None)
 
@@ -132,27 +155,71 @@ def list_checkpoints(filesystem: FileSystem, run_directory: str) -> list[FoundCh
     return sorted(found, key=lambda checkpoint: checkpoint.step)
 
 
-def latest_checkpoint(filesystem: FileSystem, output_dir: str) -> FoundCheckpoint | None:
-    """The newest whole checkpoint below ``--output_dir``: of the newest run that has one, or of the folder itself."""
+def find_checkpoints(filesystem: FileSystem, output_dir: str) -> list[FoundCheckpoint]:
+    """The whole checkpoints below ``--output_dir``, newest first: of the newest run that has one, or of the folder
+    itself."""
     matches = filter(None, map(_RUN_NAME.match, _folders(filesystem, output_dir)))
     runs = sorted(matches, key=lambda match: int(match[1]))
     for folder in [f"{output_dir}/{match.string}" for match in reversed(runs)] + [output_dir]:
-        checkpoints = list_checkpoints(filesystem, folder)
-        if checkpoints:
-            return checkpoints[-1]
-    return None
+        if checkpoints := list_checkpoints(filesystem, folder):
+            return checkpoints[::-1]
+    return []
 
 
-def clean_unfinished(filesystem: FileSystem, run_directory: str, after_step: int) -> list[str]:
-    """Remove what a dead run left half-done: folders without a true manifest, and those later than ``after_step``."""
-    removed = []
-    for name in _folders(filesystem, run_directory):
-        match = _NAME.match(name)
+def checkpoint_names(filesystem: FileSystem, run_directory: str) -> list[str]:
+    """Every folder named ``checkpoint-N``, whole or not, of whatever program, latest step first."""
+    matches = filter(None, map(_NAME.match, _folders(filesystem, run_directory)))
+    return [match.string for match in sorted(matches, key=lambda match: -int(match[1]))]
+
+
+def begin_checkpoint(filesystem: FileSystem, run_directory: str, name: str) -> None:
+    """Note that this program writes a checkpoint, until its manifest is there: what it leaves half-done is its own."""
+    write_atomically(filesystem, f"{run_directory}/.writing-{name}", "")
+
+
+def end_checkpoint(filesystem: FileSystem, run_directory: str, name: str) -> None:
+    """Take the note of :func:`begin_checkpoint` away."""
+    if filesystem.get_file_info(f"{run_directory}/.writing-{name}").is_file:
+        filesystem.delete_file(f"{run_directory}/.writing-{name}")
+
+
+def make_way(filesystem: FileSystem, run_directory: str, after_step: int) -> list[str]:
+    """Leave only whole checkpoints up to ``after_step`` under their names, for a run that goes on from there.
+
+    What this program was writing when it died is deleted. Everything else may be of worth to somebody: later
+    checkpoints, damaged ones, those of other programs are renamed to ``checkpoint-N.aside``.
+
+    Returns:
+        For each of these its old and its new name.
+    """
+    moved, proven = [], False
+    for name in checkpoint_names(filesystem, run_directory):
         path = f"{run_directory}/{name}"
-        if match and (int(match.group(1)) > after_step or not read_manifest(filesystem, path)):
-            delete_checkpoint(filesystem, path)
-            removed.append(name)
-    return removed
+        manifest = read_manifest(filesystem, path)
+        if manifest and int(name.removeprefix("checkpoint-")) <= after_step:
+            # Hashing takes time: of those before the one that the run goes on from, their sizes are enough.
+            if proven or verify(path, manifest, filesystem) is None:
+                proven = True
+                continue
+        elif not manifest and filesystem.get_file_info(f"{run_directory}/.writing-{name}").is_file:
+            filesystem.delete_dir(path)
+            end_checkpoint(filesystem, run_directory, name)
+            continue
+        moved.append(f"{name} → {_set_aside(filesystem, path)}")
+    return moved
+
+
+def _set_aside(filesystem: FileSystem, path: str) -> str:
+    from pyarrow import fs
+
+    names = (f"{path}.aside" + (f"-{number}" if number else "") for number in itertools.count())
+    target = next(name for name in names if filesystem.get_file_info(name).type == fs.FileType.NotFound)
+    if isinstance(filesystem, fs.LocalFileSystem):
+        filesystem.move(path, target)
+    else:  # a bucket has no folders to rename
+        fs.copy_files(path, target, source_filesystem=filesystem, destination_filesystem=filesystem)
+        filesystem.delete_dir(path)
+    return os.path.basename(target)
 
 
 def delete_checkpoint(filesystem: FileSystem, path: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -41,8 +42,10 @@ class CheckpointStore:
         found: list[Any] = [None]
         if self.rank.rank == 0:
             whole = checkpoints.list_checkpoints(self.filesystem, self.run_path)
+            # Of an attempt that died: what it left half-done, or what came to harm since.
+            checkpoints.make_way(self.filesystem, self.run_path, whole[-1].step if whole else -1)
+            whole = checkpoints.list_checkpoints(self.filesystem, self.run_path)
             found = [(whole[-1].path, whole[-1].step) if whole else None]
-            checkpoints.clean_unfinished(self.filesystem, self.run_path, whole[-1].step if whole else -1)
             if not whole and self.config.resume:
                 found = [(self.config.resume, int(self.config.resume.rstrip("/").rsplit("-", 1)[1]))]
         if self.rank.world_size > 1:
@@ -76,6 +79,12 @@ class CheckpointStore:
             rows = json.load(file)["log_history"]
         return [row for row in rows if "global_step" in row]
 
+    def begin(self, trainer: StepTraining) -> None:
+        """Before the first file of a checkpoint is written."""
+        if self.rank.rank == 0:
+            name = f"checkpoint-{trainer.state.global_step}"
+            checkpoints.begin_checkpoint(self.filesystem, self.run_path, name)
+
     def commit(self, trainer: StepTraining) -> None:
         """Make the checkpoint of this step whole: hash, report, then the manifest; then remove surplus ones."""
         import ray.train
@@ -89,10 +98,11 @@ class CheckpointStore:
             self.config.args.save(os.path.join(local, "args.json"))
             stream = trainer.loader.stream_places(step)
             batch = self.config.schedule.global_batch_size
-            checkpoints.Position(batch, self.config.data.fingerprint, stream, code_hash()).write(local)
+            data, model = self.config.data.fingerprint, self.config.model_fingerprint
+            checkpoints.Position(batch, data, stream, code_hash(), model).write(local)
         if self.rank.world_size > 1:
             torch.distributed.barrier()
-        shares = [checkpoints.hash_files(local, self.local_rank, self.local_world_size)]
+        shares = [checkpoints.hash_files(local, self.local_rank, self.local_world_size, sync=not self.remote)]
         if self.rank.world_size > 1:
             gathered: list[Any] = [None] * self.rank.world_size
             torch.distributed.all_gather_object(gathered, shares[0])
@@ -118,11 +128,16 @@ class CheckpointStore:
     def _finish(self, name: str, files: dict[str, dict[str, Any]], state: Any) -> None:
         """Rank 0, last: the manifest, what it replaces, and the news."""
         args, step = self.config.args, state.global_step
+        if not self.remote:
+            checkpoints.sync_folder(self.run_path)
         checkpoints.write_manifest(self.filesystem, f"{self.run_path}/{name}", step, files)
+        checkpoints.end_checkpoint(self.filesystem, self.run_path, name)
         checkpoints.keep_only(self.filesystem, self.run_path, args.save_total_limit, state.best_model_checkpoint)
         if args.create_checkpoint_symlink and not self.remote:
             for link, target in (("last", step), ("best", state.best_global_step or step)):
                 temporary = os.path.join(self.run_path, f".{link}")
+                with contextlib.suppress(FileNotFoundError):  # of a run that was killed just here
+                    os.unlink(temporary)
                 os.symlink(f"checkpoint-{target}", temporary)
                 os.replace(temporary, os.path.join(self.run_path, link))
         self.config.events.push.remote({"event": "checkpoint", "step": step, "best": state.best_global_step})

@@ -35,6 +35,7 @@ class StepTraining(Trainer):
         val_rows: validation rows, or None.
         rank: this worker's share.
         push: sends an event to the driver.
+        begin: called on every worker before a checkpoint's files are written.
         commit: called on every worker after a checkpoint's files are written; makes it whole.
         collate: validation rows to a batch.
     """
@@ -50,13 +51,14 @@ class StepTraining(Trainer):
         val_rows: TokenRows | None,
         rank: Rank,
         push: Push,
+        begin: Callable[[Any], None],
         commit: Callable[[Any], None],
         collate: Collate,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
         self.loader, self.schedule, self.val_rows, self.rank = loader, schedule, val_rows, rank
-        self.push, self.commit, self.collate = push, commit, collate
+        self.push, self.begin, self.commit, self.collate = push, begin, commit, collate
         self.last_saved_step = -1
         # On the device, so that counting never waits for it.
         self._counts = torch.zeros(self.NUM_COUNTS, dtype=torch.float64, device=self.args.device)
@@ -142,6 +144,7 @@ class StepTraining(Trainer):
         if self.state.best_global_step:
             best = f"checkpoint-{self.state.best_global_step}"
             self.state.best_model_checkpoint = os.path.join(str(self.args.output_dir), best)
+        self.begin(self)
         super()._save_checkpoint(model, trial)
         self.commit(self)
         self.last_saved_step = self.state.global_step
