@@ -1,4 +1,4 @@
-"""The two exceptions that the command line prints in one line instead of a traceback, and errors as one line."""
+"""The exceptions that the command line prints in one line instead of a traceback, and errors as one line."""
 
 from __future__ import annotations
 
@@ -11,6 +11,10 @@ class UserError(Exception):
 class RunFailedError(RuntimeError):
     """Work that began and could not be ended, for no fault of the command (a worker died once too often). The message
     says what failed, why, and how to go on; the command line exits with status 1."""
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, as clusters and ``kill`` send it: what runs ends as with Ctrl-C; the command line exits with 143."""
 
 
 def one_line(error: BaseException, limit: int = 300) -> str:

@@ -8,11 +8,12 @@ from __future__ import annotations
 import importlib
 import logging
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from rayswift.errors import RunFailedError, UserError
+from rayswift.errors import RunFailedError, Terminated, UserError
 
 if TYPE_CHECKING:
     from rayswift.arguments import Arguments
@@ -53,9 +54,12 @@ _SWIFT_ONLY = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command line; returns the exit status: 0, 1 where work failed, 2 for a mistake, 130 after Ctrl-C."""
+    """Run one command line; returns the exit status: 0, 1 where work failed, 2 for a mistake, 130 after Ctrl-C, 143
+    after SIGTERM."""
     words = list(sys.argv[1:] if argv is None else argv)
     log_to_stderr()
+    if argv is None:  # this process is the command's own
+        signal.signal(signal.SIGTERM, _end_as_after_ctrl_c)
     command = ""
     try:
         if not words or words[0] in ("-h", "--help", "help"):
@@ -78,12 +82,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     except (UserError, RunFailedError) as error:
         return report(error, f"rayswift {command}".rstrip())
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
         print(f"\n{f'rayswift {command}'.rstrip()}: stopped", file=sys.stderr)
-        return 130
+        return 143 if isinstance(stop, Terminated) else 130
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # `rayswift --help | head`
         return 0
+
+
+def _end_as_after_ctrl_c(*_: Any) -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a second one ends at once
+    raise Terminated
 
 
 class _Formatter(logging.Formatter):

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
+import threading
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -101,10 +103,14 @@ def _start_ray(address: str | None) -> None:
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     if address is None:
         options["include_dashboard"] = False
+    on_sigterm = signal.getsignal(signal.SIGTERM)
     for left in reversed(range(START_TRIES)):
         try:
             with private.small_ray() if address is None else nullcontext():
                 ray.init(address=address or "local", **options)
+            # Ray's own handler ends a driver in the middle of everything, with a stack of its C++ code.
+            if threading.current_thread() is threading.main_thread():
+                signal.signal(signal.SIGTERM, on_sigterm)
             return
         except (ConnectionError, ValueError) as error:
             reason = str(error).strip().split("\n", 1)[0]

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, TextIO
 
-from rayswift.errors import UserError
+from rayswift.errors import Terminated, UserError
 from rayswift.generate.types import Engine, SamplingParams
 
 logger = logging.getLogger("rayswift.inference.chat")
@@ -47,6 +47,8 @@ class Chat:
                 if self.interactive:
                     self.write("\n")
                 return
+            except Terminated:
+                raise
             except KeyboardInterrupt:
                 self.write("\n(exit or Ctrl-D leaves)\n")
                 continue
@@ -78,6 +80,8 @@ class Chat:
         elif command == "reset-system":
             try:
                 self.system = self.read_line("<<<[S] ") or None
+            except Terminated:
+                raise
             except (EOFError, KeyboardInterrupt):
                 self.say("the system prompt stays as it was")
                 return True
@@ -109,6 +113,8 @@ class Chat:
                 for piece in pieces:
                     text += piece
                     self.write(piece)
+        except Terminated:
+            raise
         except KeyboardInterrupt:
             stopped = True
         except UserError as error:

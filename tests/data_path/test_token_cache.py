@@ -205,16 +205,17 @@ def test_other_cores_encode_the_same_and_the_loss_of_one_costs_nothing(
     made_here: list[Any] = []
     whole = encode_tasks.encode_chunk
 
-    def slowly(task: Any, *args: Any) -> dict[str, Any]:
-        """As this process would with chunks of 4 MiB: the actor gets its share."""
+    def after_the_actor(task: Any, *args: Any) -> dict[str, Any]:
+        """Encodes here once the actor has made its first entry: however busy the machine, it gets its share."""
+        deadline = time.monotonic() + 60
+        while not list((tmp_path / "there").rglob("*.json")) and time.monotonic() < deadline:
+            time.sleep(0.05)
         made_here.append(task)
-        time.sleep(0.1)
         return whole(task, *args)
 
-    monkeypatch.setattr(encode_tasks, "encode_chunk", slowly)
+    monkeypatch.setattr(encode_tasks, "encode_chunk", after_the_actor)
     there = load(dataset, encoder, str(tmp_path / "there"), dataset_shuffle=False)
-    assert there.train is not None
-    assert 0 < len(made_here) < len(there.train.files)
+    shared = len(made_here)
     assert contents(there) == contents(here)
     assert there.drops.lines() == here.drops.lines()
     made_here.clear()
@@ -222,9 +223,8 @@ def test_other_cores_encode_the_same_and_the_loss_of_one_costs_nothing(
     monkeypatch.setattr(encode_tasks, "_ChunkEncoder", die)
     monkeypatch.setattr(encode_tasks, "encode_chunk", lambda *args: made_here.append(args[0]) or whole(*args))
     lost = load(dataset, encoder, str(tmp_path / "lost"), dataset_shuffle=False)
-    assert lost.train is not None
     made_keys = [task.key for task in made_here]
-    assert len(set(made_keys)) == len(made_keys) >= len(lost.train.files)
+    assert 0 < shared < len(set(made_keys)) == len(made_keys)
     assert contents(lost) == contents(here)
 
 

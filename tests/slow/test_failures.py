@@ -68,6 +68,18 @@ def test_a_killed_driver_resumes_in_its_run_directory_with_the_same_losses(
     assert read_rows(killed)[-1]["last_model_checkpoint"] == f"{killed}/checkpoint-{STEPS}"
 
 
+def test_sigterm_ends_a_run_as_ctrl_c_does(smollm2_dir: str, tmp_path: Path) -> None:
+    output, log = tmp_path / "out", tmp_path / "log"
+    driver = start(*SFT, "--model", smollm2_dir, "--output_dir", str(output), log=log)
+    wait_for(lambda: any(output.glob("v*/checkpoint-2/manifest.json")), 400, "the first checkpoint")
+    os.kill(driver.pid, signal.SIGTERM)
+    assert driver.wait(30) == 143, log.read_text()[-4000:]
+    printed = log.read_text()
+    assert "is whole. Go on with the same command and --resume_from_checkpoint true" in printed
+    assert printed.rstrip().endswith("rayswift sft: stopped")
+    assert "Traceback" not in printed
+
+
 #: A packed stream, four packs a step, without dropout: its random numbers would differ with the number of workers.
 STREAM = [
     "pt", "--dataset", str(Path(__file__).resolve().parents[1] / "data/pretrain_en.jsonl.gz"), "--streaming", "true",
