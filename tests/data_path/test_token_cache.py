@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import shutil
 import time
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 
 from rayswift.arguments import make_arguments
@@ -112,9 +114,10 @@ def test_a_moved_file_is_known_and_a_changed_one_is_not(
     os.utime(moved / "a.jsonl", (1, 1))
     load(moved, encoder, root)
     assert counter.take() == (0, 0)
-    # The same size and a later time.
+    # The same size, and its old time put back.
     text = (moved / "a.jsonl").read_text()
     (moved / "a.jsonl").write_text(text.replace("It is 5.", "It is 6."))
+    os.utime(moved / "a.jsonl", (1, 1))
     changed = load(moved, encoder, root)
     assert counter.take()[0] == 30
     assert any("It is 6." in encoder.tokenizer.decode(ids) for ids in contents(changed))
@@ -162,6 +165,35 @@ def test_a_half_written_entry_is_made_anew(
             summary.unlink() if left == ".arrow" else summary.write_text("{")
     assert contents(load(dataset, encoder, root)) == contents(first)
     assert counter.take()[0] == 60
+
+
+@pytest.mark.parametrize("harm", ["a flipped bit", "cut", "empty", "gone"])
+@pytest.mark.parametrize("column", ["row", "input_ids"])
+def test_an_entry_that_came_to_harm_is_made_anew(
+    harm: str, column: str, dataset: Path, encoder: Encoder, root: str
+) -> None:
+    before = contents(load(dataset, encoder, root))
+    harmed = [path for path in Path(root).rglob("*.arrow") if column in pa.ipc.open_file(str(path)).schema.names]
+    assert len(harmed) == 2
+    for path in harmed:
+        data = bytearray(path.read_bytes())
+        data[len(data) // 2] ^= 1
+        path.unlink()
+        if harm != "gone":
+            path.write_bytes({"cut": data[:-20], "empty": b""}.get(harm, data))
+    assert contents(load(dataset, encoder, root)) == before
+
+
+def test_a_full_disk_names_the_cache(dataset: Path, encoder: Encoder, tmp_path: Path) -> None:
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    load(dataset, encoder, str(tmp_path / "small"))  # what is imported on the way is compiled
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))  # as a full disk: a write fails in the middle
+    try:
+        with pytest.raises(UserError, match=r"^the token cache \S*/full: .* RAYSWIFT_CACHE names another folder"):
+            load(dataset, encoder, str(tmp_path / "full"))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert contents(load(dataset, encoder, str(tmp_path / "full")))
 
 
 def test_a_cache_in_storage_is_the_same(dataset: Path, encoder: Encoder, root: str, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ Schemas:
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import hashlib
 import json
@@ -23,10 +24,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import xxhash
+
 from rayswift.data.files import Chunk, filesystem_of
 from rayswift.data.tokens.arrow_files import default_root, open_arrow
 from rayswift.data.tokens.packed_encoder import CONFIGURATION, tokenizer_files
-from rayswift.errors import UserError
+from rayswift.errors import UserError, one_line
 from rayswift.files import atomic_file
 
 if TYPE_CHECKING:
@@ -34,6 +37,8 @@ if TYPE_CHECKING:
 
     from rayswift.data.rows.standard import RowRules
     from rayswift.data.tokens.encoder import Encoder
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @dataclass(frozen=True)
@@ -61,20 +66,45 @@ class TokenCache:
         except (FileNotFoundError, NotADirectoryError, ValueError):
             return None
 
+    def whole(self, key: str) -> dict[str, Any] | None:
+        """The summary of an entry whose file is the one that was written, byte by byte (a bucket checks its own); None
+        where it has to be made again."""
+        summary = self.summary(key)
+        return summary if summary and summary.get("file") == self._file_stamp(key) else None
+
+    def _file_stamp(self, key: str) -> list[Any] | None:
+        path = self.path(key)
+        filesystem, inner = filesystem_of(path)
+        info = filesystem.get_file_info(inner)
+        if not info.is_file or "://" in path:
+            return [info.size] if info.is_file else None
+        digest = xxhash.xxh3_64()
+        with open(path, "rb") as file:
+            while block := file.read(2**22):
+                digest.update(block)
+        return [info.size, digest.hexdigest()]
+
     @contextlib.contextmanager
     def write(self, key: str, schema: pa.Schema) -> Iterator[Any]:
         """A writer of record batches; the entry is whole once its summary follows (:meth:`finish`)."""
         import pyarrow as pa
 
         options = pa.ipc.IpcWriteOptions(compression="lz4" if schema.names[0] == "row" else None)
-        with self._new_file(self.path(key)) as sink, pa.ipc.new_file(sink, schema, options=options) as file:
-            yield file
+        try:
+            with self._new_file(self.path(key)) as sink, pa.ipc.new_file(sink, schema, options=options) as file:
+                yield file
+        except OSError as error:
+            if error.errno not in _FULL:
+                raise
+            raise self._unusable(error) from error
 
     def finish(self, key: str, summary: dict[str, Any]) -> None:
         """Make an entry whole."""
         path = self.path(key).removesuffix(".arrow") + ".json"
-        with self._usable(), self._new_file(path) as sink:
-            sink.write(json.dumps(summary).encode())
+        with self._usable():
+            stamp = self._file_stamp(key)
+            with self._new_file(path) as sink:
+                sink.write(json.dumps({**summary, "file": stamp}).encode())
 
     @contextlib.contextmanager
     def _new_file(self, path: str) -> Iterator[Any]:
@@ -95,7 +125,10 @@ class TokenCache:
         try:
             yield
         except OSError as error:
-            raise UserError(f"the token cache {self.root}: {error}; RAYSWIFT_CACHE names another folder") from error
+            raise self._unusable(error) from error
+
+    def _unusable(self, error: OSError) -> UserError:
+        return UserError(f"the token cache {self.root}: {one_line(error)}; RAYSWIFT_CACHE names another folder")
 
     def open(self, key: str) -> pa.ipc.RecordBatchFileReader:
         """An entry, memory-mapped; one in a bucket is copied to this machine first."""
@@ -108,12 +141,15 @@ class TokenCache:
         return _hash("rows", self._content(chunk.path), chunk.start, chunk.end, rules_hash(rules), code_hash())
 
     def _content(self, path: str) -> str:
-        """A hash of a file's bytes, remembered by path, size and time; of a remote file, those three."""
+        """A hash of a file's bytes, remembered by path, size, times and inode; of a remote file, its path, size and
+        time."""
         filesystem, inner = filesystem_of(path)
-        info = filesystem.get_file_info(inner)
-        stamp = [path, info.size, info.mtime_ns]
         if "://" in path:
-            return _hash(*stamp)
+            info = filesystem.get_file_info(inner)
+            return _hash(path, info.size, info.mtime_ns)
+        found = os.stat(path)
+        # Programs that put a file's old time back cannot put back when they did so.
+        stamp = [path, found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino]
         # What this machine knows of its own files is kept on it, wherever the cache is.
         here, memo = TokenCache(default_root()), _hash("file", path)
         known = here.summary(memo)

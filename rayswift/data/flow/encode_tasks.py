@@ -71,7 +71,7 @@ def encode_chunk(
         The summary of the entry: ``rows`` kept, ``rows_in``, and what :meth:`DropReport.as_json` keeps.
     """
     drops = DropReport()
-    known = cache.summary(task.rows_key) if cache.reuse or task.row_subset is not None else None
+    known = cache.whole(task.rows_key) if cache.reuse or task.row_subset is not None else None
     # Rows are many small objects without cycles: looking through them for cycles costs a tenth of the time.
     collecting = gc.isenabled()
     gc.disable()
@@ -161,7 +161,9 @@ def encode_all(
     Raises:
         UserError: a file is broken (names file:line); with ``strict``, any row was dropped.
     """
-    summaries = {task.key: cache.summary(task.key) if cache.reuse else None for task in tasks}
+    # An entry that came to harm is made again; so is what was made of rows that did, as the rows are read too.
+    kept = {task.key: cache.reuse and cache.whole(task.rows_key) and cache.whole(task.key) for task in tasks}
+    summaries = {key: summary or None for key, summary in kept.items()}
     todo = list({task.key: task for task in tasks if summaries[task.key] is None}.values())
     if _is_work_for_ray_data(todo):
         made = _encode_by_ray_data(todo, encoder, cache, on_rows)
