@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import fcntl
+import glob
 import os
+import shutil
 import tempfile
+import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+#: Seconds after it was made in which a folder may not be locked yet by the process that made it.
+_OWNED_WITHIN = 60
 
 
 @contextmanager
@@ -32,15 +39,40 @@ def write_whole(path: str | os.PathLike[str], content: str | bytes) -> None:
 
 
 @contextmanager
+def _locked(folder: Path) -> Iterator[bool]:
+    """Hold a folder as this process's; False where another process that lives holds it, or nobody can."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except OSError:  # gone meanwhile
+        yield False
+        return
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        held = True
+    except OSError:  # another process's, or a file system without locks
+        held = False
+    try:
+        yield held
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
 def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     """A folder to write into; at the end of the block it is at ``path``, after an exception nothing is changed.
 
     What was at ``path`` before is removed only when the new folder is whole and in its place. Files get the mode 0644
-    (safetensors writes 0600, and servers have accounts of their own).
+    (safetensors writes 0600, and servers have accounts of their own). What a killed process left half-built beside
+    ``path`` is removed.
     """
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as scratch:
+    for left in target.parent.glob(f".{glob.escape(target.name)}-*"):
+        with _locked(left) as is_ours:
+            if is_ours and time.time() - left.stat().st_mtime > _OWNED_WITHIN:
+                shutil.rmtree(left, ignore_errors=True)
+    prefix = f".{target.name}-"
+    with tempfile.TemporaryDirectory(prefix=prefix, dir=target.parent) as scratch, _locked(Path(scratch)):
         built, before = Path(scratch, "new"), Path(scratch, "old")
         built.mkdir()
         yield built

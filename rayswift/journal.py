@@ -41,7 +41,8 @@ def run_identity(settings: Mapping[str, Any], rows: Sequence[Record]) -> str:
 
 
 def drop_half_row(file: BinaryIO) -> None:
-    """Cut off a last line without its end (what a kill in mid-write leaves), and stand at the end of the file."""
+    """Cut off half a last line (what a kill in mid-write leaves), give a whole one its end where that is missing
+    (another program's file), and stand at the end of the file."""
     end = file.seek(0, os.SEEK_END)
     keep, step = end, 1 << 16
     while keep > 0:
@@ -52,9 +53,12 @@ def drop_half_row(file: BinaryIO) -> None:
             keep = first + block.rindex(b"\n") + 1
             break
         keep = first
-    if keep < end:
-        file.truncate(keep)
     file.seek(keep)
+    if keep < end and _parsed(file.read()):
+        file.write(b"\n")
+    elif keep < end:
+        file.truncate(keep)
+        file.seek(keep)
 
 
 def _claim(path: Path) -> BinaryIO | None:

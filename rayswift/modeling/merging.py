@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 import os
 import shutil
@@ -12,9 +14,20 @@ from typing import Any
 from rayswift.errors import UserError
 from rayswift.files import atomic_folder
 from rayswift.modeling.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS, check_adapter, load_adapter
-from rayswift.modeling.loading import add_special_tokens, config_dtype, load_model, load_tokenizer, parameter_counts
+from rayswift.modeling.loading import (
+    add_special_tokens,
+    config_dtype,
+    load_model,
+    load_tokenizer,
+    model_fingerprint,
+    parameter_counts,
+)
 
 logger = logging.getLogger("rayswift.modeling.merging")
+
+#: In a merged model's folder: which weights it was made of, and how.
+MADE_OF = "merged_from.json"
+_ADAPTER_FILES = (ADAPTER_CONFIG, ADAPTER_WEIGHTS)
 
 
 def merge_adapter(
@@ -29,8 +42,8 @@ def merge_adapter(
     """Write base + adapter as one plain model and return its folder.
 
     Args:
-        output_dir: None means ``<adapter_dir>-merged``: a whole model there that is newer than the adapter is reused,
-            a broken or older one replaced. A folder given here must be new or empty.
+        output_dir: None means ``<adapter_dir>-merged``: a whole model there that was made of the same weights in the
+            same way is reused, any other one replaced. A folder given here must be new or empty.
         torch_dtype: dtype of the merged weights; None takes the base model's.
         new_special_tokens: those that the adapter was trained with, when the checkpoint has no tokenizer of its own.
 
@@ -42,10 +55,16 @@ def merge_adapter(
     adapter, target = Path(adapter_dir).resolve(), Path(output_dir or f"{adapter_dir.rstrip('/')}-merged").resolve()
     if output_dir is not None and target.exists() and any(target.iterdir()):
         raise UserError(f"--output_dir {output_dir}: exists and is not empty; name a new folder for the merged model")
-    if is_current(target, adapter):
+    dtype = torch_dtype or config_dtype(model_dir)
+    made_of = {
+        "model": model_fingerprint(model_dir),
+        "adapter": [hashlib.sha256((adapter / name).read_bytes()).hexdigest() for name in _ADAPTER_FILES],
+        "dtype": dtype,
+        "new_special_tokens": new_special_tokens or [],
+    }
+    if is_current(target, made_of):
         logger.info("merged model already there: %s", target)
         return str(target)
-    dtype = torch_dtype or config_dtype(model_dir)
     has_tokenizer = (adapter / "tokenizer_config.json").is_file()
     tokenizer = load_tokenizer(str(adapter) if has_tokenizer else model_dir, trust_remote_code=trust_remote_code)
     model = load_model(model_dir, torch_dtype=dtype, trust_remote_code=trust_remote_code)
@@ -55,25 +74,24 @@ def merge_adapter(
     try:
         with atomic_folder(target) as folder:
             write_model(model, tokenizer, adapter, folder)
-            if is_current(target, adapter):
+            (folder / MADE_OF).write_text(json.dumps(made_of, indent=1))
+            if is_current(target, made_of):
                 raise FileExistsError(f"{target}: another process has just merged it")
     except OSError as error:
-        if not is_current(target, adapter):
+        if not is_current(target, made_of):
             raise UserError(f"cannot write the merged model to {target} ({error.strerror or error})") from error
     logger.info("merged %s into %s", adapter, target)
     return str(target)
 
 
-def is_current(merged: Path, adapter: Path) -> bool:
-    """True when ``merged`` is a whole model and not older than the adapter's files."""
-    if not (merged / "config.json").is_file():
-        return False
+def is_current(merged: Path, made_of: dict[str, Any]) -> bool:
+    """True when ``merged`` is a whole model that was made of these weights in this way."""
     try:
+        known = json.loads((merged / MADE_OF).read_text())
         parameter_counts(str(merged))  # reads every header and compares it with the file's length
-    except UserError:
+    except (OSError, ValueError, UserError):
         return False
-    written = (merged / "config.json").stat().st_mtime
-    return all((adapter / name).stat().st_mtime <= written for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS))
+    return bool(known == made_of)
 
 
 def merged_model(model: Any) -> Any:

@@ -34,7 +34,7 @@ def test_the_same_run_goes_on_after_its_rows_and_another_run_after_the_file(tmp_
     assert rows_in(path) == [{"n": 0}, {"n": 1}, {"n": 2}, {"other": 0}, {"other": 1}]
 
 
-@pytest.mark.parametrize("half", ['{"n": 1, "te', '{"n": 1}', "\x00" * 200_000, "中"])
+@pytest.mark.parametrize("half", ['{"n": 1, "te', "\x00" * 200_000, "中"])
 def test_a_row_that_was_half_written_is_written_again(tmp_path: Path, half: str) -> None:
     path = tmp_path / "out.jsonl"
     write(path, "run", {"n": 0})
@@ -51,9 +51,10 @@ def test_a_file_with_nothing_but_a_half_row_starts_anew(tmp_path: Path) -> None:
     assert rows_in(path) == [{"n": 0}]
 
 
-def test_rows_that_were_there_before_the_first_run_stay(tmp_path: Path) -> None:
+@pytest.mark.parametrize("end", ["\n", ""])  # not every editor ends the last line
+def test_rows_that_were_there_before_the_first_run_stay(tmp_path: Path, end: str) -> None:
     path = tmp_path / "out.jsonl"
-    path.write_text('{"mine": 1}\n')
+    path.write_text('{"mine": 1}' + end)
     write(path, "run", {"n": 0})
     assert write(path, "run") == [{"n": 0}]
     assert rows_in(path) == [{"mine": 1}, {"n": 0}]

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tiny_models import llama, lora_args, randomise_lora, word_tokenizer
 
 from rayswift.errors import UserError
@@ -65,11 +68,41 @@ def test_a_whole_merged_model_is_reused_and_a_broken_or_old_one_replaced(base_an
     weights.write_bytes(weights.read_bytes()[:-10])
     merge_adapter(adapter, base)
     assert weights.stat().st_size == first.st_size
-    second = weights.stat().st_ino
-    newer = weights.stat().st_mtime + 60
-    os.utime(Path(adapter) / "adapter_model.safetensors", (newer, newer))
+    # An adapter in its place, older than the merged model; another base; another dtype.
+    second = weights.read_bytes()
+    changed = load_file(Path(adapter) / "adapter_model.safetensors")
+    save_file({name: tensor * 2 for name, tensor in changed.items()}, Path(adapter) / "adapter_model.safetensors")
+    os.utime(Path(adapter) / "adapter_model.safetensors", (1, 1))
     merge_adapter(adapter, base)
-    assert weights.stat().st_ino != second
+    third = weights.read_bytes()
+    assert third != second
+    tensors = load_file(Path(base) / "model.safetensors")
+    save_file(
+        {name: tensor * 2 for name, tensor in tensors.items()}, Path(base) / "model.safetensors", {"format": "pt"}
+    )
+    merge_adapter(adapter, base)
+    assert weights.read_bytes() != third
+    merge_adapter(adapter, base, torch_dtype="float32")
+    assert {tensor.dtype for tensor in load_file(weights).values()} == {torch.float32}
+
+
+def test_what_a_killed_merge_left_is_removed_and_a_living_one_kept(
+    base_and_adapter: tuple[str, str], tmp_path: Path
+) -> None:
+    base, adapter = base_and_adapter
+    left, living = (Path(f"{Path(adapter).parent}/.{Path(adapter).name}-merged-{name}") for name in ("dead", "alive"))
+    for folder in (left, living):
+        (folder / "new").mkdir(parents=True)
+        os.utime(folder, (1, 1))
+    lock = "import fcntl, os, sys; fcntl.flock(os.open(sys.argv[1], os.O_RDONLY), 2); print(1, flush=True); input()"
+    holder = subprocess.Popen(
+        [sys.executable, "-c", lock, str(living)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert holder.stdout is not None
+    holder.stdout.readline()
+    merge_adapter(adapter, base)
+    holder.communicate("\n")
+    assert (left.exists(), living.exists()) == (False, True)
 
 
 def test_a_model_that_another_process_merged_meanwhile_stays(
