@@ -15,7 +15,7 @@ import rayswift
 from rayswift.arguments.fields import Spec, convert, is_unset, specs_of
 from rayswift.arguments.redaction import REDACTED, redact
 from rayswift.errors import UserError
-from rayswift.files import write_whole
+from rayswift.files import parse_json, write_whole
 
 logger = logging.getLogger("rayswift.arguments")
 
@@ -172,7 +172,7 @@ def read_saved_arguments(checkpoint_dir: str | os.PathLike[str]) -> dict[str, An
         if os.path.isfile(path):
             try:
                 with open(path, encoding="utf-8") as file:
-                    saved = json.load(file)
+                    saved = parse_json(file.read())
             except (OSError, ValueError) as error:
                 raise UserError(
                     f"{path}: cannot read the saved arguments ({error}); --load_args false skips it"

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rayswift.arguments.redaction import is_secret, redact_text
+from rayswift.files import parse_json
 
 _TRUE = frozenset({"true", "1", "yes", "y", "t", "on"})
 _FALSE = frozenset({"false", "0", "no", "n", "f", "off"})
@@ -208,7 +209,7 @@ def read_json(raw: Any) -> dict[str, Any]:
         with open(text, encoding="utf-8") as file:
             text = file.read()
     try:
-        value = json.loads(text)
+        value = parse_json(text)
     except json.JSONDecodeError as error:
         raise ValueError(f"not valid JSON ({error.msg} at line {error.lineno} column {error.colno})") from None
     if not isinstance(value, dict):

@@ -19,6 +19,7 @@ from rayswift.arguments.redaction import REDACTED, SECRET_FLAGS, is_secret, reda
 from rayswift.arguments.training import OptimizerArguments
 from rayswift.arguments.training_args import TOPIC, choices_of, passthrough_specs
 from rayswift.errors import UserError
+from rayswift.files import parse_json
 
 logger = logging.getLogger("rayswift.arguments")
 
@@ -270,7 +271,7 @@ def read_config(path: str) -> dict[str, Any]:
         raise UserError(f"{path}: cannot read this configuration file ({error.strerror})") from None
     if path.lower().endswith(".json"):
         try:
-            content = json.loads(text)
+            content = parse_json(text)
         except json.JSONDecodeError as error:
             raise UserError(f"{path}:{error.lineno}: not valid JSON ({error.msg})") from None
     else:

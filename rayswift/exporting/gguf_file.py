@@ -6,7 +6,6 @@ of a model, this module reads from the folder: sizes, the tokenizer's kind, and 
 
 from __future__ import annotations
 
-import json
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from rayswift.errors import UserError
+from rayswift.files import parse_json
 from rayswift.modeling.loading import read_config, read_safetensors_header, weight_files
 
 #: Transformers' model_type -> GGUF architecture: decoders whose layers differ in nothing but what the config says.
@@ -114,7 +114,7 @@ def _add_settings(writer: Any, config: dict[str, Any], name: str, kind: str) -> 
 def _read_tokenizer(model_dir: str) -> dict[str, Any]:
     path = Path(model_dir) / "tokenizer.json"
     try:
-        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        content: dict[str, Any] = parse_json(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"--to_gguf: {model_dir} has no tokenizer.json, the source of the vocabulary") from None
     except (OSError, ValueError) as error:

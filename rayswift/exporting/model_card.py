@@ -11,6 +11,7 @@ from typing import Any
 
 import rayswift
 from rayswift.arguments.redaction import redact
+from rayswift.files import parse_json
 
 #: In every card that was written here: such a card may be replaced, a person's own is kept.
 _MARK = "<!-- written by rayswift export -->"
@@ -152,7 +153,7 @@ def _scores(folder: str, checkpoint: str) -> str:
 
 def _json(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = parse_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}

@@ -10,6 +10,7 @@ from typing import Any
 from rayswift.errors import UserError
 from rayswift.exporting.folder import building, copy_files
 from rayswift.exporting.source import SWIFT_ADAPTER
+from rayswift.files import parse_json
 from rayswift.modeling.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS, check_adapter
 
 PREFIX = "base_model.model."
@@ -56,7 +57,7 @@ def _peft_config(path: Path) -> dict[str, Any]:
     from peft import LoraConfig
 
     try:
-        saved = json.loads(path.read_text(encoding="utf-8"))
+        saved = parse_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read ({error})") from None
     kind = saved.get("peft_type") or saved.get("swift_type")

@@ -28,7 +28,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, TypeVar
 
 from rayswift.errors import UserError
-from rayswift.files import write_whole
+from rayswift.files import parse_json, write_whole
 from rayswift.hub.clients import (
     Files,
     HubRepo,
@@ -323,7 +323,7 @@ def _check_shards(label: str, folder: str) -> None:
     index = os.path.join(folder, "model.safetensors.index.json")
     if os.path.isfile(index):
         try:
-            shards = set(json.loads(_read_text(folder, "model.safetensors.index.json"))["weight_map"].values())
+            shards = set(parse_json(_read_text(folder, "model.safetensors.index.json"))["weight_map"].values())
         except (ValueError, KeyError, AttributeError):
             raise UserError(f"{label}: model.safetensors.index.json is broken; copy it again") from None
         missing = sorted(shard for shard in shards if not os.path.isfile(os.path.join(folder, shard)))
@@ -351,7 +351,7 @@ def _read_text(folder: str, path: str) -> str:
 def _read_state(path: str) -> _State:
     """The state file; an absent or broken one means that everything is looked at anew."""
     try:
-        values = json.loads(_read_text("", path))
+        values = parse_json(_read_text("", path))
         values["files"] = {name: (size, digest) for name, (size, digest) in values["files"].items()}
         return _State(**values)
     except (OSError, ValueError, TypeError, KeyError, AttributeError):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import re
 from bisect import bisect
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rayswift.errors import UserError, one_line
+from rayswift.files import parse_json
 from rayswift.modeling.loading import read_safetensors_header
 
 if TYPE_CHECKING:
@@ -285,7 +285,7 @@ def read_adapter_config(adapter_dir: str) -> dict[str, Any]:
     """The ``adapter_config.json`` of a folder. UserError when there is none, or it is no object."""
     path = Path(adapter_dir) / ADAPTER_CONFIG
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = parse_json(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         full = path.with_name("config.json").is_file()
         mend = "it is a full model: give it as --model" if full else "give a checkpoint-N folder"

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import struct
 import sys
 from dataclasses import dataclass
+from itertools import pairwise
 from math import prod
 from operator import index
 from pathlib import Path
@@ -15,6 +15,7 @@ from typing import Any
 
 from rayswift import private
 from rayswift.errors import UserError, one_line
+from rayswift.files import parse_json
 
 logger = logging.getLogger("rayswift.modeling.loading")
 
@@ -42,7 +43,7 @@ def read_config(model_dir: str) -> dict[str, Any]:
     if not Path(model_dir).is_dir():
         raise UserError(f"--model {model_dir}: no such folder; give a model folder or a hub id")
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = parse_json(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"--model {model_dir}: no config.json in it, so it is not a model folder") from None
     except (OSError, ValueError) as error:
@@ -100,10 +101,13 @@ def _is_plain_tokenizer(model_dir: str) -> bool:
     """
     folder = Path(model_dir)
     try:
-        config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+        config = parse_json((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
-    generic = config.get("tokenizer_class") in ("PreTrainedTokenizerFast", "TokenizersBackend")
+    generic = isinstance(config, dict) and config.get("tokenizer_class") in (
+        "PreTrainedTokenizerFast",
+        "TokenizersBackend",
+    )
     return generic and "auto_map" not in config and (folder / "tokenizer.json").is_file()
 
 
@@ -119,7 +123,9 @@ def load_tokenizer(model_dir: str, *, trust_remote_code: bool = False) -> Any:
 
             options = {"trust_remote_code": trust_remote_code, "local_files_only": True}
             tokenizer = AutoTokenizer.from_pretrained(model_dir, **options)
-    except (OSError, ValueError, ImportError, KeyError, TypeError) as error:
+        if not isinstance(tokenizer.model_max_length, int | float):
+            raise TypeError(f"model_max_length {tokenizer.model_max_length!r} is no number")
+    except Exception as error:  # a folder with anything in it makes Transformers raise anything
         raise UserError(f"{model_dir}: its tokenizer cannot be loaded ({one_line(error)})") from error
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -166,7 +172,7 @@ def load_model(
             local_files_only=True,
             **options,
         )
-    except (OSError, ValueError, ImportError, KeyError, TypeError, RuntimeError) as error:
+    except Exception as error:
         raise load_error(error, model_dir, attn_impl) from error
     model, loading_info = loaded
     missing = sorted(loading_info["missing_keys"])
@@ -178,7 +184,8 @@ def load_model(
 def load_error(error: Exception, model_dir: str, attn_impl: str | None) -> Exception:
     """Turn what ``from_pretrained`` raises on bad input into a UserError; other failures (out of memory) stay."""
     text = one_line(error)
-    if isinstance(error, RuntimeError) and "size mismatch" not in text and "mismatched" not in text:
+    ours = isinstance(error, RecursionError) or "size mismatch" in text or "mismatched" in text
+    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and not ours):
         return error
     if attn_impl is not None and ("attn" in text.lower() or "attention" in text.lower()):
         return UserError(f"--attn_impl {attn_impl}: {text}; leave the flag out for the automatic choice")
@@ -193,7 +200,7 @@ def weight_files(model_dir: str) -> list[Path]:
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         try:
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+            names = sorted(set(parse_json(index.read_text(encoding="utf-8"))["weight_map"].values()))
         except (ValueError, KeyError, AttributeError) as error:
             raise UserError(f"{index}: cannot be read ({error}); download the model again") from None
         absent = [name for name in names if not (folder / name).is_file()]
@@ -224,16 +231,16 @@ def read_safetensors_header(path: Path) -> dict[str, dict[str, Any]]:
         if length > MAX_HEADER_BYTES:
             raise broken
         try:
-            header = json.loads(file.read(length))
+            header = parse_json(file.read(length))
             header.pop("__metadata__", None)
-            spans = sorted(tuple(map(index, tensor["data_offsets"])) for tensor in header.values())
+            spans = [(0, 0), *sorted(tuple(map(index, tensor["data_offsets"])) for tensor in header.values())]
+            in_a_row = all(before[1] == start <= end for before, (start, end) in pairwise(spans))
             shapes = [prod(map(index, tensor["shape"])) for tensor in header.values()]
             known = all(isinstance(tensor["dtype"], str) for tensor in header.values())
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        except (ValueError, TypeError, KeyError, AttributeError):
             raise broken from None
-    ends = [0, *(end for _, end in spans)]
-    in_a_row = all(len(span) == 2 and span[0] == end <= span[1] for span, end in zip(spans, ends, strict=False))
-    if not known or not in_a_row or min(shapes, default=0) < 0 or path.stat().st_size != 8 + length + ends[-1]:
+    size = 8 + length + spans[-1][1]
+    if not (in_a_row and known) or min(shapes, default=0) < 0 or path.stat().st_size != size:
         raise broken
     return header
 

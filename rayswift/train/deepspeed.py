@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from rayswift.errors import UserError
+from rayswift.files import parse_json
 
 _PRESETS = Path(__file__).with_name("deepspeed_presets.json")
 
@@ -24,7 +25,7 @@ def deepspeed_config(value: str | dict[str, Any] | None) -> dict[str, Any] | Non
     if value in presets:
         return presets[value]
     try:
-        config = json.loads(value if value.lstrip().startswith("{") else Path(value).read_text(encoding="utf-8"))
+        config = parse_json(value if value.lstrip().startswith("{") else Path(value).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError):
         raise UserError(f"--deepspeed {value}: choose {', '.join(presets)}, a JSON text or a file") from None
     except json.JSONDecodeError as error:

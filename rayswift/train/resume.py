@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from rayswift.console import say
 from rayswift.data.files import filesystem_of
 from rayswift.data.flow.cache import code_hash
 from rayswift.errors import UserError
+from rayswift.files import parse_json
 from rayswift.modeling.loading import model_fingerprint
 from rayswift.train.checkpoints import manifest as checkpoints
 
@@ -58,7 +58,7 @@ class Resume:
         filesystem, inner = filesystem_of(self.uri)
         try:
             with filesystem.open_input_stream(f"{inner}/args.json") as stream:
-                saved = json.loads(stream.read())
+                saved = parse_json(stream.read())
         except FileNotFoundError:  # another program's checkpoint
             return
         given = args.to_dict()

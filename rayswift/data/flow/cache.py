@@ -30,7 +30,7 @@ from rayswift.data.files import Chunk, filesystem_of
 from rayswift.data.tokens.arrow_files import default_root, open_arrow
 from rayswift.data.tokens.packed_encoder import CONFIGURATION, tokenizer_files
 from rayswift.errors import UserError, one_line
-from rayswift.files import atomic_file
+from rayswift.files import atomic_file, parse_json
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -62,7 +62,7 @@ class TokenCache:
         filesystem, inner = filesystem_of(self.path(key).removesuffix(".arrow") + ".json")
         try:
             with filesystem.open_input_stream(inner) as stream:
-                return json.loads(stream.read())
+                return parse_json(stream.read())
         except (FileNotFoundError, NotADirectoryError, ValueError):
             return None
 

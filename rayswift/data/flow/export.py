@@ -18,7 +18,7 @@ from rayswift.data.tokens.arrow_files import read_columns
 from rayswift.data.tokens.row_index import RowIndex, TrainData, all_rows, concat
 from rayswift.data.tokens.table import TokenRows
 from rayswift.errors import UserError
-from rayswift.files import atomic_folder
+from rayswift.files import atomic_folder, parse_json
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -80,7 +80,7 @@ def load_cached_datasets(folders: list[str], encoder: Encoder) -> tuple[RowIndex
 
 def _check(folder: str, encoder: Encoder) -> None:
     try:
-        saved = json.loads((Path(folder) / _SETTINGS).read_text(encoding="utf-8"))
+        saved = parse_json((Path(folder) / _SETTINGS).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         raise UserError(
             f"--cached_dataset {folder}: no cached dataset there (its {_SETTINGS} is missing); "

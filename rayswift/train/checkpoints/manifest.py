@@ -17,6 +17,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rayswift.errors import UserError, one_line
+from rayswift.files import parse_json
+
 if TYPE_CHECKING:
     from pyarrow.fs import FileSystem
 
@@ -66,11 +69,19 @@ def read_position(filesystem: FileSystem, checkpoint: str) -> Position | None:
     """The position in a checkpoint; None in one that another program wrote."""
     try:
         with filesystem.open_input_stream(f"{checkpoint}/{_POSITION}") as stream:
-            found = json.loads(stream.read())
+            found = parse_json(stream.read())
     except FileNotFoundError:
         return None
-    places = found["stream"] and tuple((task, item) for task, item in found["stream"])
-    return Position(found["global_batch_size"], found["data"], places, found.get("code", ""), found.get("model", ""))
+    except ValueError as error:
+        raise UserError(f"{checkpoint}/{_POSITION}: {error}; give another checkpoint") from None
+    try:
+        places = found["stream"] and tuple((int(task), int(item)) for task, item in found["stream"])
+        size, data = int(found["global_batch_size"]), str(found["data"])
+        return Position(size, data, places, str(found.get("code", "")), str(found.get("model", "")))
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(
+            f"{checkpoint}/{_POSITION}: not as it was saved ({one_line(error)}); give another checkpoint"
+        ) from None
 
 
 def hash_files(folder: str, share: int = 0, shares: int = 1, sync: bool = False) -> dict[str, dict[str, Any]]:
@@ -125,11 +136,11 @@ def read_manifest(filesystem: FileSystem, checkpoint: str) -> dict[str, Any] | N
     """The manifest of a folder when it is there and every file it names has its size; else None."""
     try:
         with filesystem.open_input_stream(f"{checkpoint}/{MANIFEST}") as stream:
-            manifest = json.loads(stream.read())
+            manifest = parse_json(stream.read())
         infos = filesystem.get_file_info([f"{checkpoint}/{name}" for name in manifest["files"]])
-    except (OSError, ValueError, KeyError, TypeError):
+        sizes = [entry["size"] for entry in manifest["files"].values()]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
-    sizes = [entry["size"] for entry in manifest["files"].values()]
     return manifest if [info.size for info in infos] == sizes else None
 
 
