@@ -77,6 +77,8 @@ class ServerArguments(Arguments):
     dry_run: bool = arg(False, "print the Ray Serve configuration and stop")
 
     def problems(self) -> Iterator[str]:
+        if not all(key.strip() for key in self.api_key):
+            yield "--api_key is empty (a variable that is not set?): give a key, or leave the flag out for none"
         if self.max_replicas is not None and self.max_replicas < self.min_replicas:
             yield f"--max_replicas {self.max_replicas} is below --min_replicas {self.min_replicas}: change one"
         for name, flags in self.models.items():
@@ -88,6 +90,10 @@ class ServerArguments(Arguments):
             path = getattr(self, flag)
             if path and not os.path.isfile(path):
                 yield f"--{flag} {path}: no such file"
+
+    def remarks(self) -> Iterator[str]:
+        if not self.api_key and self.host not in ("127.0.0.1", "localhost", "::1"):
+            yield f"--host {self.host} without --api_key: whoever reaches this machine may use the model"
 
     def resolve(self) -> None:
         if self.max_replicas is None:

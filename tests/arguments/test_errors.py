@@ -141,6 +141,7 @@ SFT = "sft --model m --dataset d"
         ),
         ("infer --model m --merge_lora true", "--merge_lora true needs --adapters"),
         ("infer --model m --top_logprobs 3", "--top_logprobs needs --logprobs true"),
+        ("deploy --model m --api_key=", "--api_key is empty (a variable that is not set?)"),
         ("deploy --model m --min_replicas 3 --max_replicas 1", "--max_replicas 1 is below --min_replicas 3"),
         ("export --model m --quant_method awq --quant_bits 4", "--quant_method awq needs --dataset"),
         ("export --model m --push_to_hub true", "--push_to_hub true needs --hub_model_id"),
@@ -184,6 +185,7 @@ def test_python_keywords_get_the_same_messages() -> None:
 @pytest.mark.parametrize(
     ("words", "warning"),
     [
+        ("deploy --model m --host 0.0.0.0", "--host 0.0.0.0 without --api_key: whoever reaches this machine"),
         (
             "--train_type full --lora_rank 4 --use_dora true",
             "--lora_rank, --use_dora: no effect with --train_type full",

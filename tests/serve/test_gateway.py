@@ -128,6 +128,12 @@ def test_head_is_answered_where_get_is_and_a_slash_at_the_end_changes_nothing(cl
     assert client.post(f"{CHAT}/", json={"model": "m"}).json()["path"] == CHAT
 
 
+def test_no_key_is_never_the_right_one(make: Callable[..., tuple[Gateway, TestClient]]) -> None:
+    _, client = make(api_keys=[hashlib.sha256(b"").hexdigest()])
+    for headers in ({}, {"Authorization": "Bearer"}, {"Authorization": "Bearer "}, {"api-key": ""}):
+        assert client.get("/v1/models", headers=headers).status_code == 401
+
+
 def test_nothing_is_answered_without_the_key(make: Callable[..., tuple[Gateway, TestClient]]) -> None:
     gateway, client = make(api_keys=[hashlib.sha256(KEY.encode()).hexdigest()])
     for method in ("GET", "POST", "OPTIONS", "HEAD"):

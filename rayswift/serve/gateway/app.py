@@ -188,7 +188,8 @@ class Gateway:
         scheme, _, key = headers.get(b"authorization", b"").partition(b" ")
         key = key.strip() if scheme.lower() == b"bearer" else headers.get(b"api-key", headers.get(b"x-api-key", b""))
         digest = hashlib.sha256(key).digest()
-        if not sum(hmac.compare_digest(digest, known) for known in self._keys):
+        # An unset variable on either side is no key.
+        if not key or not sum(hmac.compare_digest(digest, known) for known in self._keys):
             raise ApiError(401, "a key is needed: Authorization: Bearer KEY", code="invalid_api_key")
 
     # --- forwarded ----------------------------------------------------------------------------------------------
