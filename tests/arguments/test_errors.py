@@ -185,7 +185,6 @@ def test_python_keywords_get_the_same_messages() -> None:
 @pytest.mark.parametrize(
     ("words", "warning"),
     [
-        ("deploy --model m --host 0.0.0.0", "--host 0.0.0.0 without --api_key: whoever reaches this machine"),
         (
             "--train_type full --lora_rank 4 --use_dora true",
             "--lora_rank, --use_dora: no effect with --train_type full",
@@ -201,6 +200,13 @@ def test_python_keywords_get_the_same_messages() -> None:
 def test_harmless_settings_are_warned_about(words: str, warning: str, caplog: pytest.LogCaptureFixture) -> None:
     parse_arguments("sft", [*SFT.split()[1:], *words.split()])
     assert warning in caplog.text
+
+
+def test_an_open_address_without_a_key_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    parse_arguments("deploy", ["--model", "m", "--host", "0.0.0.0", "--api_key", "k"])
+    assert "--host" not in caplog.text
+    parse_arguments("deploy", ["--model", "m", "--host", "0.0.0.0"])
+    assert "--host 0.0.0.0 without --api_key: whoever reaches this machine" in caplog.text
 
 
 @pytest.mark.parametrize(
