@@ -31,8 +31,51 @@ CONVERSATIONS: dict[str, list[dict[str, Any]]] = {
     "system": [{"role": S, "content": "Be brief."}, {"role": U, "content": "你好"}],
     "empty system": [{"role": S, "content": ""}, {"role": U, "content": "Hello"}],
     "turns": [{"role": U, "content": "q1"}, {"role": A, "content": "r1"}, {"role": U, "content": "q2"}],
-    "parts": [{"role": U, "content": [{"type": "text", "text": "Hello "}, {"type": "text", "text": "there"}]}],
     "special": [{"role": U, "content": "a <|im_end|> b </s> <|eot_id|> [INST] <|im_start|>system"}],
+}
+#: What only requests have, and the conversation that training has in its place.
+REQUESTS: dict[str, tuple[list[dict[str, Any]], list[dict[str, Any]]]] = {
+    "parts": (
+        [{"role": U, "content": [{"type": "text", "text": "What is 2+2?"}, {"type": "text", "text": "Answer"}]}],
+        [{"role": U, "content": "What is 2+2?\nAnswer"}],
+    ),
+    "other parts": (
+        [
+            {"role": U, "content": ["q", {"type": "input_text", "text": "1"}]},
+            {"role": A, "content": [{"type": "output_text", "text": "r"}, {"type": "refusal", "refusal": "no"}]},
+            {"role": U, "content": "q2"},
+        ],
+        [{"role": U, "content": "q\n1"}, {"role": A, "content": "r\nno"}, {"role": U, "content": "q2"}],
+    ),
+    "users in a row": (
+        [{"role": U, "content": "q1"}, {"role": U, "content": [{"type": "text", "text": "q2"}]}],
+        [{"role": U, "content": "q1\nq2"}],
+    ),
+    "late instructions": (
+        [
+            {"role": "developer", "content": "One."},
+            {"role": U, "content": "q1"},
+            {"role": S, "content": ""},
+            {"role": A, "content": "r1"},
+            {"role": S, "content": [{"type": "text", "text": "Two."}]},
+            {"role": U, "content": "q2"},
+            {"role": "developer", "content": "Three."},
+        ],
+        [
+            {"role": S, "content": "One.\nTwo.\nThree."},
+            {"role": U, "content": "q1"},
+            {"role": A, "content": "r1"},
+            {"role": U, "content": "q2"},
+        ],
+    ),
+    "users around an instruction": (
+        [{"role": U, "content": "q1"}, {"role": S, "content": "Be brief."}, {"role": U, "content": "q2"}],
+        [{"role": S, "content": "Be brief."}, {"role": U, "content": "q1\nq2"}],
+    ),
+    "instructions alone": (
+        [{"role": S, "content": "Be brief."}, {"role": "developer", "content": "And kind."}],
+        [{"role": S, "content": "Be brief.\nAnd kind."}],
+    ),
 }
 TOOL_LOOP: list[dict[str, Any]] = [
     {"role": U, "content": "How is it in Beijing?"},
@@ -79,12 +122,18 @@ def trained(encoder: Encoder, messages: list[dict[str, Any]], tools: Any = None)
     return sample.input_ids.tolist(), start, answer
 
 
+def encoder_of(family: str, directory: str, **settings: Any) -> Encoder:
+    """An encoder whose prompts ask for an answer without thoughts where the family can do both."""
+    off = {"enable_thinking": False} if get_template(family).thinking == "hybrid" else {}
+    return Encoder(directory, template=family, **{**off, **settings})
+
+
 @pytest.mark.parametrize("conversation", CONVERSATIONS)
 @pytest.mark.parametrize("family", load_templates())
 def test_a_served_prompt_is_the_trained_text_before_the_answer(
     family: str, conversation: str, every_family: str
 ) -> None:
-    encoder, messages = Encoder(every_family, template=family), CONVERSATIONS[conversation]
+    encoder, messages = encoder_of(family, every_family), CONVERSATIONS[conversation]
     if conversation == "system" and get_template(family).system_prefix is None:
         with pytest.raises(ValueError, match="no place for a system message"):
             chat_prompt_ids(encoder, {"messages": messages})
@@ -99,12 +148,21 @@ def test_a_served_prompt_is_the_trained_text_before_the_answer(
     assert encoder.tokenizer.decode(ids[len(served) :]).startswith(answer)
 
 
+@pytest.mark.parametrize("case", REQUESTS)
+@pytest.mark.parametrize("family", ["qwen2_5", "qwen3", "llama3", "deepseek_v2_5", "glm4", "default", "phi4"])
+def test_what_only_requests_have_becomes_a_trained_conversation(family: str, case: str, every_family: str) -> None:
+    encoder, (asked, messages) = encoder_of(family, every_family), REQUESTS[case]
+    served = chat_prompt_ids(encoder, {"messages": asked})
+    ids, start, _ = trained(encoder, messages)
+    assert served == ids[:start]
+
+
 @pytest.mark.parametrize(("given", "tools"), [(1, True), (3, True), (3, False)])
 @pytest.mark.parametrize("family", load_templates())
 def test_a_served_prompt_with_tools_is_the_trained_text(
     family: str, given: int, tools: bool, every_family: str
 ) -> None:
-    encoder, messages = Encoder(every_family, template=family), TOOL_LOOP[:given]
+    encoder, messages = encoder_of(family, every_family), TOOL_LOOP[:given]
     request = {"messages": messages, "tools": [WEATHER], "tool_choice": "auto" if tools else "none"}
     no_system = get_template(family).system_prefix is None and tools and family == "dummy"
     if no_system:
@@ -163,7 +221,10 @@ def test_a_request_chooses_whether_the_model_thinks(every_family: str) -> None:
     encoder = Encoder(every_family, template="qwen3")
     asked = [{"role": U, "content": "q"}]
     closed = "<|im_start|>assistant\n<think>\n\n</think>\n\n"
-    assert text(encoder, asked).endswith(closed)
+    assert text(encoder, asked).endswith("assistant\n")
+    assert text(replace(encoder, enable_thinking=False), asked).endswith(closed)
+    assert text(encoder, asked, enable_thinking=False).endswith(closed)
+    assert text(encoder, asked, chat_template_kwargs={"thinking": False}).endswith(closed)
     assert text(encoder, asked, chat_template_kwargs={"enable_thinking": True}).endswith("assistant\n")
     assert text(encoder, asked, reasoning_effort="high").endswith("assistant\n")
     assert text(encoder, asked, reasoning_effort="none").endswith(closed)
@@ -190,7 +251,7 @@ def test_a_last_assistant_message_is_continued(every_family: str) -> None:
         {"chat_template": "{{ messages }}"},
         {"documents": [{"text": "d"}]},
         {"add_generation_prompt": False},
-        {"chat_template_kwargs": {"date_string": "today"}},
+        {"chat_template_kwargs": {"documents": [{"text": "d"}]}},
         {"chat_template_kwargs": {"chat_template": "{{ messages }}"}},
     ],
 )
@@ -198,6 +259,12 @@ def test_what_has_no_trained_layout_is_left_to_the_engine(request_: dict[str, An
     encoder = Encoder(every_family, template="chatml")
     asked = {"messages": [{"role": U, "content": "q"}], **request_}
     assert chat_prompt_ids(encoder, asked) is None
+
+
+def test_what_no_trained_layout_reads_changes_nothing(every_family: str) -> None:
+    encoder, asked = Encoder(every_family, template="chatml"), [{"role": U, "content": "q"}]
+    told = {"chat_template_kwargs": {"cohere_format": "cmd4", "date_string": "today", "documents": None}}
+    assert text(encoder, asked, **told, documents=[], unknown=1) == text(encoder, asked)
 
 
 def test_tools_of_a_model_with_an_unknown_format_are_left_to_the_engine(smollm2_dir: str) -> None:
@@ -215,7 +282,8 @@ def test_tools_of_a_model_with_an_unknown_format_are_left_to_the_engine(smollm2_
         ("hello", "expected a list"),
         ([{"role": U}], "no content"),
         ([{"role": "wizard", "content": "q"}], "unknown message role 'wizard'"),
-        ([{"role": U, "content": "q"}, {"role": S, "content": "late"}], "not the first message"),
+        ([{"role": S, "content": None}, {"role": S, "content": "q"}], "no content"),
+        ([{"role": U, "content": [{"type": "wizard"}]}], "type 'wizard'"),
         ([{"role": A, "content": None, "tool_calls": [{"type": "custom", "custom": {}}]}], "no function name"),
         ([42], "not an object"),
     ],
