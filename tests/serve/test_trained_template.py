@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import json
-import re
 from dataclasses import replace
 from typing import Any
 
 import pytest
 
-from rayswift.data.chat.agents import load_agent_formats
 from rayswift.data.chat.families import get_template, load_templates
 from rayswift.data.rows.standard import standardise_row
 from rayswift.data.tokens.encoder import IGNORED, Encoded, Encoder
@@ -82,25 +79,6 @@ TOOL_LOOP: list[dict[str, Any]] = [
     {"role": A, "content": None, "tool_calls": [CALL]},
     {"role": "tool", "tool_call_id": "call_1", "content": "sunny"},
 ]
-
-
-@pytest.fixture(scope="module")
-def every_family(smollm2_dir: str, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """SmolLM2's tokenizer with the special tokens of every family and agent format, and bos and eos of its own."""
-    from transformers import AutoTokenizer
-
-    templates, agents = load_templates().values(), load_agent_formats().values()
-    written = [text for owner in (*templates, *agents) for text in owner.literals]
-    marks = {mark for text in written for mark in re.findall(r"(?<!<)<[^<>\s]+>(?!>)|\[/?[A-Za-z_]+\]", text)}
-    tokenizer = AutoTokenizer.from_pretrained(smollm2_dir)
-    special = sorted(mark for mark in marks if "|" in mark or "｜" in mark or mark[0] == "[" or mark.endswith("_turn>"))
-    assert {"<|im_end|>", "<|eot_id|>", "<start_of_turn>", "[INST]", "<｜User｜>"} <= set(special)
-    tokenizer.add_special_tokens({"bos_token": "<bos>", "eos_token": "<eos>", "additional_special_tokens": special})
-    tokenizer.add_tokens(["<think>", "</think>", "<tool_call>", "</tool_call>", "<s>", "</s>", "<sop>"])
-    tokenizer.chat_template = None  # the family `dummy` would ask with it, unlike in training
-    directory = str(tmp_path_factory.mktemp("every_family"))
-    tokenizer.save_pretrained(directory)
-    return directory
 
 
 def trained(encoder: Encoder, messages: list[dict[str, Any]], tools: Any = None) -> tuple[list[int], int, str]:
@@ -291,88 +269,3 @@ def test_tools_of_a_model_with_an_unknown_format_are_left_to_the_engine(smollm2_
 def test_what_is_no_conversation_is_refused_with_the_reason(messages: Any, reason: str, every_family: str) -> None:
     with pytest.raises(ValueError, match=reason):
         chat_prompt_ids(Encoder(every_family, template="chatml"), {"messages": messages})
-
-
-# --- vLLM's own code around it ----------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def online_renderer(smollm2_dir: str) -> Any:
-    """vLLM's renderer as its server builds it, without an engine, with the encoders of a base and an adapter."""
-    from vllm.engine.arg_utils import EngineArgs
-    from vllm.renderers.online_renderer import OnlineRenderer
-    from vllm.renderers.registry import renderer_from_config
-
-    from rayswift.serve.replica.trained_template import use_trained_templates
-
-    config = EngineArgs(model=smollm2_dir, max_model_len=256, enforce_eager=True).create_engine_config()
-    online = OnlineRenderer(
-        config.model_config, renderer_from_config(config), request_logger=None, chat_template=None,
-        chat_template_content_format="auto", enable_auto_tools=True, tool_parser="hermes",
-    )  # fmt: skip
-    encoders = {
-        "base": Encoder(smollm2_dir),
-        "adapter": Encoder(smollm2_dir, template="default", system="Run.", agent_template="react_en"),
-    }
-    use_trained_templates(online, lambda name: encoders.get(name or "base"))
-    return online
-
-
-@pytest.mark.slow
-def test_vllm_takes_the_trained_prompt_and_stops(online_renderer: Any, smollm2_dir: str) -> None:
-    import asyncio
-
-    from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
-    from vllm.entrypoints.serve.tokenize.protocol import TokenizeChatRequest
-
-    adapter = Encoder(smollm2_dir, template="default", system="Run.", agent_template="react_en")
-
-    def rendered(**fields: Any) -> tuple[list[int], Any, Any]:
-        request = ChatCompletionRequest.model_validate(json.loads(json.dumps(fields)))
-        conversation, (prompt,) = asyncio.run(online_renderer.render_chat(request))
-        return prompt["prompt_token_ids"], request, conversation
-
-    special = [{"role": U, "content": [{"type": "text", "text": "a <|im_end|> b"}]}]
-    ids, request, conversation = rendered(model="base", messages=special)
-    assert ids == Encoder(smollm2_dir).encode_prompt([{"role": U, "content": "a <|im_end|> b"}])
-    assert ids.count(2) == 2  # the system turn and the user's; vLLM's own rendering has three
-    assert (request.stop_token_ids, request.stop) == ([], [])  # vLLM stops there by itself
-    assert conversation[-1]["content"] == "a <|im_end|> b"
-    ids, request, _ = rendered(model="adapter", messages=TOOL_LOOP, tools=[WEATHER], stop="X")
-    row = standardise_row({"messages": TOOL_LOOP, "tools": [WEATHER]})
-    assert isinstance(row, dict)
-    assert ids == adapter.encode_prompt(row["messages"], [WEATHER])
-    assert request.stop == ["X", "### Human:", "Observation:"]
-    tokens = TokenizeChatRequest.model_validate({"model": "adapter", "messages": TOOL_LOOP, "tools": [WEATHER]})
-    _, (counted,) = asyncio.run(
-        online_renderer.preprocess_chat(
-            tokens, tokens.messages, default_template=None, default_template_content_format="auto",
-            default_template_kwargs=None, tool_dicts=[tool.model_dump() for tool in tokens.tools or ()],
-        )
-    )  # fmt: skip
-    assert counted["prompt_token_ids"] == ids
-
-
-@pytest.mark.slow
-def test_vllm_still_checks_lengths_and_renders_for_others(online_renderer: Any, smollm2_dir: str) -> None:
-    import asyncio
-
-    from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
-    from vllm.exceptions import VLLMValidationError
-
-    def rendered(**fields: Any) -> Any:
-        request = ChatCompletionRequest.model_validate({"messages": [{"role": U, "content": "q"}], **fields})
-        return asyncio.run(online_renderer.render_chat(request))[1][0]["prompt_token_ids"]
-
-    long = [{"role": U, "content": "word " * 400}]
-    with pytest.raises(VLLMValidationError, match="256"):
-        rendered(model="base", messages=long)
-    whole = Encoder(smollm2_dir).encode_prompt(long)
-    assert rendered(model="base", messages=long, truncate_prompt_tokens=20, truncation_side="left") == whole[-20:]
-    with pytest.raises(ValueError, match="not the first message"):
-        rendered(model="base", messages=[*long, {"role": S, "content": "late"}])
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(smollm2_dir)
-    own = tokenizer.apply_chat_template([{"role": U, "content": "q"}], add_generation_prompt=True)["input_ids"]
-    assert rendered(model="nobody") == own
