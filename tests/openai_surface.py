@@ -82,6 +82,12 @@ def _sum(text: str) -> dict[str, Any]:
     }
 
 
+def of_engine(case: dict[str, Any], engine: str) -> dict[str, Any]:
+    """The case as this engine answers it; another status than the table's has a reason (``differs``)."""
+    status = case.get("differs", {}).get(engine, case["status"])
+    return case if status == case["status"] else {**case, "status": status, "shape": "error", "has": {}}
+
+
 def problems(case: dict[str, Any], status: int, value: Any) -> list[str]:
     """What of an answer is not as the table has it."""
     if status != case["status"]:

@@ -1,19 +1,20 @@
 """Answers that a grammar allows: JSON of a schema, a regular expression, one of some texts, a tool's call.
 
-llguidance keeps the state and says which tokens may come next. It was taken before xgrammar and outlines_core (all three
-come with vLLM) because it is one wheel without dependencies, knows special tokens, and has limits: the regular
-expressions and schemas that make others compile for minutes are refused or answered in milliseconds.
+llguidance keeps the state and says which tokens may come next. It was taken before xgrammar and outlines_core (all
+three come with vLLM) because it is one wheel without dependencies, knows special tokens, and has limits: whatever the
+schema or the expression, it is refused or ready in milliseconds.
 """
 
 from __future__ import annotations
 
 import functools
 import json
-from typing import Any
+from typing import Any, cast
 
 MISSING = "this server's environment has no llguidance, which constrains answers: pip install llguidance"
-#: llguidance's settings of a schema: what it does not know in one is left out, as xgrammar does, not refused.
-LENIENT = {"lenient": True}
+#: llguidance's settings of a schema. What it does not know in one is left out, as xgrammar does, not refused. White
+#: space is bounded: small models go on with it for ever where they may.
+SCHEMA_RULES = {"lenient": True, "whitespace_pattern": r"[ ]?|\n[ ]{0,24}"}
 
 
 class Constraint:
@@ -39,7 +40,7 @@ class Constraint:
 
 
 class GrammarCompiler:
-    """Makes constraints for a tokenizer. ``vocabulary``: width of the scores; ``end_ids``: tokens that end an answer."""
+    """Makes constraints for a tokenizer. ``vocabulary``: width of the scores; ``end_ids``: what ends an answer."""
 
     def __init__(self, tokenizer: Any, vocabulary: int, end_ids: list[int]) -> None:
         self._tokenizer, self._vocabulary, self._end_ids = tokenizer, max(vocabulary, len(tokenizer)), end_ids
@@ -50,7 +51,7 @@ class GrammarCompiler:
 
         return from_tokenizer(self._tokenizer, self._vocabulary, self._end_ids)
 
-    def __call__(self, kind: str, value: Any) -> Constraint:
+    def __call__(self, kind: Any, value: Any) -> Constraint:
         """A new answer's constraint: ``json`` (a schema or its text), ``regex``, ``choice`` (texts), ``grammar`` (GBNF
         or Lark) or ``lark``. Blocks for some milliseconds, the first time for a second.
 
@@ -63,7 +64,7 @@ class GrammarCompiler:
             raise ValueError(MISSING) from None
         if kind == "json":
             schema = json.loads(value) if isinstance(value, str) else value
-            grammar = LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=LENIENT)
+            grammar = LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=cast("Any", SCHEMA_RULES))
         elif kind == "choice":
             grammar = LLMatcher.grammar_from_lark("start: " + " | ".join(map(quoted, value)))
         else:

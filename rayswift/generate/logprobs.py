@@ -41,7 +41,7 @@ def _byte_letters() -> dict[str, int]:
 
 
 def prompt_logprobs(model: Any, prompt: Sequence[int], top: int) -> list[list[tuple[int, float, int]]]:
-    """For each token of a prompt but the first: (token, log probability, rank) of itself, then of the ``top`` likeliest."""
+    """For each token of a prompt but the first: (token, log probability, rank) of itself, then of the likeliest."""
     import torch
 
     found: list[list[tuple[int, float, int]]] = []

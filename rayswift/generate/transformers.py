@@ -91,8 +91,12 @@ class TransformersEngine:
     @functools.cached_property
     def grammars(self) -> GrammarCompiler:
         """What makes constraints for this model's answers."""
-        width = int(self.model.get_input_embeddings().weight.shape[0])
-        return GrammarCompiler(self.encoder.tokenizer, width, self.stop_token_ids)
+        return GrammarCompiler(self.encoder.tokenizer, self.vocabulary, self.stop_token_ids)
+
+    @property
+    def vocabulary(self) -> int:
+        """Tokens that the model knows; some of them may be in no text."""
+        return int(self.model.get_input_embeddings().weight.shape[0])
 
     # --- answers ------------------------------------------------------------------------------------------------
 

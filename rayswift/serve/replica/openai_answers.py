@@ -103,10 +103,8 @@ class Shape:
                 if not content and "tool_calls" in message and not self.forced:
                     content = None
                 if "tool_calls" in message:  # whole ones need no number
-                    calls = [
-                        {name: call[name] for name in ("id", "type", "function")} for call in message["tool_calls"]
-                    ]
-                    message["tool_calls"] = calls
+                    for call in message["tool_calls"]:
+                        del call["index"]
                 choice["message"] = {"role": "assistant", **message, "content": content}
             else:
                 choice["text"] = echo + answer.text

@@ -1,19 +1,50 @@
-"""How the answers of a request are sampled: its fields, else the model's ``generation_config.json``."""
+"""What the model is to do for a request: its fields, else the model's ``generation_config.json``."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
+from rayswift.data.tokens.encoder import Encoder
 from rayswift.generate.constraints import Constraint
+from rayswift.generate.continuous_batching import Sequence, TokenDelta
 from rayswift.generate.token_choice import Sampling
 from rayswift.generate.transformers import TransformersEngine
 from rayswift.serve.openai_errors import ApiError
 from rayswift.serve.replica.openai_requests import ChatRequest, GenerationRequest
+from rayswift.serve.replica.tool_calls import call_grammar
+from rayswift.serve.replica.trained_template import stop_strings
 
 
-def sampling_of(
-    engine: TransformersEngine, body: GenerationRequest, prompt: list[int], ends: set[int], vocabulary: int
-) -> Sampling:
+def rows_of(
+    engine: TransformersEngine, body: GenerationRequest, prompts: list[list[int]], adapter: str, encoder: Encoder,
+    emit: Callable[[int, TokenDelta], Any],
+) -> list[Sequence]:  # fmt: skip
+    """A row for each choice of each prompt; ``emit`` gets the number of the choice with each piece.
+
+    Raises:
+        ApiError: the request asks for what cannot be.
+    """
+    ends = set() if body.ignore_eos else {*encoder.eos_token_ids, *engine.stop_token_ids}
+    ends |= set(body.stop_token_ids or ())
+    asked = [body.stop] if isinstance(body.stop, str) else body.stop or []
+    calls = isinstance(body, ChatRequest) and body.wants_calls
+    words = (*asked, *(() if body.ignore_eos else stop_strings(encoder, tools=calls)))
+    count = body.n or 1
+    samplings = [_sampling(engine, body, prompt, ends) for prompt in prompts for _ in range(count)]
+    constraints = _constraints(engine, body, encoder, len(samplings))
+    return [
+        Sequence(
+            engine, prompts[index // count], replace(sampling, index=index % count, constraint=constraints[index]),
+            partial(emit, index), adapter=adapter, stop_words=words,
+        )
+        for index, sampling in enumerate(samplings)
+    ]  # fmt: skip
+
+
+def _sampling(engine: TransformersEngine, body: GenerationRequest, prompt: list[int], ends: set[int]) -> Sampling:
     """How every answer to a prompt is sampled; ``ends``: tokens that end one.
 
     Raises:
@@ -37,7 +68,7 @@ def sampling_of(
     bias = {int(key): max(-100.0, min(100.0, value)) for key, value in (body.logit_bias or {}).items()}
     for name, ids in (("logit_bias", bias), ("allowed_token_ids", body.allowed_token_ids or ()),
                       ("stop_token_ids", body.stop_token_ids or ())):  # fmt: skip
-        check_ids(ids, vocabulary, name)
+        check_ids(ids, engine.vocabulary, name)
     # Marks of tool calls may be special tokens; vLLM keeps them too where calls are read.
     keeps_special = body.skip_special_tokens is False or (isinstance(body, ChatRequest) and body.wants_calls)
     sampling = Sampling(
@@ -56,12 +87,16 @@ def sampling_of(
     return sampling
 
 
-def constraints_of(
-    engine: TransformersEngine, kind: str, value: Any, count: int, param: str
-) -> list[Constraint]:  # fmt: skip
-    """One constraint for each of the answers. Raises ApiError (400) where there is none of that kind."""
+def _constraints(
+    engine: TransformersEngine, body: GenerationRequest, encoder: Encoder, count: int
+) -> list[Constraint | None]:  # fmt: skip
+    """What each of the answers must be. Raises ApiError (400) where that is no schema, grammar and so on."""
+    wanted, param = body.constraint, "response_format" if body.response_format else "structured_outputs"
+    if isinstance(body, ChatRequest) and body.forced_tools:
+        many = body.tool_choice == "required" and body.parallel_tool_calls is not False
+        wanted, param = ("lark", call_grammar(encoder, body.forced_tools, many=many)), "tools"
     try:
-        return [engine.grammars(kind, value) for _ in range(count)]
+        return [engine.grammars(*wanted) if wanted else None for _ in range(count)]
     except ValueError as error:
         raise ApiError(400, f"{param}: {error}", param=param) from None
 

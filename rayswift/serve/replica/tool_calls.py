@@ -17,7 +17,7 @@ from typing import Any
 from rayswift.data.chat.agents import AgentFormat, get_agent_format
 from rayswift.data.tokens.encoder import Encoder
 from rayswift.data.tokens.template_choice import load_template
-from rayswift.generate.constraints import LENIENT, quoted
+from rayswift.generate.constraints import SCHEMA_RULES, quoted
 from rayswift.generate.text_stream import longest_start_at_end
 
 _MARK = re.compile(r"\{\{([A-Z_]+)\}\}")
@@ -178,11 +178,11 @@ def read_call(record: list[str], text: str, types: Mapping[str, Mapping[str, str
         else:
             if place == len(text):
                 return call
-            value, end = _json_at(text, place)
-            call = _with_json(call, part, text[place:end], value)
-            if end is None:
+            value, whole = _json_at(text, place)
+            call = _with_json(call, part, text[place:whole], value)
+            if whole is None:
                 return call
-            place = end
+            place = whole
     return Call(call.name, call.arguments, place)
 
 
@@ -307,4 +307,4 @@ def _mark(mark: str, function: dict[str, Any]) -> Iterator[str]:
 
 
 def _json_rule(schema: Mapping[str, Any]) -> str:
-    return f"%json {json.dumps({**schema, 'x-guidance': LENIENT})}"
+    return f"%json {json.dumps({**schema, 'x-guidance': SCHEMA_RULES})}"

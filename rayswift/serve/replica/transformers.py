@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import aclosing
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -36,9 +35,9 @@ from rayswift.serve.replica.openai_requests import (
     ToolChoice,
 )
 from rayswift.serve.replica.own_rendering import rendered_prompt_ids
-from rayswift.serve.replica.request_sampling import check_ids, constraints_of, sampling_of
-from rayswift.serve.replica.tool_calls import CallReader, agent_of, call_grammar
-from rayswift.serve.replica.trained_template import chat_prompt_ids, stop_strings
+from rayswift.serve.replica.request_sampling import check_ids, rows_of
+from rayswift.serve.replica.tool_calls import CallReader, agent_of
+from rayswift.serve.replica.trained_template import chat_prompt_ids
 from rayswift.serve.request_body import client_left, read_object
 
 logger = logging.getLogger("rayswift.serve.replica.transformers")
@@ -73,7 +72,6 @@ class TransformersServing:
         self.engine, self.name = engine, served_model_name
         self.encoders = {} if encoders is None else encoders
         self.runner = BatchRunner(engine, max_rows, max_waiting)
-        self._vocabulary = int(engine.model.get_input_embeddings().weight.shape[0])
         # A model that was loaded with an adapter answers with it.
         self._adapters = {served_model_name: next(iter(getattr(engine.model, "peft_config", ())), BASE)}
         self._loaded = 0
@@ -181,35 +179,8 @@ class TransformersServing:
             special = body.add_special_tokens is not False
             ids = await asyncio.to_thread(tokenizer.encode, prompt, add_special_tokens=special)
             return Prompt(_last_of(ids, body), prompt)
-        check_ids(prompt, self._vocabulary, "prompt")
+        check_ids(prompt, self.engine.vocabulary, "prompt")
         return Prompt(_last_of(prompt, body), tokenizer.decode(prompt))
-
-    def rows(
-        self, body: GenerationRequest, prompts: list[Prompt], adapter: str, encoder: Encoder,
-        emit: Callable[[int, TokenDelta], Any],
-    ) -> list[Sequence]:  # fmt: skip
-        """A row for each choice of each prompt; ``emit`` gets the number of the choice with each piece."""
-        ends = set() if body.ignore_eos else {*encoder.eos_token_ids, *self.engine.stop_token_ids}
-        ends |= set(body.stop_token_ids or ())
-        asked = [body.stop] if isinstance(body.stop, str) else body.stop or []
-        calls = isinstance(body, ChatRequest) and body.wants_calls
-        words = (*asked, *(() if body.ignore_eos else stop_strings(encoder, tools=calls)))
-        count = body.n or 1
-        wanted, param = body.constraint, "response_format" if body.response_format else "structured_outputs"
-        if isinstance(body, ChatRequest) and body.forced_tools:
-            many = body.tool_choice == "required" and body.parallel_tool_calls is not False
-            wanted, param = ("lark", call_grammar(encoder, body.forced_tools, many=many)), "tools"
-        total = count * len(prompts)
-        constraints = constraints_of(self.engine, *wanted, total, param) if wanted else [None] * total
-        rows = []
-        for prompt in prompts:
-            sampling = sampling_of(self.engine, body, prompt.ids, ends, self._vocabulary)
-            for choice in range(count):
-                index = len(rows)
-                own = replace(sampling, index=choice, constraint=constraints[index])
-                row = Sequence(self.engine, prompt.ids, own, partial(emit, index), adapter=adapter, stop_words=words)
-                rows.append(row)
-        return rows
 
     # --- answers ------------------------------------------------------------------------------------------------
 
@@ -222,9 +193,11 @@ class TransformersServing:
             loop.call_soon_threadsafe(pieces.put_nowait, (index, piece))
 
         # In a thread: a grammar takes a while, and so do the ids of words.
-        rows = await asyncio.to_thread(self.rows, body, prompts, adapter, encoder, emit)
+        rows = await asyncio.to_thread(
+            rows_of, self.engine, body, [prompt.ids for prompt in prompts], adapter, encoder, emit
+        )
         resume = _resumed_ids(request)
-        check_ids(resume, self._vocabulary, RESUME_HEADER)
+        check_ids(resume, self.engine.vocabulary, RESUME_HEADER)
         if resume and len(rows) > 1:
             raise ApiError(400, f"{RESUME_HEADER} is for requests with one choice")
         shape = await self._shape(body, prompts, adapter, encoder, name, rows, echo)
