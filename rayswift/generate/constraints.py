@@ -12,9 +12,9 @@ import json
 from typing import Any, cast
 
 MISSING = "this server's environment has no llguidance, which constrains answers: pip install llguidance"
-#: llguidance's settings of a schema. What it does not know in one is left out, as xgrammar does, not refused. White
-#: space is bounded: small models go on with it for ever where they may.
-SCHEMA_RULES = {"lenient": True, "whitespace_pattern": r"[ ]?|\n[ ]{0,24}"}
+#: llguidance's settings of a schema. What it does not know in one is left out, as xgrammar does, not refused. JSON comes
+#: in one line, with or without spaces after its marks: where white space is free small models go on with it for ever.
+SCHEMA_RULES = {"lenient": True, "whitespace_flexible": False, "item_separator": ",[ ]?", "key_separator": ":[ ]?"}
 
 
 class Constraint:
