@@ -104,6 +104,15 @@ def problems(case: dict[str, Any], status: int, value: Any) -> list[str]:
     return found
 
 
+def differences(case: dict[str, Any], vllm: tuple[int, Any], transformers: tuple[int, Any]) -> list[str]:
+    """Fields of one engine's answer that the other's has not, and another status, unless the table says why."""
+    statuses = [of_engine(case, engine)["status"] for engine in ("vllm", "transformers")]
+    if [vllm[0], transformers[0]] != statuses or statuses[0] != statuses[1]:
+        return [] if [vllm[0], transformers[0]] == statuses else [f"status {vllm[0]} and {transformers[0]}"]
+    explained = {**TABLE["explained"], **case.get("differs", {})}
+    return sorted((fields_of(vllm[1]) ^ fields_of(transformers[1])) - set(explained))
+
+
 def _is(value: Any, kind: str) -> bool:
     return any(isinstance(value, TYPES[one]) if one != "null" else value is None for one in kind.split("|"))
 

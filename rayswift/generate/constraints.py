@@ -12,8 +12,8 @@ import json
 from typing import Any, cast
 
 MISSING = "this server's environment has no llguidance, which constrains answers: pip install llguidance"
-#: llguidance's settings of a schema. What it does not know in one is left out, as xgrammar does, not refused. JSON comes
-#: in one line, with or without spaces after its marks: where white space is free small models go on with it for ever.
+#: llguidance's settings of a schema. What it does not know in one is left out, as xgrammar does, not refused. JSON
+#: comes in one line, with or without spaces after its marks: where white space is free small models write it for ever.
 SCHEMA_RULES = {"lenient": True, "whitespace_flexible": False, "item_separator": ",[ ]?", "key_separator": ":[ ]?"}
 
 
