@@ -293,8 +293,8 @@ def replace_rendering(online_renderer: Any, preprocess: Any, render: Any) -> Non
 
 
 def correct_token_bytes(app: Any, token_bytes: Callable[[int], bytes]) -> None:
-    """Have the log probabilities of vLLM's app (:func:`openai_app`) give the bytes of each token: vLLM's are those of its
-    text, which of half a character is U+FFFD, or nothing."""
+    """Have the log probabilities of vLLM's app (:func:`openai_app`) give the bytes of each token: vLLM's are those of
+    its text, which of half a character is U+FFFD, or nothing."""
     try:
         chat = app.state.openai_serving_chat
         create = chat._create_chat_logprobs

@@ -225,7 +225,8 @@ class TransformersEngine:
         answer.text, answer.logprobs = text, self._logprobs(logprobs) if params.logprobs else None
 
     def _logprobs(self, tokens: list[list[tuple[int, float]]]) -> dict[str, Any]:
-        return {"content": [logprob_entry(self.encoder.tokenizer, likely) for likely in tokens]}
+        text = tokens[:-1] if tokens and tokens[-1][0][0] in self.stop_token_ids else tokens
+        return {"content": [logprob_entry(self.encoder.tokenizer, likely) for likely in text]}
 
     # --- settings -----------------------------------------------------------------------------------------------
 

@@ -74,6 +74,15 @@ def test_vllms_server_gives_them_too(byte_level: Any) -> None:
     assert [other.bytes for other in entry.top_logprobs] == [entry.bytes, [49]]
 
 
+def test_another_vllm_is_left_alone(caplog: pytest.LogCaptureFixture) -> None:
+    from rayswift import private
+
+    for chat in (SimpleNamespace(), SimpleNamespace(_create_chat_logprobs=lambda other: None)):
+        private.report.cache_clear()
+        private.correct_token_bytes(SimpleNamespace(state=SimpleNamespace(openai_serving_chat=chat)), bytes)
+        assert "half a character" in caplog.messages[-1]
+
+
 def test_a_prompt_in_parts_has_the_log_probabilities_of_one_pass(monkeypatch: pytest.MonkeyPatch) -> None:
     from tiny_models import llama
 

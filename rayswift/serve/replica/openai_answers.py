@@ -30,8 +30,9 @@ class Shape:
     """The frame of one response: a chat's or a plain completion's, and what it says beside the text.
 
     One entry for each choice: ``echoes``, texts before them; ``readers``, what finds tool calls in them; ``prompts``;
-    ``scores``. ``forced``: a tool was chosen by name, so that a call is no reason for an end. ``echo_scores``: the
-    scores are part of the log probabilities.
+    ``scores``, where they are asked for; with ``echo_scores`` they are part of the log probabilities. ``tool_choice``:
+    who decided that a tool is called: ``auto`` the model, ``required`` and ``named`` the client. ``stop_ids``: where
+    the client wants the answer to stop.
     """
 
     model: str
@@ -42,7 +43,8 @@ class Shape:
     tokens_as_ids: bool = False
     echoes: list[str] = field(default_factory=list)
     readers: list[CallReader] = field(default_factory=list)
-    forced: bool = False
+    tool_choice: str = "auto"
+    stop_ids: frozenset[int] = frozenset()
     scores: list[PromptScores] = field(default_factory=list)
     echo_scores: bool = False
     id: str = ""
@@ -57,14 +59,16 @@ class Shape:
     def first_event(self, index: int, usage: dict[str, Any] | None) -> bytes:
         """The chunk that opens a choice of a chat stream (role), or of a completion with ``echo``; may be empty."""
         echo = self.echoes[index] if self.echoes else ""
-        if not self.is_chat and not echo:
+        if not (self.is_chat or echo or self.include_token_ids):
             return b""
         choice: dict[str, Any] = {"index": index, "logprobs": self._prompt_logprobs(index), "finish_reason": None}
         choice |= {"delta": {"role": "assistant", "content": echo}} if self.is_chat else {"text": echo}
-        if self.include_token_ids:
-            choice |= {"token_ids": []} | ({} if self.is_chat else {"prompt_token_ids": self.prompts[index]})
+        if not self.is_chat:
+            choice["prompt_token_ids"] = self.prompts[index]
         frame = self._chunk([choice], usage)
-        return event(frame | {"prompt_token_ids": self.prompts[index]} if self.include_token_ids else frame)
+        if self.is_chat and self.include_token_ids:
+            frame["prompt_token_ids"] = self.prompts[index]
+        return event(frame)
 
     def piece_event(self, index: int, piece: TokenDelta, usage: dict[str, Any] | None) -> bytes:
         """One piece as a chunk of a stream; empty for one that shows nothing."""
@@ -100,7 +104,7 @@ class Shape:
             if self.is_chat:
                 message = self._message(index, answer, final=True)
                 content = echo + message.get("content", "")
-                if not content and "tool_calls" in message and not self.forced:
+                if not content and "tool_calls" in message and self.tool_choice == "auto":
                     content = None
                 if "tool_calls" in message:  # whole ones need no number
                     for call in message["tool_calls"]:
@@ -112,7 +116,7 @@ class Shape:
             if self.include_token_ids:
                 choice["token_ids"] = answer.token_ids
                 choice |= {} if self.is_chat else {"prompt_token_ids": self.prompts[index]}
-            if self.scores and not self.is_chat and not self.echo_scores:
+            if self.scores and not self.is_chat:
                 choice["prompt_logprobs"] = self._ranked(index)
             choices.append(choice)
         frame = self._frame("chat.completion", choices) | {"usage": usage, "system_fingerprint": FINGERPRINT}
@@ -136,10 +140,12 @@ class Shape:
         return message | {"tool_calls": calls}
 
     def _end(self, index: int, piece: TokenDelta) -> dict[str, Any]:
-        reason = piece.finish_reason
-        if reason == "stop" and self.readers and self.readers[index].called and not self.forced:
+        reason, stopped_by = piece.finish_reason, piece.stop_reason
+        if reason == "stop" and self.readers and self.readers[index].called and self.tool_choice != "named":
             reason = "tool_calls"
-        return {"finish_reason": reason, "stop_reason": piece.stop_reason}
+        if isinstance(stopped_by, int) and stopped_by not in self.stop_ids:
+            stopped_by = None  # the end of a turn is no stop of the client's
+        return {"finish_reason": reason, "stop_reason": stopped_by}
 
     # --- log probabilities --------------------------------------------------------------------------------------
 

@@ -185,8 +185,6 @@ class GenerationRequest(_Body):
             raise ApiError(400, "prompt_logprobs is not for streams", param="prompt_logprobs")
         if self.token_limit is not None and self.token_limit < self._fewest_tokens:
             raise ApiError(400, f"max_tokens must be at least {self._fewest_tokens}", param="max_tokens")
-        if self.token_limit is not None and (self.min_tokens or 0) > max(self.token_limit, 1):
-            raise ApiError(400, f"min_tokens {self.min_tokens} is above max_tokens", param="min_tokens")
 
 
 class ChatRequest(GenerationRequest):

@@ -82,6 +82,8 @@ def _sampling(engine: TransformersEngine, body: GenerationRequest, prompt: list[
         keep_stop=bool(body.include_stop_str_in_output),
         **{name: value for name, value in chosen.items() if value is not None},
     )
+    if sampling.min_tokens > sampling.max_tokens:
+        raise ApiError(400, f"min_tokens {sampling.min_tokens} is above max_tokens", param="min_tokens")
     if sampling.greedy and (body.n or 1) > 1:
         raise ApiError(400, "n must be 1 at temperature 0: the choices would be the same", param="n")
     return sampling

@@ -227,13 +227,13 @@ class TransformersServing:
             name, isinstance(body, ChatRequest), self.engine.encoder.tokenizer, [row.prompt for row in rows],
             bool(body.return_token_ids), bool(body.return_tokens_as_token_ids),
         )  # fmt: skip
-        count = body.n or 1
+        count, shape.stop_ids = body.n or 1, frozenset(body.stop_token_ids or ())
         if echo:
             shape.echoes = [prompt.text for prompt in prompts for _ in range(count)]
         if isinstance(body, ChatRequest) and body.wants_calls:
             agent, most = agent_of(encoder), 1 if body.parallel_tool_calls is False else MAX_CHOICES
             shape.readers = [CallReader(agent, body.tools or (), most) for _ in rows]
-            shape.forced = isinstance(body.tool_choice, ToolChoice)
+            shape.tool_choice = "named" if isinstance(body.tool_choice, ToolChoice) else body.tool_choice or "auto"
         shape.echo_scores = echo and not shape.is_chat and body.alternatives is not None
         if (top := body.alternatives if shape.echo_scores else body.prompt_logprobs) is not None:
             asked = [self.runner.score_prompt(prompt.ids, adapter, top) for prompt in prompts]
