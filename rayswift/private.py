@@ -293,6 +293,30 @@ def replace_rendering(online_renderer: Any, preprocess: Any, render: Any) -> Non
     online_renderer.preprocess_chat, online_renderer.renderer.render_messages_async = preprocess, render
 
 
+def correct_token_bytes(app: Any, token_bytes: Callable[[int], bytes]) -> None:
+    """Have the log probabilities of vLLM's app (:func:`openai_app`) give the bytes of each token: vLLM's are those of
+    its text, which of half a character is U+FFFD, or nothing."""
+    try:
+        chat = app.state.openai_serving_chat
+        create = chat._create_chat_logprobs
+        wanted = {"token_ids", "top_logprobs"} <= set(inspect.signature(create).parameters)
+    except MOVED:
+        wanted = False
+    if not wanted:
+        report("vLLM's _create_chat_logprobs", "the bytes of half a character are those of U+FFFD")
+        return
+
+    def creating(token_ids: Any, top_logprobs: Any, **options: Any) -> Any:
+        found = create(token_ids=token_ids, top_logprobs=top_logprobs, **options)
+        for token, step, entry in zip(token_ids, top_logprobs, found.content, strict=False):
+            entry.bytes = list(token_bytes(token))
+            for other, alternative in zip(step or (), entry.top_logprobs, strict=False):
+                alternative.bytes = list(token_bytes(other))
+        return found
+
+    chat._create_chat_logprobs = creating
+
+
 async def load_adapter(server: Any, name: str, folder: str, number: int) -> None:
     """Have a started ``LLMServer`` answer for the model ``name`` with an adapter. Raises ValueError with the reason."""
     with needed("the adapters of ray.serve.llm"):

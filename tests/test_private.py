@@ -301,6 +301,8 @@ def test_vllm_is_as_its_patches_need_it() -> None:
     assert methods("vllm", "renderers/base.py", "BaseRenderer")["render_messages_async"] == [
         "self", "messages", "params"
     ]  # fmt: skip
+    chat = methods("vllm", "entrypoints/openai/chat_completion/serving.py", "OpenAIServingChat")
+    assert chat["_create_chat_logprobs"][:3] == ["self", "token_ids", "top_logprobs"]
 
 
 def test_rays_server_of_vllm_is_as_the_replica_needs_it() -> None:

@@ -18,9 +18,10 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from rayswift.errors import one_line
+from rayswift.generate.logprobs import prompt_logprobs
 from rayswift.generate.text_stream import TextStream
 from rayswift.generate.token_choice import Choice, Sampling, choose_tokens
-from rayswift.generate.types import SamplingParams, logprob_entry
+from rayswift.generate.types import SamplingParams
 
 logger = logging.getLogger("rayswift.generate.continuous_batching")
 
@@ -44,13 +45,15 @@ class Engine(Protocol):
 
 @dataclass(frozen=True)
 class TokenDelta:
-    """A stretch of an answer: text that is certain, the tokens it came from, and why the answer ended (at its end)."""
+    """A stretch of an answer: text that is certain, the tokens it came from, and why the answer ended (at its end):
+    ``stop_reason`` is the stop word or the id in ``stop_ids``. ``logprobs``: `Choice.logprobs` of each token."""
 
     text: str
     token_ids: list[int]
-    logprobs: list[dict[str, Any]]
+    logprobs: list[list[tuple[int, float]]]
     finish_reason: str | None = None
     error: str | None = None
+    stop_reason: str | int | None = None
 
 
 class Sequence:
@@ -64,18 +67,15 @@ class Sequence:
         emit: Callable[[TokenDelta], Any],
         *,
         adapter: str = BASE,
-        stop_ids: frozenset[int] = frozenset(),
         stop_words: tuple[str, ...] = (),
     ) -> None:
         self.prompt, self.sampling, self.adapter = prompt, sampling, adapter
         self.generated: list[int] = []
         self.done = False
-        self._emit, self._stop_ids = emit, stop_ids
-        tokenizer, skip = engine.encoder.tokenizer, sampling.skip_special_tokens
-        self._decode = lambda ids: tokenizer.decode(ids, skip_special_tokens=skip, clean_up_tokenization_spaces=False)
-        self._text = TextStream(self._decode, stop_words)
+        self._emit, self._tokenizer = emit, engine.encoder.tokenizer
+        self._text = TextStream(self._decode, stop_words, keep_stop=sampling.keep_stop)
         self._ids: list[int] = []  # of the next piece, as are the log probabilities
-        self._logprobs: list[dict[str, Any]] = []
+        self._logprobs: list[list[tuple[int, float]]] = []
 
     @property
     def left(self) -> int:
@@ -87,14 +87,15 @@ class Sequence:
         token = choice.token
         self.generated.append(token)
         self._ids.append(token)
-        if token in self._stop_ids:
-            self._finish("stop", self._text.end())
-            return
         if choice.logprobs:
-            self._logprobs.append(logprob_entry(self._decode, choice.logprobs))
+            self._logprobs.append(choice.logprobs)
+        if token in self.sampling.stop_ids:
+            text = self._text.add(token) if self.sampling.keep_stop else ""
+            self._finish("stop", text + self._text.end(), token)
+            return
         text = self._text.add(token)
         if self._text.finished:
-            self._finish("stop", text)
+            self._finish("stop", text, self._text.stopped_by)
         elif self.left <= 0:
             self._finish("length", text + self._text.end())
         elif text:
@@ -106,6 +107,10 @@ class Sequence:
             if not self.done:
                 self.take(Choice(token))
 
+    def end(self) -> None:
+        """No token is asked for: the answer is empty."""
+        self._finish("length", "")
+
     def cancel(self) -> None:
         """Nobody wants the rest: the model drops the row before its next token."""
         self.done = True
@@ -115,9 +120,14 @@ class Sequence:
         self.done = True
         self._send(TokenDelta("", self._ids, self._logprobs, "error", error))
 
-    def _finish(self, reason: str, text: str) -> None:
+    def _finish(self, reason: str, text: str, stop_reason: str | int | None = None) -> None:
         self.done = True
-        self._send(TokenDelta(text, self._ids, self._logprobs, reason))
+        self._send(TokenDelta(text, self._ids, self._logprobs, reason, stop_reason=stop_reason))
+
+    def _decode(self, ids: Any) -> str:
+        skip = self.sampling.skip_special_tokens
+        text: str = self._tokenizer.decode(ids, skip_special_tokens=skip, clean_up_tokenization_spaces=False)
+        return text
 
     def _send(self, piece: TokenDelta) -> None:
         self._ids, self._logprobs = [], []
@@ -180,6 +190,15 @@ class BatchRunner:
             self._tasks.append((task, future))
             self._wake()
         return future
+
+    def score_prompt(self, prompt: list[int], adapter: str, top: int) -> Future[Any]:
+        """`prompt_logprobs` of a prompt, as this adapter has them."""
+
+        def score() -> Any:
+            with self._adapter(adapter):
+                return prompt_logprobs(self.engine.model, prompt, top)
+
+        return self.between_batches(score)
 
     def has_rows_of(self, adapter: str) -> bool:
         """Whether rows of an adapter run or wait."""

@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from rayswift.generate.constraints import Constraint
+
 #: Below this temperature sampling would only divide by almost nothing (vLLM's bound).
 GREEDY_BELOW = 1e-5
 
@@ -13,7 +15,12 @@ GREEDY_BELOW = 1e-5
 @dataclass(frozen=True)
 class Sampling:
     """OpenAI's sampling parameters and the usual further ones. ``top_k`` 0 is no limit; ``logprobs``: how many
-    alternatives to note with each token, None for no log probabilities; ``index``: which of ``n`` choices this is."""
+    alternatives to note with each token, None for no log probabilities; ``index``: which of ``n`` choices this is.
+
+    ``stop_ids`` end the answer, before ``min_tokens`` they are not chosen. ``allowed_ids``: the only tokens that may
+    come, None for all; ``banned``: token sequences that must not. ``constraint`` is of this one answer. ``keep_stop``:
+    the text ends with what stopped it.
+    """
 
     max_tokens: int
     temperature: float = 1.0
@@ -28,6 +35,12 @@ class Sampling:
     logprobs: int | None = None
     skip_special_tokens: bool = True
     index: int = 0
+    stop_ids: frozenset[int] = frozenset()
+    min_tokens: int = 0
+    allowed_ids: tuple[int, ...] | None = None
+    banned: tuple[tuple[int, ...], ...] = ()
+    constraint: Constraint | None = None
+    keep_stop: bool = False
 
     @property
     def greedy(self) -> bool:
@@ -37,9 +50,13 @@ class Sampling:
     @property
     def adjusts(self) -> bool:
         """Whether scores change before temperature and cuts."""
-        return bool(
-            self.logit_bias or self.presence_penalty or self.frequency_penalty or self.repetition_penalty != 1.0
-        )
+        changes = self.logit_bias or self.presence_penalty or self.frequency_penalty or self.repetition_penalty != 1.0
+        return bool(changes) or self.limits
+
+    @property
+    def limits(self) -> bool:
+        """Whether some tokens must not come."""
+        return bool(self.allowed_ids is not None or self.banned or self.constraint or self.min_tokens)
 
 
 class Choice(NamedTuple):
@@ -73,6 +90,8 @@ def _choose(sampling: Sampling, prompt: list[int], generated: list[int], scores:
     import torch
 
     scores = _adjusted(sampling, prompt, generated, scores)
+    if sampling.limits:
+        scores = _limited(sampling, generated, scores)
     if sampling.greedy:
         return int(scores.argmax())
     scores = _cut(sampling, scores)
@@ -98,6 +117,23 @@ def _adjusted(sampling: Sampling, prompt: list[int], generated: list[int], score
         scores = scores.clone()
         places = torch.tensor(list(sampling.logit_bias), device=scores.device)
         scores[places] += torch.tensor(list(sampling.logit_bias.values()), device=scores.device)
+    return scores
+
+
+def _limited(sampling: Sampling, generated: list[int], scores: Any) -> Any:
+    """Scores with those of the tokens that must not come now at −inf."""
+    import torch
+
+    if sampling.constraint is not None:
+        scores = sampling.constraint.allow(generated, scores)
+    if sampling.allowed_ids is not None:
+        places = torch.tensor(sampling.allowed_ids, device=scores.device)
+        scores = torch.full_like(scores, -torch.inf).scatter(0, places, scores[places])
+    never = [word[-1] for word in sampling.banned if generated[len(generated) - len(word) + 1 :] == list(word[:-1])]
+    if len(generated) < sampling.min_tokens:
+        never += sampling.stop_ids
+    if never:
+        scores = scores.index_fill(0, torch.tensor(never, device=scores.device), -torch.inf)
     return scores
 
 

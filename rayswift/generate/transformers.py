@@ -8,6 +8,7 @@ Prompts are the ids of training (``rayswift.data.tokens.encoder``), so a fine-tu
 from __future__ import annotations
 
 import copy
+import functools
 import logging
 import os
 import queue
@@ -19,7 +20,9 @@ from typing import Any
 from rayswift.data.tokens.encoder import Encoder
 from rayswift.errors import UserError, one_line
 from rayswift.generate import continuous_batching
+from rayswift.generate.constraints import GrammarCompiler
 from rayswift.generate.continuous_batching import BASE, BatchRunner, TokenDelta, padded
+from rayswift.generate.logprobs import logprob_entry
 from rayswift.generate.text_stream import cut_at_stop_word
 from rayswift.generate.token_choice import Sampling
 from rayswift.generate.types import Answer, Messages, SamplingParams
@@ -85,6 +88,16 @@ class TransformersEngine:
             model = load_adapter(model, adapter_dir)
         return cls(model.eval(), encoder, context_length(encoder))
 
+    @functools.cached_property
+    def grammars(self) -> GrammarCompiler:
+        """What makes constraints for this model's answers."""
+        return GrammarCompiler(self.encoder.tokenizer, self.vocabulary, self.stop_token_ids)
+
+    @property
+    def vocabulary(self) -> int:
+        """Tokens that the model knows; some of them may be in no text."""
+        return int(self.model.get_input_embeddings().weight.shape[0])
+
     # --- answers ------------------------------------------------------------------------------------------------
 
     def generate(
@@ -127,7 +140,7 @@ class TransformersEngine:
                 continue
             answer = self._answer_of(row.prompt, row.generated, params)
             if params.logprobs:
-                answer.logprobs = {"content": [entry for delta in took for entry in delta.logprobs]}
+                answer.logprobs = self._logprobs([likely for delta in took for likely in delta.logprobs])
             answers.append(answer)
         return answers
 
@@ -141,7 +154,6 @@ class TransformersEngine:
             self.sampling(params, len(prompt)),
             emit,
             adapter=next(iter(getattr(self.model, "peft_config", ())), BASE),
-            stop_ids=frozenset(self.stop_token_ids),
             stop_words=tuple(self._text_stop_words(params)),
         )
 
@@ -192,7 +204,8 @@ class TransformersEngine:
             return
         deltas: queue.SimpleQueue[TokenDelta] = queue.SimpleQueue()
         row, runner = self._sequence(prompt, params, deltas.put), BatchRunner(self)
-        text, logprobs, ended = self.encoder.response_prefix or "", [], False
+        text, ended = self.encoder.response_prefix or "", False
+        logprobs: list[list[tuple[int, float]]] = []
         try:
             runner.submit([row])
             if text:
@@ -209,7 +222,11 @@ class TransformersEngine:
         finally:
             row.cancel()
             runner.close()
-        answer.text, answer.logprobs = text, {"content": logprobs} if params.logprobs else None
+        answer.text, answer.logprobs = text, self._logprobs(logprobs) if params.logprobs else None
+
+    def _logprobs(self, tokens: list[list[tuple[int, float]]]) -> dict[str, Any]:
+        text = tokens[:-1] if tokens and tokens[-1][0][0] in self.stop_token_ids else tokens
+        return {"content": [logprob_entry(self.encoder.tokenizer, likely) for likely in text]}
 
     # --- settings -----------------------------------------------------------------------------------------------
 
@@ -222,6 +239,7 @@ class TransformersEngine:
             max_tokens=min(params.max_new_tokens or room, room),
             logprobs=(params.top_logprobs or 0) if params.logprobs else None,
             skip_special_tokens=False,  # a model may have been taught to write them
+            stop_ids=frozenset(self.stop_token_ids),
         )
 
     def generation_config(self, params: SamplingParams, prompt_length: int) -> Any:

@@ -125,12 +125,3 @@ def split_reference(messages: list[JsonRow]) -> tuple[list[JsonRow], str | None]
 def prompt_of(row: JsonRow) -> list[JsonRow]:
     """The messages of a row that are to be answered."""
     return split_reference(row["messages"])[0]
-
-
-def logprob_entry(decode: Callable[[list[int]], str], likely: Iterable[tuple[int, float]]) -> JsonRow:
-    """OpenAI's entry of a token; ``likely`` has that token first, then the alternatives."""
-    entries = []
-    for token, logprob in likely:
-        text = decode([token])
-        entries.append({"token": text, "logprob": max(logprob, -9999.0), "bytes": list(text.encode())})
-    return {**entries[0], "top_logprobs": entries[1:]}

@@ -17,9 +17,10 @@ from typing import Any
 from rayswift import private
 from rayswift.data.tokens.encoder import Encoder
 from rayswift.errors import UserError
+from rayswift.generate.logprobs import logprob_entry
 from rayswift.generate.model_spec import ModelSpec
 from rayswift.generate.pool_rows import BLOCK_RETRIES, ERROR, HELPER_CPUS, NO_SEED, answer_row, each_answer
-from rayswift.generate.types import Answer, JsonRow, SamplingParams, logprob_entry
+from rayswift.generate.types import Answer, JsonRow, SamplingParams
 from rayswift.modeling.resolved import ResolvedModel
 
 #: Settings of vLLM's server that its engine does not know.
@@ -208,5 +209,5 @@ def openai_logprobs(
     for token, step in zip(ids, steps, strict=False):
         ranked = sorted(step.items(), key=lambda pair: pair[1]["rank"])
         likely = [(int(other), found["logprob"]) for other, found in ranked]
-        content.append(logprob_entry(tokenizer.decode, [(token, step[token]["logprob"]), *likely]))
+        content.append(logprob_entry(tokenizer, [(token, step[token]["logprob"]), *likely]))
     return {"content": content}

@@ -15,6 +15,12 @@ MAX_BODY_BYTES = 32 * 2**20
 MAX_DEPTH = 64
 #: Largest values of fields that cost the engine memory or time.
 _LIMITS = {"n": 128, "best_of": 128, "logprobs": 100, "top_logprobs": 100, "prompt_logprobs": 100}
+#: Fields of former versions, which engines now pass over without a word → what says the same.
+_RENAMED = {
+    "guided_json": 'structured_outputs: {"json": …}', "guided_regex": 'structured_outputs: {"regex": …}',
+    "guided_choice": 'structured_outputs: {"choice": …}', "guided_grammar": 'structured_outputs: {"grammar": …}',
+    "functions": "tools", "function_call": "tool_choice",
+}  # fmt: skip
 _ROLES = ("system", "developer", "user", "assistant", "tool", "function", "tool_call", "tool_response")
 
 
@@ -35,6 +41,9 @@ async def read_object(scope: Scope, receive: Receive) -> tuple[bytes, dict[str, 
     if not isinstance(body, dict):
         raise ApiError(400, "the body must be a JSON object")
     _check(body, 0)
+    for name, instead in _RENAMED.items():
+        if body.get(name) is not None:
+            raise ApiError(400, f"{name} is no longer known: use {instead}", param=name)
     for name, limit in _LIMITS.items():
         value = body.get(name)
         if isinstance(value, (int, float)) and not isinstance(value, bool) and value > limit:

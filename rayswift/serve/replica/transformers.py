@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import aclosing
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -21,29 +20,29 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from rayswift.data.tokens.encoder import Encoder
 from rayswift.errors import UserError
 from rayswift.generate.continuous_batching import BASE, BatchRunner, Busy, Sequence, TokenDelta
-from rayswift.generate.token_choice import Sampling
 from rayswift.generate.transformers import TransformersEngine
 from rayswift.modeling.adapters import add_adapter
 from rayswift.serve.lease import RESUME_HEADER, current_notes
 from rayswift.serve.openai_errors import ApiError, add_error_handlers
 from rayswift.serve.replica.openai_answers import DONE, EventStream, Shape, collect, pieces_of, usage_of
 from rayswift.serve.replica.openai_requests import (
+    MAX_CHOICES,
     ChatRequest,
     CompletionRequest,
     DetokenizeRequest,
     GenerationRequest,
     TokenizeRequest,
+    ToolChoice,
 )
+from rayswift.serve.replica.own_rendering import rendered_prompt_ids
+from rayswift.serve.replica.request_sampling import check_ids, rows_of
+from rayswift.serve.replica.tool_calls import CallReader, agent_of
 from rayswift.serve.replica.trained_template import chat_prompt_ids
 from rayswift.serve.request_body import client_left, read_object
 
 logger = logging.getLogger("rayswift.serve.replica.transformers")
 
 RETRY_AFTER = 1  # seconds; a batch makes room within about that
-_NO_LAYOUT = (
-    "this engine answers text: it takes no images or other files, no chat template or documents in the request, and no "
-    "tools without an agent format (--agent_template)"
-)
 
 
 @dataclass(frozen=True)
@@ -73,7 +72,6 @@ class TransformersServing:
         self.engine, self.name = engine, served_model_name
         self.encoders = {} if encoders is None else encoders
         self.runner = BatchRunner(engine, max_rows, max_waiting)
-        self._vocabulary = int(engine.model.get_input_embeddings().weight.shape[0])
         # A model that was loaded with an adapter answers with it.
         self._adapters = {served_model_name: next(iter(getattr(engine.model, "peft_config", ())), BASE)}
         self._loaded = 0
@@ -159,74 +157,30 @@ class TransformersServing:
     async def chat_prompt(self, encoder: Encoder, body: ChatRequest | TokenizeRequest) -> Prompt:
         """The prompt of a chat request."""
         asked = {name: value for name, value in body if value is not None}
+        if isinstance(choice := asked.get("tool_choice"), ToolChoice):
+            asked["tool_choice"] = choice.model_dump()
+
+        def lay_out() -> list[int]:
+            ids = chat_prompt_ids(encoder, asked)
+            return rendered_prompt_ids(encoder, asked) if ids is None else ids
+
         try:
-            # In a thread: a long text takes a while.
-            ids = await asyncio.to_thread(chat_prompt_ids, encoder, asked)
+            ids = await asyncio.to_thread(lay_out)  # a long text takes a while
         except ValueError as error:
             raise ApiError(400, str(error), param="messages") from None
-        if ids is None:
-            raise ApiError(400, _NO_LAYOUT, param="messages")
-        return Prompt(ids)
+        last = body.messages[-1] if body.messages else {}
+        said = last.get("content") if last.get("role") == "assistant" else None
+        return Prompt(_last_of(ids, body), said if isinstance(said, str) else "")
 
-    async def plain_prompt(self, prompt: str | list[int], *, special_tokens: bool = True) -> Prompt:
+    async def plain_prompt(self, body: CompletionRequest | TokenizeRequest, prompt: str | list[int]) -> Prompt:
         """The prompt of a plain completion."""
         tokenizer = self.engine.encoder.tokenizer
         if isinstance(prompt, str):
-            ids = await asyncio.to_thread(tokenizer.encode, prompt, add_special_tokens=special_tokens)
-            return Prompt(ids, prompt)
-        self.check_ids(prompt, "prompt")
-        return Prompt(prompt, tokenizer.decode(prompt))
-
-    def check_ids(self, ids: list[int], param: str) -> None:
-        """Raises ApiError (400) for ids that are no tokens."""
-        if ids and max(ids) >= self._vocabulary:
-            raise ApiError(400, f"token id {max(ids)} is out of the vocabulary of {self._vocabulary}", param=param)
-
-    def sampling(self, body: GenerationRequest, prompt: Prompt, index: int) -> Sampling:
-        """How choice ``index`` of the request is sampled: its fields, else the model's ``generation_config.json``."""
-        room = self.engine.context_length - len(prompt.ids)
-        wanted = body.token_limit
-        if not prompt.ids:
-            raise ApiError(400, "the prompt is empty", param="prompt")
-        if room < 1 or (wanted or 0) > room:
-            asked = f"{len(prompt.ids)} in the prompt" + (f" and {wanted} for the answer" if wanted else "")
-            limit = f"This model's maximum context length is {self.engine.context_length} tokens"
-            raise ApiError(400, f"{limit}; you asked for {asked}", code="context_length_exceeded", param="messages")
-        config = self.engine.model.generation_config
-        chosen: dict[str, Any] = {}
-        for name in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty"):
-            own = getattr(body, name)
-            chosen[name] = getattr(config, name, None) if own is None else own
-        chosen |= {name: getattr(body, name) for name in ("presence_penalty", "frequency_penalty", "seed")}
-        if not all(key.isascii() and key.isdigit() and len(key) < 10 for key in body.logit_bias or ()):
-            raise ApiError(400, "logit_bias: keys are token ids", param="logit_bias")
-        bias = {int(key): value for key, value in (body.logit_bias or {}).items()}
-        self.check_ids(list(bias), "logit_bias")
-        skips = body.skip_special_tokens
-        return Sampling(
-            max_tokens=wanted or room,
-            logit_bias=bias,
-            logprobs=body.alternatives,
-            skip_special_tokens=True if skips is None else skips,
-            index=index,
-            **{name: value for name, value in chosen.items() if value is not None},
-        )
-
-    def rows(
-        self, body: GenerationRequest, prompts: list[Prompt], adapter: str, encoder: Encoder,
-        emit: Callable[[int, TokenDelta], Any],
-    ) -> list[Sequence]:  # fmt: skip
-        """A row for each choice of each prompt; ``emit`` gets the number of the choice with each piece."""
-        ends = set() if body.ignore_eos else {*encoder.eos_token_ids, *self.engine.stop_token_ids}
-        ends |= set(body.stop_token_ids or ())
-        asked = [body.stop] if isinstance(body.stop, str) else body.stop or []
-        words = (*asked, *(() if body.ignore_eos else encoder.stop_strings))
-        ends_with: dict[str, Any] = {"adapter": adapter, "stop_ids": frozenset(ends), "stop_words": words}
-        choices = [(prompt, choice) for prompt in prompts for choice in range(body.n or 1)]
-        return [
-            Sequence(self.engine, prompt.ids, self.sampling(body, prompt, choice), partial(emit, index), **ends_with)
-            for index, (prompt, choice) in enumerate(choices)
-        ]
+            special = body.add_special_tokens is not False
+            ids = await asyncio.to_thread(tokenizer.encode, prompt, add_special_tokens=special)
+            return Prompt(_last_of(ids, body), prompt)
+        check_ids(prompt, self.engine.vocabulary, "prompt")
+        return Prompt(_last_of(prompt, body), tokenizer.decode(prompt))
 
     # --- answers ------------------------------------------------------------------------------------------------
 
@@ -238,11 +192,18 @@ class TransformersServing:
         def emit(index: int, piece: TokenDelta) -> None:
             loop.call_soon_threadsafe(pieces.put_nowait, (index, piece))
 
-        rows = self.rows(body, prompts, adapter, encoder, emit)
+        # In a thread: a grammar takes a while, and so do the ids of words.
+        rows = await asyncio.to_thread(
+            rows_of, self.engine, body, [prompt.ids for prompt in prompts], adapter, encoder, emit
+        )
         resume = _resumed_ids(request)
-        self.check_ids(resume, RESUME_HEADER)
+        check_ids(resume, self.engine.vocabulary, RESUME_HEADER)
         if resume and len(rows) > 1:
             raise ApiError(400, f"{RESUME_HEADER} is for requests with one choice")
+        shape = await self._shape(body, prompts, adapter, encoder, name, rows, echo)
+        for row in rows:
+            if row.left == 0:
+                row.end()
         rows[0].replay(resume)
         try:
             self.runner.submit([row for row in rows if not row.done])
@@ -252,12 +213,33 @@ class TransformersServing:
             ) from None
         self.requests += 1
         self.prompt_tokens += sum(len(prompt.ids) for prompt in prompts)
-        texts = [prompt.text for prompt in prompts for _ in range(body.n or 1)] if echo else []
-        shape = Shape(name, isinstance(body, ChatRequest), bool(body.return_token_ids), texts)
         answers, ids = pieces_of(rows, pieces), [prompt.ids for prompt in prompts]
         if body.stream:
             return EventStream(self._events(body, shape, rows, ids, answers), rows)
         return await self._whole(request, shape, rows, ids, answers)
+
+    async def _shape(
+        self, body: GenerationRequest, prompts: list[Prompt], adapter: str, encoder: Encoder, name: str,
+        rows: list[Sequence], echo: bool,
+    ) -> Shape:  # fmt: skip
+        """The frame of the response to a request with these rows."""
+        shape = Shape(
+            name, isinstance(body, ChatRequest), self.engine.encoder.tokenizer, [row.prompt for row in rows],
+            bool(body.return_token_ids), bool(body.return_tokens_as_token_ids),
+        )  # fmt: skip
+        count, shape.stop_ids = body.n or 1, frozenset(body.stop_token_ids or ())
+        if echo:
+            shape.echoes = [prompt.text for prompt in prompts for _ in range(count)]
+        if isinstance(body, ChatRequest) and body.wants_calls:
+            agent, most = agent_of(encoder), 1 if body.parallel_tool_calls is False else MAX_CHOICES
+            shape.readers = [CallReader(agent, body.tools or (), most) for _ in rows]
+            shape.tool_choice = "named" if isinstance(body.tool_choice, ToolChoice) else body.tool_choice or "auto"
+        shape.echo_scores = echo and not shape.is_chat and body.alternatives is not None
+        if (top := body.alternatives if shape.echo_scores else body.prompt_logprobs) is not None:
+            asked = [self.runner.score_prompt(prompt.ids, adapter, top) for prompt in prompts]
+            found = [await asyncio.wrap_future(scores) for scores in asked]
+            shape.scores = [scores for scores in found for _ in range(count)]
+        return shape
 
     async def _whole(
         self, request: Request, shape: Shape, rows: list[Sequence], prompts: list[list[int]],
@@ -270,7 +252,7 @@ class TransformersServing:
             if not collecting.done():
                 return Response(status_code=499)  # nobody reads it
             usage = usage_of(prompts, sum(len(row.generated) for row in rows))
-            return JSONResponse(shape.whole(collecting.result(), [row.prompt for row in rows], usage))
+            return JSONResponse(shape.whole(collecting.result(), usage))
         finally:
             leaving.cancel()
             collecting.cancel()
@@ -281,21 +263,35 @@ class TransformersServing:
         self, body: GenerationRequest, shape: Shape, rows: list[Sequence], prompts: list[list[int]],
         answers: AsyncIterator[tuple[int, TokenDelta]],
     ) -> AsyncIterator[bytes]:  # fmt: skip
-        notes = current_notes.get()
+        notes, options, counts = current_notes.get(), body.stream_options, [0] * len(rows)
+        told = options is not None and bool(options.include_usage)
+        always = options is not None and told and bool(options.continuous_usage_stats)
+
+        def usage(index: int) -> dict[str, int] | None:
+            return usage_of([rows[index].prompt], counts[index]) if always else None
+
         try:
-            for index, row in enumerate(rows):
-                if first := shape.first_event(index, row.prompt):
+            for index in range(len(rows)):
+                if first := shape.first_event(index, usage(index)):
                     yield first
             async with aclosing(answers):  # type: ignore[type-var]
                 async for index, piece in answers:
                     if notes is not None:
                         notes.add(piece.token_ids)
-                    yield shape.piece_event(index, piece)
-            if body.stream_options is not None and body.stream_options.include_usage:
-                yield shape.usage_event(usage_of(prompts, sum(len(row.generated) for row in rows)))
+                    counts[index] += len(piece.token_ids)
+                    if chunk := shape.piece_event(index, piece, usage(index)):
+                        yield chunk
+            if told:
+                yield shape.usage_event(usage_of(prompts, sum(counts)))
         except ApiError as error:
             yield error.event()
         yield DONE
+
+
+def _last_of(ids: list[int], body: Any) -> list[int]:
+    """The tokens of a prompt that a request wants: its last ones, with ``truncate_prompt_tokens``."""
+    kept = getattr(body, "truncate_prompt_tokens", None)
+    return ids if kept is None or kept < 0 else ids[len(ids) - min(kept, len(ids)) :]
 
 
 def _resumed_ids(request: Request) -> list[int]:
@@ -315,13 +311,13 @@ def make_app(serving: TransformersServing) -> ASGIApp:
     async def chat(body: ChatRequest, request: Request) -> Response:
         body.check()
         _, _, encoder = serving.find(body.model)
-        return await serving.answer(request, body, [await serving.chat_prompt(encoder, body)], echo=False)
+        return await serving.answer(request, body, [await serving.chat_prompt(encoder, body)], echo=bool(body.echo))
 
     @app.post("/v1/completions")
     async def complete(body: CompletionRequest, request: Request) -> Response:
         body.check()
         serving.find(body.model)
-        prompts = [await serving.plain_prompt(prompt) for prompt in body.prompts]
+        prompts = [await serving.plain_prompt(body, prompt) for prompt in body.prompts]
         return await serving.answer(request, body, prompts, echo=bool(body.echo))
 
     @app.get("/v1/models")
@@ -341,8 +337,7 @@ def make_app(serving: TransformersServing) -> ASGIApp:
         if body.prompt is None:
             ids = (await serving.chat_prompt(encoder, body)).ids
         else:
-            special = body.add_special_tokens is not False
-            ids = (await serving.plain_prompt(body.prompt, special_tokens=special)).ids
+            ids = (await serving.plain_prompt(body, body.prompt)).ids
         texts = encoder.tokenizer.convert_ids_to_tokens(ids) if body.return_token_strs else None
         limit = serving.engine.context_length
         return {"count": len(ids), "max_model_len": limit, "tokens": ids, "token_strs": texts}
@@ -350,7 +345,6 @@ def make_app(serving: TransformersServing) -> ASGIApp:
     @app.post("/detokenize")
     async def detokenize(body: DetokenizeRequest) -> Any:
         serving.find(body.model)
-        serving.check_ids(body.tokens, "tokens")
         return {"prompt": await asyncio.to_thread(serving.engine.encoder.tokenizer.decode, body.tokens)}
 
     @app.get("/health")
