@@ -93,6 +93,10 @@ class LLMServer:
         """Unload an adapter now (it loads again when somebody asks for it)."""
         await self.serving.unload_adapter(split_key(key)[0])
 
+    async def context_length(self) -> int:
+        """Tokens that a prompt and its answer may have together."""
+        return int(self.serving.context_length)
+
     async def engine_metrics(self) -> tuple[str, str]:
         """Name of the replica and the Prometheus text of its engine."""
         return serve.get_replica_context().replica_id.unique_id, await asyncio.to_thread(self.serving.metrics)
