@@ -207,6 +207,10 @@ class Told:
         messages.add_routes(self.app, self.chat, self.count)
         self.http = TestClient(self.app)
 
+    def sent(self, number: int) -> dict[str, Any]:
+        """A request that it got, as its JSON."""
+        return self.asked[number].model_dump(exclude_unset=True, by_alias=True)
+
     async def count(self, body: ChatRequest) -> int:
         self.asked.append(body)
         return 7
@@ -250,11 +254,11 @@ def test_a_message_holds_thoughts_text_and_calls() -> None:
         )  # fmt: skip
         assert (answer.content[3].name, answer.content[3].input) == ("now", {})
         assert (answer.stop_reason, answer.usage.output_tokens) == ("tool_use", 5)
-    sent = told.asked[0]
-    assert sent.tools == [{"type": "function", "function": {
+    sent = told.sent(0)
+    assert sent["tools"] == [{"type": "function", "function": {
         "name": "weather", "description": "The weather.", "parameters": {"type": "object", "properties": {"city": {}}},
     }}]  # fmt: skip
-    assert (sent.tool_choice, sent.stop, sent.max_tokens) == ("required", ["END"], 64)
+    assert (sent["tool_choice"], sent["stop"], sent["max_tokens"]) == ("required", ["END"], 64)
 
 
 def test_a_message_says_which_stop_text_ended_it() -> None:
@@ -264,8 +268,9 @@ def test_a_message_says_which_stop_text_ended_it() -> None:
         # The calls are whole, so they are to be made, whatever ended the text.
         assert '"stop_reason":"tool_use"' in raw.replace(": ", ":")
     cut = {"choices": [{"message": {"content": "One"}, "finish_reason": "stop", "stop_reason": "END"}]}
-    answer = messages.MessagesWriter().whole({"model": "m", **cut})
-    assert (answer["stop_reason"], answer["stop_sequence"]) == ("stop_sequence", "END")
+    for asked, said in ((["END"], ("stop_sequence", "END")), (None, ("end_turn", None))):  # else it is the template's
+        answer = messages.MessagesWriter(asked).whole({"model": "m", **cut})
+        assert (answer["stop_reason"], answer["stop_sequence"]) == said
 
 
 def test_a_conversation_with_tools_goes_back_as_chat_messages() -> None:
@@ -288,7 +293,7 @@ def test_a_conversation_with_tools_goes_back_as_chat_messages() -> None:
     }  # fmt: skip
     assert told.http.post("/v1/messages/count_tokens", json=body).json()["input_tokens"] == 7
     function = {"name": "weather", "arguments": '{"city": "Paris"}'}
-    assert told.asked[0].messages == [
+    assert told.sent(0)["messages"] == [
         {"role": "system", "content": f"{SYSTEM} Really."},
         TURN,
         {"role": "assistant", "content": "One moment.", "reasoning": "Look.",
@@ -296,7 +301,7 @@ def test_a_conversation_with_tools_goes_back_as_chat_messages() -> None:
         {"role": "tool", "tool_call_id": "call_0", "content": "Rain."},
         {"role": "user", "content": "And now?"},
     ]  # fmt: skip
-    assert told.asked[0].reasoning_effort == "none"
+    assert told.sent(0)["reasoning_effort"] == "none"
 
 
 class City(BaseModel):
@@ -321,10 +326,10 @@ def test_a_response_holds_thoughts_text_and_calls() -> None:
         assert (answer.status, answer.usage.total_tokens) == ("completed", 12)
     pieces = [one.delta for one in seen if one.type == "response.function_call_arguments.delta"]
     assert pieces == ['{"city": ', '"Paris"}', "{}"]
-    sent = told.asked[0]
-    assert sent.tools == [{"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}]
-    assert sent.tool_choice == {"type": "function", "function": {"name": "weather"}}
-    assert sent.reasoning_effort == "low"
+    sent = told.sent(0)
+    assert sent["tools"] == [{"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}]
+    assert sent["tool_choice"] == {"type": "function", "function": {"name": "weather"}}
+    assert sent["reasoning_effort"] == "low"
 
 
 def test_the_items_of_a_response_go_back_as_chat_messages() -> None:
@@ -336,8 +341,8 @@ def test_the_items_of_a_response_go_back_as_chat_messages() -> None:
     ]  # fmt: skip
     layout = {"format": {"type": "json_schema", "name": "City", "schema": City.model_json_schema(), "strict": True}}
     told.http.post("/v1/responses", json={"input": given, "instructions": SYSTEM, "text": layout})
-    sent = told.asked[-1]
-    assert sent.messages == [
+    sent = told.sent(-1)
+    assert sent["messages"] == [
         {"role": "system", "content": SYSTEM},
         TURN,
         {"role": "assistant", "reasoning": "I must look.", "content": "One moment.",
@@ -347,7 +352,7 @@ def test_the_items_of_a_response_go_back_as_chat_messages() -> None:
         {"role": "tool", "tool_call_id": "call_0", "content": "Rain."},
         {"role": "user", "content": "And now?"},
     ]  # fmt: skip
-    assert sent.response_format == {
+    assert sent["response_format"] == {
         "type": "json_schema", "json_schema": {"name": "City", "schema": City.model_json_schema(), "strict": True},
     }  # fmt: skip
 

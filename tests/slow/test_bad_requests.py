@@ -25,6 +25,8 @@ from serving import KEYS, MODEL, Deployment, wait_until_idle
 
 pytestmark = pytest.mark.slow
 
+#: Operations to send them to, as a regular expression; all without it.
+FUZZ_PATHS = os.environ.get("RAYSWIFT_FUZZ_PATHS")
 FUZZ_CASES = int(os.environ.get("RAYSWIFT_FUZZ_CASES", "2000"))
 #: A bad request that has no answer by then hangs, seconds.
 REQUEST_TIMEOUT = 60.0
@@ -197,6 +199,7 @@ def run_schemathesis(server: Deployment, record: Path, phases: str, each: int, s
         "--max-examples", str(each), "--seed", str(seed), "--checks", "not_a_server_error",
         "--generation-allow-x00", "true", "--generation-database", "none", "--request-timeout", str(REQUEST_TIMEOUT),
         "--continue-on-failure", "--no-shrink", "--suppress-health-check", "all", "--no-color", "--workers", "2",
+        *(["--include-path-regex", FUZZ_PATHS] if FUZZ_PATHS else []),
     ]  # fmt: skip
     environment = {
         **os.environ, "SCHEMATHESIS_HOOKS": "fuzz_hooks", "PYTHONPATH": str(Path(__file__).parent),

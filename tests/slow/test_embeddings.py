@@ -60,6 +60,21 @@ def test_scores_compare_texts(vectors_server: Deployment) -> None:
     assert same > alike > other
 
 
+@pytest.mark.parametrize("version", ["v1", "v2"])
+def test_documents_are_put_into_the_order_of_their_likeness(vectors_server: Deployment, version: str) -> None:
+    """Jina's and Cohere's request."""
+    body = {"model": MODEL, "query": TEXTS[0], "documents": [TEXTS[2], TEXTS[1], TEXTS[0]], "top_n": 2}
+    status, answer = vectors_server.request("POST", f"/{version}/rerank", body)
+    assert status == 200, answer
+    found = json.loads(answer)
+    assert [one["index"] for one in found["results"]] == [2, 1]
+    assert found["results"][0]["relevance_score"] == pytest.approx(1, abs=1e-3)
+    assert found["results"][1]["document"]["text"] == TEXTS[1]
+    assert found["usage"]["total_tokens"] > 20
+    status, answer = vectors_server.request("POST", f"/{version}/rerank", {"model": MODEL, "documents": ["a"]})
+    assert (status, json.loads(answer)["error"]["type"]) == (400, "invalid_request_error")
+
+
 def test_mistakes_are_typed_errors(client: openai.OpenAI) -> None:
     with pytest.raises(openai.BadRequestError):
         client.embeddings.create(model=MODEL, input="word " * 4000)

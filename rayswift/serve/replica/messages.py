@@ -211,7 +211,8 @@ def _function(tool: Tool) -> dict[str, Any]:
 class MessagesWriter:
     """A message, whole or as events: one block of content after the other, each begun, filled and ended."""
 
-    def __init__(self) -> None:
+    def __init__(self, stop_sequences: list[str] | None = None) -> None:
+        self._stops = stop_sequences or []
         self._id = f"msg_{uuid.uuid4().hex}"
         self._blocks: list[tuple[str, int]] = []  # kind, and number of a tool call
         self._arguments = ""  # of the last call
@@ -287,7 +288,7 @@ class MessagesWriter:
         reason, stop = finish
         if reason == "length":
             return {"stop_reason": "max_tokens", "stop_sequence": None}
-        if isinstance(stop, str) and not (used and _is_json(self._arguments)):
+        if stop in self._stops and not (used and _is_json(self._arguments)):
             return {"stop_reason": "stop_sequence", "stop_sequence": stop}
         return {"stop_reason": "tool_use" if used else "end_turn", "stop_sequence": None}
 
@@ -313,7 +314,7 @@ def add_routes(app: FastAPI, chat: Chat, count: Count) -> None:
 
     @app.post("/v1/messages")
     async def create(body: MessagesRequest, request: Request) -> Response:
-        return await answer(chat, body, MessagesWriter(), request)
+        return await answer(chat, body, MessagesWriter(body.stop_sequences), request)
 
     @app.post("/v1/messages/count_tokens")
     async def count_tokens(body: CountTokensRequest) -> Any:

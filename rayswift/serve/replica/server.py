@@ -48,6 +48,10 @@ class LLMServer:
             from rayswift.serve.replica.vllm import VllmServing
 
             self.serving = VllmServing(self.plan.llm_config(model_dir), self.encoders)
+        elif self.plan.task_type != "causal_lm":
+            from rayswift.serve.replica.pooling import PoolingServing
+
+            self.serving = PoolingServing.from_plan(self.plan, self.encoders[""])
         else:
             from rayswift.serve.replica.transformers import TransformersServing
 
