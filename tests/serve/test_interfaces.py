@@ -273,6 +273,12 @@ def test_a_message_says_which_stop_text_ended_it() -> None:
         assert (answer["stop_reason"], answer["stop_sequence"]) == said
 
 
+def test_a_call_that_was_cut_short_has_no_arguments_and_is_not_to_be_made() -> None:
+    cut = {"tool_calls": [call(0, '{"city": "Pa', "weather")]}
+    answer = messages.MessagesWriter().whole({"model": "m", "choices": [{"message": cut, "finish_reason": "length"}]})
+    assert (answer["content"][0]["input"], answer["stop_reason"]) == ({}, "max_tokens")
+
+
 def test_a_conversation_with_tools_goes_back_as_chat_messages() -> None:
     told = Told()
     body = {

@@ -308,14 +308,14 @@ def test_tools_of_responses_and_messages_are_in_the_prompt_and_called(
     schema: Any = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
     answer = client.responses.create(
         model=MODEL, input=FRANCE, temperature=0, max_output_tokens=60,
-        tools=[{"type": "function", "name": "weather", "parameters": schema, "strict": None}],
+        tools=[{"type": "function", "name": "weather", "parameters": schema, "strict": True}],
         tool_choice={"type": "function", "name": "weather"},
     )  # fmt: skip
     assert [item.type for item in answer.output] == ["function_call"]
     assert isinstance(json.loads(answer.output[0].arguments)["city"], str)
     message = claude.messages.create(
         model=MODEL, messages=FRANCE, max_tokens=60, extra_body={"temperature": 0},
-        tools=[{"name": "weather", "input_schema": schema}], tool_choice={"type": "tool", "name": "weather"},
+        tools=[{"name": "weather", "input_schema": schema, "strict": True}], tool_choice={"type": "tool", "name": "weather"},
     )  # fmt: skip
     assert (message.content[-1].type, message.stop_reason) == ("tool_use", "tool_use")
     assert isinstance(message.content[-1].input["city"], str)

@@ -230,7 +230,7 @@ class MessagesWriter:
                 content.append({"type": "text", "text": piece.text})
             else:
                 self._arguments = piece.text
-                content.append(_use(piece, json.loads(piece.text or "{}")))
+                content.append(_use(piece, _object(piece.text)))
         kinds = {block["type"] for block in content}
         return {
             "id": self._id, "type": "message", "role": "assistant", "model": answer["model"],
@@ -295,6 +295,15 @@ class MessagesWriter:
 
 def _use(piece: Delta, arguments: dict[str, Any]) -> dict[str, Any]:
     return {"type": "tool_use", "id": piece.call_id, "name": piece.name, "input": arguments}
+
+
+def _object(text: str) -> dict[str, Any]:
+    """The arguments of a call; none of one that was cut short, as the reason of stopping says then."""
+    try:
+        found = json.loads(text)
+    except ValueError:
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def _is_json(text: str) -> bool:
