@@ -315,7 +315,8 @@ def test_tools_of_responses_and_messages_are_in_the_prompt_and_called(
     assert isinstance(json.loads(answer.output[0].arguments)["city"], str)
     message = claude.messages.create(
         model=MODEL, messages=FRANCE, max_tokens=60, extra_body={"temperature": 0},
-        tools=[{"name": "weather", "input_schema": schema, "strict": True}], tool_choice={"type": "tool", "name": "weather"},
+        tools=[{"name": "weather", "input_schema": schema, "strict": True}],
+        tool_choice={"type": "tool", "name": "weather"},
     )  # fmt: skip
     assert (message.content[-1].type, message.stop_reason) == ("tool_use", "tool_use")
     assert isinstance(message.content[-1].input["city"], str)
