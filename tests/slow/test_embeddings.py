@@ -1,4 +1,4 @@
-"""Vectors instead of text: ``rayswift deploy --task_type embedding`` with real vLLM, and the real ``openai`` client."""
+"""Vectors instead of text: ``rayswift deploy --task_type embedding`` with both engines, and the ``openai`` client."""
 
 from __future__ import annotations
 
@@ -16,9 +16,12 @@ pytestmark = pytest.mark.slow
 TEXTS = ["The capital of France is Paris.", "Paris is France's capital city.", "def add(a, b): return a + b"]
 
 
-@pytest.fixture(scope="module")
-def vectors_server(smollm2_dir: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]:
+@pytest.fixture(scope="module", params=["vllm", "transformers"])
+def vectors_server(
+    request: pytest.FixtureRequest, smollm2_dir: str, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Deployment]:
     flags = ["--served_model_name", MODEL, "--task_type", "embedding", "--api_key", KEYS[0]]
+    flags += ["--infer_backend", request.param]
     with deployed(smollm2_dir, tmp_path_factory.mktemp("vectors"), *flags, api_key=KEYS[0]) as running:
         yield running
 

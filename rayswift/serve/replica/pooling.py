@@ -12,6 +12,7 @@ import json
 import time
 import uuid
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -93,8 +94,8 @@ class PoolingServing:
         """Load the model of a `ModelSpec`."""
         auto_class = "AutoModel" if plan.task_type == "embedding" else "AutoModelForSequenceClassification"
         engine = TransformersEngine.load(
-            encoder, torch_dtype=plan.torch_dtype, attn_impl=plan.attn_impl, use_gpu=plan.use_gpu,
-            model_kwargs=plan.model_kwargs, auto_class=auto_class,
+            replace(encoder, max_length=plan.max_model_len), torch_dtype=plan.torch_dtype,
+            attn_impl=plan.attn_impl, use_gpu=plan.use_gpu, model_kwargs=plan.model_kwargs, auto_class=auto_class,
         )  # fmt: skip
         return cls(engine, plan.name, plan.task_type)
 
