@@ -23,9 +23,9 @@ Chat = Callable[[ChatRequest, Request], Awaitable[Response]]
 
 
 class Body(BaseModel):
-    """Checked as it is written: no text becomes a number. Fields that are not known are ignored."""
+    """Fields that are not known are ignored, as vLLM does."""
 
-    model_config = ConfigDict(strict=True, protected_namespaces=(), populate_by_name=True)
+    model_config = ConfigDict(protected_namespaces=(), populate_by_name=True)
 
 
 class ChatForm(Protocol):
