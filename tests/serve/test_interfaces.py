@@ -17,6 +17,7 @@ from starlette.testclient import TestClient
 
 from rayswift.data.tokens.encoder import Encoder
 from rayswift.generate.transformers import TransformersEngine
+from rayswift.serve.lease import RESUME_HEADER
 from rayswift.serve.openai_errors import ApiError, add_error_handlers
 from rayswift.serve.replica import messages, responses
 from rayswift.serve.replica.openai_answers import DONE, event
@@ -126,6 +127,23 @@ def test_a_message_can_be_streamed(http: TestClient, chat: Any) -> None:
     names = [line.removeprefix("event: ") for line in raw.text.splitlines() if line.startswith("event: ")]
     assert (names[0], names[-2:]) == ("message_start", ["message_delta", "message_stop"])
     assert "[DONE]" not in raw.text
+
+
+def test_a_stream_goes_on_from_the_tokens_of_another_replica(http: TestClient, chat: Any) -> None:
+    body = {"messages": CHAT, "max_tokens": 12, "temperature": 0, "return_token_ids": True}
+    ids = http.post("/v1/chat/completions", json=body).json()["choices"][0]["token_ids"]
+    others = ids[3:6][::-1]  # an answer that this replica would not have begun
+    begun = http.post("/detokenize", json={"tokens": others}).json()["prompt"]
+    for earlier, text in ((ids[:7], chat.choices[0].message.content), (others, begun)):
+        given = {RESUME_HEADER: ",".join(map(str, earlier))}
+        asked = {"system": SYSTEM, "messages": [TURN], "max_tokens": 12, "temperature": 0, "stream": True}
+        raw = http.post("/v1/messages", json=asked, headers=given).text
+        events = [json.loads(line.removeprefix("data: ")) for line in raw.splitlines() if line.startswith("data: ")]
+        pieces = [one["delta"]["text"] for one in events if one["type"] == "content_block_delta"]
+        assert "".join(pieces).startswith(text)
+        asked = {"instructions": SYSTEM, "input": ASK, "max_output_tokens": 12, "temperature": 0, "stream": True}
+        last = json.loads(http.post("/v1/responses", json=asked, headers=given).text.strip().rpartition("data: ")[2])
+        assert last["response"]["output"][0]["content"][0]["text"] == "".join(pieces)
 
 
 @pytest.mark.parametrize(

@@ -24,12 +24,12 @@ from fastapi.openapi.docs import get_swagger_ui_html
 from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse
 from pydantic import BaseModel
 from ray import serve
-from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from rayswift import __version__
 from rayswift.serve.gateway.adapters import AdapterRegistry
+from rayswift.serve.gateway.cross_origin import allow_origins
 from rayswift.serve.gateway.forwarding import Forwarder, GatewayRequest
 from rayswift.serve.gateway.metrics import as_prometheus
 from rayswift.serve.model_cards import model_cards
@@ -151,13 +151,7 @@ class Gateway:
             elif scope["type"] == "lifespan":
                 await self._own(scope, receive, send)
 
-        if not self._origins:
-            return app
-        # Outside of all else: a browser asks first and without a key, and must be able to read refusals too.
-        return CORSMiddleware(
-            app, allow_origins=self._origins, allow_methods=["GET", "POST", "HEAD", "OPTIONS"], allow_headers=["*"],
-            expose_headers=["retry-after"],
-        )  # fmt: skip
+        return allow_origins(app, self._origins)
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         status, failed = 0, False
