@@ -140,8 +140,8 @@ def _content(content: Any) -> Any:
 def _function(tool: dict[str, Any], place: int) -> dict[str, Any]:
     if tool.get("type") != "function" or not isinstance(tool.get("name"), str):
         raise ApiError(400, f"tools[{place}]: only functions with a name are called here", param="tools")
-    known = ("name", "description", "parameters", "strict")
-    return {"type": "function", "function": {key: tool[key] for key in known if tool.get(key) is not None}}
+    function = {key: value for key, value in tool.items() if key != "type" and value is not None}
+    return {"type": "function", "function": function}  # in the client's order: the model reads it
 
 
 # --- answers ------------------------------------------------------------------------------------------------------
