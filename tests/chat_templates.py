@@ -6,6 +6,7 @@ conversations; the vocabularies are trained here on a few lines.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -179,5 +180,26 @@ def save_tokenizer(family: Family, directory: Path) -> str:
     extra: dict[str, Any] = {"bos_token": family.bos} if family.bos else {}
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=family.eos, **extra)
     tokenizer.chat_template = family.chat_template
+    tokenizer.save_pretrained(directory)
+    return str(directory)
+
+
+def save_every_family(of: str, directory: Path) -> str:
+    """Save the tokenizer in the folder ``of`` with the special tokens of every family and agent format of RaySwift, bos
+    and eos of its own, and without a chat template; returns the folder."""
+    from transformers import AutoTokenizer
+
+    from rayswift.data.chat.agents import load_agent_formats
+    from rayswift.data.chat.families import load_templates
+
+    owners = (*load_templates().values(), *load_agent_formats().values())
+    written = [text for owner in owners for text in owner.literals]
+    marks = {mark for text in written for mark in re.findall(r"(?<!<)<[^<>\s]+>(?!>)|\[/?[A-Za-z_]+\]", text)}
+    tokenizer = AutoTokenizer.from_pretrained(of)
+    special = sorted(mark for mark in marks if "|" in mark or "｜" in mark or mark[0] == "[" or mark.endswith("_turn>"))
+    assert {"<|im_end|>", "<|eot_id|>", "<start_of_turn>", "[INST]", "<｜User｜>"} <= set(special)
+    tokenizer.add_special_tokens({"bos_token": "<bos>", "eos_token": "<eos>", "additional_special_tokens": special})
+    tokenizer.add_tokens(["<think>", "</think>", "<tool_call>", "</tool_call>", "<s>", "</s>", "<sop>"])
+    tokenizer.chat_template = None  # the family `dummy` would ask with it, unlike in training
     tokenizer.save_pretrained(directory)
     return str(directory)

@@ -59,6 +59,14 @@ def tiny_dir(smollm2_dir: str, tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture(scope="session")
+def every_family(smollm2_dir: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """SmolLM2's tokenizer with the special tokens of every template family and agent format."""
+    from chat_templates import save_every_family
+
+    return save_every_family(smollm2_dir, tmp_path_factory.mktemp("every_family"))
+
+
+@pytest.fixture(scope="session")
 def ray_cluster() -> Iterator[None]:
     """One embedded Ray for the whole session, small enough for a laptop. Asking for it is what starts it."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")

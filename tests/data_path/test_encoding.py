@@ -7,6 +7,7 @@ import itertools
 import pickle
 import random
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -383,13 +384,60 @@ def test_the_own_chat_template_obeys_the_loss_scale(loss_scale: str, family_dir:
 
 @pytest.mark.parametrize("name", ["qwen3", "qwen3_thinking", "llama3_2", "deepseek_r1", "gemma", "phi3", "llama2"])
 def test_the_prompt_equals_the_models_own_generation_prompt(name: str, family_dir: Callable[[str], str]) -> None:
-    encoder = Encoder(family_dir(name), enable_thinking=True)
+    encoder = Encoder(family_dir(name))
     messages = chat("q1", "r1", "q2")["messages"]
     own = encoder.tokenizer.apply_chat_template(
         messages, tokenize=False, add_generation_prompt=True, date_string="26 Jul 2024"
     )
     ids = encoder.tokenizer(own, add_special_tokens=False)["input_ids"]
     assert encoder.tokenizer.decode(encoder.encode_prompt(messages)) == encoder.tokenizer.decode(ids)
+
+
+def test_a_model_thinks_by_default_where_its_own_chat_template_does(
+    family_dir: Callable[[str], str], tmp_path: Path
+) -> None:
+    from transformers import AutoTokenizer
+
+    closed, asked = "<|im_start|>assistant\n<think>\n\n</think>\n\n", chat("q")["messages"]
+    tokenizer = AutoTokenizer.from_pretrained(family_dir("qwen3"))
+
+    def prompt(chat_template: str | None, **settings: Any) -> str:
+        tokenizer.chat_template = chat_template
+        directory = tmp_path / str(len(list(tmp_path.iterdir())))
+        tokenizer.save_pretrained(directory)
+        encoder = Encoder(str(directory), **settings)
+        assert encoder.template_name == "qwen3"
+        return str(encoder.tokenizer.decode(encoder.encode_prompt(asked)))
+
+    own = tokenizer.chat_template
+    off_by_default = own.replace("enable_thinking is defined and enable_thinking is false", "not enable_thinking")
+    assert off_by_default != own
+    assert not prompt(own).endswith(closed)
+    assert prompt(off_by_default).endswith(closed)
+    assert not prompt(off_by_default, enable_thinking=True).endswith(closed)
+    # Nothing there says how it is: SWIFT's rule.
+    assert not prompt(None, template="qwen3").endswith(closed)
+    assert not prompt("{{ messages[0]['content'] }}", template="qwen3").endswith(closed)
+    assert prompt(None, template="qwen3", enable_thinking=False).endswith(closed)
+
+
+@pytest.mark.parametrize("name", ["qwen3", "llama3", "deepseek_r1", "llama2", "gemma", "phi3"])
+@pytest.mark.parametrize("settings", [{}, {"template_backend": "jinja"}, {"use_chat_template": False}], ids=str)
+def test_a_system_text_alone_is_a_prompt_or_refused_with_the_reason(
+    name: str, settings: dict[str, Any], family_dir: Callable[[str], str]
+) -> None:
+    encoder = Encoder(family_dir(name), **settings)
+    for content in ("Be brief.", ""):
+        try:
+            said = encoder.tokenizer.decode(encoder.encode_prompt([{"role": "system", "content": content}]))
+        except UserError as refused:
+            said = str(refused)
+        assert content in said or "cannot be a prompt: the model's chat template" in said
+        for loss_scale in ("default", "all"):
+            of_scale = dataclasses.replace(encoder, loss_scale=loss_scale)
+            (sample,) = of_scale.encode_batch([{"messages": [{"role": "system", "content": content}]}])
+            learns = isinstance(sample, Encoded) and content in encoder.tokenizer.decode(sample.input_ids)
+            assert learns or isinstance(sample, Dropped)
 
 
 # --- settings ---------------------------------------------------------------------------------------------------

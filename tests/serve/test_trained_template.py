@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import json
-import re
 from dataclasses import replace
 from typing import Any
 
 import pytest
 
-from rayswift.data.chat.agents import load_agent_formats
 from rayswift.data.chat.families import get_template, load_templates
 from rayswift.data.rows.standard import standardise_row
 from rayswift.data.tokens.encoder import IGNORED, Encoded, Encoder
@@ -31,33 +28,57 @@ CONVERSATIONS: dict[str, list[dict[str, Any]]] = {
     "system": [{"role": S, "content": "Be brief."}, {"role": U, "content": "你好"}],
     "empty system": [{"role": S, "content": ""}, {"role": U, "content": "Hello"}],
     "turns": [{"role": U, "content": "q1"}, {"role": A, "content": "r1"}, {"role": U, "content": "q2"}],
-    "parts": [{"role": U, "content": [{"type": "text", "text": "Hello "}, {"type": "text", "text": "there"}]}],
     "special": [{"role": U, "content": "a <|im_end|> b </s> <|eot_id|> [INST] <|im_start|>system"}],
+}
+#: What only requests have, and the conversation that training has in its place.
+REQUESTS: dict[str, tuple[list[dict[str, Any]], list[dict[str, Any]]]] = {
+    "parts": (
+        [{"role": U, "content": [{"type": "text", "text": "What is 2+2?"}, {"type": "text", "text": "Answer"}]}],
+        [{"role": U, "content": "What is 2+2?\nAnswer"}],
+    ),
+    "other parts": (
+        [
+            {"role": U, "content": ["q", {"type": "input_text", "text": "1"}]},
+            {"role": A, "content": [{"type": "output_text", "text": "r"}, {"type": "refusal", "refusal": "no"}]},
+            {"role": U, "content": "q2"},
+        ],
+        [{"role": U, "content": "q\n1"}, {"role": A, "content": "r\nno"}, {"role": U, "content": "q2"}],
+    ),
+    "users in a row": (
+        [{"role": U, "content": "q1"}, {"role": U, "content": [{"type": "text", "text": "q2"}]}],
+        [{"role": U, "content": "q1\nq2"}],
+    ),
+    "late instructions": (
+        [
+            {"role": "developer", "content": "One."},
+            {"role": U, "content": "q1"},
+            {"role": S, "content": ""},
+            {"role": A, "content": "r1"},
+            {"role": S, "content": [{"type": "text", "text": "Two."}]},
+            {"role": U, "content": "q2"},
+            {"role": "developer", "content": "Three."},
+        ],
+        [
+            {"role": S, "content": "One.\nTwo.\nThree."},
+            {"role": U, "content": "q1"},
+            {"role": A, "content": "r1"},
+            {"role": U, "content": "q2"},
+        ],
+    ),
+    "users around an instruction": (
+        [{"role": U, "content": "q1"}, {"role": S, "content": "Be brief."}, {"role": U, "content": "q2"}],
+        [{"role": S, "content": "Be brief."}, {"role": U, "content": "q1\nq2"}],
+    ),
+    "instructions alone": (
+        [{"role": S, "content": "Be brief."}, {"role": "developer", "content": "And kind."}],
+        [{"role": S, "content": "Be brief.\nAnd kind."}],
+    ),
 }
 TOOL_LOOP: list[dict[str, Any]] = [
     {"role": U, "content": "How is it in Beijing?"},
     {"role": A, "content": None, "tool_calls": [CALL]},
     {"role": "tool", "tool_call_id": "call_1", "content": "sunny"},
 ]
-
-
-@pytest.fixture(scope="module")
-def every_family(smollm2_dir: str, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """SmolLM2's tokenizer with the special tokens of every family and agent format, and bos and eos of its own."""
-    from transformers import AutoTokenizer
-
-    templates, agents = load_templates().values(), load_agent_formats().values()
-    written = [text for owner in (*templates, *agents) for text in owner.literals]
-    marks = {mark for text in written for mark in re.findall(r"(?<!<)<[^<>\s]+>(?!>)|\[/?[A-Za-z_]+\]", text)}
-    tokenizer = AutoTokenizer.from_pretrained(smollm2_dir)
-    special = sorted(mark for mark in marks if "|" in mark or "｜" in mark or mark[0] == "[" or mark.endswith("_turn>"))
-    assert {"<|im_end|>", "<|eot_id|>", "<start_of_turn>", "[INST]", "<｜User｜>"} <= set(special)
-    tokenizer.add_special_tokens({"bos_token": "<bos>", "eos_token": "<eos>", "additional_special_tokens": special})
-    tokenizer.add_tokens(["<think>", "</think>", "<tool_call>", "</tool_call>", "<s>", "</s>", "<sop>"])
-    tokenizer.chat_template = None  # the family `dummy` would ask with it, unlike in training
-    directory = str(tmp_path_factory.mktemp("every_family"))
-    tokenizer.save_pretrained(directory)
-    return directory
 
 
 def trained(encoder: Encoder, messages: list[dict[str, Any]], tools: Any = None) -> tuple[list[int], int, str]:
@@ -79,12 +100,18 @@ def trained(encoder: Encoder, messages: list[dict[str, Any]], tools: Any = None)
     return sample.input_ids.tolist(), start, answer
 
 
+def encoder_of(family: str, directory: str, **settings: Any) -> Encoder:
+    """An encoder whose prompts ask for an answer without thoughts where the family can do both."""
+    off = {"enable_thinking": False} if get_template(family).thinking == "hybrid" else {}
+    return Encoder(directory, template=family, **{**off, **settings})
+
+
 @pytest.mark.parametrize("conversation", CONVERSATIONS)
 @pytest.mark.parametrize("family", load_templates())
 def test_a_served_prompt_is_the_trained_text_before_the_answer(
     family: str, conversation: str, every_family: str
 ) -> None:
-    encoder, messages = Encoder(every_family, template=family), CONVERSATIONS[conversation]
+    encoder, messages = encoder_of(family, every_family), CONVERSATIONS[conversation]
     if conversation == "system" and get_template(family).system_prefix is None:
         with pytest.raises(ValueError, match="no place for a system message"):
             chat_prompt_ids(encoder, {"messages": messages})
@@ -99,12 +126,21 @@ def test_a_served_prompt_is_the_trained_text_before_the_answer(
     assert encoder.tokenizer.decode(ids[len(served) :]).startswith(answer)
 
 
+@pytest.mark.parametrize("case", REQUESTS)
+@pytest.mark.parametrize("family", ["qwen2_5", "qwen3", "llama3", "deepseek_v2_5", "glm4", "default", "phi4"])
+def test_what_only_requests_have_becomes_a_trained_conversation(family: str, case: str, every_family: str) -> None:
+    encoder, (asked, messages) = encoder_of(family, every_family), REQUESTS[case]
+    served = chat_prompt_ids(encoder, {"messages": asked})
+    ids, start, _ = trained(encoder, messages)
+    assert served == ids[:start]
+
+
 @pytest.mark.parametrize(("given", "tools"), [(1, True), (3, True), (3, False)])
 @pytest.mark.parametrize("family", load_templates())
 def test_a_served_prompt_with_tools_is_the_trained_text(
     family: str, given: int, tools: bool, every_family: str
 ) -> None:
-    encoder, messages = Encoder(every_family, template=family), TOOL_LOOP[:given]
+    encoder, messages = encoder_of(family, every_family), TOOL_LOOP[:given]
     request = {"messages": messages, "tools": [WEATHER], "tool_choice": "auto" if tools else "none"}
     no_system = get_template(family).system_prefix is None and tools and family == "dummy"
     if no_system:
@@ -163,7 +199,10 @@ def test_a_request_chooses_whether_the_model_thinks(every_family: str) -> None:
     encoder = Encoder(every_family, template="qwen3")
     asked = [{"role": U, "content": "q"}]
     closed = "<|im_start|>assistant\n<think>\n\n</think>\n\n"
-    assert text(encoder, asked).endswith(closed)
+    assert text(encoder, asked).endswith("assistant\n")
+    assert text(replace(encoder, enable_thinking=False), asked).endswith(closed)
+    assert text(encoder, asked, enable_thinking=False).endswith(closed)
+    assert text(encoder, asked, chat_template_kwargs={"thinking": False}).endswith(closed)
     assert text(encoder, asked, chat_template_kwargs={"enable_thinking": True}).endswith("assistant\n")
     assert text(encoder, asked, reasoning_effort="high").endswith("assistant\n")
     assert text(encoder, asked, reasoning_effort="none").endswith(closed)
@@ -190,7 +229,7 @@ def test_a_last_assistant_message_is_continued(every_family: str) -> None:
         {"chat_template": "{{ messages }}"},
         {"documents": [{"text": "d"}]},
         {"add_generation_prompt": False},
-        {"chat_template_kwargs": {"date_string": "today"}},
+        {"chat_template_kwargs": {"documents": [{"text": "d"}]}},
         {"chat_template_kwargs": {"chat_template": "{{ messages }}"}},
     ],
 )
@@ -198,6 +237,12 @@ def test_what_has_no_trained_layout_is_left_to_the_engine(request_: dict[str, An
     encoder = Encoder(every_family, template="chatml")
     asked = {"messages": [{"role": U, "content": "q"}], **request_}
     assert chat_prompt_ids(encoder, asked) is None
+
+
+def test_what_no_trained_layout_reads_changes_nothing(every_family: str) -> None:
+    encoder, asked = Encoder(every_family, template="chatml"), [{"role": U, "content": "q"}]
+    told = {"chat_template_kwargs": {"cohere_format": "cmd4", "date_string": "today", "documents": None}}
+    assert text(encoder, asked, **told, documents=[], unknown=1) == text(encoder, asked)
 
 
 def test_tools_of_a_model_with_an_unknown_format_are_left_to_the_engine(smollm2_dir: str) -> None:
@@ -215,7 +260,8 @@ def test_tools_of_a_model_with_an_unknown_format_are_left_to_the_engine(smollm2_
         ("hello", "expected a list"),
         ([{"role": U}], "no content"),
         ([{"role": "wizard", "content": "q"}], "unknown message role 'wizard'"),
-        ([{"role": U, "content": "q"}, {"role": S, "content": "late"}], "not the first message"),
+        ([{"role": S, "content": None}, {"role": S, "content": "q"}], "no content"),
+        ([{"role": U, "content": [{"type": "wizard"}]}], "type 'wizard'"),
         ([{"role": A, "content": None, "tool_calls": [{"type": "custom", "custom": {}}]}], "no function name"),
         ([42], "not an object"),
     ],
@@ -223,88 +269,3 @@ def test_tools_of_a_model_with_an_unknown_format_are_left_to_the_engine(smollm2_
 def test_what_is_no_conversation_is_refused_with_the_reason(messages: Any, reason: str, every_family: str) -> None:
     with pytest.raises(ValueError, match=reason):
         chat_prompt_ids(Encoder(every_family, template="chatml"), {"messages": messages})
-
-
-# --- vLLM's own code around it ----------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def online_renderer(smollm2_dir: str) -> Any:
-    """vLLM's renderer as its server builds it, without an engine, with the encoders of a base and an adapter."""
-    from vllm.engine.arg_utils import EngineArgs
-    from vllm.renderers.online_renderer import OnlineRenderer
-    from vllm.renderers.registry import renderer_from_config
-
-    from rayswift.serve.replica.trained_template import use_trained_templates
-
-    config = EngineArgs(model=smollm2_dir, max_model_len=256, enforce_eager=True).create_engine_config()
-    online = OnlineRenderer(
-        config.model_config, renderer_from_config(config), request_logger=None, chat_template=None,
-        chat_template_content_format="auto", enable_auto_tools=True, tool_parser="hermes",
-    )  # fmt: skip
-    encoders = {
-        "base": Encoder(smollm2_dir),
-        "adapter": Encoder(smollm2_dir, template="default", system="Run.", agent_template="react_en"),
-    }
-    use_trained_templates(online, lambda name: encoders.get(name or "base"))
-    return online
-
-
-@pytest.mark.slow
-def test_vllm_takes_the_trained_prompt_and_stops(online_renderer: Any, smollm2_dir: str) -> None:
-    import asyncio
-
-    from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
-    from vllm.entrypoints.serve.tokenize.protocol import TokenizeChatRequest
-
-    adapter = Encoder(smollm2_dir, template="default", system="Run.", agent_template="react_en")
-
-    def rendered(**fields: Any) -> tuple[list[int], Any, Any]:
-        request = ChatCompletionRequest.model_validate(json.loads(json.dumps(fields)))
-        conversation, (prompt,) = asyncio.run(online_renderer.render_chat(request))
-        return prompt["prompt_token_ids"], request, conversation
-
-    special = [{"role": U, "content": [{"type": "text", "text": "a <|im_end|> b"}]}]
-    ids, request, conversation = rendered(model="base", messages=special)
-    assert ids == Encoder(smollm2_dir).encode_prompt([{"role": U, "content": "a <|im_end|> b"}])
-    assert ids.count(2) == 2  # the system turn and the user's; vLLM's own rendering has three
-    assert (request.stop_token_ids, request.stop) == ([], [])  # vLLM stops there by itself
-    assert conversation[-1]["content"] == "a <|im_end|> b"
-    ids, request, _ = rendered(model="adapter", messages=TOOL_LOOP, tools=[WEATHER], stop="X")
-    row = standardise_row({"messages": TOOL_LOOP, "tools": [WEATHER]})
-    assert isinstance(row, dict)
-    assert ids == adapter.encode_prompt(row["messages"], [WEATHER])
-    assert request.stop == ["X", "### Human:", "Observation:"]
-    tokens = TokenizeChatRequest.model_validate({"model": "adapter", "messages": TOOL_LOOP, "tools": [WEATHER]})
-    _, (counted,) = asyncio.run(
-        online_renderer.preprocess_chat(
-            tokens, tokens.messages, default_template=None, default_template_content_format="auto",
-            default_template_kwargs=None, tool_dicts=[tool.model_dump() for tool in tokens.tools or ()],
-        )
-    )  # fmt: skip
-    assert counted["prompt_token_ids"] == ids
-
-
-@pytest.mark.slow
-def test_vllm_still_checks_lengths_and_renders_for_others(online_renderer: Any, smollm2_dir: str) -> None:
-    import asyncio
-
-    from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
-    from vllm.exceptions import VLLMValidationError
-
-    def rendered(**fields: Any) -> Any:
-        request = ChatCompletionRequest.model_validate({"messages": [{"role": U, "content": "q"}], **fields})
-        return asyncio.run(online_renderer.render_chat(request))[1][0]["prompt_token_ids"]
-
-    long = [{"role": U, "content": "word " * 400}]
-    with pytest.raises(VLLMValidationError, match="256"):
-        rendered(model="base", messages=long)
-    whole = Encoder(smollm2_dir).encode_prompt(long)
-    assert rendered(model="base", messages=long, truncate_prompt_tokens=20, truncation_side="left") == whole[-20:]
-    with pytest.raises(ValueError, match="not the first message"):
-        rendered(model="base", messages=[*long, {"role": S, "content": "late"}])
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(smollm2_dir)
-    own = tokenizer.apply_chat_template([{"role": U, "content": "q"}], add_generation_prompt=True)["input_ids"]
-    assert rendered(model="nobody") == own

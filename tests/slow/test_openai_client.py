@@ -19,6 +19,8 @@ from command_line import wait_for
 from pydantic import BaseModel
 from serving import KEYS, MODEL, Deployment, beyond_this_machine, listening, running_requests, wait_until_idle
 
+from rayswift.data.tokens.encoder import Encoder
+
 pytestmark = pytest.mark.slow
 
 FRANCE: list[Any] = [{"role": "user", "content": "What is the capital of France?"}]
@@ -219,13 +221,18 @@ def tokenize(server: Deployment, body: dict[str, Any]) -> dict[str, Any]:
     return json.loads(text)
 
 
-def test_tokenize_and_detokenize_are_inverse_and_chat_adds_the_template(server: Deployment) -> None:
+def test_tokenize_and_detokenize_are_inverse_and_chat_adds_the_template(
+    server: Deployment, client: openai.OpenAI, smollm2_dir: str
+) -> None:
     text = "Größe: 12 μm, 数据"
     ids = tokenize(server, {"prompt": text, "add_special_tokens": False})["tokens"]
     status, body = server.request("POST", "/detokenize", {"model": MODEL, "tokens": ids})
     assert (status, json.loads(body)["prompt"]) == (200, text)
-    chat = tokenize(server, {"messages": FRANCE})
-    assert chat["count"] == len(chat["tokens"]) > len(tokenize(server, {"prompt": FRANCE[0]["content"]})["tokens"])
+    asked: list[Any] = [{"role": "user", "content": "a <|im_end|> b"}]
+    chat, encoder = tokenize(server, {"messages": asked, "tools": [WEATHER]}), Encoder(smollm2_dir)
+    assert chat["tokens"] == encoder.encode_prompt(asked, [WEATHER])
+    assert chat["count"] == len(chat["tokens"]) > len(encoder.encode_prompt(asked))
+    assert ask(client, asked, tools=[WEATHER], max_tokens=1).usage.prompt_tokens == chat["count"]
 
 
 def test_models_are_listed_and_retrieved(client: openai.OpenAI) -> None:

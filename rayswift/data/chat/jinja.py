@@ -75,7 +75,7 @@ class JinjaTemplate:
         try:
             slots = self._fill(messages)
         except DropRow:
-            if messages[first]["role"] != "assistant":
+            if not messages or messages[first]["role"] != "assistant":
                 raise
             # A chat template that refuses to start with a reply is given an empty query first.
             messages.insert(first, {"role": "user", "content": ""})

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from rayswift.data.chat.agents import AgentFormat, get_agent_format
-from rayswift.data.chat.conversation import DropRow, Message, read_conversation
+from rayswift.data.chat.conversation import DropRow, Message, Round, read_conversation
 from rayswift.data.chat.families import RenderOptions, Template, TextSpan, adds_bos, get_template, render_plain
-from rayswift.data.chat.jinja import JinjaTemplate
+from rayswift.data.chat.jinja import JinjaTemplate, apply_chat_template
 from rayswift.data.chat.loss_weights import read_loss_scale
 from rayswift.data.chat.matching import match_template
 from rayswift.data.tokens.segments import CONTENT_TAG, SegmentTokenizer
@@ -27,7 +27,7 @@ class TemplateSettings:
     `template`: a family of `families.json`, or None/"auto": the family whose layout equals the tokenizer's own chat
     template, else that chat template itself. `template_backend`: `jinja` takes the chat template in any case.
     `use_chat_template` False: bos, the bare texts, eos. `agent_template`: a format of `agents.json` for tools and tool
-    messages, None is the template's own.
+    messages, None is the template's own. `enable_thinking`: of prompts for generation; None is the model's own default.
 
     Raises:
         UserError: a setting has no such value; the message names flag and choices.
@@ -155,6 +155,8 @@ class LoadedTemplate:
             DropRow: they cannot be a conversation of this template.
         """
         conversation = read_conversation(messages, tools, self.agent)
+        if not conversation.rounds:  # a system text alone: the reply follows it, as in a row that starts with a reply
+            conversation.rounds.append(Round(None))
         if self.prompt_template is None:
             return render_plain(conversation, self.options, self.bos, "")
         return self.prompt_template.render_prompt(conversation, self.options)
@@ -174,7 +176,7 @@ def load_template(settings: TemplateSettings) -> LoadedTemplate:
         settings.system,
         settings.loss_scale,
         settings.add_non_thinking_prefix,
-        settings.enable_thinking,
+        _thinks_by_default(template, tokenizer) if settings.enable_thinking is None else settings.enable_thinking,
         settings.response_prefix,
     )
     format_name = settings.agent_template or (template.agent if template else "raw")
@@ -218,6 +220,25 @@ def _choose_template(settings: TemplateSettings, tokenizer: Any) -> Template | J
         logger.info("no template family fits the model's chat template: using that chat template itself")
         return _jinja(tokenizer)
     return matched
+
+
+def _thinks_by_default(template: Template | JinjaTemplate | None, tokenizer: Any) -> bool | None:
+    """Whether a prompt asks a model that can do both to think: as its own chat template has it, else yes (SWIFT's
+    rule). None: the template has no switch, or is that chat template."""
+    if not isinstance(template, Template) or template.thinking != "hybrid":
+        return None
+    if not tokenizer.chat_template:
+        return True
+
+    def prompt(**switch: bool) -> str:
+        asked = [{"role": "user", "content": "q"}]
+        return apply_chat_template(tokenizer, asked, add_generation_prompt=True, **switch)
+
+    try:
+        thinking, not_thinking = (prompt(enable_thinking=value, thinking=value) for value in (True, False))
+        return thinking == not_thinking or prompt() != not_thinking
+    except DropRow:
+        return True
 
 
 def _jinja(tokenizer: Any) -> JinjaTemplate:

@@ -37,6 +37,7 @@ class LLMServer:
 
     async def __init__(self, plan: dict[str, Any]) -> None:  # type: ignore[misc]  # Serve awaits it
         keep_replica_ports_inside()
+        logging.getLogger("rayswift").setLevel(logging.INFO)  # vLLM's start leaves the root logger at ERROR
         self.plan = ModelSpec(**plan)
         self.adapters = AdapterLoader(self.plan)
         self.leases = LeaseBook()

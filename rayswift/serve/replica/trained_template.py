@@ -7,23 +7,34 @@ the turn. Here the run's own template, default system text and agent format lay 
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import functools
+import json
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import replace
 from typing import Any
+
+from starlette.requests import Request
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from rayswift import private
 from rayswift.data.rows.messages import Unusable, read_messages
 from rayswift.data.tokens.encoder import Encoder
 from rayswift.errors import UserError
 
+logger = logging.getLogger("rayswift.serve.replica.trained_template")
+
 EncoderOf = Callable[["str | None"], "Encoder | None"]
 
-_TEXT_PARTS = ("text", "input_text", "output_text")
+_TEXT_PARTS = ("text", "input_text", "output_text", "refusal")
+#: What the types of parts that hold an image or another file have in their names.
+_FILES = ("image", "video", "audio", "file", "embeds")
 _THINKING = ("enable_thinking", "thinking")  # the switch's name with Qwen, with DeepSeek
-#: What a chat template may be told that the layout follows too, or that changes nothing in it.
-_UNDERSTOOD = {*_THINKING, "add_generation_prompt", "continue_final_message", "reasoning_effort", "tools", "tokenize"}
-#: What asks for a rendering of another kind when set.
+_SWITCHES = ("enable_thinking", "reasoning_effort")  # those that a request may have outside of chat_template_kwargs
+#: What asks for a rendering of another kind when set. Nothing else that a chat template may be told does: the layout
+#: is the trained one, whatever a server's defaults or a client add.
 _NOT_LAID_OUT = ("chat_template", "documents", "add_special_tokens")
 
 
@@ -32,28 +43,42 @@ def chat_prompt_ids(encoder: Encoder, request: Mapping[str, Any]) -> list[int] |
 
     They are those that training would put before the answer. A last assistant message is continued at its end, with
     or without ``continue_final_message``: to training, two assistant messages in a row are one. ``tool_choice`` "none"
-    leaves the tools out.
+    leaves the tools out. What training has no layout for is brought into one: all ``system`` and ``developer`` messages
+    are the system text; they, the text parts of a message, and user messages in a row are joined with a newline.
 
     Returns:
-        None for what the encoder has no layout for, so that the engine's own rendering is used: images and other files,
-        a chat template or documents in the request, tools with a model whose agent format is not known, a conversation
-        without the start of an answer, settings that only a chat template understands.
+        None for what the encoder has no layout for (:func:`needs_engine`), so that the engine's own rendering is used.
 
     Raises:
         ValueError: the messages are no conversation, or none of this template; says why.
     """
-    settings = {**request, **(request.get("chat_template_kwargs") or {})}
     messages = request.get("messages")
     if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
         raise ValueError("messages: expected a list with at least one message")
-    tools = None if request.get("tool_choice") == "none" else request.get("tools") or None
-    if _needs_engine(encoder, request, settings, tools):
+    if needs_engine(encoder, request):
         return None
-    encoder = _with_thinking(encoder, settings)
+    encoder = _with_thinking(encoder, request)
     try:
-        return encoder.encode_prompt(read_messages(_with_one_system(messages)).messages, tools)
+        return encoder.encode_prompt(read_messages(_joined(messages)).messages, _tools(request))
     except (Unusable, UserError) as refused:
         raise ValueError(f"messages: {refused}") from None
+
+
+def needs_engine(encoder: Encoder, request: Mapping[str, Any]) -> str:
+    """What in a chat request only the engine's own rendering can give; empty when the trained layout has it all."""
+    for name in _NOT_LAID_OUT:
+        if request.get(name) or _template_settings(request).get(name):
+            return name
+    if not request.get("add_generation_prompt", True) and not request.get("continue_final_message"):
+        return "add_generation_prompt: false"
+    messages = [message for message in request["messages"] if isinstance(message, Mapping)]
+    contents = (message.get("content") for message in messages)
+    if any(_is_file(part) for content in contents if isinstance(content, list) for part in content):
+        return "images or other files"
+    told = any(message.get("role") in ("tool", "function") or message.get("tool_calls") for message in messages)
+    if (told or _tools(request)) and not encoder.takes_tools:
+        return "tools without an agent format (--agent_template)"
+    return ""
 
 
 def stop_token_ids(encoder: Encoder) -> list[int]:
@@ -74,30 +99,27 @@ def stop_strings(encoder: Encoder, *, tools: bool = False) -> list[str]:
 # --- what a request asks for ------------------------------------------------------------------------------------
 
 
-def _needs_engine(encoder: Encoder, request: Mapping[str, Any], settings: Mapping[str, Any], tools: Any) -> bool:
-    """Whether only the engine's own rendering can give what is asked."""
-    opens_answer = settings.get("add_generation_prompt", True) or settings.get("continue_final_message")
-    given = {name for name, value in (request.get("chat_template_kwargs") or {}).items() if value is not None}
-    if (
-        not opens_answer
-        or given - _UNDERSTOOD - set(_NOT_LAID_OUT)
-        or any(settings.get(name) for name in _NOT_LAID_OUT)
-    ):
-        return True
-    messages = [message for message in request["messages"] if isinstance(message, Mapping)]
-    contents = (message.get("content") for message in messages)
-    parts = [part for content in contents if isinstance(content, list) for part in content]
-    if any(isinstance(part, Mapping) and part.get("type", "text") not in _TEXT_PARTS for part in parts):
-        return True
-    told = any(message.get("role") in ("tool", "function") or message.get("tool_calls") for message in messages)
-    return not encoder.takes_tools and bool(tools or told)
+def _template_settings(request: Mapping[str, Any]) -> Mapping[str, Any]:
+    return request.get("chat_template_kwargs") or {}
 
 
-def _with_thinking(encoder: Encoder, settings: Mapping[str, Any]) -> Encoder:
+def _tools(request: Mapping[str, Any]) -> Any:
+    return None if request.get("tool_choice") == "none" else request.get("tools") or None
+
+
+def _is_file(part: Any) -> bool:
+    kind = part.get("type") if isinstance(part, Mapping) else None
+    return isinstance(kind, str) and any(word in kind for word in _FILES)
+
+
+def _with_thinking(encoder: Encoder, request: Mapping[str, Any]) -> Encoder:
     """The encoder with the thinking mode that the request asks for, if it does."""
-    asked = next((settings[name] for name in _THINKING if settings.get(name) is not None), None)
-    if asked is None and settings.get("reasoning_effort") is not None:
-        asked = settings["reasoning_effort"] != "none"
+    settings = _template_settings(request)
+    switches = [*(settings.get(name) for name in _THINKING), request.get("enable_thinking")]
+    asked = next((switch for switch in switches if switch is not None), None)
+    effort = request.get("reasoning_effort") or settings.get("reasoning_effort")
+    if asked is None and effort is not None:
+        asked = effort != "none"
     if asked is None or asked is encoder.enable_thinking:
         return encoder
     if not isinstance(asked, bool):
@@ -105,25 +127,53 @@ def _with_thinking(encoder: Encoder, settings: Mapping[str, Any]) -> Encoder:
     return replace(encoder, enable_thinking=asked)
 
 
-def _with_one_system(messages: Sequence[Any]) -> list[Any]:
-    """The messages with those that a developer wrote before the conversation as one system message."""
-    texts: list[Any] = []
+def _joined(messages: Sequence[Any]) -> list[Any]:
+    """The messages with one system message, each content one text, and no two user messages in a row."""
+    systems: list[Any] = []
+    rest: list[Any] = []
     for message in messages:
-        if not isinstance(message, Mapping) or message.get("role") not in ("system", "developer"):
-            break
-        texts.append(message.get("content"))
-    rest = list(messages[len(texts) :])
-    if not texts:
-        return rest
-    if len(texts) > 1 and all(isinstance(text, str) for text in texts):
-        return [{"role": "system", "content": "\n".join(texts)}, *rest]
-    return [*({"role": "system", "content": text} for text in texts), *rest]
+        if isinstance(message, Mapping):
+            message = {**message, "content": _text(message.get("content"))}
+        role, content = _side(message)
+        if role == "system":
+            systems.append(content)
+        elif role == "user" and rest and _side(rest[-1])[0] == "user":
+            rest[-1] = {**message, "content": _text([_side(rest[-1])[1], content])}
+        else:
+            rest.append(message)
+    if systems and all(isinstance(text, str) for text in systems):
+        systems = ["\n".join(filter(None, systems))]
+    return [*({"role": "system", "content": text} for text in systems), *rest]
+
+
+def _side(message: Any) -> tuple[Any, Any]:
+    """Role and content of a message; ``developer`` is ``system`` under its newer name."""
+    if not isinstance(message, Mapping):
+        return None, None
+    role = message.get("role")
+    return "system" if role == "developer" else role, message.get("content")
+
+
+def _text(content: Any) -> Any:
+    """A content of text parts as one text; any other as it is."""
+    if not isinstance(content, list) or not content:
+        return content
+    texts = [part if isinstance(part, str) else _text_of_part(part) for part in content]
+    return content if None in texts else "\n".join(texts)
+
+
+def _text_of_part(part: Any) -> str | None:
+    kind = part.get("type", "text") if isinstance(part, Mapping) else None
+    text = part.get("refusal" if kind == "refusal" else "text") if kind in _TEXT_PARTS else None
+    return text if isinstance(text, str) else None
 
 
 # --- vLLM -------------------------------------------------------------------------------------------------------
 
 #: The prompt that the renderer is to take for the messages it is given, in the task of one request.
 _laid_out: ContextVar[list[int] | None] = ContextVar("laid_out", default=None)
+#: The tools of the request that is answered, as its client wrote them: vLLM puts their fields into another order.
+_sent_tools: ContextVar[Any] = ContextVar("sent_tools", default=None)
 
 
 def use_trained_templates(online_renderer: Any, encoder_of: EncoderOf) -> None:
@@ -131,22 +181,31 @@ def use_trained_templates(online_renderer: Any, encoder_of: EncoderOf) -> None:
 
     ``encoder_of`` gives the encoder of a requested model name (None: no name was given), or None to leave the request
     to vLLM. Only text becomes ids here: length checks, truncation, tool parsers and structured output stay vLLM's. A
-    chat request that gets such a prompt also stops at the template's stop words.
+    chat request that gets such a prompt also stops at the template's stop words. One that only vLLM can render
+    (:func:`needs_engine`) keeps the run's system text and thinking mode; the log says once why it is vLLM's.
     """
     config = online_renderer.model_config
     preprocess_chat, render_messages = private.rendering(online_renderer)
     listed = config.try_get_generation_config().get("eos_token_id")  # vLLM stops by itself at these
     engine_stops = {online_renderer.renderer.get_eos_token_id(), *(listed if isinstance(listed, list) else [listed])}
 
+    def lay_out(encoder: Encoder, asked: Mapping[str, Any]) -> list[int] | None:
+        if reason := needs_engine(encoder, asked):
+            _say_engine_renders(reason)
+        return chat_prompt_ids(encoder, asked)
+
     async def preprocess(request: Any, messages: list[Any], **settings: Any) -> Any:
         encoder = encoder_of(request.model)
-        asked = None if encoder is None else _as_mapping(request, messages, settings)
-        if encoder is None or asked is None:
+        if encoder is None or not all(isinstance(message, dict) for message in messages):
             return await preprocess_chat(request, messages, **settings)
+        _say_thinking(request, encoder)
+        asked = _as_mapping(request, messages, settings)
         # In a thread: a long text takes a while, and so does the first one, which loads the tokenizer.
-        ids = await asyncio.to_thread(chat_prompt_ids, encoder, asked)
+        ids = await asyncio.to_thread(lay_out, encoder, asked)
         if ids is not None:
             _add_stops(request, encoder, bool(asked["tools"]), engine_stops)
+        elif encoder.system and not any(_side(message)[0] == "system" for message in messages):
+            messages = [{"role": "system", "content": encoder.system}, *messages]
         token = _laid_out.set(ids)
         try:
             return await preprocess_chat(request, messages, **settings)
@@ -158,40 +217,93 @@ def use_trained_templates(online_renderer: Any, encoder_of: EncoderOf) -> None:
         if ids is None:
             return await render_messages(messages, params)
         from vllm.inputs import TokensPrompt
-        from vllm.renderers.chat_utils import parse_chat_messages_async
 
-        conversation, _, _ = await parse_chat_messages_async(messages, config, content_format="string")
+        # What `echo` repeats: the last text.
+        texts = [(message.get("role"), _text(message.get("content"))) for message in messages]
+        conversation = [{"role": role, "content": text if isinstance(text, str) else ""} for role, text in texts]
         return conversation, TokensPrompt(prompt_token_ids=ids)
 
     private.replace_rendering(online_renderer, preprocess, render)
 
 
-def _as_mapping(request: Any, messages: list[Any], settings: Mapping[str, Any]) -> dict[str, Any] | None:
-    """What :func:`chat_prompt_ids` needs of a request that vLLM has read; None for messages of another format."""
-    if not all(isinstance(message, dict) for message in messages):
-        return None
+def keeping_tools(app: ASGIApp) -> ASGIApp:
+    """``app``, for whose requests the prompt has the tools as they were sent."""
+
+    async def keeping(scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["method"] != "POST":
+            await app(scope, receive, send)
+            return
+        raw = await Request(scope, receive).body()
+        sent = None
+        if b'"tools"' in raw:
+            with contextlib.suppress(ValueError, AttributeError):  # vLLM says what is wrong with it
+                sent = json.loads(raw).get("tools")
+        _sent_tools.set(sent)
+        read: list[Message] = [{"type": "http.request", "body": raw, "more_body": False}]
+
+        async def reading() -> Message:
+            return read.pop() if read else await receive()
+
+        await app(scope, reading, send)
+
+    return keeping
+
+
+@functools.cache
+def _say_engine_renders(reason: str) -> None:
+    logger.warning("%s: no trained layout has that; the engine's own chat template renders such requests", reason)
+
+
+def _say_thinking(request: Any, encoder: Encoder) -> None:
+    """Tell vLLM, whose parsers look at it, the thinking mode of the run where the client asks for none."""
+    asked = request.chat_template_kwargs or {}
+    if encoder.enable_thinking is None or any(name in asked for name in ("reasoning_effort", *_THINKING)):
+        return
+    if getattr(request, "reasoning_effort", None) is None and getattr(request, "reasoning", None) is None:
+        request.chat_template_kwargs = {**dict.fromkeys(_THINKING, encoder.enable_thinking), **asked}
+
+
+def _as_mapping(request: Any, messages: list[Any], settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What :func:`chat_prompt_ids` needs of a request that vLLM has read."""
     for message in messages:  # pydantic leaves iterators that can be read once
         for key in ("content", "tool_calls"):
             if not isinstance(message.get(key), str | list | None):
                 message[key] = list(message[key])
-    params = request.build_chat_params(
-        settings.get("default_template"), settings.get("default_template_content_format")
-    ).with_defaults(settings.get("default_template_kwargs"))
-    # A template given to the server is the wish of who started it; one in the request is the client's.
-    in_request = getattr(request, "chat_template", None)
-    tools = getattr(request, "tools", None) if settings.get("tool_dicts") else None
+    # Without what the server adds by itself (`cohere_format`); whether the model thinks is a person's setting.
+    of_server = settings.get("default_template_kwargs") or {}
+    of_request = request.build_chat_params(None, "auto").chat_template_kwargs
+    tools = (getattr(request, "tools", None) or ()) if settings.get("tool_dicts") else ()
     return {
         "messages": messages,
-        "tools": [_as_sent(tool) for tool in tools or ()],
-        "tool_choice": getattr(request, "tool_choice", None),
-        "chat_template": in_request,
-        "add_special_tokens": getattr(request, "add_special_tokens", False),
-        "chat_template_kwargs": params.chat_template_kwargs,
+        "tools": _tools_as_sent(tools),
+        "add_generation_prompt": of_request.get("add_generation_prompt", True),
+        "continue_final_message": of_request.get("continue_final_message"),
+        **{name: getattr(request, name, None) for name in (*_NOT_LAID_OUT, *_SWITCHES, "tool_choice")},
+        "chat_template_kwargs": {name: of_server[name] for name in _THINKING if name in of_server} | of_request,
     }
 
 
+def _tools_as_sent(tools: Sequence[Any]) -> list[Any]:
+    """The tools of a request in the fields and their order that the client chose."""
+    sent = _sent_tools.get()
+    if isinstance(sent, list) and len(sent) == len(tools) and all(_is_function(tool) for tool in sent):
+        return sent
+    return [_as_function(_as_sent(tool)) for tool in tools]  # of an interface that writes them in another form
+
+
+def _is_function(tool: Any) -> bool:
+    return isinstance(tool, dict) and isinstance(tool.get("function"), dict)
+
+
+def _as_function(tool: Any) -> Any:
+    """A tool of `/v1/responses`, which has a function's fields beside its type, as one of a chat request."""
+    if _is_function(tool) or not isinstance(tool, dict):
+        return tool
+    return {"type": "function", "function": {name: value for name, value in tool.items() if name != "type"}}
+
+
 def _as_sent(value: Any) -> Any:
-    """A pydantic object as the JSON that the client sent, without the defaults it was filled up with."""
+    """A pydantic object as JSON, without the defaults it was filled up with."""
     if not hasattr(value, "model_fields_set"):
         return value
     return {name: _as_sent(item) for name, item in value if name in value.model_fields_set}
