@@ -124,8 +124,8 @@ class DeployArguments(
     )  # fmt: skip
 
     def problems(self) -> Iterator[str]:
-        if self.task_type != "causal_lm" and self.infer_backend != "vllm":
-            yield f"--task_type {self.task_type} is served by vLLM only: --infer_backend vllm"
+        if self.task_type != "causal_lm" and self.infer_backend != "vllm" and (self.adapters or self.adapter_root):
+            yield f"--task_type {self.task_type} takes adapters with vLLM only: --infer_backend vllm"
 
 
 @dataclass(init=False, repr=False, eq=False)

@@ -36,6 +36,9 @@ class ServerArguments(Arguments):
     host: str = arg("127.0.0.1", "address to listen on; 0.0.0.0 opens it to the network")
     port: int = arg(8000, "port to listen on", ge=1, le=65535)
     api_key: list[str] = arg([], "keys, one of which clients must send", shown="no key", example="KEY")
+    allowed_origins: list[str] = arg(
+        [], "web pages whose scripts may ask (CORS), * for all", shown="none", example="https://chat.example.com"
+    )
     served_model_name: str | None = arg(
         None, "name of the model for clients", shown="the last part of --model", decides="answers"
     )
@@ -84,6 +87,10 @@ class ServerArguments(Arguments):
         for name, flags in self.models.items():
             if not isinstance(flags, dict):
                 yield f"--models: {name} is {flags!r}, expected the flags of that model, for example {{'model': 'DIR'}}"
+        for origin in self.allowed_origins:
+            if origin != "*" and not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/\s]+", origin):
+                yield (f"--allowed_origins {origin}: expected * or scheme://host[:port] without a path, for example "
+                       "https://chat.example.com")  # fmt: skip
         if bool(self.ssl_keyfile) != bool(self.ssl_certfile):
             yield "--ssl_keyfile and --ssl_certfile belong together: give both"
         for flag in ("ssl_keyfile", "ssl_certfile"):

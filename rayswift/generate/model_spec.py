@@ -43,6 +43,7 @@ class ModelSpec:
     name: str
     model: str
     engine: str
+    task_type: str = "causal_lm"
     use_hf: bool = False
     revision: str | None = None
     torch_dtype: str | None = None

@@ -53,13 +53,14 @@ class TransformersEngine:
         attn_impl: str | None = None,
         use_gpu: bool | None = None,
         model_kwargs: dict[str, Any] | None = None,
+        auto_class: str = "AutoModelForCausalLM",
     ) -> TransformersEngine:
         """Load the model of ``encoder.model_dir``, and the adapter of ``adapter_dir`` on it.
 
         ``torch_dtype`` None is the model's own; without ``exact_dtype`` a bfloat16 that comes from the checkpoint's
         args.json gives way on a device that is slow in it (see :func:`resolve_dtype`). ``use_gpu`` None takes GPUs when
         there are any; a model goes over all visible ones if there are several. On CPU all cores that this process may
-        use compute.
+        use compute. ``auto_class``: Transformers' class for a model that makes something else than text.
         """
         import torch
 
@@ -81,6 +82,7 @@ class TransformersEngine:
             trust_remote_code=encoder.trust_remote_code,
             device=None if spread else "cuda" if on_gpu else "cpu",
             model_kwargs=options,
+            auto_class=auto_class,
         )
         if encoder.new_special_tokens:
             add_special_tokens(model, encoder.tokenizer, list(encoder.new_special_tokens))

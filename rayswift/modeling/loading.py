@@ -140,8 +140,9 @@ def load_model(
     trust_remote_code: bool = False,
     device: str | None = None,
     model_kwargs: dict[str, Any] | None = None,
+    auto_class: str = "AutoModelForCausalLM",
 ) -> Any:
-    """Load a causal language model from ``model_dir`` in ``torch_dtype``.
+    """Load a causal language model from ``model_dir`` in ``torch_dtype``, or a model of another ``auto_class``.
 
     Args:
         attn_impl: ``--attn_impl``: ``sdpa``, ``eager``, ``flash_attn`` (= ``flash_attention_2``), …; None: automatic.
@@ -153,7 +154,7 @@ def load_model(
         UserError: no or broken weights, pickle weights, weights that do not fit the config, an unknown architecture.
     """
     import torch
-    from transformers import AutoModelForCausalLM
+    import transformers
     from transformers.utils import logging as transformers_logging
 
     options: dict[str, Any] = {"use_safetensors": True, "output_loading_info": True, **(model_kwargs or {})}
@@ -165,7 +166,7 @@ def load_model(
     if not sys.stderr.isatty():  # worker logs, scripts: no bars
         transformers_logging.disable_progress_bar()
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = getattr(transformers, auto_class).from_pretrained(
             model_dir,
             dtype=getattr(torch, torch_dtype),
             trust_remote_code=trust_remote_code,

@@ -93,6 +93,8 @@ def serve_config(plans: list[ModelSpec], args: DeployArguments, *, listen: bool)
         "queue_timeout": args.queue_timeout,
         "owned_by": args.owned_by,
     }
+    if args.allowed_origins:
+        gateway["allowed_origins"] = args.allowed_origins
     if listen:
         gateway["listen"] = {"host": args.host, "port": args.port, **tls}
     # A gateway with a port of its own takes no route of Serve's proxy: several may run on one cluster.

@@ -1,4 +1,7 @@
-"""Errors in the shape that OpenAI's clients read: ``{"error": {"message", "type", "param", "code"}}``."""
+"""Errors in the shape that OpenAI's clients read: ``{"error": {"message", "type", "param", "code"}}``.
+
+``"type": "error"`` beside it is what Anthropic's clients look for: one shape serves both.
+"""
 
 from __future__ import annotations
 
@@ -53,11 +56,16 @@ class ApiError(Exception):
         """The JSON body."""
         kind = _TYPES.get(self.status, "server_error")
         error = {"message": self.message, "type": kind, "param": self.param, "code": self.code}
-        return json.dumps({"error": error}, ensure_ascii=True).encode()
+        return json.dumps({"error": error, "type": "error"}, ensure_ascii=True).encode()
 
     def event(self) -> bytes:
         """The same as an event of a stream that had already begun."""
         return b"data: " + self.body() + b"\n\n"
+
+    def named_event(self) -> bytes:
+        """The same in a stream whose events have names (Responses, Messages): its last one."""
+        flat = {"message": self.message, "param": self.param, "code": self.code}  # where Responses look
+        return b"event: error\ndata: " + json.dumps(json.loads(self.body()) | flat).encode() + b"\n\n"
 
 
 class RefusalBody(BaseModel):

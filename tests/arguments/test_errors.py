@@ -147,7 +147,14 @@ SFT = "sft --model m --dataset d"
         ("export --model m --push_to_hub true", "--push_to_hub true needs --hub_model_id"),
         ("rlhf --model m --dataset d --rlhf_type grpo", "--rlhf_type grpo needs --reward_funcs or --reward_model"),
         ("rlhf --model m --dataset d --use_vllm true", "--use_vllm true contradicts --rlhf_type dpo"),
-        ("deploy --model m --task_type embedding", "--task_type embedding is served by vLLM only"),
+        (
+            "deploy --model m --task_type embedding --adapter_root .",
+            "--task_type embedding takes adapters with vLLM only: --infer_backend vllm",
+        ),
+        (
+            "deploy --model m --allowed_origins https://a.example.com/chat",
+            "--allowed_origins https://a.example.com/chat: expected * or scheme://host[:port] without a path",
+        ),
         ("app --model m --infer_backend vllm --task_type embedding", "--task_type embedding"),
     ],
 )

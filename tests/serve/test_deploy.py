@@ -7,7 +7,9 @@ import logging
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
+import anthropic
 import httpx
 import openai
 import psutil
@@ -22,7 +24,8 @@ from rayswift.generate.types import SamplingParams
 from rayswift.serve.deploy import deployment
 
 MODEL, KEY = "tiny-llama", "sk-of-this-test"
-QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
+ORIGIN = "https://chat.example.com"
+QUESTION: Any = [{"role": "user", "content": "What is the capital of France?"}]
 
 
 @contextmanager
@@ -48,7 +51,7 @@ def server(ray_cluster: None, tiny_dir: str) -> Iterator[httpx.Client]:
 
     args = make_arguments(
         "deploy", model=tiny_dir, infer_backend="transformers", torch_dtype="float32", use_gpu=False, api_key=[KEY],
-        max_length=512, port=free_port(),
+        max_length=512, port=free_port(), allowed_origins=[ORIGIN],
     )  # fmt: skip
     on_sigterm = signal.getsignal(signal.SIGTERM)
     address = f"http://127.0.0.1:{args.port}"
@@ -79,6 +82,35 @@ def test_it_answers_what_infer_answers_streamed_and_whole(client: openai.OpenAI,
     assert "".join(piece.choices[0].delta.content or "" for piece in pieces if piece.choices) == expected
 
 
+def test_responses_and_messages_say_the_same_through_the_gateway(server: httpx.Client, client: openai.OpenAI) -> None:
+    chat = client.chat.completions.create(model=MODEL, messages=QUESTION, max_tokens=8, temperature=0)
+    expected = chat.choices[0].message.content
+    response = client.responses.create(model=MODEL, input=QUESTION, max_output_tokens=8, temperature=0)
+    assert response.output_text == expected
+    with client.responses.stream(model=MODEL, input=QUESTION, max_output_tokens=8, temperature=0) as events:
+        assert events.get_final_response().output_text == expected
+    claude = anthropic.Anthropic(base_url=str(server.base_url), api_key=KEY, max_retries=0, timeout=120)
+    asked: Any = {"model": MODEL, "messages": QUESTION, "max_tokens": 8, "extra_body": {"temperature": 0}}
+    assert claude.messages.create(**asked).content[0].text == expected
+    with claude.messages.stream(**asked) as stream:
+        assert "".join(stream.text_stream) == expected
+    assert claude.messages.count_tokens(model=MODEL, messages=QUESTION).input_tokens == chat.usage.prompt_tokens
+    with pytest.raises(anthropic.AuthenticationError):
+        claude.with_options(api_key="wrong").messages.create(**asked)
+
+
+def test_web_pages_of_the_allowed_origins_may_ask(server: httpx.Client) -> None:
+    asks = {
+        "Origin": ORIGIN,
+        "Access-Control-Request-Method": "POST",
+        "Access-Control-Request-Headers": "authorization",
+    }
+    preflight = httpx.options(f"{server.base_url}/v1/chat/completions", headers=asks)  # without the key
+    assert (preflight.status_code, preflight.headers["access-control-allow-origin"]) == (200, ORIGIN)
+    refused = httpx.get(f"{server.base_url}/v1/models", headers={"Origin": ORIGIN})
+    assert (refused.status_code, refused.headers["access-control-allow-origin"]) == (401, ORIGIN)
+
+
 def test_mistakes_are_openai_errors(server: httpx.Client, client: openai.OpenAI) -> None:
     with pytest.raises(openai.NotFoundError, match="`nobody` does not exist"):
         client.chat.completions.create(model="nobody", messages=QUESTION)
@@ -95,13 +127,14 @@ def test_mistakes_are_openai_errors(server: httpx.Client, client: openai.OpenAI)
 
 def test_it_lists_its_model_and_says_how_it_is(server: httpx.Client, client: openai.OpenAI) -> None:
     assert [model.id for model in client.models.list()] == [MODEL]
-    assert client.models.retrieve(MODEL).owned_by == "rayswift"
+    card = client.models.retrieve(MODEL).model_dump()
+    assert (card["owned_by"], card["max_model_len"], card["root"], card["parent"]) == ("rayswift", 512, MODEL, None)
     assert server.get("/health").status_code == 200
     metrics = server.get("/metrics").text
     assert "rayswift_requests_total" in metrics
     assert f'served_model="{MODEL}"' in metrics
     paths = json.loads(server.get("/openapi.json").text)["paths"]
-    assert {"/v1/chat/completions", "/v1/models", "/health"} <= set(paths)
+    assert {"/v1/chat/completions", "/v1/responses", "/v1/messages", "/v1/models", "/health"} <= set(paths)
 
 
 def test_its_port_is_this_machines_own(server: httpx.Client) -> None:

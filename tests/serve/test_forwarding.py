@@ -13,8 +13,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import aiohttp
+import anthropic
 import pytest
 from aiohttp import web
+from starlette.responses import Response
+from starlette.testclient import TestClient
 
 from rayswift.serve import lease as leases
 from rayswift.serve.gateway import forwarding
@@ -22,6 +25,7 @@ from rayswift.serve.gateway.app import Counters
 from rayswift.serve.gateway.forwarding import Forwarder, GatewayRequest
 from rayswift.serve.lease import NO_LEASE, RESUME_HEADER
 from rayswift.serve.openai_errors import ApiError
+from rayswift.serve.replica.messages import MessagesWriter
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 PATH = "/v1/chat/completions"
@@ -236,6 +240,57 @@ async def test_a_stream_that_costs_two_replicas_ends_in_an_error() -> None:
         body = (await ask(forwarder, stream=True, temperature=0))[1]
         assert b"stream_interrupted" in body
         assert replicas.given == 2
+
+
+def messages(first: int, last: int, ends: bool) -> Handler:
+    """The same as `streams` in the shape of Messages."""
+
+    async def handler(request: web.Request) -> web.StreamResponse:
+        writer = MessagesWriter()
+        response = web.StreamResponse(headers={"content-type": "text/event-stream"})
+        await response.prepare(request)
+        for number in range(first, last):
+            chunk = {"model": "m", "choices": [{"index": 0, "delta": {"content": WORDS[number]}}]}
+            await response.write(f": {number}\n\n".encode() + b"".join(map(named, writer.take(chunk))))
+        if not ends:
+            await asyncio.sleep(0.2)
+            return await dies(request)
+        await response.write(b"".join(map(named, writer.end())))
+        return response
+
+    return handler
+
+
+def named(value: dict[str, Any]) -> bytes:
+    return f"event: {value['type']}\ndata: {json.dumps(value)}\n\n".encode()
+
+
+async def read_message(forwarder: Forwarder) -> anthropic.types.Message:
+    """The stream that the gateway passes, read by Anthropic's client."""
+    body = {"stream": True}
+    async with aclosing(forwarder.send(GatewayRequest("POST", "/v1/messages", b"{}", body))) as responses:
+        raw = b"".join([piece async for one in responses async for piece in one.pieces])
+    app = TestClient(Response(raw, media_type="text/event-stream"))
+    client = anthropic.Anthropic(api_key="none", base_url="http://testserver", max_retries=0, http_client=app)
+    with client.messages.stream(model="m", max_tokens=9, messages=[{"role": "user", "content": "?"}]) as stream:
+        return stream.get_final_message()
+
+
+async def test_a_stream_of_messages_goes_on_at_another_replica() -> None:
+    async with served(messages(0, 3, ends=False), messages(0, 4, ends=True)) as (forwarder, replicas, counters):
+        message = await read_message(forwarder)
+        assert (message.content[0].text, message.stop_reason) == ("".join(WORDS), "end_turn")
+        assert replicas.seen[1][RESUME_HEADER] == "0,1"
+        assert counters.resumed == 1
+
+
+async def test_a_stream_of_messages_that_cannot_go_on_ends_in_an_error_of_its_client() -> None:
+    async with served(messages(0, 2, ends=False), messages(2, 4, ends=True)) as (forwarder, _, _):
+        with pytest.raises(anthropic.APIStatusError, match="no other could go on with it"):
+            await read_message(forwarder)
+    async with served(messages(0, 0, ends=False)) as (forwarder, _, _):  # nothing was sent
+        with pytest.raises(anthropic.APIStatusError, match="no other could go on with it"):
+            await read_message(forwarder)
 
 
 async def test_requests_that_follow_one_another_share_a_lease_that_is_given_back_when_nobody_comes(

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from ray.serve._private.common import DeploymentID
+from ray.serve.exceptions import DeploymentUnavailableError
 from starlette.testclient import TestClient
 
 from rayswift.serve.gateway import app as gateway_app
@@ -57,7 +59,7 @@ class Replicas:
 
         class Answers:
             async def results_async(self) -> list[Any]:
-                return [("replica-1", "# TYPE own counter\nown 1\n")]
+                return [2048] if method == "context_length" else [("replica-1", "# TYPE own counter\nown 1\n")]
 
         return Answers()
 
@@ -151,12 +153,75 @@ def test_nothing_is_answered_without_the_key(make: Callable[..., tuple[Gateway, 
 def test_models_and_adapters_are_listed_and_found(client: TestClient) -> None:
     cards = client.get("/v1/models").json()["data"]
     assert [card["id"] for card in cards] == ["m", "one", "run/checkpoint-10", "start"]
-    assert cards[1]["parent"] == "m"
+    assert [(card["root"], card["parent"]) for card in cards] == [("m", None), *[("m", "m")] * 3]
+    for card in cards:
+        assert list(card) == [  # vLLM's fields
+            "id", "object", "created", "owned_by", "root", "parent", "max_model_len", "permission",
+        ]  # fmt: skip
+        assert (card["max_model_len"], card["object"], card["owned_by"]) == (2048, "model", "rayswift")
+        assert card["created"] > 1_700_000_000
+        assert card["permission"][0]["allow_sampling"] is True
     assert client.get("/v1/models/run/checkpoint-10").json() == cards[2]
     missing = client.get("/v1/models/nobody")
     assert (missing.status_code, error_of(missing)["code"]) == (404, "model_not_found")
     listed = client.get("/v1/adapters").json()["data"]
     assert listed[0] == {"id": "one", "object": "adapter", "model": "m"}
+
+
+def test_models_are_listed_when_no_replica_runs(client: TestClient, replicas: Replicas) -> None:
+    class Nobody:
+        async def results_async(self) -> list[Any]:
+            raise DeploymentUnavailableError(DeploymentID(name="d"))
+
+    replicas.broadcast = lambda method: Nobody()  # type: ignore[assignment, method-assign, misc]
+    assert [card["max_model_len"] for card in client.get("/v1/models").json()["data"]] == [None] * 4
+
+
+ORIGIN = "https://chat.example.com"
+PREFLIGHT = {"Origin": ORIGIN, "Access-Control-Request-Method": "POST",
+             "Access-Control-Request-Headers": "authorization,content-type,anthropic-version"}  # fmt: skip
+
+
+def test_a_browser_may_ask_from_the_allowed_origins(make: Callable[..., tuple[Gateway, TestClient]]) -> None:
+    client = make(allowed_origins=[ORIGIN], api_keys=[hashlib.sha256(KEY.encode()).hexdigest()])[1]
+    for path in (CHAT, "/v1/models", "/v1/messages"):
+        asked = client.options(path, headers=PREFLIGHT)  # browsers send no key with it
+        assert asked.status_code == 200
+        assert asked.headers["access-control-allow-origin"] == ORIGIN
+        assert "POST" in asked.headers["access-control-allow-methods"]
+        assert "authorization" in asked.headers["access-control-allow-headers"]
+        assert "access-control-allow-credentials" not in asked.headers
+    key = {"Authorization": f"Bearer {KEY}"}
+    for answer, status in (
+        (client.post(CHAT, json={}, headers={"Origin": ORIGIN, **key}), 200),
+        (client.get("/v1/models", headers={"Origin": ORIGIN, **key}), 200),
+        (client.post(CHAT, json={}, headers={"Origin": ORIGIN}), 401),
+        (client.post(CHAT, json={"model": "nobody"}, headers={"Origin": ORIGIN, **key}), 404),
+        (client.get("/no/such/path", headers={"Origin": ORIGIN, **key}), 404),
+        (client.get(CHAT, headers={"Origin": ORIGIN, **key}), 405),
+    ):
+        assert answer.status_code == status
+        assert answer.headers["access-control-allow-origin"] == ORIGIN
+    other = client.options(CHAT, headers={**PREFLIGHT, "Origin": "https://elsewhere.example.com"})
+    assert other.status_code == 400
+    assert "access-control-allow-origin" not in other.headers
+    refused = client.post(CHAT, json={}, headers={"Origin": "https://elsewhere.example.com", **key})
+    assert "access-control-allow-origin" not in refused.headers
+
+
+def test_every_origin_or_none_may_ask(make: Callable[..., tuple[Gateway, TestClient]]) -> None:
+    everyone, nobody = make(allowed_origins=["*"])[1], make()[1]
+    assert everyone.options(CHAT, headers=PREFLIGHT).headers["access-control-allow-origin"] == "*"
+    answer = nobody.options(CHAT, headers=PREFLIGHT)
+    assert (answer.status_code, "access-control-allow-origin" in answer.headers) == (405, False)
+    assert "access-control-allow-origin" not in nobody.post(CHAT, json={}, headers={"Origin": ORIGIN}).headers
+
+
+@pytest.mark.parametrize("path", ["responses", "messages", "messages/count_tokens", "rerank"])
+def test_the_other_interfaces_are_forwarded(client: TestClient, replicas: Replicas, path: str) -> None:
+    answer = client.post(f"/v1/{path}", json={"model": "m:start"}).json()
+    assert answer == {"path": f"/v1/{path}", "model": "start"}
+    assert replicas.asked[-1].adapter == "start"
 
 
 def test_what_is_forwarded_names_the_model_or_the_adapter(client: TestClient, replicas: Replicas) -> None:
@@ -179,7 +244,8 @@ def test_adapters_are_loaded_and_unloaded_by_name(client: TestClient, replicas: 
     assert (replicas.asked[-1].path, replicas.asked[-1].adapter) == ("/health", "mine=run/checkpoint-10")
     assert client.get("/v1/models/mine").status_code == 200
     assert client.post("/v1/unload_lora_adapter", json={"lora_name": "mine"}).json()["unloaded"] is True
-    assert replicas.broadcasts == [("forget_adapter", "mine=run/checkpoint-10")]
+    told = [one for one in replicas.broadcasts if one[0] != "context_length"]
+    assert told == [("forget_adapter", "mine=run/checkpoint-10")]
     assert client.get("/v1/models/mine").status_code == 404
 
 

@@ -8,7 +8,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rayswift.serve.gateway.stream_resume import Mismatch, ResumedStream, StreamLog, can_resume, longest_stop
+from rayswift.serve.gateway.stream_resume import (
+    Mismatch,
+    ResumedEvents,
+    ResumedStream,
+    StreamLog,
+    can_resume,
+    longest_stop,
+)
+from rayswift.serve.replica.messages import MessagesWriter
+from rayswift.serve.replica.responses import ResponsesRequest, ResponsesWriter
 
 
 def chat_events(pieces: list[str], *, ids: bool = False, role: bool = True, finish: str | None = "stop") -> list[bytes]:
@@ -140,3 +149,72 @@ def test_the_longest_stop_text_counts() -> None:
     assert longest_stop({"stop": "ab"}) == 2
     assert longest_stop({"stop": ["a", "abc"]}) == 3
     assert longest_stop({}) == 0
+
+
+# --- named events: Responses, Messages ----------------------------------------------------------------------------
+
+
+def named_events(kind: str, pieces: list[str], thoughts: str = "Hm.") -> list[bytes]:
+    """A stream as a replica writes it; its ids are other ones each time."""
+    writer = MessagesWriter() if kind == "messages" else ResponsesWriter(ResponsesRequest(input="?"))
+    call = {"index": 0, "id": f"call_{id(writer)}", "function": {"name": "now", "arguments": "{}"}}
+    deltas: list[dict] = [{"role": "assistant"}, {"reasoning": thoughts}, *({"content": piece} for piece in pieces)]
+    deltas.append({"tool_calls": [call]})
+    chunks = [{"model": "m", "choices": [{"index": 0, "delta": delta}]} for delta in deltas]
+    values = [value for chunk in chunks for value in writer.take(chunk)] + list(writer.end())
+    return [f"event: {value['type']}\ndata: {json.dumps(value)}".encode() for value in values]
+
+
+def values_of(events: list[bytes]) -> list[dict]:
+    return [json.loads(event.partition(b"\ndata: ")[2]) for event in events]
+
+
+def ids_in(value: object) -> set[str]:
+    if isinstance(value, dict):
+        own = {item for key, item in value.items() if key in ("id", "item_id", "call_id") and isinstance(item, str)}
+        return own.union(*map(ids_in, value.values()))
+    return set().union(*map(ids_in, value)) if isinstance(value, list) else set()
+
+
+@pytest.mark.parametrize("kind", ["messages", "responses"])
+@settings(deadline=None, max_examples=60)
+@given(data=st.data())
+def test_a_named_stream_is_one_stream_wherever_the_first_replica_died(kind: str, data) -> None:
+    pieces = data.draw(st.lists(st.text(min_size=1, max_size=5), min_size=1, max_size=6))
+    first = named_events(kind, pieces)
+    sent = first[: data.draw(st.integers(min_value=0, max_value=len(first) - 1))]
+    resumed = ResumedEvents(sent)
+    passed = [event for event in map(resumed.pass_on, named_events(kind, ["".join(pieces)])) if event is not None]
+    whole, got = values_of(first), values_of(sent + passed)
+    assert [one.partition(b"\n")[0] for one in sent + passed] == [f"event: {v['type']}".encode() for v in got]
+    marks = [[v["type"] for v in values if "delta" not in v["type"]] for values in (whole, got)]
+    assert marks[0] == marks[1]
+    texts = [
+        "".join(v["delta"] for v in got if v["type"] == "response.output_text.delta"),
+        "".join(v["delta"].get("text", "") for v in got if v["type"] == "content_block_delta"),
+    ]
+    assert "".join(texts) == "".join(pieces)
+    assert ids_in(got) == ids_in(values_of(sent)) | ids_in(got[len(sent) :])
+    assert len(ids_in(got)) == len(ids_in(whole))  # one name for each thing, to the end
+    if kind == "responses":
+        assert [value["sequence_number"] for value in got] == list(range(len(got)))
+
+
+@pytest.mark.parametrize("kind", ["messages", "responses"])
+@pytest.mark.parametrize("again", [["London"], ["Par"], []])
+def test_a_named_stream_that_says_something_else_is_noticed(kind: str, again: list[str]) -> None:
+    first = named_events(kind, ["Paris", " is"])
+    cut = next(place for place, one in enumerate(first) if b"Paris" in one) + 1
+    resumed = ResumedEvents(first[:cut])
+    with pytest.raises(Mismatch):
+        list(map(resumed.pass_on, named_events(kind, again)))
+
+
+@pytest.mark.parametrize("kind", ["messages", "responses"])
+def test_a_named_stream_has_its_own_end(kind: str) -> None:
+    stream = StreamLog()
+    events = named_events(kind, ["a"])
+    for event in stream.take(b"".join(event + b"\n\n" for event in events)):
+        assert not stream.finished
+        stream.events.append(event)
+    assert stream.finished

@@ -233,7 +233,8 @@ def test_tokens_are_those_of_training_and_back(http: TestClient, tiny_dir: str) 
 
 def test_the_schema_names_every_route(http: TestClient) -> None:
     paths = http.get("/openapi.json").json()["paths"]
-    assert set(paths) == {CHAT, PLAIN, "/v1/models", "/tokenize", "/detokenize", "/health"}
+    interfaces = {"/v1/responses", "/v1/messages", "/v1/messages/count_tokens"}
+    assert set(paths) == {CHAT, PLAIN, *interfaces, "/v1/models", "/tokenize", "/detokenize", "/health"}
     assert http.get("/health").json() == {"status": "ok"}
 
 

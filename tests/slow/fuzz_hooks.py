@@ -33,6 +33,8 @@ def before_call(context: Any, case: Any, kwargs: dict[str, Any]) -> None:
         count = body.get(name)
         if isinstance(count, int) and not isinstance(count, bool) and FEW < count < 2**16:
             body[name] = FEW
+    if case.operation.path == "/v1/responses" and body.get("max_output_tokens") is None:
+        body["max_output_tokens"] = FEW
     generates = "chat" in case.operation.path or "completions" in case.operation.path
     if generates and body.get("max_tokens") is None and body.get("max_completion_tokens") is None:
         body["max_tokens"] = FEW

@@ -1,4 +1,7 @@
-"""A bounded load of chat requests on a thread beside a test, which meanwhile disturbs the server."""
+"""A bounded load of requests on a thread beside a test, which meanwhile disturbs the server.
+
+Whole answers come from chat, streams in turn from chat, Responses and Messages: the text must be the same.
+"""
 
 from __future__ import annotations
 
@@ -21,6 +24,8 @@ QUESTIONS = [
     "Who wrote Romeo and Juliet?", "What do bees make?", "Describe a cat.", "Why is the sky blue?",
 ]  # fmt: skip
 MAX_TOKENS = 48
+#: Who streams.
+STREAMS = ("chat/completions", "responses", "messages")
 #: A request without its end after this many seconds hangs; one that wakes the first replica takes a minute or two.
 PATIENCE = 240.0
 
@@ -85,7 +90,7 @@ def undisturbed(server: Deployment) -> dict[str, str]:
 
 async def _once(server: Deployment, question: str) -> str:
     async with _session(server) as session:
-        outcome = await _ask(session, server, question, stream=False)
+        outcome = await _ask(session, server, question)
     assert outcome.text is not None, outcome.failure
     return outcome.text
 
@@ -102,7 +107,8 @@ async def _load(server: Deployment, askers: int, outcomes: Outcomes, stopping: t
         while not stopping.is_set():
             turn = next(turns)
             question = QUESTIONS[(turn // 2) % len(QUESTIONS)]
-            outcome = await _ask(session, server, question, stream=turn % 2 == 0)
+            streams = STREAMS[turn // 2 % len(STREAMS)] if turn % 2 == 0 else ""
+            outcome = await _ask(session, server, question, streams)
             outcomes.done.append(outcome)
             if outcome.failure is not None:
                 await asyncio.sleep(0.5)  # a server that is away is asked again, not hammered
@@ -111,19 +117,48 @@ async def _load(server: Deployment, askers: int, outcomes: Outcomes, stopping: t
         await asyncio.gather(*(asker(session) for _ in range(askers)))
 
 
-async def _ask(session: aiohttp.ClientSession, server: Deployment, question: str, *, stream: bool) -> Outcome:
+async def _ask(session: aiohttp.ClientSession, server: Deployment, question: str, streams: str = "") -> Outcome:
+    """``streams``: who streams the answer, of `STREAMS`; empty for a whole one."""
     began, text, failure = time.monotonic(), None, None
-    body = chat_body(MODEL, question, max_tokens=MAX_TOKENS, stream=stream)
+    body = chat_body(MODEL, question, max_tokens=MAX_TOKENS, stream=bool(streams))
+    if streams == "responses":
+        body |= {"input": body.pop("messages"), "max_output_tokens": body.pop("max_tokens")}
     try:
-        async with session.post(f"{server.base_url}/chat/completions", json=body) as response:
+        async with session.post(f"{server.base_url}/{streams or STREAMS[0]}", json=body) as response:
             raw = await response.read()
             if response.status != 200:
                 failure = f"status {response.status}: {raw[:300]!r}"
+            elif not streams:
+                text = json.loads(raw)["choices"][0]["message"]["content"]
             else:
-                text = _streamed_text(raw) if stream else json.loads(raw)["choices"][0]["message"]["content"]
+                text = _streamed_text(raw) if streams == STREAMS[0] else _named_text(raw)
     except (aiohttp.ClientError, TimeoutError, OSError, ValueError, KeyError) as error:
-        failure = f"{type(error).__name__}: {error}"
-    return Outcome(question, stream, began, time.monotonic(), text, failure)
+        failure = f"{streams} {type(error).__name__}: {error}"
+    return Outcome(question, bool(streams), began, time.monotonic(), text, failure)
+
+
+def _named_text(raw: bytes) -> str:
+    """The text of a stream of Responses or Messages.
+
+    Raises:
+        ValueError: the stream is broken: an error in it, no end, a mark that comes twice, a number that is left out.
+    """
+    events = [json.loads(line.removeprefix(b"data: ")) for line in raw.split(b"\n") if line.startswith(b"data: ")]
+    kinds = [event["type"] for event in events]
+    marks = [kind for kind in kinds if "delta" not in kind or kind == "message_delta"]
+    if kinds[-1:] not in (["response.completed"], ["message_stop"]) or len(set(marks)) != len(marks):
+        raise ValueError(f"not one answer: {marks}, {raw[-300:]!r}")
+    if kinds[-1] == "message_stop":
+        return "".join(event["delta"]["text"] for event in events if event["type"] == "content_block_delta")
+    if [event["sequence_number"] for event in events] != list(range(len(events))):
+        raise ValueError(f"numbers: {[event['sequence_number'] for event in events]}")
+    item = events[-1]["response"]["output"][0]
+    if {event.get("item_id", item["id"]) for event in events} != {item["id"]}:
+        raise ValueError("an item with two names")
+    text = "".join(event["delta"] for event in events if event["type"] == "response.output_text.delta")
+    if text != item["content"][0]["text"]:
+        raise ValueError("the pieces are not the whole")
+    return text
 
 
 def _streamed_text(raw: bytes) -> str:

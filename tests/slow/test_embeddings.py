@@ -1,4 +1,4 @@
-"""Vectors instead of text: ``rayswift deploy --task_type embedding`` with real vLLM, and the real ``openai`` client."""
+"""Vectors instead of text: ``rayswift deploy --task_type embedding`` with both engines, and the ``openai`` client."""
 
 from __future__ import annotations
 
@@ -16,9 +16,12 @@ pytestmark = pytest.mark.slow
 TEXTS = ["The capital of France is Paris.", "Paris is France's capital city.", "def add(a, b): return a + b"]
 
 
-@pytest.fixture(scope="module")
-def vectors_server(smollm2_dir: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]:
+@pytest.fixture(scope="module", params=["vllm", "transformers"])
+def vectors_server(
+    request: pytest.FixtureRequest, smollm2_dir: str, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Deployment]:
     flags = ["--served_model_name", MODEL, "--task_type", "embedding", "--api_key", KEYS[0]]
+    flags += ["--infer_backend", request.param]
     with deployed(smollm2_dir, tmp_path_factory.mktemp("vectors"), *flags, api_key=KEYS[0]) as running:
         yield running
 
@@ -58,6 +61,21 @@ def test_scores_compare_texts(vectors_server: Deployment) -> None:
     same, alike, other = (one["score"] for one in json.loads(answer)["data"])
     assert same == pytest.approx(1, abs=1e-3)
     assert same > alike > other
+
+
+@pytest.mark.parametrize("version", ["v1", "v2"])
+def test_documents_are_put_into_the_order_of_their_likeness(vectors_server: Deployment, version: str) -> None:
+    """Jina's and Cohere's request."""
+    body = {"model": MODEL, "query": TEXTS[0], "documents": [TEXTS[2], TEXTS[1], TEXTS[0]], "top_n": 2}
+    status, answer = vectors_server.request("POST", f"/{version}/rerank", body)
+    assert status == 200, answer
+    found = json.loads(answer)
+    assert [one["index"] for one in found["results"]] == [2, 1]
+    assert found["results"][0]["relevance_score"] == pytest.approx(1, abs=1e-3)
+    assert found["results"][1]["document"]["text"] == TEXTS[1]
+    assert found["usage"]["total_tokens"] > 20
+    status, answer = vectors_server.request("POST", f"/{version}/rerank", {"model": MODEL, "documents": ["a"]})
+    assert (status, json.loads(answer)["error"]["type"]) == (400, "invalid_request_error")
 
 
 def test_mistakes_are_typed_errors(client: openai.OpenAI) -> None:

@@ -12,6 +12,7 @@ import uuid
 from collections.abc import Iterator
 from typing import Any
 
+import anthropic
 import openai
 import pytest
 from command_line import wait_for
@@ -237,7 +238,9 @@ def test_tokenize_and_detokenize_are_inverse_and_chat_adds_the_template(
 def test_models_are_listed_and_retrieved(client: openai.OpenAI) -> None:
     listed = client.models.list().data
     assert MODEL in [model.id for model in listed]
-    assert client.models.retrieve(MODEL).id == MODEL
+    card = client.models.retrieve(MODEL).model_dump()
+    assert (card["id"], card["root"], card["parent"], card["max_model_len"]) == (MODEL, MODEL, None, 2048)
+    assert card["created"] > 0 and card["permission"][0]["allow_sampling"]
     with pytest.raises(openai.NotFoundError):
         client.models.retrieve("no-such-model")
 
@@ -250,6 +253,8 @@ def test_embeddings_and_scores_of_a_model_that_only_generates_are_refused(
     assert_openai_shape(refused.value)
     status, body = server.request("POST", "/v1/score", {"model": MODEL, "text_1": "a", "text_2": "b"})
     assert status in (400, 404) and json.loads(body)["error"]["message"]
+    status, body = server.request("POST", "/v1/rerank", {"model": MODEL, "query": "a", "documents": ["b"]})
+    assert (status, "does not do that" in json.loads(body)["error"]["message"]) == (404, True)
 
 
 def test_health_and_metrics_answer(server: Deployment) -> None:
@@ -257,6 +262,92 @@ def test_health_and_metrics_answer(server: Deployment) -> None:
     status, text = server.get("/metrics")
     assert status == 200
     assert b"vllm:" in text
+
+
+# --- Responses and Messages -------------------------------------------------------------------------------------
+
+SHORT = "Answer in one word."
+
+
+@pytest.fixture(scope="module")
+def claude(server: Deployment) -> Iterator[anthropic.Anthropic]:
+    """Anthropic's client, which sends its key in a header of its own."""
+    with anthropic.Anthropic(base_url=server.address, api_key=KEYS[0], max_retries=0, timeout=TIMEOUT) as client:
+        yield client
+
+
+def test_responses_say_what_the_chat_says(client: openai.OpenAI) -> None:
+    chat = ask(client, [{"role": "system", "content": SHORT}, *FRANCE], max_tokens=12)
+    options: dict[str, Any] = {"model": MODEL, "temperature": 0, "instructions": SHORT, "max_output_tokens": 12}
+    answer = client.responses.create(input=FRANCE[0]["content"], **options)
+    assert answer.output_text == chat.choices[0].message.content
+    assert (answer.usage.input_tokens, answer.usage.total_tokens) == (chat.usage.prompt_tokens, chat.usage.total_tokens)
+    with client.responses.stream(input=FRANCE, **options) as stream:
+        seen = list(stream)
+        final = stream.get_final_response()
+    assert final.output_text == answer.output_text
+    assert [event.sequence_number for event in seen] == list(range(len(seen)))
+    assert (seen[0].type, seen[-1].type) == ("response.created", "response.completed")
+    parsed = client.responses.parse(model=MODEL, input=FRANCE, text_format=City, temperature=0, max_output_tokens=60)
+    assert isinstance(parsed.output_parsed, City)
+
+
+def test_messages_say_what_the_chat_says(client: openai.OpenAI, claude: anthropic.Anthropic) -> None:
+    chat = ask(client, [{"role": "system", "content": SHORT}, *FRANCE], max_tokens=12)
+    options: dict[str, Any] = {
+        "model": MODEL, "max_tokens": 12, "system": SHORT, "messages": FRANCE, "extra_body": {"temperature": 0},
+    }  # fmt: skip
+    answer = claude.messages.create(**options)
+    assert answer.content[0].text == chat.choices[0].message.content
+    assert (answer.usage.input_tokens, answer.usage.output_tokens) == (
+        chat.usage.prompt_tokens, chat.usage.completion_tokens,
+    )  # fmt: skip
+    with claude.messages.stream(**options) as stream:
+        assert "".join(stream.text_stream) == answer.content[0].text
+        assert stream.get_final_message().stop_reason == answer.stop_reason == "end_turn"
+    counted = claude.messages.count_tokens(model=MODEL, system=SHORT, messages=FRANCE)
+    assert counted.input_tokens == chat.usage.prompt_tokens
+
+
+def test_tools_of_responses_and_messages_are_in_the_prompt_and_called(
+    client: openai.OpenAI, claude: anthropic.Anthropic
+) -> None:
+    schema: Any = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
+    answer = client.responses.create(
+        model=MODEL, input=FRANCE, temperature=0, max_output_tokens=60,
+        tools=[{"type": "function", "name": "weather", "parameters": schema, "strict": True}],
+        tool_choice={"type": "function", "name": "weather"},
+    )  # fmt: skip
+    assert [item.type for item in answer.output] == ["function_call"]
+    assert isinstance(json.loads(answer.output[0].arguments)["city"], str)
+    message = claude.messages.create(
+        model=MODEL, messages=FRANCE, max_tokens=60, extra_body={"temperature": 0},
+        tools=[{"name": "weather", "input_schema": schema, "strict": True}],
+        tool_choice={"type": "tool", "name": "weather"},
+    )  # fmt: skip
+    assert (message.content[-1].type, message.stop_reason) == ("tool_use", "tool_use")
+    assert isinstance(message.content[-1].input["city"], str)
+
+
+def test_mistakes_in_responses_and_messages_are_typed_errors(
+    client: openai.OpenAI, claude: anthropic.Anthropic, server: Deployment
+) -> None:
+    for options in ({"temperature": -1}, {"max_output_tokens": 100_000}, {"input": "word " * 5000},
+                    {"background": True}, {"input": [{"type": "nothing"}]}):  # fmt: skip
+        with pytest.raises(openai.BadRequestError) as refused:
+            client.responses.create(**({"model": MODEL, "input": "x"} | options))
+        assert_openai_shape(refused.value)
+    for options in ({"model": "nobody"}, {"previous_response_id": "resp_1"}):
+        with pytest.raises(openai.NotFoundError):
+            client.responses.create(**({"model": MODEL, "input": "x"} | options))
+    for options in ({"max_tokens": 0}, {"max_tokens": 100_000}, {"messages": []}, {"extra_body": {"top_p": 3}}):
+        with pytest.raises(anthropic.BadRequestError) as wrong:
+            claude.messages.create(**({"model": MODEL, "max_tokens": 4, "messages": FRANCE} | options))
+        assert (wrong.value.body["type"], wrong.value.body["error"]["type"]) == ("error", "invalid_request_error")
+    with pytest.raises(anthropic.NotFoundError):
+        claude.messages.create(model="nobody", max_tokens=4, messages=FRANCE)
+    with pytest.raises(anthropic.AuthenticationError):
+        claude.with_options(api_key="wrong").messages.create(model=MODEL, max_tokens=4, messages=FRANCE)
 
 
 # --- errors -----------------------------------------------------------------------------------------------------

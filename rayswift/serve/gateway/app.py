@@ -29,8 +29,10 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from rayswift import __version__
 from rayswift.serve.gateway.adapters import AdapterRegistry
+from rayswift.serve.gateway.cross_origin import allow_origins
 from rayswift.serve.gateway.forwarding import Forwarder, GatewayRequest
 from rayswift.serve.gateway.metrics import as_prometheus
+from rayswift.serve.model_cards import model_cards
 from rayswift.serve.node_address import keep_replica_ports_inside
 from rayswift.serve.openai_errors import ApiError, Refusal, add_error_handlers
 from rayswift.serve.ports import bind, run_http
@@ -41,7 +43,8 @@ logger = logging.getLogger("rayswift.serve.gateway.app")
 
 #: Requests that a replica answers.
 FORWARDED = (
-    "/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/score", "/tokenize", "/detokenize",
+    "/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages", "/v1/messages/count_tokens",
+    "/v1/embeddings", "/v1/score", "/v1/rerank", "/v2/rerank", "/tokenize", "/detokenize",
 )  # fmt: skip
 FAILURE = "the gateway failed; its log says why"
 
@@ -96,6 +99,7 @@ class Gateway:
         listen: ``{"host", "port"}`` and optionally ``ssl_keyfile``, ``ssl_certfile``; None: through Serve's proxy.
         api_keys: SHA-256 digests (hex) of the keys of which a client must send one; empty: none is needed.
         queue_timeout: seconds a request may wait for a replica.
+        allowed_origins: web pages whose scripts may ask (``*`` for every one); browsers refuse the others.
     """
 
     async def __init__(  # type: ignore[misc]  # Serve awaits it
@@ -105,9 +109,11 @@ class Gateway:
         api_keys: list[str] | None = None,
         queue_timeout: float = 300,
         owned_by: str = "rayswift",
+        allowed_origins: list[str] | None = None,
     ) -> None:
         keep_replica_ports_inside()
         self.counters = Counters()
+        self._origins = allowed_origins or []
         self._keys = [bytes.fromhex(digest) for digest in api_keys or []]
         self._session = aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(limit=0, force_close=False),
@@ -145,7 +151,7 @@ class Gateway:
             elif scope["type"] == "lifespan":
                 await self._own(scope, receive, send)
 
-        return app
+        return allow_origins(app, self._origins)
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         status, failed = 0, False
@@ -272,18 +278,20 @@ class Gateway:
             app.add_api_route(path, self.health, methods=["POST"], include_in_schema=False)
         return app
 
-    def list_models(self) -> Any:
+    async def list_models(self) -> Any:
         """Models and adapters, as OpenAI's model cards."""
-        cards = []
+        cards: list[dict[str, Any]] = []
         for model in self.models.values():
-            card = {"id": model.name, "object": "model", "created": model.created, "owned_by": model.owned_by}
             adapters = [name for name in model.adapters.names() if name != model.default_adapter]
-            cards += [card, *({**card, "id": name, "root": model.name, "parent": model.name} for name in adapters)]
+            cards += model_cards(
+                model.name, adapters, created=model.created, owned_by=model.owned_by,
+                max_model_len=await model.forwarder.context_length(),
+            )  # fmt: skip
         return {"object": "list", "data": cards}
 
-    def get_model(self, model: str) -> Any:
+    async def get_model(self, model: str) -> Any:
         """One model or adapter."""
-        for card in self.list_models()["data"]:
+        for card in (await self.list_models())["data"]:
             if card["id"] == model:
                 return card
         raise _no_model(model)

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import aiohttp
-from ray.exceptions import RayActorError
+from ray.exceptions import RayActorError, RayError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 
 from rayswift.serve.gateway.stream_resume import (
@@ -26,6 +26,7 @@ from rayswift.serve.gateway.stream_resume import (
     ERROR,
     EVENT_END,
     Mismatch,
+    ResumedEvents,
     ResumedStream,
     StreamLog,
     can_resume,
@@ -44,7 +45,11 @@ MAX_TRIES = 6
 MAX_DEATHS = 2
 #: Seconds before the second try; it grows with each.
 RETRY_SECONDS = 0.25
-_USAGE = re.compile(rb'"completion_tokens":\s*(\d+)')
+#: Seconds for what a list of models asks of the replicas.
+LOOK_SECONDS = 5.0
+#: Requests whose streams are made of named events.
+NAMED_STREAMS = ("/v1/responses", "/v1/messages")
+_USAGE = re.compile(rb'"(?:completion|output)_tokens":\s*(\d+)')
 
 
 class ReplicaDied(Exception):
@@ -137,6 +142,14 @@ class Forwarder:
                 return b"".join([piece async for piece in response.pieces])
         raise ApiError(503, "no replica could answer the request", retry_after=5)
 
+    async def context_length(self) -> int | None:
+        """Tokens that a prompt and its answer may have; None when no replica can say."""
+        try:
+            answers = await asyncio.wait_for(self.handle.broadcast("context_length").results_async(), LOOK_SECONDS)
+        except (TimeoutError, DeploymentUnavailableError, RayError):
+            return None
+        return next(iter(answers), None)
+
     async def _before_retry(self, error: BaseException, tries: int) -> None:
         self.counters.retries += 1
         logger.warning("a replica did not answer (%s); trying another", type(error).__name__)
@@ -145,6 +158,8 @@ class Forwarder:
     async def _stream(self, request: GatewayRequest, upstream: aiohttp.ClientResponse) -> AsyncIterator[bytes]:
         """The pieces of a stream, resumed at another replica when one dies."""
         log = StreamLog()
+        has_names = request.path in NAMED_STREAMS
+        rest = ResumedEvents if has_names else ResumedStream
         try:
             async for piece in self._pass(log, upstream):
                 yield piece
@@ -162,7 +177,7 @@ class Forwarder:
                 async with self._connection(request, ids) as upstream:
                     if not is_event_stream(upstream):
                         raise ReplicaFailed(f"status {upstream.status}")
-                    async for piece in self._pass(log, upstream, ResumedStream(log.events)):
+                    async for piece in self._pass(log, upstream, rest(log.events)):
                         yield piece
                 self.counters.resumed += 1
                 return
@@ -175,10 +190,11 @@ class Forwarder:
                 logger.warning("a stream could not be resumed: %s", error)
                 break
         message = "the replica that wrote this answer stopped, and no other could go on with it"
-        yield ApiError(503, message, code="stream_interrupted").event() + DONE + EVENT_END
+        stopped = ApiError(503, message, code="stream_interrupted")
+        yield stopped.named_event() if has_names else stopped.event() + DONE + EVENT_END
 
     async def _pass(
-        self, log: StreamLog, upstream: aiohttp.ClientResponse, resumed: ResumedStream | None = None
+        self, log: StreamLog, upstream: aiohttp.ClientResponse, resumed: ResumedStream | ResumedEvents | None = None
     ) -> AsyncIterator[bytes]:
         """Pieces for the client. Raises ReplicaDied for a stream without an end or with the engine's death in it."""
         async for chunk in upstream.content.iter_any():

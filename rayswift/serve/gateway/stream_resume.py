@@ -20,8 +20,21 @@ from typing import Any
 EVENT_END = b"\n\n"
 IDS_COMMENT = b": "
 DATA = b"data: "
+NAMED = b"event: "
 DONE = b"data: [DONE]"
-ERROR = b'data: {"error"'
+ERROR = (b'data: {"error"', b"event: error")
+#: How the last event of a stream begins: OpenAI's mark, or by name that of Messages and of Responses.
+ENDS = (
+    DONE, b"event: message_stop", b"event: response.completed", b"event: response.incomplete",
+    b"event: response.failed", b"event: error",
+)  # fmt: skip
+
+
+#: Fields that ask for a grammar or for log probabilities, those of Responses and Messages last.
+_OWN_STATE = (
+    "response_format", "structured_outputs", "guided_json", "guided_regex", "guided_choice",
+    "text", "include", "output_config",
+)  # fmt: skip
 
 
 class Mismatch(Exception):
@@ -57,7 +70,7 @@ class StreamLog:
     @property
     def finished(self) -> bool:
         """Whether the client has the end of the stream."""
-        return bool(self.events) and self.events[-1].startswith(DONE)
+        return bool(self.events) and self.events[-1].startswith(ENDS)
 
     def ids_to_resume(self, held_back: int) -> list[int]:
         """The token ids that another replica goes on from.
@@ -87,16 +100,13 @@ def can_resume(body: dict[str, Any]) -> bool:
         and not body.get("presence_penalty")
         and not body.get("frequency_penalty")
         and body.get("tool_choice") in (None, "none", "auto")
-        and not any(
-            body.get(name)
-            for name in ("response_format", "structured_outputs", "guided_json", "guided_regex", "guided_choice")
-        )
+        and not any(body.get(name) for name in _OWN_STATE)
     )
 
 
 def longest_stop(body: dict[str, Any]) -> int:
     """Characters of the longest stop text of a request."""
-    stop = body.get("stop") or []
+    stop = body.get("stop") or body.get("stop_sequences") or []
     texts = [stop] if isinstance(stop, str) else stop
     return max((len(text) for text in texts if isinstance(text, str)), default=0)
 
@@ -158,6 +168,97 @@ class ResumedStream:
         ):
             raise Mismatch("the answer ended before what was sent")
         return left
+
+
+class ResumedEvents:
+    """The same for streams of named events (Responses, Messages).
+
+    Each event stands for a piece of text at a place, or for something that happens once there. What the second stream
+    calls otherwise (ids, made at random) gets the names that the client knows.
+    """
+
+    def __init__(self, events: list[bytes]) -> None:
+        self._waiting: dict[tuple[Any, ...], str] = {}
+        self._marks: dict[tuple[Any, ...], dict[str, Any]] = {}
+        self._names: dict[bytes, bytes] = {}
+        self._number = -1
+        for event in events:
+            value = _named(event)
+            place, (holder, key) = _place(value), _text_of(value)
+            self._number = value.get("sequence_number", self._number)
+            if key:
+                self._waiting[place] = self._waiting.get(place, "") + holder[key]
+            else:
+                self._marks[place] = value
+
+    def pass_on(self, event: bytes) -> bytes | None:
+        """As `ResumedStream.pass_on`."""
+        for theirs, known in self._names.items():
+            event = event.replace(theirs, known)
+        value = _named(event)
+        place, (holder, key) = _place(value), _text_of(value)
+        if key:
+            waiting, text = self._waiting.get(place, ""), holder[key]
+            known_length = min(len(waiting), len(text))
+            if waiting[:known_length] != text[:known_length]:
+                raise Mismatch(f"{waiting[:known_length]!r} was sent, {text[:known_length]!r} came")
+            self._waiting[place], holder[key] = waiting[known_length:], text[known_length:]
+            if not holder[key]:
+                return None
+        elif place in self._marks:
+            self._names |= _other_names(value, self._marks[place])
+            return None
+        elif any(self._waiting.values()):
+            raise Mismatch("the answer went on before what was sent")
+        if "sequence_number" in value:
+            self._number += 1
+            value["sequence_number"] = self._number
+        return NAMED + value["type"].encode() + b"\n" + _write(value)
+
+
+def _named(event: bytes) -> dict[str, Any]:
+    """The value of a named event. Raises Mismatch for another one."""
+    try:
+        value = json.loads(event.partition(b"\n" + DATA)[2])
+        return {**value, "type": str(value["type"])}
+    except (ValueError, KeyError, TypeError):
+        raise Mismatch("an event without a type") from None
+
+
+def _place(value: dict[str, Any]) -> tuple[Any, ...]:
+    """What an event is about: its kind, and which part of the answer."""
+    delta = value.get("delta")
+    kind = delta.get("type") if isinstance(delta, dict) else None
+    return (value["type"], kind, *(value.get(name) for name in ("output_index", "content_index", "index")))
+
+
+def _text_of(value: dict[str, Any]) -> tuple[dict[str, Any], str]:
+    """Where the text of an event of text stands: the object and the key; an empty key for another event."""
+    delta = value.get("delta")
+    if isinstance(delta, str):
+        return value, "delta"
+    if isinstance(delta, dict):
+        for key in ("text", "thinking", "partial_json"):
+            if isinstance(delta.get(key), str):
+                return delta, key
+    return value, ""
+
+
+def _other_names(theirs: Any, known: Any) -> dict[bytes, bytes]:
+    """The ids of one event that differ in another one like it."""
+    if isinstance(theirs, list) and isinstance(known, list):
+        pairs: Any = [(None, one, other) for one, other in zip(theirs, known, strict=False)]
+    elif isinstance(theirs, dict) and isinstance(known, dict):
+        pairs = [(key, value, known.get(key)) for key, value in theirs.items()]
+    else:
+        return {}
+    found: dict[bytes, bytes] = {}
+    for key, one, other in pairs:
+        if key in ("id", "item_id", "call_id") and isinstance(one, str) and isinstance(other, str):
+            found |= {json.dumps(one).encode(): json.dumps(other).encode()} if one != other else {}
+        else:
+            found |= _other_names(one, other)
+    return found
 
 
 def _read(event: bytes) -> dict[str, Any] | None:

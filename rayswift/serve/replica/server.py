@@ -49,6 +49,10 @@ class LLMServer:
             from rayswift.serve.replica.vllm import VllmServing
 
             self.serving = VllmServing(self.plan.llm_config(model_dir), self.encoders)
+        elif self.plan.task_type != "causal_lm":
+            from rayswift.serve.replica.pooling import PoolingServing
+
+            self.serving = PoolingServing.from_plan(self.plan, self.encoders[""])
         else:
             from rayswift.serve.replica.transformers import TransformersServing
 
@@ -93,6 +97,10 @@ class LLMServer:
     async def forget_adapter(self, key: str) -> None:
         """Unload an adapter now (it loads again when somebody asks for it)."""
         await self.serving.unload_adapter(split_key(key)[0])
+
+    async def context_length(self) -> int:
+        """Tokens that a prompt and its answer may have together."""
+        return int(self.serving.context_length)
 
     async def engine_metrics(self) -> tuple[str, str]:
         """Name of the replica and the Prometheus text of its engine."""

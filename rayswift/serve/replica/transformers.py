@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import AsyncIterator
 from contextlib import aclosing
 from dataclasses import dataclass, replace
@@ -23,7 +24,9 @@ from rayswift.generate.continuous_batching import BASE, BatchRunner, Busy, Seque
 from rayswift.generate.transformers import TransformersEngine
 from rayswift.modeling.adapters import add_adapter
 from rayswift.serve.lease import RESUME_HEADER, current_notes
+from rayswift.serve.model_cards import model_cards
 from rayswift.serve.openai_errors import ApiError, add_error_handlers
+from rayswift.serve.replica import messages, responses
 from rayswift.serve.replica.openai_answers import DONE, EventStream, Shape, collect, pieces_of, usage_of
 from rayswift.serve.replica.openai_requests import (
     MAX_CHOICES,
@@ -122,6 +125,11 @@ class TransformersServing:
         while self.runner.has_rows_of(key):
             await asyncio.sleep(0.05)
         await asyncio.wrap_future(self.runner.between_batches(lambda: self.engine.model.delete_adapter(key)))
+
+    @property
+    def context_length(self) -> int:
+        """Tokens that a prompt and its answer may have together."""
+        return self.engine.context_length
 
     def metrics(self) -> str:
         """Prometheus text."""
@@ -306,12 +314,20 @@ def _resumed_ids(request: Request) -> list[int]:
 def make_app(serving: TransformersServing) -> ASGIApp:
     """The ASGI app with its routes."""
     app = FastAPI(title="RaySwift", docs_url=None, redoc_url=None, redirect_slashes=False)
+    created = int(time.time())
 
     @app.post("/v1/chat/completions")
     async def chat(body: ChatRequest, request: Request) -> Response:
         body.check()
         _, _, encoder = serving.find(body.model)
         return await serving.answer(request, body, [await serving.chat_prompt(encoder, body)], echo=bool(body.echo))
+
+    async def count(body: ChatRequest) -> int:
+        _, _, encoder = serving.find(body.model)
+        return len((await serving.chat_prompt(encoder, body)).ids)
+
+    responses.add_routes(app, chat)
+    messages.add_routes(app, chat, count)
 
     @app.post("/v1/completions")
     async def complete(body: CompletionRequest, request: Request) -> Response:
@@ -322,12 +338,11 @@ def make_app(serving: TransformersServing) -> ASGIApp:
 
     @app.get("/v1/models")
     async def models() -> Any:
-        card = {"object": "model", "owned_by": "rayswift", "max_model_len": serving.engine.context_length}
-        parents = {name: None if name == serving.name else serving.name for name in serving.names()}
-        return {
-            "object": "list",
-            "data": [{"id": name, **card, "parent": parent} for name, parent in parents.items()],
-        }
+        cards = model_cards(
+            serving.name, [name for name in serving.names() if name != serving.name], created=created,
+            owned_by="rayswift", max_model_len=serving.context_length,
+        )  # fmt: skip
+        return {"object": "list", "data": cards}
 
     @app.post("/tokenize")
     async def tokenize(body: TokenizeRequest) -> Any:

@@ -52,6 +52,11 @@ class VllmServing:
             self.app = keeping_tools(self.app)
         self._watch = asyncio.ensure_future(self._end_with_engine(client))
 
+    @property
+    def context_length(self) -> int:
+        """Tokens that a prompt and its answer may have together."""
+        return int(private.engine_client(self._server).model_config.max_model_len)
+
     def metrics(self) -> str:
         """vLLM's metrics as Prometheus text."""
         from prometheus_client import generate_latest

@@ -1,0 +1,303 @@
+"""Vectors and scores instead of text with Transformers (``--task_type embedding``, ``seq_cls``, ``reranker``).
+
+The interface and the numbers are those of vLLM's pooling models: OpenAI's embeddings, scores of pairs of texts, and the
+reranking of Jina and Cohere.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import json
+import time
+import uuid
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from fastapi import FastAPI
+from pydantic import Field, model_validator
+
+from rayswift.data.tokens.encoder import Encoder
+from rayswift.errors import UserError
+from rayswift.generate.transformers import TransformersEngine
+from rayswift.modeling.loading import read_config
+from rayswift.serve.model_cards import model_cards
+from rayswift.serve.openai_errors import ApiError, add_error_handlers
+from rayswift.serve.replica.conversion import Body
+
+#: Texts that are computed together.
+_BATCH = 32
+#: Which tokens make the vector, by sentence-transformers' names.
+_POOLINGS = {
+    "pooling_mode_cls_token": "cls", "pooling_mode_mean_tokens": "mean", "pooling_mode_lasttoken": "last",
+    "cls": "cls", "mean": "mean", "lasttoken": "last",
+}  # fmt: skip
+_Text = Annotated[str, Field(min_length=1)]
+_Texts = _Text | Annotated[list[_Text], Field(min_length=1, max_length=4096)]
+_Ids = Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(min_length=1)]
+
+
+class EmbeddingRequest(Body):
+    """``POST /v1/embeddings``: texts, or token ids as they are."""
+
+    model: str | None = None
+    input: _Texts | _Ids | Annotated[list[_Ids], Field(min_length=1, max_length=4096)]
+    encoding_format: Literal["float", "base64"] = "float"
+    dimensions: int | None = None
+
+
+class ScoreRequest(Body):
+    """``POST /v1/score``: one text with each of several, or as many with as many."""
+
+    model: str | None = None
+    text_1: _Texts
+    text_2: _Texts
+
+    @model_validator(mode="before")
+    @classmethod
+    def _other_names(cls, data: Any) -> Any:
+        """vLLM's newer names for the two."""
+        if isinstance(data, dict) and "queries" in data:
+            return {**data, "text_1": data["queries"], "text_2": data.get("documents", data.get("items"))}
+        return data
+
+
+class RerankRequest(Body):
+    """``POST /v1/rerank``."""
+
+    model: str | None = None
+    query: _Text
+    documents: _Texts
+    top_n: int = Field(0, ge=0)
+
+
+class PoolingServing:
+    """A model that reads texts, and its app. ``task``: ``embedding`` for vectors, else scores of pairs."""
+
+    def __init__(self, engine: TransformersEngine, served_model_name: str, task: str) -> None:
+        self.engine, self.name, self.makes_vectors = engine, served_model_name, task == "embedding"
+        self.tokenizer = engine.encoder.tokenizer
+        if self.tokenizer.pad_token_id is None:
+            self.tokenizer.pad_token = self.tokenizer.eos_token
+        config = engine.model.config
+        if getattr(config, "pad_token_id", None) is None:  # with it a classifier finds the last token of a row
+            config.pad_token_id = self.tokenizer.pad_token_id
+        self._pooling, self._is_normal = pooling_of(engine.encoder.model_dir)
+        self._turn = asyncio.Lock()
+        self.requests = self.tokens = 0
+        self.app = make_app(self)
+
+    @classmethod
+    def from_plan(cls, plan: Any, encoder: Encoder) -> PoolingServing:
+        """Load the model of a `ModelSpec`."""
+        auto_class = "AutoModel" if plan.task_type == "embedding" else "AutoModelForSequenceClassification"
+        engine = TransformersEngine.load(
+            replace(encoder, max_length=plan.max_model_len), torch_dtype=plan.torch_dtype,
+            attn_impl=plan.attn_impl, use_gpu=plan.use_gpu, model_kwargs=plan.model_kwargs, auto_class=auto_class,
+        )  # fmt: skip
+        return cls(engine, plan.name, plan.task_type)
+
+    @property
+    def context_length(self) -> int:
+        """Tokens that a text, or a pair of texts, may have."""
+        return self.engine.context_length
+
+    async def start(self) -> None:
+        """The model is there from the beginning; here for the other engines' sake."""
+
+    async def check_health(self) -> None:
+        """Nothing runs beside the requests that could have ended."""
+
+    async def load_adapter(self, name: str, folder: str) -> None:
+        """Raises ValueError: vectors and scores come from the model itself."""
+        raise ValueError("a model of vectors or scores takes adapters with --infer_backend vllm only")
+
+    async def unload_adapter(self, name: str) -> None:
+        """Nothing was loaded."""
+
+    def metrics(self) -> str:
+        """Prometheus text."""
+        values = (("requests_total", "Requests.", self.requests), ("prompt_tokens_total", "Tokens read.", self.tokens))
+        lines = []
+        for name, text, value in values:
+            metric = f"rayswift_engine_{name}"
+            lines += [f"# HELP {metric} {text}", f"# TYPE {metric} counter", f"{metric} {value}"]
+        return "\n".join(lines) + "\n"
+
+    # --- numbers ----------------------------------------------------------------------------------------------------
+
+    def check_model(self, name: str | None) -> None:
+        """Raises ApiError (404) for another model."""
+        if name not in (None, self.name):
+            message = f"The model `{str(name)[:200]}` does not exist; models: {self.name}"
+            raise ApiError(404, message, code="model_not_found", param="model")
+
+    def read(self, text: str | list[int], other: str | None) -> dict[str, list[int]]:
+        """A text, or a pair, as the model's input. Raises ApiError (400) for one that is too long."""
+        if isinstance(text, list):
+            if max(text) >= self.engine.model.config.vocab_size:
+                raise ApiError(400, f"token id {max(text)} is out of the vocabulary", param="input")
+            found = {"input_ids": text}
+        elif other is not None and not getattr(self.engine.model.config, "use_sep_token", True):
+            found = dict(self.tokenizer(text + other))
+        else:
+            found = dict(self.tokenizer(text, other))
+        length, limit = len(found["input_ids"]), self.context_length
+        if not 0 < length <= limit:
+            message = f"This model's maximum context length is {limit} tokens; the text has {length}"
+            raise ApiError(400, message, code="context_length_exceeded", param="input")
+        return {**found, "attention_mask": [1] * length}
+
+    async def compute(self, texts: Sequence[tuple[str | list[int], str | None]]) -> tuple[list[Any], int]:
+        """The vector of each text, or the score of each pair, and the tokens in all; requests take turns."""
+        rows = await asyncio.to_thread(lambda: [self.read(*text) for text in texts])
+        tokens = sum(len(row["input_ids"]) for row in rows)
+        self.requests += 1
+        self.tokens += tokens
+        async with self._turn:
+            return await asyncio.to_thread(self._compute, rows), tokens
+
+    def _compute(self, rows: list[dict[str, list[int]]]) -> list[Any]:
+        import torch
+
+        order = sorted(range(len(rows)), key=lambda place: len(rows[place]["input_ids"]))  # little padding
+        found: dict[int, Any] = {}
+        for start in range(0, len(order), _BATCH):
+            places = order[start : start + _BATCH]
+            batch = self.tokenizer.pad([rows[place] for place in places], padding_side="right", return_tensors="pt")
+            with torch.inference_mode():
+                values = self._values(batch.to(self.engine.model.device))
+            found |= dict(zip(places, values.float().cpu(), strict=True))
+        return [found[place] for place in range(len(rows))]
+
+    def _values(self, batch: Any) -> Any:
+        import torch
+
+        answer = self.engine.model(**batch)
+        if not self.makes_vectors:
+            return answer.logits.float().squeeze(-1).sigmoid()
+        states, mask = answer.last_hidden_state.float(), batch["attention_mask"]
+        if self._pooling == "mean":
+            vectors = (states * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
+        else:
+            last = mask.sum(1) - 1 if self._pooling == "last" else torch.zeros_like(mask[:, 0])
+            vectors = states[torch.arange(len(states)), last]
+        return torch.nn.functional.normalize(vectors, dim=-1) if self._is_normal else vectors
+
+    async def scores(self, pairs: list[tuple[str, str]]) -> tuple[list[float], int]:
+        """How alike the texts of each pair are (cosine of their vectors), or what the model says of it; and tokens."""
+        import torch
+
+        if not self.makes_vectors:
+            if (labels := self.engine.model.config.num_labels) != 1:
+                raise ApiError(400, f"scores need a model with one label, this one has {labels}", param="model")
+            found, tokens = await self.compute(pairs)
+            return [float(score) for score in found], tokens
+        texts = list(dict.fromkeys(text for pair in pairs for text in pair))
+        found, tokens = await self.compute([(text, None) for text in texts])
+        vectors, cosine = dict(zip(texts, found, strict=True)), torch.nn.functional.cosine_similarity
+        return [float(cosine(vectors[one], vectors[other], dim=0)) for one, other in pairs], tokens
+
+
+def pooling_of(model_dir: str) -> tuple[str, bool]:
+    """Which tokens make the vector (``cls``, ``mean``, ``last``), and whether its length is 1.
+
+    As the folder's sentence-transformers files say; else as vLLM takes it: the last token of a decoder, the first of an
+    encoder, with length 1. Raises UserError for another pooling.
+    """
+    folder = Path(model_dir)
+    modules = json.loads((folder / "modules.json").read_text()) if (folder / "modules.json").is_file() else []
+    kinds = {str(module.get("type", "")).rpartition(".")[2]: module for module in modules}
+    if (module := kinds.get("Pooling")) is None:
+        names = read_config(model_dir).get("architectures") or [""]
+        return ("last" if names[0].endswith(("ForCausalLM", "ForConditionalGeneration")) else "cls"), True
+    settings = json.loads((folder / str(module.get("path", "")) / "config.json").read_text())
+    chosen = [key for key, value in settings.items() if key.startswith("pooling_mode_") and value is True]
+    chosen = chosen or [str(settings.get("pooling_mode"))]
+    if len(chosen) != 1 or chosen[0] not in _POOLINGS:
+        raise UserError(f"--model {model_dir}: pooling by {', '.join(chosen)} needs --infer_backend vllm")
+    return _POOLINGS[chosen[0]], "Normalize" in kinds
+
+
+# --- the interface --------------------------------------------------------------------------------------------------
+
+
+def _pairs(one: _Texts, other: _Texts) -> list[tuple[str, str]]:
+    left, right = ([text] if isinstance(text, str) else text for text in (one, other))
+    left = left * len(right) if len(left) == 1 else left
+    if len(left) != len(right):
+        raise ApiError(400, f"{len(left)} texts and {len(right)}: give one, or as many as the others", param="text_1")
+    return list(zip(left, right, strict=True))
+
+
+def _inputs(given: Any) -> Iterator[str | list[int]]:
+    """The texts of an embeddings request one by one."""
+    whole = isinstance(given, str) or isinstance(given[0], int)
+    yield from [given] if whole else given
+
+
+def _usage(tokens: int) -> dict[str, int]:
+    return {"prompt_tokens": tokens, "total_tokens": tokens}
+
+
+def _written(vector: Any, kind: str) -> Sequence[float] | str:
+    return base64.b64encode(vector.numpy().tobytes()).decode() if kind == "base64" else vector.tolist()
+
+
+def make_app(serving: PoolingServing) -> FastAPI:
+    """The app with the routes of the model's task."""
+    app = FastAPI(title="RaySwift", docs_url=None, redoc_url=None, redirect_slashes=False)
+    created = int(time.time())
+
+    async def embed(body: EmbeddingRequest) -> Any:
+        serving.check_model(body.model)
+        if body.dimensions is not None:
+            raise ApiError(400, "dimensions: this model's vectors have one length; leave it out", param="dimensions")
+        vectors, tokens = await serving.compute([(text, None) for text in _inputs(body.input)])
+        data = [
+            {"index": index, "object": "embedding", "embedding": _written(vector, body.encoding_format)}
+            for index, vector in enumerate(vectors)
+        ]
+        return _answer(data, tokens, "embd")
+
+    def _answer(data: list[dict[str, Any]], tokens: int, prefix: str) -> dict[str, Any]:
+        head = {"id": f"{prefix}-{uuid.uuid4().hex}", "object": "list", "created": int(time.time())}
+        return {**head, "model": serving.name, "data": data, "usage": _usage(tokens)}
+
+    if serving.makes_vectors:
+        app.add_api_route("/v1/embeddings", embed, methods=["POST"])
+
+    @app.post("/v1/score")
+    async def score(body: ScoreRequest) -> Any:
+        serving.check_model(body.model)
+        found, tokens = await serving.scores(_pairs(body.text_1, body.text_2))
+        data = [{"index": index, "object": "score", "score": value} for index, value in enumerate(found)]
+        return _answer(data, tokens, "score")
+
+    @app.post("/v2/rerank")
+    @app.post("/v1/rerank")
+    async def rerank(body: RerankRequest) -> Any:
+        serving.check_model(body.model)
+        pairs = _pairs(body.query, body.documents)
+        found, tokens = await serving.scores(pairs)
+        best = sorted(range(len(pairs)), key=lambda place: found[place], reverse=True)[: body.top_n or len(pairs)]
+        results = [
+            {"index": place, "document": {"text": pairs[place][1]}, "relevance_score": found[place]} for place in best
+        ]
+        name = f"rerank-{uuid.uuid4().hex}"
+        return {"id": name, "model": serving.name, "results": results, "usage": _usage(tokens)}
+
+    @app.get("/v1/models")
+    async def models() -> Any:
+        limit = serving.context_length
+        cards = model_cards(serving.name, [], created=created, owned_by="rayswift", max_model_len=limit)
+        return {"object": "list", "data": cards}
+
+    @app.get("/health")
+    async def health() -> Any:
+        return {"status": "ok"}
+
+    add_error_handlers(app, "the engine failed; its log says why")
+    return app
