@@ -35,6 +35,10 @@ class ServerArguments(Arguments):
 
     host: str = arg("127.0.0.1", "address to listen on; 0.0.0.0 opens it to the network")
     port: int = arg(8000, "port to listen on", ge=1, le=65535)
+    num_gateways: int | None = arg(
+        None, "processes that take requests in; those on one node share --port", ge=1,
+        shown="1; on a cluster with --host 0.0.0.0 one on the head and on each node that has replicas",
+    )  # fmt: skip
     api_key: list[str] = arg([], "keys, one of which clients must send", shown="no key", example="KEY")
     served_model_name: str | None = arg(
         None, "name of the model for clients", shown="the last part of --model", decides="answers"

@@ -18,8 +18,8 @@ from aiohttp import web
 
 from rayswift.serve import lease as leases
 from rayswift.serve.gateway import forwarding
-from rayswift.serve.gateway.app import Counters
 from rayswift.serve.gateway.forwarding import Forwarder, GatewayRequest
+from rayswift.serve.gateway.shared import Counters
 from rayswift.serve.lease import NO_LEASE, RESUME_HEADER
 from rayswift.serve.openai_errors import ApiError
 

@@ -1,6 +1,7 @@
-"""The public door: one process that holds the port, checks keys, and forwards each request to a replica.
+"""The public door: a process that holds the port, checks keys, and forwards each request to a replica.
 
-It is a Serve deployment, so that Serve starts it again when it dies; but it listens by itself (``listen``), because a
+There may be several on one port, and on several nodes; what they have to know together is in `shared`. It is a Serve
+deployment, so that Serve starts it again when it dies; but it listens by itself (``listen``), because a
 request then takes one hop less, errors keep OpenAI's shape, and nothing answers without a key. Without ``listen`` it
 answers through Serve's own proxy (KubeRay's RayService): the same app in both cases. What is about the server itself
 is a FastAPI app; forwarded requests go past it, for its layers would cost every token two calls more.
@@ -9,13 +10,14 @@ is a FastAPI app; forwarded requests go past it, for its layers would cost every
 from __future__ import annotations
 
 import asyncio
+import copy
+import functools
 import hashlib
 import hmac
 import json
 import logging
-import time
 from contextlib import aclosing, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Annotated, Any
 
 import aiohttp
@@ -31,6 +33,7 @@ from rayswift import __version__
 from rayswift.serve.gateway.adapters import AdapterRegistry
 from rayswift.serve.gateway.forwarding import Forwarder, GatewayRequest
 from rayswift.serve.gateway.metrics import as_prometheus
+from rayswift.serve.gateway.shared import Counters, SharedState
 from rayswift.serve.node_address import keep_replica_ports_inside
 from rayswift.serve.openai_errors import ApiError, Refusal, add_error_handlers
 from rayswift.serve.ports import bind, run_http
@@ -62,20 +65,6 @@ Body = Annotated[dict[str, Any], Depends(_read_body)]
 
 
 @dataclass
-class Counters:
-    """What the gateway has seen since it started; `running` and `waiting` are of this moment."""
-
-    requests: int = 0
-    errors: int = 0
-    tokens: int = 0
-    retries: int = 0
-    resumed: int = 0
-    running: int = 0
-    waiting: int = 0
-    by_status: dict[int, int] = field(default_factory=dict)
-
-
-@dataclass
 class ServedModel:
     """A model behind the gateway: its name for clients, its replicas, its adapters."""
 
@@ -91,11 +80,13 @@ class Gateway:
     """The deployment class.
 
     Args:
-        models: for each model ``{"name", "app", "deployment"}``, and optionally ``adapters``, ``default_adapter``
-            and ``adapter_root``.
-        listen: ``{"host", "port"}`` and optionally ``ssl_keyfile``, ``ssl_certfile``; None: through Serve's proxy.
+        models: for each model ``{"name", "app", "deployment"}``, and optionally ``adapters``, ``default_adapter``,
+            ``adapter_root`` and ``max_queued_requests``.
+        listen: ``{"host", "port"}`` and optionally ``shared`` (other gateways listen there too), ``ssl_keyfile`` and
+            ``ssl_certfile``; None: through Serve's proxy.
         api_keys: SHA-256 digests (hex) of the keys of which a client must send one; empty: none is needed.
         queue_timeout: seconds a request may wait for a replica.
+        shared: the application that keeps what several gateways share; None for a gateway that is alone.
     """
 
     async def __init__(  # type: ignore[misc]  # Serve awaits it
@@ -105,6 +96,7 @@ class Gateway:
         api_keys: list[str] | None = None,
         queue_timeout: float = 300,
         owned_by: str = "rayswift",
+        shared: str | None = None,
     ) -> None:
         keep_replica_ports_inside()
         self.counters = Counters()
@@ -114,15 +106,19 @@ class Gateway:
             timeout=aiohttp.ClientTimeout(total=None, sock_connect=10),
             read_bufsize=2**20,
         )
-        started = int(time.time())
+        self.shared = SharedState(shared, self.counters)
+        started = await self.shared.ask("created", timeout=None)  # its actor may be starting still
         self.models = {
             model["name"]: ServedModel(
                 model["name"],
                 Forwarder(
                     serve.get_deployment_handle(model["deployment"], model["app"]),
                     self._session, queue_timeout, self.counters,
+                    functools.partial(self.shared.place, model["name"], model.get("max_queued_requests", 2**31)),
                 ),
-                AdapterRegistry(model.get("adapters") or {}, model.get("adapter_root")),
+                AdapterRegistry(
+                    model["name"], model.get("adapters") or {}, model.get("adapter_root"), self.shared
+                ),
                 model.get("default_adapter"),
                 owned_by,
                 started,
@@ -135,7 +131,8 @@ class Gateway:
         if listen is not None:
             options = {key: listen[key] for key in ("ssl_keyfile", "ssl_certfile") if listen.get(key)}
             app = await self.__serve_build_asgi_app__()
-            self._server = await run_http(app, bind(listen["host"], listen["port"]), **options)
+            socket = bind(listen["host"], listen["port"], shared=listen.get("shared", False))
+            self._server = await run_http(app, socket, **options)
 
     async def __serve_build_asgi_app__(self) -> ASGIApp:
         # A function: uvicorn takes a bound method for an app of ASGI's second version.
@@ -196,7 +193,7 @@ class Gateway:
     async def _forward(self, path: str, scope: Scope, receive: Receive, send: Send) -> None:
         raw, body = await read_object(scope, receive)
         check_roles(body)
-        model, adapter = self._find(body.get("model"))
+        model, adapter = await self._find(body.get("model"))
         wanted = split_key(adapter)[0] if adapter else model.name
         if body.get("model") != wanted:
             body["model"] = wanted
@@ -228,7 +225,7 @@ class Gateway:
                     await send({"type": "http.response.body", "body": piece, "more_body": True})
                 await send({"type": "http.response.body", "body": b"", "more_body": False})
 
-    def _find(self, name: Any) -> tuple[ServedModel, str]:
+    async def _find(self, name: Any) -> tuple[ServedModel, str]:
         """The model and the adapter's key (``""`` for none) that a client's ``model`` means.
 
         ``NAME`` of a model, ``ADAPTER``, or ``NAME:ADAPTER``; without a name the only model. Raises ApiError (404).
@@ -242,7 +239,7 @@ class Gateway:
         base, _, adapter = name.partition(":")
         candidates = [self.models[base]] if adapter and base in self.models else list(self.models.values())
         for model in candidates:
-            if key := model.adapters.key_of(adapter if adapter and base in self.models else name):
+            if key := await model.adapters.key_of(adapter if adapter and base in self.models else name):
                 return model, key
         raise _no_model(name, f"; models: {', '.join(self.models)}")
 
@@ -271,28 +268,28 @@ class Gateway:
             app.add_api_route(path, self.health, methods=["POST"], include_in_schema=False)
         return app
 
-    def list_models(self) -> Any:
+    async def list_models(self) -> Any:
         """Models and adapters, as OpenAI's model cards."""
         cards = []
         for model in self.models.values():
             card = {"id": model.name, "object": "model", "created": model.created, "owned_by": model.owned_by}
-            adapters = [name for name in model.adapters.names() if name != model.default_adapter]
+            adapters = [name for name in await model.adapters.names() if name != model.default_adapter]
             cards += [card, *({**card, "id": name, "root": model.name, "parent": model.name} for name in adapters)]
         return {"object": "list", "data": cards}
 
-    def get_model(self, model: str) -> Any:
+    async def get_model(self, model: str) -> Any:
         """One model or adapter."""
-        for card in self.list_models()["data"]:
+        for card in (await self.list_models())["data"]:
             if card["id"] == model:
                 return card
         raise _no_model(model)
 
-    def list_adapters(self) -> Any:
+    async def list_adapters(self) -> Any:
         """Adapters that can be asked for."""
         data = [
             {"id": name, "object": "adapter", "model": model.name}
             for model in self.models.values()
-            for name in model.adapters.names()
+            for name in await model.adapters.names()
         ]
         return {"object": "list", "data": data}
 
@@ -302,23 +299,23 @@ class Gateway:
         if not isinstance(name, str):
             raise ApiError(400, "lora_name: expected the name of an adapter", param="lora_name")
         model = self._owner(body)
-        key = await asyncio.to_thread(model.adapters.add, name, name if path is None else path)
+        key = await model.adapters.add(name, name if path is None else path)
         try:
             await model.forwarder.whole(GatewayRequest("GET", "/health", adapter=key))  # one replica loads it
         except ApiError:
-            model.adapters.remove(name)
+            await model.adapters.remove(name)
             raise
         return {"id": name, "object": "adapter", "model": model.name}
 
     async def unload_adapter(self, body: Body) -> Any:
-        """Unload an adapter; what is below ``--adapter_root`` loads again when it is asked for."""
+        """Unload an adapter from the running replicas; what is below ``--adapter_root`` loads again when asked for."""
         name, model = body.get("lora_name"), self._owner(body)
-        key = await asyncio.to_thread(model.adapters.key_of, name) if isinstance(name, str) else None
+        key = await model.adapters.key_of(name) if isinstance(name, str) else None
         if key is None:
             raise ApiError(404, f"adapter {str(name)[:200]}: not known", code="adapter_not_found", param="lora_name")
-        model.adapters.remove(str(name))
-        await _broadcast(model, "forget_adapter", key)
-        return {"id": name, "object": "adapter", "unloaded": True}
+        await model.adapters.remove(str(name))
+        replicas = await model.forwarder.broadcast("forget_adapter", key)
+        return {"id": name, "object": "adapter", "unloaded": True, "replicas": len(replicas)}
 
     def _owner(self, body: dict[str, Any]) -> ServedModel:
         """The model of an adapter request; the first one where it names none."""
@@ -334,23 +331,35 @@ class Gateway:
         return {"status": "ok", "models": list(self.models)}
 
     async def metrics(self) -> PlainTextResponse:
-        """Metrics of the gateway and of each replica's engine, for Prometheus."""
-        texts = {name: dict(await _broadcast(model, "engine_metrics")) for name, model in self.models.items()}
-        return PlainTextResponse(as_prometheus(self.counters, texts), media_type="text/plain; version=0.0.4")
+        """Metrics of the gateways and of each running replica's engine, for Prometheus."""
+        texts: dict[str, dict[str, str]] = {}
+        for name, model in self.models.items():
+            with suppress(ApiError):  # a replica hangs: the rest is still true
+                texts[name] = dict(await model.forwarder.broadcast("engine_metrics"))
+        totals = await self.shared.totals()
+        return PlainTextResponse(as_prometheus(totals, texts), media_type="text/plain; version=0.0.4")
 
     async def openapi(self) -> JSONResponse:
         """The schema of the public paths: this app's, and the engine's own for those that are forwarded."""
-        if self._schema is None:
-            forwarder = next(iter(self.models.values())).forwarder
+        if self._schema is not None:
+            return JSONResponse(self._schema)
+        forwarder = next(iter(self.models.values())).forwarder
+        is_running = bool(await forwarder.broadcast("check_health"))  # to read a schema is no reason to start one
+        unknown = {
+            "description": "Its schema comes with the first replica.",
+            "responses": {"200": {"description": "OK"}},
+        }
+        engine: dict[str, Any] = {"paths": {path: {"post": dict(unknown)} for path in FORWARDED}}
+        if is_running:
             engine = json.loads(await forwarder.whole(GatewayRequest("GET", "/openapi.json")))
-            own = self._own.openapi()
-            refused = own["paths"]["/health"]["get"]["responses"]["4XX"]
-            own["paths"] |= {path: engine["paths"][path] for path in FORWARDED if path in engine["paths"]}
-            for operation in (one for path in FORWARDED for one in own["paths"].get(path, {}).values()):
-                operation["responses"] = {**operation.get("responses", {}), "4XX": refused, "503": refused}
-            own["components"]["schemas"] |= engine.get("components", {}).get("schemas", {})
-            self._schema = own
-        return JSONResponse(self._schema)
+        own = copy.deepcopy(self._own.openapi())
+        refused = own["paths"]["/health"]["get"]["responses"]["4XX"]
+        own["paths"] |= {path: engine["paths"][path] for path in FORWARDED if path in engine["paths"]}
+        for operation in (one for path in FORWARDED for one in own["paths"].get(path, {}).values()):
+            operation["responses"] = {**operation.get("responses", {}), "4XX": refused, "503": refused}
+        own["components"]["schemas"] |= engine.get("components", {}).get("schemas", {})
+        self._schema = own if is_running else None
+        return JSONResponse(own)
 
     async def docs(self) -> HTMLResponse:
         """A page to try the paths."""
@@ -358,21 +367,21 @@ class Gateway:
 
     # --- for Serve and for the driver -----------------------------------------------------------------------------
 
+    def reconfigure(self, settings: dict[str, Any]) -> None:
+        """Whose deployment this is (`application.gateways_on`): nothing here depends on it."""
+
     async def stats(self) -> dict[str, Any]:
-        """The counters, for the status line of ``rayswift deploy``."""
-        return {name: value for name, value in vars(self.counters).items() if isinstance(value, int)}
+        """The counters of all gateways, for the status line of ``rayswift deploy``."""
+        return await self.shared.totals()
 
     async def __del__(self) -> None:
         if self._server is not None:
             self._server.should_exit = True
+            await self._server.task  # requests that run finish; Serve waits for --drain_timeout
+        self.shared.close()
         await self._session.close()
 
 
 def _no_model(name: Any, more: str = "") -> ApiError:
     message = f"The model `{str(name)[:200]}` does not exist{more}"
     return ApiError(404, message, code="model_not_found", param="model")
-
-
-async def _broadcast(model: ServedModel, method: str, *args: Any) -> list[Any]:
-    """What every running replica answers to a call."""
-    return list(await model.forwarder.handle.broadcast(method, *args).results_async())

@@ -39,7 +39,7 @@ class LLMServer:
         keep_replica_ports_inside()
         self.plan = ModelSpec(**plan)
         self.adapters = AdapterLoader(self.plan)
-        self.leases = LeaseBook()
+        self.leases = LeaseBook(self.plan.max_ongoing_requests)
         model_dir = await asyncio.to_thread(self.plan.resolve_model)
         self.adapters.read_base(model_dir)
         self.encoders = self.plan.encoders(model_dir)
