@@ -61,7 +61,7 @@ class Replicas:
         answers = self.running
 
         class Answers:
-            async def results_async(self, *, timeout_s: float, return_exceptions: bool) -> list[Any]:
+            async def results_async(self, *, timeout_s: Any = None, return_exceptions: bool = False) -> list[Any]:
                 """As Serve's: an error where none runs, when one hangs, and from one that dies unless asked for."""
                 if not answers:
                     raise DeploymentUnavailableError(DeploymentID("d", "a"))

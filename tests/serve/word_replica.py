@@ -26,7 +26,8 @@ def build(args: dict[str, Any]) -> Any:
     """As `rayswift.serve.application.build_model`."""
     plan = ModelSpec(**args)
     options = {"num_replicas": plan.max_replicas, "max_ongoing_requests": plan.max_ongoing_requests,
-               "max_queued_requests": plan.max_queued_requests, "ray_actor_options": {"num_cpus": 0}}  # fmt: skip
+               "max_queued_requests": plan.max_queued_requests,
+               "ray_actor_options": {"num_cpus": plan.bundles[0]["CPU"]}}  # fmt: skip
     return serve.deployment(WordServer, name=deployment_name(plan), **options).bind(args)
 
 
