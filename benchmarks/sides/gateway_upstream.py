@@ -112,6 +112,9 @@ def main() -> None:
     options.add_argument("--port", type=int, required=True)
     options.add_argument("--gateways", type=int, required=True)
     given = options.parse_args()
+    import rayswift
+
+    os.chdir(Path(rayswift.__file__).parents[1])  # Ray's workers look there first
     os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), *filter(None, sys.path)])
 
     from rayswift.arguments import make_arguments

@@ -64,7 +64,7 @@ class ServerArguments(Arguments):
         None, "most requests at once per replica; the others wait", ge=1, shown="--vllm_max_num_seqs"
     )
     max_queued_requests: int | None = arg(
-        None, "most requests that wait; further ones get 429", ge=0, shown="twice what all replicas take at once"
+        None, "most requests that wait; further ones get 429", ge=1, shown="twice what all replicas take at once"
     )
     queue_timeout: int = arg(300, "seconds a request may wait for a replica before it gets 503", ge=1)
     upscale_delay: int = arg(10, "seconds of more load before a replica is added", ge=0)

@@ -88,6 +88,11 @@ class LeaseCache:
         for lease in [lease for lease in self._leases if lease.url == url]:
             self._expire(lease)
 
+    def give_back_all(self) -> None:
+        """End those that are kept: the gateway ends, and their replicas would wait for its next requests."""
+        for lease in list(self._leases):
+            self._expire(lease)
+
     def _expire(self, lease: Lease) -> None:
         if lease in self._leases:
             self._leases.remove(lease)

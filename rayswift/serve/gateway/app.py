@@ -46,6 +46,8 @@ logger = logging.getLogger("rayswift.serve.gateway.app")
 FORWARDED = (
     "/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/score", "/tokenize", "/detokenize",
 )  # fmt: skip
+#: What the last words to the replicas, which leases are given back, need to leave this process.
+GOODBYE_SECONDS = 0.2
 FAILURE = "the gateway failed; its log says why"
 
 
@@ -378,8 +380,11 @@ class Gateway:
         if self._server is not None:
             self._server.should_exit = True
             await self._server.task  # requests that run finish; Serve waits for --drain_timeout
+        for model in self.models.values():
+            model.forwarder.close()
         self.shared.close()
         await self._session.close()
+        await asyncio.sleep(GOODBYE_SECONDS)
 
 
 def _no_model(name: Any, more: str = "") -> ApiError:

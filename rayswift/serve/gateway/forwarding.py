@@ -169,6 +169,10 @@ class Forwarder:
                 logger.warning("%s: a replica did not answer (%s)", method, type(error).__name__)
         return [answer for answer in answers if not isinstance(answer, BaseException)]
 
+    def close(self) -> None:
+        """Send nothing more."""
+        self._leases.give_back_all()
+
     async def _before_retry(self, error: BaseException, tries: int) -> None:
         self.counters.retries += 1
         logger.warning("a replica did not answer (%s); trying another", type(error).__name__)
