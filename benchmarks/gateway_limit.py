@@ -72,8 +72,11 @@ def limit(number: int, levels: tuple[int, ...], folder: Path, repository: Path) 
     with serving(f"gateway-{number}", command, port, folder / "cache", PYTHONPATH=path) as server:
         wait_until_it_answers(server, MODEL)
         for streams in levels:
-            passed = measure(server, port, streams, folder)
-            print(f"{number} gateways, {streams} streams: {passed}", file=sys.stderr)
+            for _ in range(2):  # a limit is where it falls short again
+                passed = measure(server, port, streams, folder)
+                print(f"{number} gateways, {streams} streams: {passed}", file=sys.stderr)
+                if passed["events_per_s"] >= ENOUGH * streams / PACE:
+                    break
             if streams == ONE_BY_ONE:
                 one_by_one = passed["events_per_core"]
             best = max(best, passed, key=lambda one: one["events_per_s"])
