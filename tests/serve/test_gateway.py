@@ -214,10 +214,11 @@ def test_wrong_adapter_requests_say_why(
 
 
 def test_an_adapter_that_no_replica_can_load_is_forgotten(client: TestClient, replicas: Replicas) -> None:
-    replicas.fails = ApiError(422, "adapter mine: broken", code="adapter_refused")
     given = {"lora_name": "mine", "lora_path": "one"}
-    assert client.post("/v1/load_lora_adapter", json=given).status_code == 422
-    assert client.get("/v1/models/mine").status_code == 404
+    for error, status in ((ApiError(422, "adapter mine: broken"), 422), (RuntimeError("the replica fails"), 500)):
+        replicas.fails = error
+        assert client.post("/v1/load_lora_adapter", json=given).status_code == status
+        assert client.get("/v1/models/mine").status_code == 404
 
 
 def test_a_failure_of_the_gateway_is_a_500_that_tells_nothing(

@@ -56,6 +56,7 @@ class Door:
     """A client whose one connection leads to the gateway with this process id."""
 
     def __init__(self, port: int) -> None:
+        self.port = port
         self.http = httpx.Client(
             base_url=f"http://127.0.0.1:{port}", headers={"Authorization": f"Bearer {KEY}"}, timeout=30,
             limits=httpx.Limits(max_connections=1),
@@ -180,25 +181,24 @@ def test_streams_at_both_gateways_go_on_when_their_replica_dies(pair: list[Door]
     assert f"rayswift_resumed_streams_total {resumed}\n" in pair[0].http.get("/metrics").text
 
 
-def test_the_other_gateway_answers_when_one_dies_and_knows_what_it_knew(pair: list[Door], deployed: Gateways) -> None:
+def test_the_other_gateway_answers_when_one_dies_and_knows_what_it_knew(pair: list[Door]) -> None:
     one, other = pair
     assert one.http.post("/v1/load_lora_adapter", json={"lora_name": "kept", "lora_path": "red"}).status_code == 200
     os.kill(one.pid, signal.SIGKILL)
-    assert other.http.post(CHAT, json={"model": "kept", "messages": []}).status_code == 200
-    again = doors(deployed._args.port)
-    assert one.pid not in [door.pid for door in again]
-    for door in again:
-        assert door.http.post(CHAT, json={"model": "kept", "messages": []}).status_code == 200
+    for _ in range(3):
+        assert other.http.post(CHAT, json={"model": "kept", "messages": []}).status_code == 200
+    assert [door.pid for door in doors(other.port, 1)] != [one.pid]  # new connections too
 
 
-def test_a_stop_lets_streams_at_both_gateways_end(pair: list[Door], deployed: Gateways) -> None:
+def test_a_stop_lets_streams_end(deployed: Gateways) -> None:
     from ray import serve
 
-    with ThreadPoolExecutor(2) as pool:
+    (door,) = doors(deployed._args.port, 1)
+    with ThreadPoolExecutor(1) as pool:
         begun: list[dict] = []
-        streams = [pool.submit(door.stream, 12, 0.2, begun.append) for door in pair]
-        while len(begun) < 2:
+        stream = pool.submit(door.stream, 12, 0.2, begun.append)
+        while not begun:
             time.sleep(0.02)
         stop_applications(deployed.names, 20)
         assert not serve.status().applications.get(deployed.names[0])
-        assert [stream.result() for stream in streams] == ["".join(WORDS[:12])] * 2
+        assert stream.result() == "".join(WORDS[:12])

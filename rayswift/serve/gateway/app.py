@@ -304,7 +304,7 @@ class Gateway:
         key = await model.adapters.add(name, name if path is None else path)
         try:
             await model.forwarder.whole(GatewayRequest("GET", "/health", adapter=key))  # one replica loads it
-        except ApiError:
+        except BaseException:  # a client that leaves too
             await model.adapters.remove(name)
             raise
         return {"id": name, "object": "adapter", "model": model.name}
