@@ -10,7 +10,6 @@ is a FastAPI app; forwarded requests go past it, for its layers would cost every
 from __future__ import annotations
 
 import asyncio
-import copy
 import functools
 import hashlib
 import hmac
@@ -33,6 +32,7 @@ from rayswift import __version__
 from rayswift.serve.gateway.adapters import AdapterRegistry
 from rayswift.serve.gateway.forwarding import Forwarder, GatewayRequest
 from rayswift.serve.gateway.metrics import as_prometheus
+from rayswift.serve.gateway.schema import public_schema
 from rayswift.serve.gateway.shared import Counters, SharedState
 from rayswift.serve.node_address import keep_replica_ports_inside
 from rayswift.serve.openai_errors import ApiError, Refusal, add_error_handlers
@@ -345,23 +345,12 @@ class Gateway:
         """The schema of the public paths: this app's, and the engine's own for those that are forwarded."""
         if self._schema is not None:
             return JSONResponse(self._schema)
-        forwarder = next(iter(self.models.values())).forwarder
-        is_running = bool(await forwarder.broadcast("check_health"))  # to read a schema is no reason to start one
-        unknown = {
-            "description": "Its schema comes with the first replica.",
-            "responses": {"200": {"description": "OK"}},
-        }
-        engine: dict[str, Any] = {"paths": {path: {"post": dict(unknown)} for path in FORWARDED}}
-        if is_running:
+        forwarder, engine = next(iter(self.models.values())).forwarder, None
+        if await forwarder.broadcast("check_health"):  # to read a schema is no reason to start a replica
             engine = json.loads(await forwarder.whole(GatewayRequest("GET", "/openapi.json")))
-        own = copy.deepcopy(self._own.openapi())
-        refused = own["paths"]["/health"]["get"]["responses"]["4XX"]
-        own["paths"] |= {path: engine["paths"][path] for path in FORWARDED if path in engine["paths"]}
-        for operation in (one for path in FORWARDED for one in own["paths"].get(path, {}).values()):
-            operation["responses"] = {**operation.get("responses", {}), "4XX": refused, "503": refused}
-        own["components"]["schemas"] |= engine.get("components", {}).get("schemas", {})
-        self._schema = own if is_running else None
-        return JSONResponse(own)
+        schema = public_schema(self._own.openapi(), engine, FORWARDED)
+        self._schema = schema if engine else None
+        return JSONResponse(schema)
 
     async def docs(self) -> HTMLResponse:
         """A page to try the paths."""
