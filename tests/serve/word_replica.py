@@ -34,6 +34,8 @@ def build(args: dict[str, Any]) -> Any:
 class Words:
     """Stands for the engine: ``max_tokens`` words, one every ``seconds`` of the request's ``temperature``."""
 
+    context_length = 2048
+
     def __init__(self) -> None:
         self.adapters: set[str] = set()
 
