@@ -217,13 +217,20 @@ def replace_applications(config: dict[str, Any]) -> None:
         from ray.serve.context import _get_global_client
         from ray.serve.schema import ServeDeploySchema
 
-        client = _get_global_client()
-        details, deploy = client.get_serve_details(), client.deploy_apps
-        names = {app["name"] for app in config["applications"]}
-        found = details["applications"].values()
-        others = [app["deployed_app_config"] for app in found if app["name"] not in names]
+        deploy = _get_global_client().deploy_apps
+    names = {app["name"] for app in config["applications"]}
+    others = [found["deployed_app_config"] for name, found in serve_applications().items() if name not in names]
     schema = {**config, "applications": [*config["applications"], *filter(None, others)]}
     deploy(ServeDeploySchema.model_validate(schema))
+
+
+def serve_applications() -> dict[str, dict[str, Any]]:
+    """Serve's applications by name: ``deployed_app_config`` and, for each of ``deployments``, its ``replicas`` with
+    their ``node_id`` and ``state``. ``serve.status`` has neither."""
+    with needed("Ray Serve's client"):
+        from ray.serve.context import _get_global_client
+
+        return dict(_get_global_client().get_serve_details()["applications"])
 
 
 # --- vLLM, and Ray's server of it ---------------------------------------------------------------------------------

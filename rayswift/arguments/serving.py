@@ -35,6 +35,10 @@ class ServerArguments(Arguments):
 
     host: str = arg("127.0.0.1", "address to listen on; 0.0.0.0 opens it to the network")
     port: int = arg(8000, "port to listen on", ge=1, le=65535)
+    num_gateways: int | None = arg(
+        None, "processes that take requests in; those on one node share --port", ge=1,
+        shown="1; on a cluster with --host 0.0.0.0 one on the head and on each node that has replicas",
+    )  # fmt: skip
     api_key: list[str] = arg([], "keys, one of which clients must send", shown="no key", example="KEY")
     allowed_origins: list[str] = arg(
         [], "web pages whose scripts may ask (CORS), * for all", shown="none", example="https://chat.example.com"
@@ -63,7 +67,7 @@ class ServerArguments(Arguments):
         None, "most requests at once per replica; the others wait", ge=1, shown="--vllm_max_num_seqs"
     )
     max_queued_requests: int | None = arg(
-        None, "most requests that wait; further ones get 429", ge=0, shown="twice what all replicas take at once"
+        None, "most requests that wait; further ones get 429", ge=1, shown="twice what all replicas take at once"
     )
     queue_timeout: int = arg(300, "seconds a request may wait for a replica before it gets 503", ge=1)
     upscale_delay: int = arg(10, "seconds of more load before a replica is added", ge=0)

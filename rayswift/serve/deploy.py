@@ -13,10 +13,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from rayswift import private
 from rayswift.errors import UserError
 from rayswift.generate.model_spec import ModelSpec, model_specs
 from rayswift.serve.application import GATEWAY, app_name, serve_config
+from rayswift.serve.gateways import Gateways
 from rayswift.serve.ports import require_free_port
 
 if TYPE_CHECKING:
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger("rayswift.serve.deploy")
 
 _POLL_SECONDS = 1.0
+#: Between looks whether an application has stopped; beyond --drain_timeout, for the end of its processes.
+_STOP_POLL_SECONDS, _STOP_SECONDS = 0.1, 30.0
 #: A Ray that is started for one deployment looks after it once a second instead of ten times, and counts nothing for
 #: a dashboard that is not there: on a small machine the engine needs that time.
 _QUIET_RAY = {
@@ -50,12 +52,12 @@ def deploy(args: DeployArguments) -> None:
         plain = json.loads(json.dumps(serve_config(specs, args, listen=False)))
         print(yaml.safe_dump(plain, sort_keys=False, allow_unicode=True), end="")
         return
-    with deployment(args, specs):
-        watch(args, specs)
+    with deployment(args, specs) as gateways:
+        watch(args, specs, gateways)
 
 
 @contextmanager
-def deployment(args: DeployArguments, specs: list[ModelSpec]) -> Iterator[None]:
+def deployment(args: DeployArguments, specs: list[ModelSpec]) -> Iterator[Gateways]:
     """A running deployment; left, it lets its requests finish and stops."""
     from rayswift import cluster
 
@@ -71,46 +73,40 @@ def deployment(args: DeployArguments, specs: list[ModelSpec]) -> Iterator[None]:
     logging.getLogger("ray.serve").setLevel(logging.WARNING)  # this command says what happens itself
     is_main = threading.current_thread() is threading.main_thread()
     sigterm = signal.signal(signal.SIGTERM, signal.default_int_handler) if is_main else None
-    names = [args.app_name, *(app_name(args.app_name, spec) for spec in specs)]
-    apply(serve_config(specs, args, listen=True))
-    deployed = _deploy_times(names)
+    serve.start(proxy_location="Disabled", http_options={"host": "127.0.0.1"})
+    gateways = Gateways(args, specs)
+    gateways.deploy()
     try:
-        wait_until_ready(args, specs)
-        yield
+        wait_until_ready(args, specs, gateways)
+        yield gateways
     finally:
         # What another command has deployed again meanwhile (a rolling update) is not ours to stop.
-        ours = [name for name, when in _deploy_times(names).items() if when == deployed.get(name)]
-        if ours:
+        if gateways.is_ours():
             logger.info("stopping: running requests finish first (--drain_timeout %d)", args.drain_timeout)
-        for name in ours:
-            try:
-                serve.delete(name, _blocking=True)
-            except TimeoutError:
-                logger.warning("%s: its requests did not end in time and are cut off", name)
+            stop_applications(gateways.names, args.drain_timeout)
+            stop_applications(gateways.others, args.drain_timeout)
         if connected.started:
             ray.shutdown()
         if is_main:
             signal.signal(signal.SIGTERM, sigterm)
 
 
-def _deploy_times(names: list[str]) -> dict[str, float]:
-    """When each of the applications was last deployed."""
+def stop_applications(names: list[str], drain_timeout: int) -> None:
+    """Stop them and wait until their requests have ended; Ctrl-C, once more, cuts them off."""
     from ray import serve
 
-    apps = serve.status().applications
-    return {name: apps[name].last_deployed_time_s for name in names if name in apps}
-
-
-def apply(config: dict[str, Any]) -> None:
-    """Hand Serve the configuration, keeping the applications of other names that run beside.
-
-    The configuration and not ``serve.run``: an application whose part of it has not changed is left alone, so that
-    deploying again replaces the models one by one behind a gateway that stays.
-    """
-    from ray import serve
-
-    serve.start(proxy_location=config["proxy_location"], http_options={"host": "127.0.0.1"})
-    private.replace_applications(config)
+    for name in names:
+        serve.delete(name, _blocking=False)
+    end = time.monotonic() + drain_timeout + _STOP_SECONDS
+    try:
+        while names and time.monotonic() < end:
+            time.sleep(_STOP_POLL_SECONDS)
+            apps = serve.status().applications
+            names = [name for name in names if name in apps]
+    except KeyboardInterrupt:
+        logger.warning("stopping at once")
+    for name in names:
+        logger.warning("%s: its requests did not end in time and are cut off", name)
 
 
 # --- checks -----------------------------------------------------------------------------------------------------
@@ -130,19 +126,18 @@ def check_room(specs: list[ModelSpec], cluster: Cluster) -> None:
 # --- while it runs ------------------------------------------------------------------------------------------------
 
 
-def wait_until_ready(args: DeployArguments, specs: list[ModelSpec]) -> None:
+def wait_until_ready(args: DeployArguments, specs: list[ModelSpec], gateways: Gateways) -> None:
     """Wait until every model answers; says what is going on. Raises UserError when a replica cannot start."""
     from ray import serve
 
-    names = [args.app_name, *(app_name(args.app_name, spec) for spec in specs)]
     started, said = time.monotonic(), ""
     while True:
-        apps = serve.status().applications
+        apps, names = serve.status().applications, [*gateways.names, *gateways.others]
         states = {name: str(getattr(apps.get(name), "status", "NOT_STARTED")).rpartition(".")[2] for name in names}
         for name, state in states.items():
             if state in ("DEPLOY_FAILED", "UNHEALTHY"):
                 raise UserError(f"{name} does not start: {failure_of(apps[name])}")
-        if all(state == "RUNNING" for state in states.values()):
+        if all(state == "RUNNING" for state in states.values()) and not gateways.follow():
             break
         line = ", ".join(f"{name} {state.lower()}" for name, state in states.items())
         if line != said:
@@ -162,7 +157,7 @@ def failure_of(app: Any) -> str:
     return (errors or lines or ["no reason given"])[-1]
 
 
-def watch(args: DeployArguments, specs: list[ModelSpec]) -> None:
+def watch(args: DeployArguments, specs: list[ModelSpec], gateways: Gateways) -> None:
     """Show what the deployment does until SIGINT or SIGTERM; one live line on a terminal, else one per interval."""
     from ray import serve
 
@@ -171,18 +166,21 @@ def watch(args: DeployArguments, specs: list[ModelSpec]) -> None:
     stop = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop.set())
-    gateway = serve.get_deployment_handle(GATEWAY, args.app_name)
+    door = serve.get_deployment_handle(GATEWAY, args.app_name)
     line = StatusLine(sys.stderr, sys.stderr.isatty(), args.log_interval)
     names = {app_name(args.app_name, spec): spec.name for spec in specs}
     while not stop.wait(1 if line.live else args.log_interval):
         try:
-            stats = gateway.stats.remote().result(timeout_s=5)
+            gateways.follow()
+            stats = door.stats.remote().result(timeout_s=5)
         except Exception as error:  # the gateway is being started again
             logger.debug("no statistics: %s", error)
             continue
         replicas = {model: _replicas(serve.status().applications.get(name)) for name, model in names.items()}
         line.show(stats, replicas)
     line.end()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler)
 
 
 def _replicas(app: Any) -> str:

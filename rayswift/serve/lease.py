@@ -24,6 +24,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 LEASE_HEADER = "x-rayswift-lease"
 RESUME_HEADER = "x-rayswift-resume"  # token ids that were generated elsewhere, comma-separated
+FULL_HEADER = "x-rayswift-full"  # of an answer: every place of the replica is taken
 #: Status for a request whose lease has ended or is unknown (Misdirected Request).
 NO_LEASE = 421
 #: A lease ends when no request comes for so many seconds.
@@ -87,6 +88,11 @@ class LeaseCache:
         for lease in [lease for lease in self._leases if lease.url == url]:
             self._expire(lease)
 
+    def give_back_all(self) -> None:
+        """End those that are kept: the gateway ends, and their replicas would wait for its next requests."""
+        for lease in list(self._leases):
+            self._expire(lease)
+
     def _expire(self, lease: Lease) -> None:
         if lease in self._leases:
             self._leases.remove(lease)
@@ -127,10 +133,16 @@ class _Slot:
 
 
 class LeaseBook:
-    """The open leases of a replica, by their tokens."""
+    """The open leases of a replica, by their tokens. ``limit``: how many there can be."""
 
-    def __init__(self) -> None:
+    def __init__(self, limit: float = float("inf")) -> None:
         self._slots: dict[str, _Slot] = {}
+        self._limit = limit
+
+    @property
+    def is_full(self) -> bool:
+        """Whether every place is taken: who has no lease waits, perhaps at another gateway than the one that asks."""
+        return len(self._slots) >= self._limit
 
     def open(self) -> str:
         """The token of a new lease."""
@@ -193,6 +205,8 @@ class LeaseMiddleware:
             nonlocal is_stream, is_whole
             if message["type"] == "http.response.start":
                 is_stream = dict(message["headers"]).get(b"content-type", b"").startswith(b"text/event-stream")
+                if self.book.is_full:
+                    message = {**message, "headers": [*message["headers"], (FULL_HEADER.encode(), b"1")]}
             elif is_stream and (ids := notes.flush()):
                 message = {**message, "body": ids + message.get("body", b"")}
             if message["type"] == "http.response.body" and not message.get("more_body", False):

@@ -51,11 +51,17 @@ def owner_of(port: int) -> str:
     return ""
 
 
-def bind(host: str, port: int = 0) -> socket.socket:
-    """A listening socket; port 0 is any free one. Raises OSError where the port is taken."""
+def bind(host: str, port: int = 0, *, shared: bool = False) -> socket.socket:
+    """A listening socket; port 0 is any free one. Raises OSError where the port is taken.
+
+    Args:
+        shared: other processes may listen there in the same way; each connection goes to one of them.
+    """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     sock = socket.socket(family, socket.SOCK_STREAM)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    if shared:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
     try:
         sock.bind((host, port))
         sock.listen(2048)

@@ -30,6 +30,8 @@ def running_deployment(args: Any, specs: list[ModelSpec]) -> Iterator[Endpoint]:
     if "app_name" not in settings.given:
         said = repr((socket.gethostname(), os.getcwd(), sys.argv, args.model, args.adapters))
         settings.app_name = f"rayswift-{args.command}-{hashlib.sha256(said.encode()).hexdigest()[:8]}"
+    if "num_gateways" not in settings.given:
+        settings.num_gateways = 1  # for this command alone
     settings.port = free_port(settings.host, settings.port) or settings.port
     with deployment(settings, specs):
         key = settings.api_key[0] if settings.api_key else None

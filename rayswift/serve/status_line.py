@@ -21,7 +21,8 @@ class StatusLine:
         """Write one look. ``replicas``: model → ``running/all``."""
         now = time.monotonic()
         seconds = max(1e-6, now - self._time) if self._last else float("inf")
-        rates = {name: (stats[name] - self._last.get(name, 0)) / seconds for name in ("requests", "tokens")}
+        # What counted may have been started again, and counts from none.
+        rates = {name: max(0, stats[name] - self._last.get(name, 0)) / seconds for name in ("requests", "tokens")}
         self._last, self._time = stats, now
         shown = "  ".join(f"{model} {count}" for model, count in replicas.items())
         text = (

@@ -136,8 +136,10 @@ def test_dry_run_prints_what_serve_takes(smollm2_dir: str) -> None:
     schema = ServeDeploySchema.model_validate(yaml.safe_load(done.stdout))
     assert [app.import_path for app in schema.applications] == [
         "rayswift.serve.application:build_model",
+        "rayswift.serve.application:build_state",
         "rayswift.serve.application:build_gateway",
     ]
+    assert "listen" not in schema.applications[-1].args
 
 
 def test_a_taken_port_is_named_with_its_owner_and_a_free_one(smollm2_dir: str) -> None:

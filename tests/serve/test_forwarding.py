@@ -21,9 +21,9 @@ from starlette.testclient import TestClient
 
 from rayswift.serve import lease as leases
 from rayswift.serve.gateway import forwarding
-from rayswift.serve.gateway.app import Counters
 from rayswift.serve.gateway.forwarding import Forwarder, GatewayRequest
-from rayswift.serve.lease import NO_LEASE, RESUME_HEADER
+from rayswift.serve.gateway.shared import Counters, TooManyWait
+from rayswift.serve.lease import FULL_HEADER, NO_LEASE, RESUME_HEADER
 from rayswift.serve.openai_errors import ApiError
 from rayswift.serve.replica.messages import MessagesWriter
 
@@ -342,6 +342,49 @@ async def test_a_lease_is_not_kept_while_a_request_waits_for_a_place(monkeypatch
     monkeypatch.setattr(Replicas, "remote", lambda self: OnePlace(self))
     async with served(streams(0, 4, ends=True)) as (forwarder, _, _), asyncio.timeout(5):
         assert len(await asyncio.gather(*(ask(forwarder, stream=True) for _ in range(3)))) == 3
+
+
+async def test_a_lease_of_a_replica_without_a_free_place_is_not_kept_for_another_gateway_may_wait() -> None:
+    async def full(request: web.Request) -> web.StreamResponse:
+        return web.json_response({}, headers={FULL_HEADER: "1"})
+
+    async with served(full) as (forwarder, replicas, _):
+        assert (await ask(forwarder))[0] == 200
+        assert (replicas.given, replicas.cancelled) == (1, 1)
+
+
+async def test_a_request_that_waits_stands_in_the_line_of_all_gateways(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Late(Leases):
+        async def __aiter__(self) -> AsyncIterator[dict[str, str]]:
+            await asyncio.sleep(0.1)
+            async for lease in Leases.__aiter__(self):
+                yield lease
+
+    line: list[str] = []
+
+    @asynccontextmanager
+    async def place() -> AsyncIterator[None]:
+        if len(line) == 2:
+            raise TooManyWait
+        line.append("in")
+        yield
+        line.append("out")
+
+    async with served(answers) as (forwarder, replicas, counters):
+        forwarder._line = place
+        assert (await ask(forwarder))[0] == 200
+        assert not line  # there was a replica
+        await asyncio.sleep(0)
+        forwarder.close()
+        monkeypatch.setattr(forwarding, "LINE_SECONDS", 0.01)
+        monkeypatch.setattr(Replicas, "remote", lambda self: Late(self))
+        assert (await ask(forwarder))[0] == 200
+        assert line == ["in", "out"]
+        forwarder.close()
+        with pytest.raises(ApiError) as refused:
+            await ask(forwarder)
+        assert (refused.value.status, refused.value.retry_after, counters.waiting) == (429, 5, 0)
+        assert replicas.cancelled == replicas.called == 3  # kept ones were given back
 
 
 async def test_a_request_that_is_left_gives_its_lease_back() -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from ray.exceptions import RayActorError
 from ray.serve._private.common import DeploymentID
 from ray.serve.exceptions import DeploymentUnavailableError
 from starlette.testclient import TestClient
@@ -36,6 +37,7 @@ class Replicas:
         self.asked: list[GatewayRequest] = []
         self.broadcasts: list[tuple[Any, ...]] = []
         self.fails: Exception | None = None
+        self.running: list[Any] = [("replica-1", "# TYPE own counter\nown 1\n")]  # what each answers to a broadcast
         monkeypatch.setattr(Forwarder, "send", self._send)
         monkeypatch.setattr(gateway_app, "keep_replica_ports_inside", lambda: None)
         monkeypatch.setattr(gateway_app.serve, "get_deployment_handle", lambda deployment, app: self)
@@ -56,10 +58,18 @@ class Replicas:
 
     def broadcast(self, method: str, *args: Any) -> Any:
         self.broadcasts.append((method, *args))
+        answers = self.running
 
         class Answers:
-            async def results_async(self) -> list[Any]:
-                return [2048] if method == "context_length" else [("replica-1", "# TYPE own counter\nown 1\n")]
+            async def results_async(self, *, timeout_s: Any = None, return_exceptions: bool = False) -> list[Any]:
+                """As Serve's: an error where none runs, when one hangs, and from one that dies unless asked for."""
+                if not answers:
+                    raise DeploymentUnavailableError(DeploymentID("d", "a"))
+                if TimeoutError in answers:
+                    raise TimeoutError
+                if errors := [answer for answer in answers if isinstance(answer, Exception) and not return_exceptions]:
+                    raise errors[0]
+                return [2048] if method == "context_length" else answers
 
         return Answers()
 
@@ -170,7 +180,7 @@ def test_models_and_adapters_are_listed_and_found(client: TestClient) -> None:
 
 def test_models_are_listed_when_no_replica_runs(client: TestClient, replicas: Replicas) -> None:
     class Nobody:
-        async def results_async(self) -> list[Any]:
+        async def results_async(self, **_: Any) -> list[Any]:
             raise DeploymentUnavailableError(DeploymentID(name="d"))
 
     replicas.broadcast = lambda method: Nobody()  # type: ignore[assignment, method-assign, misc]
@@ -274,10 +284,11 @@ def test_wrong_adapter_requests_say_why(
 
 
 def test_an_adapter_that_no_replica_can_load_is_forgotten(client: TestClient, replicas: Replicas) -> None:
-    replicas.fails = ApiError(422, "adapter mine: broken", code="adapter_refused")
     given = {"lora_name": "mine", "lora_path": "one"}
-    assert client.post("/v1/load_lora_adapter", json=given).status_code == 422
-    assert client.get("/v1/models/mine").status_code == 404
+    for error, status in ((ApiError(422, "adapter mine: broken"), 422), (RuntimeError("the replica fails"), 500)):
+        replicas.fails = error
+        assert client.post("/v1/load_lora_adapter", json=given).status_code == status
+        assert client.get("/v1/models/mine").status_code == 404
 
 
 def test_a_failure_of_the_gateway_is_a_500_that_tells_nothing(
@@ -316,6 +327,36 @@ def test_metrics_are_those_of_the_gateway_and_of_each_replica(client: TestClient
     text = client.get("/metrics").text
     assert "rayswift_requests_total 1" in text
     assert 'own{served_model="m",replica="replica-1"} 1' in text
+
+
+def test_without_a_replica_the_server_still_says_what_is_true(client: TestClient, replicas: Replicas) -> None:
+    """None runs: scaled to none, the first one starting, or all gone."""
+    replicas.running = []
+    assert client.post("/v1/load_lora_adapter", json={"lora_name": "mine", "lora_path": "one"}).status_code == 200
+    unloaded = client.post("/v1/unload_lora_adapter", json={"lora_name": "mine"})
+    assert (unloaded.status_code, unloaded.json()["unloaded"], unloaded.json()["replicas"]) == (200, True, 0)
+    metrics = client.get("/metrics")
+    assert (metrics.status_code, "own" in metrics.text) == (200, False)
+    assert "rayswift_requests_total 3" in metrics.text
+    asked = len(replicas.asked)
+    schema = client.get("/openapi.json")
+    assert schema.status_code == 200
+    assert set(FORWARDED) < set(schema.json()["paths"])
+    assert len(replicas.asked) == asked  # to read it starts none
+    for path in ("/v1/models", "/v1/models/m", "/v1/adapters", "/health", "/ping", "/docs"):
+        assert client.get(path).status_code == 200, path
+    replicas.running = [("replica-1", "")]
+    assert "ChatRequest" in client.get("/openapi.json").json()["components"]["schemas"]
+
+
+def test_a_replica_that_dies_or_hangs_is_left_out(client: TestClient, replicas: Replicas) -> None:
+    replicas.running += [RayActorError()]
+    assert 'own{served_model="m",replica="replica-1"} 1' in client.get("/metrics").text
+    assert client.post("/v1/unload_lora_adapter", json={"lora_name": "one"}).json()["replicas"] == 1
+    replicas.running = [TimeoutError]
+    assert client.get("/metrics").status_code == 200
+    refused = client.post("/v1/unload_lora_adapter", json={"lora_name": "one"})
+    assert (refused.status_code, error_of(refused)["type"]) == (503, "overloaded_error")
 
 
 def test_the_app_lives_as_serve_starts_and_ends_it(make: Callable[..., tuple[Gateway, TestClient]]) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from rayswift.serve import lease as leases
-from rayswift.serve.lease import LEASE_HEADER, NO_LEASE, LeaseBook, LeaseMiddleware
+from rayswift.serve.lease import FULL_HEADER, LEASE_HEADER, NO_LEASE, LeaseBook, LeaseMiddleware
 
 pytestmark = pytest.mark.anyio
 
@@ -22,7 +22,7 @@ class Door:
     """A replica's middleware over an app that waits for ``go`` between the halves of its answer."""
 
     def __init__(self) -> None:
-        self.book, self.go, self.fails = LeaseBook(), asyncio.Event(), False
+        self.book, self.go, self.fails, self.said_full = LeaseBook(2), asyncio.Event(), False, False
         self._middleware = LeaseMiddleware(self._app, self.book)
 
     async def _app(self, scope: Any, receive: Any, send: Any) -> None:
@@ -37,7 +37,9 @@ class Door:
         statuses: list[int] = []
 
         async def send(message: Any) -> None:
-            statuses.extend([message["status"]] if "status" in message else [])
+            if "status" in message:
+                statuses.append(message["status"])
+                self.said_full = (FULL_HEADER.encode(), b"1") in message["headers"]
 
         headers = [(LEASE_HEADER.encode(), token.encode())]
         await self._middleware({"type": "http", "headers": headers}, None, send)  # type: ignore[arg-type]
@@ -79,3 +81,13 @@ async def test_a_lease_ends_when_no_request_comes_but_not_under_a_long_one(monke
     assert await asked == 200
     await asyncio.wait_for(ended, 1)
     assert await door.ask(token) == NO_LEASE
+
+
+async def test_an_answer_says_when_the_replica_has_no_free_place() -> None:
+    door = Door()
+    door.go.set()
+    first = door.book.open()
+    for is_full in (False, True):
+        assert await door.ask(first) == 200
+        assert door.said_full is is_full
+        door.book.open()

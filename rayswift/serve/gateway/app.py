@@ -1,6 +1,7 @@
-"""The public door: one process that holds the port, checks keys, and forwards each request to a replica.
+"""The public door: a process that holds the port, checks keys, and forwards each request to a replica.
 
-It is a Serve deployment, so that Serve starts it again when it dies; but it listens by itself (``listen``), because a
+There may be several on one port, and on several nodes; what they have to know together is in `shared`. It is a Serve
+deployment, so that Serve starts it again when it dies; but it listens by itself (``listen``), because a
 request then takes one hop less, errors keep OpenAI's shape, and nothing answers without a key. Without ``listen`` it
 answers through Serve's own proxy (KubeRay's RayService): the same app in both cases. What is about the server itself
 is a FastAPI app; forwarded requests go past it, for its layers would cost every token two calls more.
@@ -9,13 +10,13 @@ is a FastAPI app; forwarded requests go past it, for its layers would cost every
 from __future__ import annotations
 
 import asyncio
+import functools
 import hashlib
 import hmac
 import json
 import logging
-import time
 from contextlib import aclosing, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Annotated, Any
 
 import aiohttp
@@ -32,6 +33,8 @@ from rayswift.serve.gateway.adapters import AdapterRegistry
 from rayswift.serve.gateway.cross_origin import allow_origins
 from rayswift.serve.gateway.forwarding import Forwarder, GatewayRequest
 from rayswift.serve.gateway.metrics import as_prometheus
+from rayswift.serve.gateway.schema import public_schema
+from rayswift.serve.gateway.shared import Counters, SharedState
 from rayswift.serve.model_cards import model_cards
 from rayswift.serve.node_address import keep_replica_ports_inside
 from rayswift.serve.openai_errors import ApiError, Refusal, add_error_handlers
@@ -46,6 +49,8 @@ FORWARDED = (
     "/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages", "/v1/messages/count_tokens",
     "/v1/embeddings", "/v1/score", "/v1/rerank", "/v2/rerank", "/tokenize", "/detokenize",
 )  # fmt: skip
+#: What the last words to the replicas, which leases are given back, need to leave this process.
+GOODBYE_SECONDS = 0.2
 FAILURE = "the gateway failed; its log says why"
 
 
@@ -65,20 +70,6 @@ Body = Annotated[dict[str, Any], Depends(_read_body)]
 
 
 @dataclass
-class Counters:
-    """What the gateway has seen since it started; `running` and `waiting` are of this moment."""
-
-    requests: int = 0
-    errors: int = 0
-    tokens: int = 0
-    retries: int = 0
-    resumed: int = 0
-    running: int = 0
-    waiting: int = 0
-    by_status: dict[int, int] = field(default_factory=dict)
-
-
-@dataclass
 class ServedModel:
     """A model behind the gateway: its name for clients, its replicas, its adapters."""
 
@@ -94,12 +85,14 @@ class Gateway:
     """The deployment class.
 
     Args:
-        models: for each model ``{"name", "app", "deployment"}``, and optionally ``adapters``, ``default_adapter``
-            and ``adapter_root``.
-        listen: ``{"host", "port"}`` and optionally ``ssl_keyfile``, ``ssl_certfile``; None: through Serve's proxy.
+        models: for each model ``{"name", "app", "deployment"}``, and optionally ``adapters``, ``default_adapter``,
+            ``adapter_root`` and ``max_queued_requests``.
+        listen: ``{"host", "port"}`` and optionally ``shared`` (other gateways listen there too), ``ssl_keyfile`` and
+            ``ssl_certfile``; None: through Serve's proxy.
         api_keys: SHA-256 digests (hex) of the keys of which a client must send one; empty: none is needed.
         queue_timeout: seconds a request may wait for a replica.
         allowed_origins: web pages whose scripts may ask (``*`` for every one); browsers refuse the others.
+        shared: the application that keeps what several gateways share; None for a gateway that is alone.
     """
 
     async def __init__(  # type: ignore[misc]  # Serve awaits it
@@ -110,6 +103,7 @@ class Gateway:
         queue_timeout: float = 300,
         owned_by: str = "rayswift",
         allowed_origins: list[str] | None = None,
+        shared: str | None = None,
     ) -> None:
         keep_replica_ports_inside()
         self.counters = Counters()
@@ -120,15 +114,19 @@ class Gateway:
             timeout=aiohttp.ClientTimeout(total=None, sock_connect=10),
             read_bufsize=2**20,
         )
-        started = int(time.time())
+        self.shared = SharedState(shared, self.counters)
+        started = await self.shared.ask("created", timeout=None)  # its actor may be starting still
         self.models = {
             model["name"]: ServedModel(
                 model["name"],
                 Forwarder(
                     serve.get_deployment_handle(model["deployment"], model["app"]),
                     self._session, queue_timeout, self.counters,
+                    functools.partial(self.shared.place, model["name"], model.get("max_queued_requests", 2**31)),
                 ),
-                AdapterRegistry(model.get("adapters") or {}, model.get("adapter_root")),
+                AdapterRegistry(
+                    model["name"], model.get("adapters") or {}, model.get("adapter_root"), self.shared
+                ),
                 model.get("default_adapter"),
                 owned_by,
                 started,
@@ -141,7 +139,8 @@ class Gateway:
         if listen is not None:
             options = {key: listen[key] for key in ("ssl_keyfile", "ssl_certfile") if listen.get(key)}
             app = await self.__serve_build_asgi_app__()
-            self._server = await run_http(app, bind(listen["host"], listen["port"]), **options)
+            socket = bind(listen["host"], listen["port"], shared=listen.get("shared", False))
+            self._server = await run_http(app, socket, **options)
 
     async def __serve_build_asgi_app__(self) -> ASGIApp:
         # A function: uvicorn takes a bound method for an app of ASGI's second version.
@@ -203,7 +202,7 @@ class Gateway:
     async def _forward(self, path: str, scope: Scope, receive: Receive, send: Send) -> None:
         raw, body = await read_object(scope, receive)
         check_roles(body)
-        model, adapter = self._find(body.get("model"))
+        model, adapter = await self._find(body.get("model"))
         wanted = split_key(adapter)[0] if adapter else model.name
         if body.get("model") != wanted:
             body["model"] = wanted
@@ -235,7 +234,7 @@ class Gateway:
                     await send({"type": "http.response.body", "body": piece, "more_body": True})
                 await send({"type": "http.response.body", "body": b"", "more_body": False})
 
-    def _find(self, name: Any) -> tuple[ServedModel, str]:
+    async def _find(self, name: Any) -> tuple[ServedModel, str]:
         """The model and the adapter's key (``""`` for none) that a client's ``model`` means.
 
         ``NAME`` of a model, ``ADAPTER``, or ``NAME:ADAPTER``; without a name the only model. Raises ApiError (404).
@@ -249,7 +248,7 @@ class Gateway:
         base, _, adapter = name.partition(":")
         candidates = [self.models[base]] if adapter and base in self.models else list(self.models.values())
         for model in candidates:
-            if key := model.adapters.key_of(adapter if adapter and base in self.models else name):
+            if key := await model.adapters.key_of(adapter if adapter and base in self.models else name):
                 return model, key
         raise _no_model(name, f"; models: {', '.join(self.models)}")
 
@@ -282,7 +281,7 @@ class Gateway:
         """Models and adapters, as OpenAI's model cards."""
         cards: list[dict[str, Any]] = []
         for model in self.models.values():
-            adapters = [name for name in model.adapters.names() if name != model.default_adapter]
+            adapters = [name for name in await model.adapters.names() if name != model.default_adapter]
             cards += model_cards(
                 model.name, adapters, created=model.created, owned_by=model.owned_by,
                 max_model_len=await model.forwarder.context_length(),
@@ -296,12 +295,12 @@ class Gateway:
                 return card
         raise _no_model(model)
 
-    def list_adapters(self) -> Any:
+    async def list_adapters(self) -> Any:
         """Adapters that can be asked for."""
         data = [
             {"id": name, "object": "adapter", "model": model.name}
             for model in self.models.values()
-            for name in model.adapters.names()
+            for name in await model.adapters.names()
         ]
         return {"object": "list", "data": data}
 
@@ -311,23 +310,23 @@ class Gateway:
         if not isinstance(name, str):
             raise ApiError(400, "lora_name: expected the name of an adapter", param="lora_name")
         model = self._owner(body)
-        key = await asyncio.to_thread(model.adapters.add, name, name if path is None else path)
+        key = await model.adapters.add(name, name if path is None else path)
         try:
             await model.forwarder.whole(GatewayRequest("GET", "/health", adapter=key))  # one replica loads it
-        except ApiError:
-            model.adapters.remove(name)
+        except BaseException:  # a client that leaves too
+            await model.adapters.remove(name)
             raise
         return {"id": name, "object": "adapter", "model": model.name}
 
     async def unload_adapter(self, body: Body) -> Any:
-        """Unload an adapter; what is below ``--adapter_root`` loads again when it is asked for."""
+        """Unload an adapter from the running replicas; what is below ``--adapter_root`` loads again when asked for."""
         name, model = body.get("lora_name"), self._owner(body)
-        key = await asyncio.to_thread(model.adapters.key_of, name) if isinstance(name, str) else None
+        key = await model.adapters.key_of(name) if isinstance(name, str) else None
         if key is None:
             raise ApiError(404, f"adapter {str(name)[:200]}: not known", code="adapter_not_found", param="lora_name")
-        model.adapters.remove(str(name))
-        await _broadcast(model, "forget_adapter", key)
-        return {"id": name, "object": "adapter", "unloaded": True}
+        await model.adapters.remove(str(name))
+        replicas = await model.forwarder.broadcast("forget_adapter", key)
+        return {"id": name, "object": "adapter", "unloaded": True, "replicas": len(replicas)}
 
     def _owner(self, body: dict[str, Any]) -> ServedModel:
         """The model of an adapter request; the first one where it names none."""
@@ -343,23 +342,24 @@ class Gateway:
         return {"status": "ok", "models": list(self.models)}
 
     async def metrics(self) -> PlainTextResponse:
-        """Metrics of the gateway and of each replica's engine, for Prometheus."""
-        texts = {name: dict(await _broadcast(model, "engine_metrics")) for name, model in self.models.items()}
-        return PlainTextResponse(as_prometheus(self.counters, texts), media_type="text/plain; version=0.0.4")
+        """Metrics of the gateways and of each running replica's engine, for Prometheus."""
+        texts: dict[str, dict[str, str]] = {}
+        for name, model in self.models.items():
+            with suppress(ApiError):  # a replica hangs: the rest is still true
+                texts[name] = dict(await model.forwarder.broadcast("engine_metrics"))
+        totals = await self.shared.totals()
+        return PlainTextResponse(as_prometheus(totals, texts), media_type="text/plain; version=0.0.4")
 
     async def openapi(self) -> JSONResponse:
         """The schema of the public paths: this app's, and the engine's own for those that are forwarded."""
-        if self._schema is None:
-            forwarder = next(iter(self.models.values())).forwarder
+        if self._schema is not None:
+            return JSONResponse(self._schema)
+        forwarder, engine = next(iter(self.models.values())).forwarder, None
+        if await forwarder.broadcast("check_health"):  # to read a schema is no reason to start a replica
             engine = json.loads(await forwarder.whole(GatewayRequest("GET", "/openapi.json")))
-            own = self._own.openapi()
-            refused = own["paths"]["/health"]["get"]["responses"]["4XX"]
-            own["paths"] |= {path: engine["paths"][path] for path in FORWARDED if path in engine["paths"]}
-            for operation in (one for path in FORWARDED for one in own["paths"].get(path, {}).values()):
-                operation["responses"] = {**operation.get("responses", {}), "4XX": refused, "503": refused}
-            own["components"]["schemas"] |= engine.get("components", {}).get("schemas", {})
-            self._schema = own
-        return JSONResponse(self._schema)
+        schema = public_schema(self._own.openapi(), engine, FORWARDED)
+        self._schema = schema if engine else None
+        return JSONResponse(schema)
 
     async def docs(self) -> HTMLResponse:
         """A page to try the paths."""
@@ -367,21 +367,24 @@ class Gateway:
 
     # --- for Serve and for the driver -----------------------------------------------------------------------------
 
+    def reconfigure(self, settings: dict[str, Any]) -> None:
+        """Whose deployment this is (`application.gateways_on`): nothing here depends on it."""
+
     async def stats(self) -> dict[str, Any]:
-        """The counters, for the status line of ``rayswift deploy``."""
-        return {name: value for name, value in vars(self.counters).items() if isinstance(value, int)}
+        """The counters of all gateways, for the status line of ``rayswift deploy``."""
+        return await self.shared.totals()
 
     async def __del__(self) -> None:
         if self._server is not None:
             self._server.should_exit = True
+            await self._server.task  # requests that run finish; Serve waits for --drain_timeout
+        for model in self.models.values():
+            model.forwarder.close()
+        self.shared.close()
         await self._session.close()
+        await asyncio.sleep(GOODBYE_SECONDS)
 
 
 def _no_model(name: Any, more: str = "") -> ApiError:
     message = f"The model `{str(name)[:200]}` does not exist{more}"
     return ApiError(404, message, code="model_not_found", param="model")
-
-
-async def _broadcast(model: ServedModel, method: str, *args: Any) -> list[Any]:
-    """What every running replica answers to a call."""
-    return list(await model.forwarder.handle.broadcast(method, *args).results_async())

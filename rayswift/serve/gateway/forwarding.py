@@ -12,15 +12,16 @@ import functools
 import json
 import logging
 import re
-from collections.abc import AsyncGenerator, AsyncIterator
-from contextlib import aclosing, asynccontextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import aiohttp
-from ray.exceptions import RayActorError, RayError
-from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
+from ray.exceptions import RayActorError
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RayServeException
 
+from rayswift.serve.gateway.shared import TooManyWait
 from rayswift.serve.gateway.stream_resume import (
     DONE,
     ERROR,
@@ -32,7 +33,7 @@ from rayswift.serve.gateway.stream_resume import (
     can_resume,
     longest_stop,
 )
-from rayswift.serve.lease import LEASE_HEADER, NO_LEASE, RESUME_HEADER, Lease, LeaseCache
+from rayswift.serve.lease import FULL_HEADER, LEASE_HEADER, NO_LEASE, RESUME_HEADER, Lease, LeaseCache
 from rayswift.serve.openai_errors import ApiError
 
 logger = logging.getLogger("rayswift.serve.gateway.forwarding")
@@ -45,10 +46,12 @@ MAX_TRIES = 6
 MAX_DEATHS = 2
 #: Seconds before the second try; it grows with each.
 RETRY_SECONDS = 0.25
-#: Seconds for what a list of models asks of the replicas.
-LOOK_SECONDS = 5.0
 #: Requests whose streams are made of named events.
 NAMED_STREAMS = ("/v1/responses", "/v1/messages")
+#: A request that has no replica after so many seconds waits in the line that all gateways share.
+LINE_SECONDS = 0.1
+#: Seconds that the replicas may take for a call to each of them.
+BROADCAST_SECONDS = 10.0
 _USAGE = re.compile(rb'"(?:completion|output)_tokens":\s*(\d+)')
 
 
@@ -94,10 +97,19 @@ class Forwarder:
         session: connections to the replicas.
         queue_timeout: seconds a request may wait for a replica.
         counters: the gateway's.
+        line: a place in the line that the gateways share (`SharedState.place`), for a request that has to wait.
     """
 
-    def __init__(self, handle: Any, session: aiohttp.ClientSession, queue_timeout: float, counters: Any) -> None:
+    def __init__(
+        self,
+        handle: Any,
+        session: aiohttp.ClientSession,
+        queue_timeout: float,
+        counters: Any,
+        line: Callable[[], AbstractAsyncContextManager[None]] = nullcontext,
+    ) -> None:
         self.handle, self._session, self._queue_timeout, self.counters = handle, session, queue_timeout, counters
+        self._line = line
         self._leases, self._waiting = LeaseCache(), 0
 
         @functools.lru_cache(maxsize=1024)  # a handle with options costs a look-up in Serve: one per adapter is kept
@@ -145,10 +157,31 @@ class Forwarder:
     async def context_length(self) -> int | None:
         """Tokens that a prompt and its answer may have; None when no replica can say."""
         try:
-            answers = await asyncio.wait_for(self.handle.broadcast("context_length").results_async(), LOOK_SECONDS)
-        except (TimeoutError, DeploymentUnavailableError, RayError):
+            return next(iter(await self.broadcast("context_length")), None)
+        except ApiError:
             return None
-        return next(iter(answers), None)
+
+    async def broadcast(self, method: str, *args: Any) -> list[Any]:
+        """What every running replica answers to a call: nothing when none runs, nor from one that dies meanwhile.
+
+        Raises:
+            ApiError: one is there and does not answer.
+        """
+        try:
+            asked = self.handle.broadcast(method, *args)
+            answers = await asked.results_async(timeout_s=BROADCAST_SECONDS, return_exceptions=True)
+        except DeploymentUnavailableError:
+            return []
+        except TimeoutError:
+            raise ApiError(503, "a replica does not answer; try again later", retry_after=5) from None
+        for error in answers:
+            if isinstance(error, BaseException):
+                logger.warning("%s: a replica did not answer (%s)", method, type(error).__name__)
+        return [answer for answer in answers if not isinstance(answer, BaseException)]
+
+    def close(self) -> None:
+        """Send nothing more."""
+        self._leases.give_back_all()
 
     async def _before_retry(self, error: BaseException, tries: int) -> None:
         self.counters.retries += 1
@@ -222,11 +255,12 @@ class Forwarder:
             headers["x-request-id"] = request.request_id
         if resume:
             headers[RESUME_HEADER] = ",".join(map(str, resume))
-        is_answered = False
+        is_answered = is_full = False
         try:
             async with self._session.request(
                 request.method, lease.url + request.path, data=request.raw or None, headers=headers
             ) as upstream:
+                is_full = FULL_HEADER in upstream.headers
                 try:
                     yield upstream
                 finally:  # came to its end, and was read to it
@@ -235,8 +269,8 @@ class Forwarder:
             self._leases.replica_failed(lease.url)
             raise
         finally:
-            # While others wait for one of Serve's places, this one is theirs.
-            if is_answered and not request.adapter and not self._waiting:
+            # While others wait for one of Serve's places, here or at another gateway, this one is theirs.
+            if is_answered and not request.adapter and not self._waiting and not is_full:
                 self._leases.keep(lease)
             else:
                 lease.give_back()
@@ -247,21 +281,32 @@ class Forwarder:
         self.counters.waiting += 1
         self._waiting += 1
         try:
-            given = await asyncio.wait_for(anext(aiter(lease.call)), self._queue_timeout)
+            async with asyncio.timeout(self._queue_timeout):
+                given = await self._in_line(anext(aiter(lease.call)))
             if "message" in given:
                 raise ApiError(given["status"], given["message"], code="adapter_refused", param="model")
             lease.url, lease.token = given["url"], given["token"]
             return lease
         except BaseException as error:
             lease.give_back()
-            if isinstance(error, BackPressureError):
+            if isinstance(error, (BackPressureError, TooManyWait)):
                 raise ApiError(429, "too many requests are waiting; try again later", retry_after=5) from None
-            if isinstance(error, (TimeoutError, DeploymentUnavailableError, StopAsyncIteration)):
+            if isinstance(error, (TimeoutError, RayServeException, StopAsyncIteration)):
                 raise ApiError(503, "no replica is free; try again later", retry_after=30) from None
             raise
         finally:
             self.counters.waiting -= 1
             self._waiting -= 1
+
+    async def _in_line(self, coming: Awaitable[dict[str, Any]]) -> dict[str, Any]:
+        """What is coming from Serve, awaited in the line where it takes long. Raises TooManyWait."""
+        given = asyncio.ensure_future(coming)
+        try:
+            await asyncio.wait({given}, timeout=LINE_SECONDS)
+            async with nullcontext() if given.done() else self._line():
+                return await given
+        finally:
+            given.cancel()
 
 
 def cost_a_replica(error: BaseException) -> bool:

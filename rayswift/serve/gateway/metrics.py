@@ -1,4 +1,4 @@
-"""``/metrics``: the gateway's counters, then what each replica's engine counts, told apart by a label."""
+"""``/metrics``: the gateways' counters, then what each replica's engine counts, told apart by a label."""
 
 from __future__ import annotations
 
@@ -17,13 +17,18 @@ _COUNTERS = {
 _SAMPLE = re.compile(r"^([a-zA-Z_:][a-zA-Z0-9_:]*)(?:\{(.*)\})? (.*)$")
 
 
-def as_prometheus(counters: Any, engines: dict[str, dict[str, str]]) -> str:
-    """Prometheus text. ``engines``: model → replica → the replica's own text, whose samples get the replica's name."""
+def as_prometheus(counters: dict[str, Any], engines: dict[str, dict[str, str]]) -> str:
+    """Prometheus text.
+
+    Args:
+        counters: the sums over all gateways.
+        engines: model → replica → the replica's own text, whose samples get the replica's name.
+    """
     lines: list[str] = []
     for name, (metric, kind, text) in _COUNTERS.items():
-        lines += [f"# HELP {metric} {text}", f"# TYPE {metric} {kind}", f"{metric} {getattr(counters, name)}"]
+        lines += [f"# HELP {metric} {text}", f"# TYPE {metric} {kind}", f"{metric} {counters[name]}"]
     lines += ["# HELP rayswift_responses_total Responses by status.", "# TYPE rayswift_responses_total counter"]
-    lines += [f'rayswift_responses_total{{status="{s}"}} {count}' for s, count in sorted(counters.by_status.items())]
+    lines += [f'rayswift_responses_total{{status="{s}"}} {count}' for s, count in sorted(counters["by_status"].items())]
     families: dict[str, list[str]] = {}
     for model, replicas in engines.items():
         for replica, text in replicas.items():

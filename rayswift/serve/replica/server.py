@@ -40,7 +40,7 @@ class LLMServer:
         logging.getLogger("rayswift").setLevel(logging.INFO)  # vLLM's start leaves the root logger at ERROR
         self.plan = ModelSpec(**plan)
         self.adapters = AdapterLoader(self.plan)
-        self.leases = LeaseBook()
+        self.leases = LeaseBook(self.plan.max_ongoing_requests)
         model_dir = await asyncio.to_thread(self.plan.resolve_model)
         self.adapters.read_base(model_dir)
         self.encoders = self.plan.encoders(model_dir)
