@@ -60,7 +60,8 @@ class SamplingParams:
 class Answer:
     """What came of one conversation. ``error`` is set, and the rest empty, when it could not be answered.
 
-    ``logprobs``: OpenAI's ``{"content": [{"token", "logprob", "bytes", "top_logprobs"}]}``, when asked for.
+    ``thoughts``: what a server sends apart as the model's reasoning; elsewhere it stands in the text as the model wrote
+    it, ``<think>…</think>`` with most. ``logprobs``: OpenAI's ``{"content": [{"token", "logprob", "bytes", "top_logprobs"}]}``, when asked for.
     ``seconds``: how long the engine took, where a pool says so.
     """
 
@@ -70,6 +71,20 @@ class Answer:
     logprobs: dict[str, Any] | None = None
     error: str | None = None
     seconds: float = 0.0
+    thoughts: str = ""
+
+    @property
+    def shown(self) -> str:
+        """The answer with its thoughts, as the model wrote both."""
+        return f"<think>\n{self.thoughts}\n</think>\n\n{self.text}" if self.thoughts else self.text
+
+    @property
+    def message(self) -> JsonRow:
+        """The answer as a message of its conversation; thoughts that came apart go back apart, by the name that every
+        server reads."""
+        return {"role": "assistant", "content": self.text} | (
+            {"reasoning_content": self.thoughts} if self.thoughts else {}
+        )
 
 
 class EngineUnusable(UserError):
@@ -79,10 +94,11 @@ class EngineUnusable(UserError):
 class Engine(Protocol):
     """Something that answers conversations: a model in this process, or an endpoint."""
 
-    last_stream: Answer  # counts of the latest stream(), filled when it ends
+    last_stream: Answer  # of the latest stream(): what has come so far, its counts when it ends
 
     def stream(self, messages: Messages, params: SamplingParams, tools: Any = None) -> Iterator[str]:
-        """Answer one conversation; yields the text in pieces while it is generated. Closing it stops the model."""
+        """Answer one conversation; yields the text in pieces while it is generated, thoughts that come apart between
+        ``<think>`` and ``</think>``. Closing it stops the model."""
 
     def generate(
         self, conversations: Sequence[Messages], params: SamplingParams, tools: Sequence[Any] | None = None

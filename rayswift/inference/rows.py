@@ -77,7 +77,7 @@ def result_row(row: JsonRow, answer: Answer) -> JsonRow:
     """One row of the result file (SWIFT's keys in SWIFT's order, then the row's other columns)."""
     messages, labels = split_reference(row["messages"])
     if answer.error is None:
-        messages = [*messages, {"role": "assistant", "content": answer.text}]
+        messages = [*messages, answer.message]
     result = {"response": answer.text, "labels": labels, "logprobs": answer.logprobs, "messages": messages}
     result |= {key: value for key, value in row.items() if key not in result and key != BAD_ROW}
     return result if answer.error is None else result | {BAD_ROW: answer.error}
