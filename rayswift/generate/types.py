@@ -61,8 +61,8 @@ class Answer:
     """What came of one conversation. ``error`` is set, and the rest empty, when it could not be answered.
 
     ``thoughts``: what a server sends apart as the model's reasoning; elsewhere it stands in the text as the model wrote
-    it, ``<think>…</think>`` with most. ``logprobs``: OpenAI's ``{"content": [{"token", "logprob", "bytes", "top_logprobs"}]}``, when asked for.
-    ``seconds``: how long the engine took, where a pool says so.
+    it, ``<think>…</think>`` with most. ``logprobs``: OpenAI's ``{"content": [{"token", "logprob", "bytes",
+    "top_logprobs"}]}``, when asked for. ``seconds``: how long the engine took, where a pool says so.
     """
 
     text: str = ""
