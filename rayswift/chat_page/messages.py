@@ -1,4 +1,4 @@
-"""Gradio's conversation as OpenAI's messages, and which files a model takes."""
+"""Gradio's conversation as OpenAI's messages."""
 
 from __future__ import annotations
 
@@ -9,15 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from rayswift.errors import UserError
+from rayswift.generate.media import EVERY_KIND
 
-# What a model's config.json has when it takes such input (Transformers' names).
-_MEDIA_KEYS = {"image": "vision_config", "video": "video_token_id", "audio": "audio_config"}
 NOTE = "⚠️"  # title of a message that is the page's and not the model's
-
-
-def media_of(config: Mapping[str, Any]) -> tuple[str, ...]:
-    """The kinds of files (``image``, ``video``, ``audio``) that the model of this ``config.json`` takes."""
-    return tuple(kind for kind, key in _MEDIA_KEYS.items() if config.get(key) is not None)
 
 
 def openai_messages(
@@ -71,7 +65,7 @@ def file_part(path: str) -> dict[str, Any]:
     """A file as a content part, its bytes inside: ``{"type": "image_url", "image_url": {"url": "data:…"}}``."""
     mime = mimetypes.guess_type(path)[0] or ""
     kind = mime.partition("/")[0]
-    if kind not in _MEDIA_KEYS:
+    if kind not in EVERY_KIND:
         raise UserError(f"{Path(path).name}: not an image, video or sound that a model could take")
     data = base64.b64encode(Path(path).read_bytes()).decode()
     return {"type": f"{kind}_url", f"{kind}_url": {"url": f"data:{mime};base64,{data}"}}

@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields
 from typing import Any, Protocol
 
 from rayswift.errors import UserError
+from rayswift.generate.media import with_files
 
 Messages = Sequence[Mapping[str, Any]]
 JsonRow = dict[str, Any]
@@ -139,8 +140,8 @@ def split_reference(messages: list[JsonRow]) -> tuple[list[JsonRow], str | None]
 
 
 def prompt_of(row: JsonRow) -> list[JsonRow]:
-    """The messages of a row that are to be answered."""
-    return split_reference(row["messages"])[0]
+    """The messages of a row that are to be answered, with its files in them (`rayswift.generate.media`)."""
+    return with_files(split_reference(row["messages"])[0], row)
 
 
 def logprob_entry(decode: Callable[[list[int]], str], likely: Iterable[tuple[int, float]]) -> JsonRow:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING
 
 from rayswift.data.files import Position, locate
@@ -12,7 +13,10 @@ from rayswift.data.flow.stage import read_files
 from rayswift.data.names import ResolvedDataset, resolve_dataset_files
 from rayswift.data.rows.standard import WARNINGS, Drop
 from rayswift.errors import UserError
+from rayswift.generate.media import has_media, why_refused
+from rayswift.generate.sources import kinds_taken
 from rayswift.generate.types import Answer, JsonRow, split_reference
+from rayswift.modeling.resolved import ResolvedModel
 
 if TYPE_CHECKING:
     from rayswift.arguments import InferArguments
@@ -71,6 +75,15 @@ def take(rows: Iterable[JsonRow], count: int | None, args: InferArguments) -> li
         rows = list(rows)
         random.Random(args.data_seed).shuffle(rows)
     return list(itertools.islice(rows, count))
+
+
+def media_check(model: ResolvedModel | None, engine: str) -> Callable[[JsonRow], str | None]:
+    """What says why a row's files cannot be given to the model (None: an endpoint), and None of a row that can."""
+    otherwise = f"the engine {engine} gives to no model; vllm does"
+    if model is not None and engine == "vllm":
+        otherwise = f"{model.name} does not take"
+    takes = functools.cache(lambda: kinds_taken(model, engine))
+    return lambda row: why_refused(row, takes(), otherwise) if has_media(row) else None
 
 
 def result_row(row: JsonRow, answer: Answer) -> JsonRow:

@@ -17,9 +17,10 @@ import pytest
 from rayswift.arguments import make_arguments
 from rayswift.chat_page import app
 from rayswift.chat_page.command import media_offered
-from rayswift.chat_page.messages import media_of, openai_messages
+from rayswift.chat_page.messages import openai_messages
 from rayswift.errors import UserError
 from rayswift.generate.endpoint import EndpointEngine
+from rayswift.generate.media import media_of
 from rayswift.generate.types import SamplingParams
 
 PNG = base64.b64decode(
