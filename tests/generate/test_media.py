@@ -126,10 +126,8 @@ def test_vllm_gets_the_pictures_if_its_model_takes_them(
     )
     assert sorted(SEEN, key=str) == sorted(ASKED, key=str)
     SEEN.clear()
-    made = sample(
-        make_arguments("sample", dataset=[rows], sampler_engine="vllm", num_return_sequences=1, output_dir=str(tmp_path),
-                       **shared)
-    )  # fmt: skip
+    settings = {"sampler_engine": "vllm", "num_return_sequences": 1, "output_dir": str(tmp_path)}
+    made = sample(make_arguments("sample", dataset=[rows], **settings, **shared))
     assert sorted(SEEN, key=str) == sorted(ASKED, key=str)
     kept = [json.loads(line) for line in Path(made["output_file"]).read_text().splitlines()]
     assert [row["images"][0]["path"][-7:] for row in kept[:2]] == ["dot.png"] * 2
