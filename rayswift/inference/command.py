@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rayswift.arguments import deciding_settings
+from rayswift.cluster import results_folder
 from rayswift.generate.media import has_media
 from rayswift.generate.sources import AnswerJob, open_answers, open_engine
 from rayswift.generate.types import JsonRow, SamplingParams
@@ -71,8 +72,9 @@ def answer_dataset(job: AnswerJob) -> list[JsonRow]:
 def result_path(args: InferArguments) -> Path:
     """``--result_path``, else ``<checkpoint>/infer_result/<date>.jsonl``, else the same below ``result/<model>``."""
     if args.result_path:
-        return Path(args.result_path).expanduser()
+        return results_folder(args, "result_path", args.result_path)
     checkpoint = Path(args.adapters[0] if args.adapters else args.model or "")
     if args.base_url or (not args.adapters and not (checkpoint / "args.json").is_file()):
         checkpoint = Path("result", args.model_suffix)
-    return checkpoint / "infer_result" / f"{time.strftime('%Y%m%d-%H%M%S')}.jsonl"
+    name = f"{time.strftime('%Y%m%d-%H%M%S')}.jsonl"
+    return results_folder(args, "result_path", str(checkpoint / "infer_result" / name))
