@@ -12,6 +12,7 @@ from rayswift.errors import UserError
 from rayswift.generate.media import EVERY_KIND
 
 NOTE = "⚠️"  # title of a message that is the page's and not the model's
+INLINE = "inline"  # id of a message of thoughts that the model wrote into its text; others came apart
 
 
 def openai_messages(
@@ -21,17 +22,29 @@ def openai_messages(
 
     ``question`` is text, or with upload ``{"text", "files": [path, ...]}``. Notes of the page about an error are left
     out, together with the question that got no answer, and so are answers that were stopped before their first word.
+    Thoughts (the other messages with a title) go where they came from: into the text, or beside it.
     """
     messages: list[dict[str, Any]] = [{"role": "system", "content": system}] if system and system.strip() else []
+    thoughts: Mapping[str, Any] = {}
     for message in history:
-        if (message.get("metadata") or {}).get("title") == NOTE:
+        metadata = message.get("metadata") or {}
+        if metadata.get("title") == NOTE:
             if messages and messages[-1]["role"] == "user":
                 messages.pop()
             continue
         items = message["content"] if isinstance(message["content"], list) else [message["content"]]
         content = merged(part for item in items for part in parts_of(item))
+        if metadata.get("title"):
+            thoughts = {"text": content, "inline": metadata.get("id") == INLINE}
+            continue
+        if message["role"] != "assistant":  # thoughts that were stopped before their answer
+            thoughts = {}
+        if thoughts and thoughts["inline"]:
+            content = f"<think>{thoughts['text']}</think>{content}"
         if content:
-            messages.append({"role": message["role"], "content": content})
+            beside = {"reasoning_content": thoughts["text"]} if thoughts and not thoughts["inline"] else {}
+            messages.append({"role": message["role"], "content": content, **beside})
+        thoughts = {}
     if isinstance(question, str):
         return [*messages, {"role": "user", "content": question}]
     files = [file_part(file if isinstance(file, str) else file["path"]) for file in question.get("files") or []]

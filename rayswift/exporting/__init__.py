@@ -167,10 +167,11 @@ def _convert(args: Any, model_dir: str, name: str) -> str:
             write_gguf(model_dir, os.path.join(folder, weights), args.to_gguf, os.path.basename(name))
         if args.to_ollama:
             from rayswift.data.tokens.encoder import Encoder
-            from rayswift.exporting.ollama import modelfile
+            from rayswift.exporting.ollama import LAPTOP_CONTEXT, modelfile
 
             encoder = Encoder.from_args(args, model_dir)
-            context = args.max_length or read_config(model_dir).get("max_position_embeddings")
+            longest = args.max_length or read_config(model_dir).get("max_position_embeddings")
+            context = args.ollama_num_ctx or (longest and min(longest, LAPTOP_CONTEXT))
             with open(os.path.join(folder, "Modelfile"), "w", encoding="utf-8") as file:
                 file.write(modelfile(encoder, weights, context))
     return target

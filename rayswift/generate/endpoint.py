@@ -108,12 +108,13 @@ class EndpointEngine:
                 if not chunk.choices:
                     continue
                 thought, piece = thoughts_of(chunk.choices[0].delta), chunk.choices[0].delta.content or ""
+                opens, closes = not answer.thoughts, bool(answer.thoughts) and not answer.text
+                answer.thoughts += thought
+                answer.text += piece
                 if thought:
-                    yield thought if answer.thoughts else f"<think>\n{thought}"
-                    answer.thoughts += thought
+                    yield f"<think>\n{thought}" if opens else thought
                 if piece:
-                    yield piece if answer.text or not answer.thoughts else f"\n</think>\n\n{piece}"
-                    answer.text += piece
+                    yield f"\n</think>\n\n{piece}" if closes or (thought and opens) else piece
 
     def generate(
         self, conversations: Sequence[Messages], params: SamplingParams, tools: Sequence[Any] | None = None
