@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import gradio as gr
 from markdown_it import MarkdownIt
 
 #: What models write maths in.
-MATHS = [
+MATHS: list[dict[str, str | bool]] = [
     {"left": left, "right": right, "display": display}
     for left, right, display in (("$$", "$$", True), ("\\[", "\\]", True), ("\\(", "\\)", False))
 ]
@@ -35,13 +36,21 @@ def show_as_written(chat: gr.Chatbot) -> gr.Chatbot:
     to_browser, from_browser = chat.postprocess, chat.preprocess
 
     def postprocess(value: Any) -> Any:
-        return _with_texts(to_browser(value), escape_tags)
+        return _with_texts(to_browser(value and [_as_written(message) for message in value]), escape_tags)
 
     def preprocess(payload: Any) -> Any:
         return from_browser(payload and _with_texts(payload, unescape_tags))
 
     chat.postprocess, chat.preprocess = postprocess, preprocess  # type: ignore[method-assign]
     return chat
+
+
+def _as_written(message: Any) -> Any:
+    """A message whose texts Gradio does not dedent, as it does with those that are no parts."""
+    content = message["content"] if isinstance(message, dict) else message.content
+    parts = [{"type": "text", "text": part} if isinstance(part, str) else part
+             for part in (content if isinstance(content, list) else [content])]  # fmt: skip
+    return {**message, "content": parts} if isinstance(message, dict) else replace(message, content=parts)
 
 
 def _with_texts(chat: Any, change: Callable[[str], str]) -> Any:

@@ -174,14 +174,8 @@ def said(answer: Answer, lang: str) -> list[Any]:
     inline = None if answer.thoughts else split_thoughts(answer.text)
     thoughts, text = inline or (answer.thoughts, answer.text)
     if not thoughts.strip():
-        return [gr.ChatMessage(_as_written(text))]
+        return [text]
     metadata: dict[str, Any] = {"title": TEXTS[lang]["thoughts"], "status": "done" if text.strip() else "pending"}
     if inline:
         metadata["id"] = INLINE
-    answered = [gr.ChatMessage(_as_written(text))] if text.strip() else []
-    return [gr.ChatMessage(_as_written(thoughts), metadata=metadata), *answered]
-
-
-def _as_written(text: str) -> Any:
-    """A text that Gradio does not dedent."""
-    return {"type": "text", "text": text}
+    return [gr.ChatMessage(thoughts, metadata=metadata), *([text] if text.strip() else [])]  # type: ignore[arg-type]

@@ -48,7 +48,8 @@ def messages(answer: Answer, lang: str = "en") -> list[dict[str, Any]]:
     from rayswift.chat_page.page import said
 
     chat = conversation()
-    return chat.preprocess(chat.postprocess(said(answer, lang)))  # type: ignore[return-value]
+    parts = [{"role": "assistant", "content": part} if isinstance(part, str) else part for part in said(answer, lang)]
+    return chat.preprocess(chat.postprocess(parts))  # type: ignore[return-value]
 
 
 @pytest.mark.parametrize(
