@@ -15,6 +15,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 from rayswift.errors import RunFailedError, one_line
@@ -103,6 +104,39 @@ def autoscaler_nodes() -> list[dict[str, float]]:
     except MOVED:
         report("Ray's table of the autoscaler", "only nodes that run already are counted")
         return []
+
+
+def in_ray_job() -> bool:
+    """Whether this process belongs to a job that was submitted to a cluster."""
+    try:
+        from ray._private.runtime_env.constants import RAY_JOB_CONFIG_JSON_ENV_VAR
+    except MOVED:
+        report("Ray's variable of a job", "relative paths of results are taken as they are")
+        return False
+    return RAY_JOB_CONFIG_JSON_ENV_VAR in os.environ
+
+
+def job_package(folder: str) -> tuple[dict[str, int], int] | None:
+    """The files of a folder that Ray sends with a job (relative path → bytes in the package), and the most bytes that
+    it takes; None where Ray cannot be asked."""
+    try:
+        from ray._private import ray_constants
+        from ray._private.runtime_env import packaging
+
+        root, sizes = Path(folder).absolute(), dict[str, int]()
+
+        def note(path: Path) -> None:
+            if path.is_file():
+                name = str(path.relative_to(root))
+                sizes[name] = path.stat().st_size + 76 + 2 * len(name.encode())  # what a zip file says of each
+
+        with_gitignore = os.environ.get(ray_constants.RAY_RUNTIME_ENV_IGNORE_GITIGNORE, "0") != "1"
+        excluded = packaging._get_excludes(root, ray_constants.get_runtime_env_default_excludes())
+        packaging._dir_travel(root, [excluded], note, with_gitignore, logging.Logger("job", logging.ERROR))
+        return sizes, ray_constants.DASHBOARD_CLIENT_MAX_SIZE
+    except MOVED:
+        report("Ray's list of the files of a job", "they are sent without a look at them")
+        return None
 
 
 def iter_block_refs(dataset: Any) -> Iterator[tuple[Any, int]]:

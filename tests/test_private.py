@@ -68,6 +68,22 @@ def test_a_small_ray_replaces_three_starts_and_one_constant_and_puts_them_back(
     assert caplog.messages == []
 
 
+def test_rays_list_of_the_files_of_a_job_and_its_variable_are_there(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / ".gitignore").write_text("left.txt\n")
+    for name in ("left.txt", "sent.txt"):
+        (tmp_path / name).write_text("1234")
+    assert private.job_package(str(tmp_path)) == ({".gitignore": 9 + 76 + 20, "sent.txt": 4 + 76 + 16}, 100 * 2**20)
+    assert not private.in_ray_job()
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
+    assert private.in_ray_job()
+    assert caplog.messages == []
+    monkeypatch.delattr("ray._private.runtime_env.packaging._dir_travel")
+    assert private.job_package(str(tmp_path)) is None
+    assert "they are sent without a look at them" in caplog.text
+
+
 def test_all_addresses_when_the_user_asks_for_them(monkeypatch: pytest.MonkeyPatch) -> None:
     from ray._private import ray_constants
 

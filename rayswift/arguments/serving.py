@@ -313,6 +313,9 @@ class QuantizeArguments(Arguments):
         choices=("q8_0", "f32", "f16", "bf16", "q5_1", "q5_0", "q4_1", "q4_0"),
     )  # fmt: skip
     to_ollama: bool = arg(False, "write an Ollama Modelfile (with --to_gguf, for that file)")
+    ollama_num_ctx: int | None = arg(
+        None, "context that the Modelfile asks for, in tokens", ge=1, shown="--max_length or the model's, 8192 at most"
+    )
     to_peft_format: bool = arg(False, "convert a SWIFT adapter, or with --base_model a merged model, to a PEFT adapter")
     base_model: str | None = arg(None, "model or folder that the merged --model was fine-tuned from")
     lora_rank: int | None = arg(None, "rank of the adapter made from them", ge=1, shown="that of the model's run")
@@ -364,6 +367,8 @@ class QuantizeArguments(Arguments):
             yield "--merge_lora true needs --adapters"
         if self.to_peft_format and bool(adapters) == bool(self.base_model):
             yield "--to_peft_format true needs --adapters, or a merged --model and its --base_model"
+        if self.ollama_num_ctx and not self.to_ollama:
+            yield "--ollama_num_ctx is for --to_ollama true"
         if self.base_model and not self.to_peft_format:
             yield "--base_model is for --to_peft_format true"
         if self.lora_rank and not self.base_model:

@@ -9,8 +9,8 @@ import signal
 import threading
 from typing import TYPE_CHECKING, Any
 
-from rayswift.chat_page.messages import media_of
 from rayswift.errors import UserError
+from rayswift.generate.media import media_of
 from rayswift.generate.types import SamplingParams
 from rayswift.serve.ports import require_free_port
 

@@ -1,4 +1,4 @@
-"""Gradio's conversation as OpenAI's messages, and which files a model takes."""
+"""Gradio's conversation as OpenAI's messages."""
 
 from __future__ import annotations
 
@@ -9,15 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from rayswift.errors import UserError
+from rayswift.generate.media import EVERY_KIND
 
-# What a model's config.json has when it takes such input (Transformers' names).
-_MEDIA_KEYS = {"image": "vision_config", "video": "video_token_id", "audio": "audio_config"}
 NOTE = "⚠️"  # title of a message that is the page's and not the model's
-
-
-def media_of(config: Mapping[str, Any]) -> tuple[str, ...]:
-    """The kinds of files (``image``, ``video``, ``audio``) that the model of this ``config.json`` takes."""
-    return tuple(kind for kind, key in _MEDIA_KEYS.items() if config.get(key) is not None)
+INLINE = "inline"  # id of a message of thoughts that the model wrote into its text; others came apart
 
 
 def openai_messages(
@@ -27,17 +22,29 @@ def openai_messages(
 
     ``question`` is text, or with upload ``{"text", "files": [path, ...]}``. Notes of the page about an error are left
     out, together with the question that got no answer, and so are answers that were stopped before their first word.
+    Thoughts (the other messages with a title) go where they came from: into the text, or beside it.
     """
     messages: list[dict[str, Any]] = [{"role": "system", "content": system}] if system and system.strip() else []
+    thoughts: Mapping[str, Any] = {}
     for message in history:
-        if (message.get("metadata") or {}).get("title") == NOTE:
+        metadata = message.get("metadata") or {}
+        if metadata.get("title") == NOTE:
             if messages and messages[-1]["role"] == "user":
                 messages.pop()
             continue
         items = message["content"] if isinstance(message["content"], list) else [message["content"]]
         content = merged(part for item in items for part in parts_of(item))
+        if metadata.get("title"):
+            thoughts = {"text": content, "inline": metadata.get("id") == INLINE}
+            continue
+        if message["role"] != "assistant":  # thoughts that were stopped before their answer
+            thoughts = {}
+        if thoughts and thoughts["inline"]:
+            content = f"<think>{thoughts['text']}</think>{content}"
         if content:
-            messages.append({"role": message["role"], "content": content})
+            beside = {"reasoning_content": thoughts["text"]} if thoughts and not thoughts["inline"] else {}
+            messages.append({"role": message["role"], "content": content, **beside})
+        thoughts = {}
     if isinstance(question, str):
         return [*messages, {"role": "user", "content": question}]
     files = [file_part(file if isinstance(file, str) else file["path"]) for file in question.get("files") or []]
@@ -71,7 +78,7 @@ def file_part(path: str) -> dict[str, Any]:
     """A file as a content part, its bytes inside: ``{"type": "image_url", "image_url": {"url": "data:…"}}``."""
     mime = mimetypes.guess_type(path)[0] or ""
     kind = mime.partition("/")[0]
-    if kind not in _MEDIA_KEYS:
+    if kind not in EVERY_KIND:
         raise UserError(f"{Path(path).name}: not an image, video or sound that a model could take")
     data = base64.b64encode(Path(path).read_bytes()).decode()
     return {"type": f"{kind}_url", f"{kind}_url": {"url": f"data:{mime};base64,{data}"}}

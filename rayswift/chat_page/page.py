@@ -10,10 +10,11 @@ from typing import Any
 
 import gradio as gr
 
-from rayswift.chat_page.messages import NOTE, openai_messages
+from rayswift.chat_page.conversation import MATHS, show_as_written, split_thoughts
+from rayswift.chat_page.messages import INLINE, NOTE, openai_messages
 from rayswift.errors import UserError
 from rayswift.generate.endpoint import EndpointEngine
-from rayswift.generate.types import SamplingParams
+from rayswift.generate.types import Answer, SamplingParams
 
 TEXTS: dict[str, dict[str, str]] = json.loads(
     resources.files(__package__).joinpath("texts.json").read_text(encoding="utf-8")
@@ -39,17 +40,17 @@ def build_page(
             names = [(words["name"], code) for code, words in TEXTS.items()]
             language = gr.Radio(names, value=lang, elem_id="language", **words_of("language", lang))
             controls = make_controls(engine, params, system, lang)
-        chatbot = gr.Chatbot(
+        chatbot = show_as_written(gr.Chatbot(
             elem_id="conversation", scale=1, buttons=["copy", "copy_all"], feedback_options=None,
-            **words_of("conversation", lang),
-        )  # fmt: skip
+            latex_delimiters=MATHS, **words_of("conversation", lang),
+        ))  # fmt: skip
         question = make_question(media, lang)
         gr.ChatInterface(
             answerer(engine, params, stream),
             chatbot=chatbot,
             textbox=question,
             multimodal=bool(media),
-            additional_inputs=list(controls.values()),
+            additional_inputs=[*controls.values(), language],
             editable=True,
             concurrency_limit=None,
             api_visibility="private",
@@ -143,6 +144,7 @@ def answerer(engine: EndpointEngine, params: SamplingParams, stream: bool) -> Ca
         own_sampling: bool,
         temperature: float,
         top_p: float,
+        lang: str = "en",
     ) -> Iterator[Any]:
         asked = dataclasses.replace(engine, model=model)
         chosen = dataclasses.replace(
@@ -151,18 +153,29 @@ def answerer(engine: EndpointEngine, params: SamplingParams, stream: bool) -> Ca
             temperature=None if own_sampling else temperature,
             top_p=None if own_sampling else top_p,
         )
-        text = ""
+        shown: list[Any] = []
         try:
             messages = openai_messages(history, question, system)
             if not stream:
-                yield asked.complete(messages, chosen).text
+                yield said(asked.complete(messages, chosen), lang)
                 return
-            for piece in asked.stream(messages, chosen):
-                text += piece
-                yield text
+            for _ in asked.stream(messages, chosen):
+                shown = said(asked.last_stream, lang)
+                yield shown
         except UserError as error:
             # Not gr.Error: Gradio's chat then keeps the box closed. A note in the conversation can be read at leisure.
-            note = gr.ChatMessage(str(error), metadata={"title": NOTE})
-            yield [text, note] if text else note
+            yield [*shown, gr.ChatMessage(str(error), metadata={"title": NOTE})]
 
     return answer
+
+
+def said(answer: Answer, lang: str) -> list[Any]:
+    """An answer as Gradio's messages, its thoughts folded (open while they grow)."""
+    inline = None if answer.thoughts else split_thoughts(answer.text)
+    thoughts, text = inline or (answer.thoughts, answer.text)
+    if not thoughts.strip():
+        return [text]
+    metadata: dict[str, Any] = {"title": TEXTS[lang]["thoughts"], "status": "done" if text.strip() else "pending"}
+    if inline:
+        metadata["id"] = INLINE
+    return [gr.ChatMessage(thoughts, metadata=metadata), *([text] if text.strip() else [])]  # type: ignore[arg-type]

@@ -90,8 +90,10 @@ def _checked(words: Sequence[str], working_dir: str) -> tuple[str, list[str]]:
         return command, rest  # the files it names are on the cluster
     if not os.path.isdir(working_dir):
         raise UserError(f"--working_dir {working_dir}: no such folder")
+    from rayswift.cli.job_package import check_job
+
     with contextlib.chdir(working_dir):
-        parse_arguments(command, rest)
+        check_job(parse_arguments(command, rest), ".")
     return command, rest
 
 

@@ -5,6 +5,7 @@ cluster. Nothing else changes.
 """
 
 from rayswift.cluster.connection import Cluster, address_of, connect, cpu_count, has_nvidia_driver, most_cpus
+from rayswift.cluster.results import results_at, results_folder
 from rayswift.cluster.workers import Workers, check_before_start, plan_workers
 
 __all__ = [
@@ -17,4 +18,6 @@ __all__ = [
     "has_nvidia_driver",
     "most_cpus",
     "plan_workers",
+    "results_at",
+    "results_folder",
 ]

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rayswift import arguments
+from rayswift.cluster import results_folder
 from rayswift.eval.backends import choose_backend
 from rayswift.eval.backends.base import Backend
 from rayswift.eval.benchmarks import Benchmark, read_benchmarks
@@ -49,7 +50,7 @@ def evaluate(args: EvalArguments) -> dict[str, dict[str, float]]:
         for endpoint in endpoints:
             backend.check(benchmark, endpoint)
     check_endpoints(endpoints)
-    root = Path(args.eval_output_dir).expanduser() / backend.folder
+    root = results_folder(args, "eval_output_dir", args.eval_output_dir) / backend.folder
     with open_run(root, run_identity(deciding_settings(args, benchmarks), [])) as run:
         if run.resumed:
             logger.info("going on with %s", run.path)
@@ -138,7 +139,8 @@ def _append_line(
     """SWIFT's line in ``<checkpoint, or result/model>/eval_result.jsonl``."""
     weights = Path(model.weights)
     is_checkpoint = model.adapter is not None or (weights / "args.json").is_file()
-    path = (weights if is_checkpoint else Path("result", model.folder)) / "eval_result.jsonl"
+    folder_of_line = weights if is_checkpoint else results_folder(args, "eval_output_dir", f"result/{model.folder}")
+    path = folder_of_line / "eval_result.jsonl"
     line = {
         backend.folder: scores,
         "time": time.strftime("%Y%m%d-%H%M%S"),

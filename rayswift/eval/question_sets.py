@@ -15,6 +15,8 @@ from rayswift.eval.benchmarks import Benchmark
 from rayswift.eval.local_data import _SUFFIX, LocalData, Row, RowCheck, lay_out
 
 LETTERS = "ABCDEFGHIJ"
+#: What a question would be answered without.
+MEDIA_COLUMNS = ("image", "images", "video", "videos", "audio", "audios")
 #: Split that is evaluated, and split of the examples, of each kind (EvalScope's).
 SPLITS = {"general_mcq": ("val", "dev"), "general_qa": ("test", "dev")}
 
@@ -28,8 +30,14 @@ def lay_out_questions(benchmark: Benchmark) -> tuple[LocalData, list[str]]:
     split, examples = SPLITS[benchmark.name]
     multiple = bool(benchmark.settings.get("extra_params", {}).get("multiple_correct"))
     check: RowCheck = (lambda row: choice_row(row, multiple)) if benchmark.name == "general_mcq" else answer_row
+
+    def text_only(row: Row) -> Row:
+        if column := next((column for column in MEDIA_COLUMNS if row.get(column)), None):
+            raise ValueError(f"it has {column}, and {benchmark.name} asks in text alone; leave out such rows")
+        return check(row)
+
     subsets = list(benchmark.settings.get("subset_list") or subsets_of(str(benchmark.local_path), split, examples))
-    return lay_out(replace(benchmark, file_names=tuple(subsets)), subsets, split, [examples], check), subsets
+    return lay_out(replace(benchmark, file_names=tuple(subsets)), subsets, split, [examples], text_only), subsets
 
 
 def subsets_of(path: str, split: str, examples: str) -> list[str]:

@@ -12,7 +12,9 @@ from __future__ import annotations
 import os
 from typing import Any
 
+from rayswift.cluster import results_folder
 from rayswift.errors import UserError
+from rayswift.private import in_ray_job
 
 
 def export(args: Any) -> str:
@@ -64,16 +66,16 @@ def _converts(args: Any) -> bool:
 
 def _target(args: Any, name: str) -> str:
     """Where the result of the last step goes: ``--output_dir``, else beside the model, named after what was done."""
-    if args.output_dir:
-        return os.path.abspath(os.path.expanduser(args.output_dir))
     name += "-merged" if args.merge_lora else ""
     if args.quant_method:
         from rayswift.exporting.quantize import suffix
 
-        return name + suffix(args)
-    if args.to_gguf:
-        return f"{name}-gguf"
-    return f"{name}-ollama" if args.to_ollama else f"{name}-peft" if args.to_peft_format else name
+        name += suffix(args)
+    elif args.to_gguf:
+        name += "-gguf"
+    else:
+        name += "-ollama" if args.to_ollama else "-peft" if args.to_peft_format else ""
+    return str(results_folder(args, "output_dir", args.output_dir or name))
 
 
 def _check_actions(args: Any, name: str) -> None:
@@ -111,7 +113,9 @@ def _merge(source: Any) -> str:
         "trust_remote_code": args.trust_remote_code,
     }
     given = None if _converts(args) else args.output_dir
-    target = os.path.abspath(os.path.expanduser(given or f"{source.adapter}-merged"))
+    if given is None and not _converts(args) and in_ray_job():  # beside an adapter of the job's own folder it is lost
+        given = f"{source.name}-merged"
+    target = str(results_folder(args, "output_dir", given or f"{source.adapter}-merged"))
     with gathered(source.adapter) as adapter:
         if given is None and adapter == source.adapter:
             return merge_adapter(adapter, source.model_dir(), **options)  # one that is there and whole is reused
@@ -163,10 +167,11 @@ def _convert(args: Any, model_dir: str, name: str) -> str:
             write_gguf(model_dir, os.path.join(folder, weights), args.to_gguf, os.path.basename(name))
         if args.to_ollama:
             from rayswift.data.tokens.encoder import Encoder
-            from rayswift.exporting.ollama import modelfile
+            from rayswift.exporting.ollama import LAPTOP_CONTEXT, modelfile
 
             encoder = Encoder.from_args(args, model_dir)
-            context = args.max_length or read_config(model_dir).get("max_position_embeddings")
+            longest = args.max_length or read_config(model_dir).get("max_position_embeddings")
+            context = args.ollama_num_ctx or (longest and min(longest, LAPTOP_CONTEXT))
             with open(os.path.join(folder, "Modelfile"), "w", encoding="utf-8") as file:
                 file.write(modelfile(encoder, weights, context))
     return target

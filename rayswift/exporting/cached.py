@@ -24,7 +24,7 @@ def export_cached_dataset(args: Any) -> str:
     from rayswift.data.tokens.encoder import Encoder
     from rayswift.hub import resolve_model
 
-    folder = os.path.abspath(os.path.expanduser(args.output_dir or "cached_dataset"))
+    folder = str(cluster.results_folder(args, "output_dir", args.output_dir or "cached_dataset"))
     if os.path.exists(folder) and not args.exist_ok:
         raise UserError(f"--output_dir {folder}: exists already; name another, or --exist_ok true to write over it")
     model_dir = resolve_model(args.model, revision=args.model_revision, use_hf=args.use_hf, token=args.hub_token)

@@ -22,7 +22,7 @@ class ExportSource:
         args: the command's arguments, completed from the checkpoint's ``args.json``.
         adapter: local folder of the adapter, or None.
         checkpoint: where the checkpoint's ``args.json`` and losses are looked for: adapter or model folder.
-        name: folder that results are put beside, by name: a local folder, or the last part of a hub id.
+        name: folder that results are put beside, by name: a local folder as given, or the last part of a hub id.
     """
 
     args: Any
@@ -58,6 +58,6 @@ def find_source(args: Any) -> ExportSource:
     args = completed(args, where, without="quant_")
     if adapter is not None:
         args.adapters = [adapter]
-    local = os.path.exists(os.path.expanduser(given))
-    name = os.path.abspath(os.path.expanduser(given)) if local else os.path.abspath(os.path.basename(given.rstrip("/")))
-    return ExportSource(args, adapter, where, name)
+    own = os.path.normpath(os.path.expanduser(given))
+    name = own if os.path.exists(own) else os.path.basename(own)
+    return ExportSource(args, adapter, where, os.path.abspath(name) if name in (os.curdir, os.pardir) else name)

@@ -94,7 +94,10 @@ class EndpointEngine:
     # --- the engine interface -----------------------------------------------------------------------------------
 
     def stream(self, messages: Messages, params: SamplingParams, tools: Any = None) -> Iterator[str]:
-        """Answer one conversation in pieces. Closing the iterator closes the connection, which stops the model."""
+        """Answer one conversation in pieces, thoughts that the server sends apart between ``<think>`` and ``</think>``.
+
+        Closing the iterator closes the connection, which stops the model.
+        """
         self.last_stream = answer = Answer()
         request = {**self.request(messages, params, tools), "stream": True, "stream_options": {"include_usage": True}}
         with translated(self.client, self.model), self.client.chat.completions.create(**request) as chunks:
@@ -102,10 +105,16 @@ class EndpointEngine:
                 if chunk.usage is not None:
                     answer.num_prompt_tokens = chunk.usage.prompt_tokens
                     answer.num_generated_tokens = chunk.usage.completion_tokens
-                piece = chunk.choices[0].delta.content if chunk.choices else None
+                if not chunk.choices:
+                    continue
+                thought, piece = thoughts_of(chunk.choices[0].delta), chunk.choices[0].delta.content or ""
+                opens, closes = not answer.thoughts, bool(answer.thoughts) and not answer.text
+                answer.thoughts += thought
+                answer.text += piece
+                if thought:
+                    yield f"<think>\n{thought}" if opens else thought
                 if piece:
-                    answer.text += piece
-                    yield piece
+                    yield f"\n</think>\n\n{piece}" if closes or (thought and opens) else piece
 
     def generate(
         self, conversations: Sequence[Messages], params: SamplingParams, tools: Sequence[Any] | None = None
@@ -186,10 +195,10 @@ class EndpointEngine:
 
     def _answer_of(self, choice: Any) -> Answer:
         logprobs = choice.logprobs.model_dump(include={"content"}) if choice.logprobs else None
-        text, thought = choice.message.content or "", getattr(choice.message, "reasoning_content", None)
-        if self.with_thoughts and thought:
-            text = f"<think>{thought}</think>\n\n<answer>{text}</answer>"
-        return Answer(text, logprobs=logprobs)
+        text, thoughts = choice.message.content or "", thoughts_of(choice.message)
+        if self.with_thoughts and thoughts:
+            text, thoughts = f"<think>{thoughts}</think>\n\n<answer>{text}</answer>", ""
+        return Answer(text, logprobs=logprobs, thoughts=thoughts)
 
     def request(self, messages: Messages, params: SamplingParams, tools: Any) -> dict[str, Any]:
         """The body of a chat completion; what is None is left to the server."""
@@ -232,6 +241,11 @@ def _finished(running: dict[Future[Result], Key]) -> Iterator[tuple[Key, Result]
     """Wait for at least one result; takes those that are there out of ``running``."""
     for future in wait(running, return_when=FIRST_COMPLETED).done:
         yield running.pop(future), future.result()
+
+
+def thoughts_of(message: Any) -> str:
+    """The reasoning that a server sends beside the content: vLLM's name for it, else that of DeepSeek and SGLang."""
+    return getattr(message, "reasoning", None) or getattr(message, "reasoning_content", None) or ""
 
 
 def model_names(client: openai.OpenAI) -> list[str]:

@@ -7,7 +7,7 @@ import math
 import os
 from typing import TYPE_CHECKING, Any
 
-from rayswift.cluster import address_of, has_nvidia_driver
+from rayswift.cluster import address_of, connect, has_nvidia_driver
 from rayswift.errors import UserError
 
 if TYPE_CHECKING:
@@ -31,13 +31,18 @@ def check_engine(engine: str) -> None:
 
 
 def wants_gpu(args: DeployArguments) -> bool:
-    """Whether replicas run on GPUs. Raises UserError for flags that need one where there is none."""
-    available = has_nvidia_driver() or address_of(args) is not None
+    """Whether replicas run on GPUs: unless ``--use_gpu`` says, where this machine has any, or the cluster of
+    ``--address``, which is asked. Raises UserError for flags that need one where there is none."""
+    if args.use_gpu is False or address_of(args) is None:
+        available, where = has_nvidia_driver(), "this machine has no GPU"
+    elif getattr(args, "dry_run", False):  # the configuration is for a cluster that need not run yet
+        available, where = True, ""
+    else:
+        connected = connect(args)
+        available, where = connected.gpus > 0, connected.describe()
     if args.use_gpu and not available:
-        raise UserError(
-            "--use_gpu true: this machine has no GPU; leave it out, or set --address to a cluster with GPUs"
-        )
-    use_gpu = bool(available if args.use_gpu is None else args.use_gpu)
+        raise UserError(f"--use_gpu true: {where}; leave it out, or set --address to a cluster with GPUs")
+    use_gpu = available if args.use_gpu is None else args.use_gpu
     if not use_gpu:
         for flag in ("vllm_tensor_parallel_size", "vllm_pipeline_parallel_size"):
             if getattr(args, flag) > 1:
@@ -68,14 +73,14 @@ def check_model(args: DeployArguments, model_dir: str, use_gpu: bool) -> None:
 
     config = read_config(model_dir)
     dtype = resolve_dtype(args.torch_dtype, model_dir, use_gpu, training=False)
-    parameters = 0 if use_gpu else parameter_counts(model_dir).parameters
     longest = config.get("max_position_embeddings") or (config.get("text_config") or {}).get("max_position_embeddings")
     wanted = args.vllm_max_model_len or args.max_length
     flag = "vllm_max_model_len" if args.vllm_max_model_len else "max_length"
     if longest and wanted and wanted > longest:
         raise UserError(f"--{flag} {wanted}: the model has {longest} positions; use --{flag} {longest} or less")
     check_kernels(args, config, use_gpu)
-    if not use_gpu:
+    if not use_gpu and address_of(args) is None:
+        parameters = parameter_counts(model_dir).parameters
         check_memory(args, parameters * {"float32": 4, "bfloat16": 2, "float16": 2}[dtype])
 
 

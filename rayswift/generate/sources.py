@@ -12,14 +12,25 @@ from typing import TYPE_CHECKING, Any
 
 from rayswift.cluster import address_of
 from rayswift.data.names import ResolvedDataset
+from rayswift.generate.media import EVERY_KIND, media_of
 from rayswift.generate.model_spec import ModelSpec, model_spec
 from rayswift.generate.pool import EnginePool
 from rayswift.generate.transformers import TransformersEngine, load_engine
 from rayswift.generate.types import Answer, AnswerSource, Endpoint, Engine, Request, SamplingParams, prompt_of
+from rayswift.modeling.loading import read_config
 from rayswift.modeling.resolved import ResolvedModel
 
 if TYPE_CHECKING:
     from rayswift.generate.endpoint import EndpointEngine
+
+
+def kinds_taken(model: ResolvedModel | None, engine: str) -> tuple[str, ...]:
+    """The kinds of files that a model is given with an engine; None is an endpoint, which refuses what it does not
+    take."""
+    if model is None:
+        return EVERY_KIND
+    return media_of(read_config(model.folder())) if engine == "vllm" else ()
+
 
 #: Serves models with the settings of a command while its context lasts: `rayswift.serve.running.running_deployment`.
 Deployment = Callable[[Any, list[ModelSpec]], contextlib.AbstractContextManager[Endpoint]]
@@ -51,12 +62,14 @@ def open_endpoint(
 @dataclass(frozen=True)
 class AnswerJob:
     """What the arguments of a command that wants answers lead to: they themselves, completed from the checkpoint; the
-    model that answers (None: the endpoint of ``--base_url``); how an answer is sampled; the datasets that ask."""
+    model that answers (None: the endpoint of ``--base_url``); how an answer is sampled; the datasets that ask; whether
+    rows have files beside their text."""
 
     args: Any
     model: ResolvedModel | None
     params: SamplingParams
     datasets: list[ResolvedDataset]
+    has_media: bool = False
 
 
 @contextlib.contextmanager
@@ -79,7 +92,7 @@ def open_answers(
     one_by_one: Callable[[Engine, SamplingParams], AnswerSource] | None = None,
 ) -> Iterator[AnswerSource]:
     """What answers many prompts: a pool of engines on the cluster for vLLM, and for Transformers where workers or a
-    cluster are named; else one engine.
+    cluster are named; else one engine. Files reach vLLM through a deployment, whose chat template has a place for them.
 
     ``one_by_one``: makes the source of one engine that answers one prompt after the other; there is no pool then.
     """
@@ -87,7 +100,7 @@ def open_answers(
     is_spread = args.infer_backend == "vllm" or (
         args.infer_backend == "transformers" and bool(args.num_workers or address_of(args))
     )
-    if job.model is not None and is_spread and one_by_one is None:
+    if job.model is not None and is_spread and one_by_one is None and not job.has_media:
         yield EnginePool.start(job.model).answers
         return
     with open_engine(job, deployment, seed=args.seed) as engine:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields
 from typing import Any, Protocol
 
 from rayswift.errors import UserError
+from rayswift.generate.media import with_files
 
 Messages = Sequence[Mapping[str, Any]]
 JsonRow = dict[str, Any]
@@ -60,8 +61,9 @@ class SamplingParams:
 class Answer:
     """What came of one conversation. ``error`` is set, and the rest empty, when it could not be answered.
 
-    ``logprobs``: OpenAI's ``{"content": [{"token", "logprob", "bytes", "top_logprobs"}]}``, when asked for.
-    ``seconds``: how long the engine took, where a pool says so.
+    ``thoughts``: what a server sends apart as the model's reasoning; elsewhere it stands in the text as the model wrote
+    it, ``<think>…</think>`` with most. ``logprobs``: OpenAI's ``{"content": [{"token", "logprob", "bytes",
+    "top_logprobs"}]}``, when asked for. ``seconds``: how long the engine took, where a pool says so.
     """
 
     text: str = ""
@@ -70,6 +72,20 @@ class Answer:
     logprobs: dict[str, Any] | None = None
     error: str | None = None
     seconds: float = 0.0
+    thoughts: str = ""
+
+    @property
+    def shown(self) -> str:
+        """The answer with its thoughts, as the model wrote both."""
+        return f"<think>\n{self.thoughts}\n</think>\n\n{self.text}" if self.thoughts else self.text
+
+    @property
+    def message(self) -> JsonRow:
+        """The answer as a message of its conversation; thoughts that came apart go back apart, by the name that every
+        server reads."""
+        return {"role": "assistant", "content": self.text} | (
+            {"reasoning_content": self.thoughts} if self.thoughts else {}
+        )
 
 
 class EngineUnusable(UserError):
@@ -79,10 +95,11 @@ class EngineUnusable(UserError):
 class Engine(Protocol):
     """Something that answers conversations: a model in this process, or an endpoint."""
 
-    last_stream: Answer  # counts of the latest stream(), filled when it ends
+    last_stream: Answer  # of the latest stream(): what has come so far, its counts when it ends
 
     def stream(self, messages: Messages, params: SamplingParams, tools: Any = None) -> Iterator[str]:
-        """Answer one conversation; yields the text in pieces while it is generated. Closing it stops the model."""
+        """Answer one conversation; yields the text in pieces while it is generated, thoughts that come apart between
+        ``<think>`` and ``</think>``. Closing it stops the model."""
 
     def generate(
         self, conversations: Sequence[Messages], params: SamplingParams, tools: Sequence[Any] | None = None
@@ -123,5 +140,5 @@ def split_reference(messages: list[JsonRow]) -> tuple[list[JsonRow], str | None]
 
 
 def prompt_of(row: JsonRow) -> list[JsonRow]:
-    """The messages of a row that are to be answered."""
-    return split_reference(row["messages"])[0]
+    """The messages of a row that are to be answered, with its files in them (`rayswift.generate.media`)."""
+    return with_files(split_reference(row["messages"])[0], row)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, TextIO
 
 from rayswift.errors import Terminated, UserError
-from rayswift.generate.types import Engine, SamplingParams
+from rayswift.generate.types import Answer, Engine, SamplingParams
 
 logger = logging.getLogger("rayswift.inference.chat")
 
@@ -36,7 +36,7 @@ class Chat:
     interactive: bool = True
     system: str | None = None
     multi_line: bool = False
-    rounds: list[dict[str, str]] = field(default_factory=list)
+    rounds: list[dict[str, Any]] = field(default_factory=list)
 
     def run(self) -> None:
         """Read, answer, repeat, until ``exit`` or the end of the input."""
@@ -128,17 +128,18 @@ class Chat:
         if self.interactive:
             self.write(RULE + "\n")
         if text or not stopped:
-            self.rounds += [asked, {"role": "assistant", "content": text}]
+            last = self.engine.last_stream  # has more than was shown where thoughts came apart
+            self.rounds += [asked, (last if last.thoughts else Answer(text)).message]
 
-    def pieces(self, messages: list[dict[str, str]]) -> Any:
+    def pieces(self, messages: list[dict[str, Any]]) -> Any:
         """The answer in pieces, or whole with ``--stream false``."""
         if self.stream:
             yield from self.engine.stream(messages, self.params)
             return
-        answer = self.engine.generate([messages], self.params)[0]
+        self.engine.last_stream = answer = self.engine.generate([messages], self.params)[0]
         if answer.error is not None:
             raise UserError(answer.error)
-        yield answer.text
+        yield answer.shown
 
 
 def chat(engine: Engine, params: SamplingParams, *, stream: bool = True) -> None:

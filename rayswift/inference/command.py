@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import logging
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rayswift.arguments import deciding_settings
+from rayswift.cluster import results_folder
+from rayswift.generate.media import has_media
 from rayswift.generate.sources import AnswerJob, open_answers, open_engine
 from rayswift.generate.types import JsonRow, SamplingParams
 from rayswift.inference.chat import chat
-from rayswift.inference.rows import read_rows, resolve_asked
+from rayswift.inference.rows import BAD_ROW, media_check, read_rows, resolve_asked
 from rayswift.inference.run import answer_rows, shown
 from rayswift.inference.scores import check_metric
 from rayswift.journal import open_results, run_identity
@@ -50,7 +53,10 @@ def answer_dataset(job: AnswerJob) -> list[JsonRow]:
     args = job.args
     path, deciding = result_path(args), deciding_settings(args)
     check_metric(args.metric)
-    rows = read_rows(job.datasets, args)
+    why_refused = media_check(job.model, args.infer_backend)
+    rows = [row if BAD_ROW in row or not (why := why_refused(row)) else {**row, BAD_ROW: why}
+            for row in read_rows(job.datasets, args)]  # fmt: skip
+    job = replace(job, has_media=any(has_media(row) and BAD_ROW not in row for row in rows))
     # Opened before the model loads: a path that cannot be written must not cost the answers.
     with open_results(path, run_identity(deciding, rows)) as results:
         try:
@@ -66,8 +72,9 @@ def answer_dataset(job: AnswerJob) -> list[JsonRow]:
 def result_path(args: InferArguments) -> Path:
     """``--result_path``, else ``<checkpoint>/infer_result/<date>.jsonl``, else the same below ``result/<model>``."""
     if args.result_path:
-        return Path(args.result_path).expanduser()
+        return results_folder(args, "result_path", args.result_path)
     checkpoint = Path(args.adapters[0] if args.adapters else args.model or "")
     if args.base_url or (not args.adapters and not (checkpoint / "args.json").is_file()):
         checkpoint = Path("result", args.model_suffix)
-    return checkpoint / "infer_result" / f"{time.strftime('%Y%m%d-%H%M%S')}.jsonl"
+    name = f"{time.strftime('%Y%m%d-%H%M%S')}.jsonl"
+    return results_folder(args, "result_path", str(checkpoint / "infer_result" / name))

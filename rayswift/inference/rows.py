@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING
 
 from rayswift.data.files import Position, locate
@@ -12,7 +13,10 @@ from rayswift.data.flow.stage import read_files
 from rayswift.data.names import ResolvedDataset, resolve_dataset_files
 from rayswift.data.rows.standard import WARNINGS, Drop
 from rayswift.errors import UserError
+from rayswift.generate.media import has_media, why_refused
+from rayswift.generate.sources import kinds_taken
 from rayswift.generate.types import Answer, JsonRow, split_reference
+from rayswift.modeling.resolved import ResolvedModel
 
 if TYPE_CHECKING:
     from rayswift.arguments import InferArguments
@@ -73,11 +77,20 @@ def take(rows: Iterable[JsonRow], count: int | None, args: InferArguments) -> li
     return list(itertools.islice(rows, count))
 
 
+def media_check(model: ResolvedModel | None, engine: str) -> Callable[[JsonRow], str | None]:
+    """What says why a row's files cannot be given to the model (None: an endpoint), and None of a row that can."""
+    otherwise = f"the engine {engine} gives to no model; vllm does"
+    if model is not None and engine == "vllm":
+        otherwise = f"{model.name} does not take"
+    takes = functools.cache(lambda: kinds_taken(model, engine))
+    return lambda row: why_refused(row, takes(), otherwise) if has_media(row) else None
+
+
 def result_row(row: JsonRow, answer: Answer) -> JsonRow:
     """One row of the result file (SWIFT's keys in SWIFT's order, then the row's other columns)."""
     messages, labels = split_reference(row["messages"])
     if answer.error is None:
-        messages = [*messages, {"role": "assistant", "content": answer.text}]
+        messages = [*messages, answer.message]
     result = {"response": answer.text, "labels": labels, "logprobs": answer.logprobs, "messages": messages}
     result |= {key: value for key, value in row.items() if key not in result and key != BAD_ROW}
     return result if answer.error is None else result | {BAD_ROW: answer.error}

@@ -19,6 +19,7 @@ from rayswift.generate.types import (
     Request,
     SamplingParams,
     prompt_of,
+    split_reference,
 )
 from rayswift.inference.chat import RULE
 from rayswift.inference.rows import BAD_ROW, result_row
@@ -131,10 +132,10 @@ def shown(engine: Engine, params: SamplingParams) -> AnswerSource:
     """One row after the other, each shown in the terminal as it is answered (``--stream true`` over a dataset)."""
 
     def answer(row: JsonRow) -> Answer:
-        messages = prompt_of(row)
-        sys.stdout.write(f"[QUERY] {messages[-1]['content'] if messages else ''}\n[RESPONSE] ")
+        asked = split_reference(row["messages"])[0]
+        sys.stdout.write(f"[QUERY] {asked[-1]['content'] if asked else ''}\n[RESPONSE] ")
         try:
-            for piece in engine.stream(messages, params, row.get("tools")):
+            for piece in engine.stream(prompt_of(row), params, row.get("tools")):
                 sys.stdout.write(piece)
                 sys.stdout.flush()
         except EngineUnusable:

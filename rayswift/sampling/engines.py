@@ -10,9 +10,12 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from rayswift.generate.model_spec import model_spec
 from rayswift.generate.pool import EnginePool
-from rayswift.generate.types import Answer, Request, SamplingParams
+from rayswift.generate.sources import open_endpoint
+from rayswift.generate.types import Answer, Request, SamplingParams, prompt_of
 from rayswift.modeling.resolved import resolve_model
+from rayswift.serve.running import running_deployment
 
 if TYPE_CHECKING:
     from rayswift.arguments import SampleArguments
@@ -23,14 +26,19 @@ Answers = Callable[[Sequence[Request]], Iterator[tuple[int, Answer]]]
 
 
 @contextlib.contextmanager
-def open_answers(args: SampleArguments) -> Iterator[Answers]:
-    """What ``--sampler_engine`` names.
+def open_answers(args: SampleArguments, files: bool = False) -> Iterator[Answers]:
+    """What ``--sampler_engine`` names. ``files``: prompts have some, which reach vLLM through a deployment.
 
     Raises:
         UserError: the engine or the endpoint cannot be used.
     """
     if args.sampler_engine != "client":
-        yield EnginePool.start(resolve_model(args)).answers
+        model = resolve_model(args)
+        if not files:
+            yield EnginePool.start(model).answers
+            return
+        with open_endpoint(args, [model_spec(model)], running_deployment) as served:
+            yield partial(answers_of, served.patient(), SamplingParams.from_arguments(args), {})
         return
     from rayswift.generate.endpoint import EndpointEngine
 
@@ -67,7 +75,7 @@ def answers_of(
     from rayswift.generate.endpoint import in_parallel
 
     def ask(request: Request) -> list[Answer]:
-        return engine.several(request.row["messages"], settings, request.row.get("tools"), request.seeds, **fields)
+        return engine.several(prompt_of(request.row), settings, request.row.get("tools"), request.seeds, **fields)
 
     for request, answers in in_parallel(((each, partial(ask, each)) for each in requests), engine.parallel):
         yield from zip(request.numbers, answers, strict=True)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rayswift.cluster import results_folder
 from rayswift.errors import UserError
 from rayswift.files import atomic_file
 
@@ -27,7 +28,7 @@ class Files:
     @classmethod
     def of(cls, args: SampleArguments, identity: str) -> Files:
         """``--output_file``; with ``--resume true`` that of the newest unfinished run; else one named by the time."""
-        folder = Path(args.output_dir).expanduser()
+        folder = results_folder(args, "output_dir", args.output_dir)
         if args.output_file:
             return cls(folder / args.output_file)
         journals = folder.glob(".*.answers") if args.resume else ()

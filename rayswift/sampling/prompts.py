@@ -16,7 +16,8 @@ from rayswift.data.files import Position, iter_raw_rows, locate, split_format
 from rayswift.data.names import resolve_dataset_files
 from rayswift.errors import UserError
 from rayswift.generate.types import split_reference
-from rayswift.inference.rows import BAD_ROW, placed_rows
+from rayswift.inference.rows import BAD_ROW, media_check, placed_rows
+from rayswift.modeling.resolved import ResolvedModel
 
 if TYPE_CHECKING:
     from rayswift.arguments import SampleArguments
@@ -55,9 +56,9 @@ class Prompt:
         return int.from_bytes(hashlib.sha256(f"{seed}:{self.id}:{number}".encode()).digest()[:4], "big") >> 1
 
 
-def read_prompts(args: SampleArguments) -> list[Prompt]:
+def read_prompts(args: SampleArguments, model: ResolvedModel | None = None) -> list[Prompt]:
     """The prompts of ``--dataset``, or without one those of ``--cache_files``, as ``--data_range`` and
-    ``--num_sampling_batches`` choose them.
+    ``--num_sampling_batches`` choose them. ``model``: what answers; None is an endpoint, or nobody.
 
     Raises:
         UserError: no prompts, a file that cannot be read, a cache that is none.
@@ -65,7 +66,8 @@ def read_prompts(args: SampleArguments) -> list[Prompt]:
     cache = read_cache(args.cache_files)
     if args.dataset:
         known = {text: tuple(answers) for text, (_, answers) in cache.items()}
-        prompts = [replace(prompt, cached=known.get(prompt.id, ())) for prompt in numbered(dataset_prompts(args))]
+        rows = numbered(dataset_prompts(args, model))
+        prompts = [replace(prompt, cached=known.get(prompt.id, ())) for prompt in rows]
         if cache and not any(prompt.cached for prompt in prompts):
             raise UserError("--cache_files: no answer in there belongs to a row of --dataset; give the --dataset and "
                             "--system that they were sampled with")  # fmt: skip
@@ -82,15 +84,18 @@ def read_prompts(args: SampleArguments) -> list[Prompt]:
     return prompts
 
 
-def dataset_prompts(args: SampleArguments) -> Iterator[Prompt]:
+def dataset_prompts(args: SampleArguments, model: ResolvedModel | None) -> Iterator[Prompt]:
     """The rows of each ``--dataset`` that are conversations; the others are counted and named."""
     bad: list[str] = []
+    why_refused = media_check(model, args.sampler_engine)
     for text in args.dataset:
         resolved = resolve_dataset_files(text, args)
         rows = placed_rows(resolved, args.strict)
         for row, path, position in itertools.islice(rows, resolved.spec.num_samples):
             if BAD_ROW in row:
                 bad.append(row[BAD_ROW])
+            elif args.sampler_engine != "no" and (why := why_refused(row)):
+                bad.append(f"{locate(path, position)}: {why}")
             else:
                 yield make_prompt(with_system(row, args.system), path, position)
     if bad:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from rayswift.arguments import deciding_settings
 from rayswift.data.plugins import PluginFile
 from rayswift.errors import UserError
+from rayswift.generate.media import has_media
 from rayswift.generate.types import Request
 from rayswift.inference.run import Throughput, progress_bar
 from rayswift.journal import Journal, open_journal, run_identity
@@ -37,12 +38,12 @@ def sample(args: SampleArguments) -> Row:
     Raises:
         UserError: a dataset, model, endpoint or reward that cannot be used, results that cannot be written.
     """
-    if args.sampler_engine in ("vllm", "transformers", "lmdeploy"):
-        args = resolve_model(args).args
+    model = resolve_model(args) if args.sampler_engine in ("vllm", "transformers", "lmdeploy") else None
+    args = args if model is None else model.args
     for path in args.external_plugins:
         PluginFile.read(path).registered()
     scorers = make_scorers(args)
-    prompts = read_prompts(args)
+    prompts = read_prompts(args, model)
     check_references(scorers, prompts)
     identity = run_identity(deciding_settings(args), [{"id": prompt.id, **prompt.row} for prompt in prompts])
     files = Files.of(args, identity)
@@ -105,7 +106,11 @@ def answer_prompts(args: SampleArguments, prompts: Sequence[Prompt], journal: Jo
     if not requests:
         return Throughput()
     failed, first_failure = 0, ""
-    with open_engine(args) as answers, progress_bar(total, done, hidden=False, name="sample", unit="answer") as bar:
+    files = any(has_media(request.row) for request in requests)
+    with (
+        open_engine(args, files) as answers,
+        progress_bar(total, done, hidden=False, name="sample", unit="answer") as bar,
+    ):
         tally = Throughput()
         for number, answer in answers(requests):
             journal.add(number, {"text": answer.text, "tokens": answer.num_generated_tokens, "error": answer.error})
@@ -120,10 +125,10 @@ def answer_prompts(args: SampleArguments, prompts: Sequence[Prompt], journal: Jo
 
 
 @contextlib.contextmanager
-def open_engine(args: SampleArguments) -> Iterator[Answers]:
-    """The engine of ``--sampler_engine``; its errors speak of that flag."""
+def open_engine(args: SampleArguments, files: bool) -> Iterator[Answers]:
+    """As :func:`open_answers`; errors speak of ``--sampler_engine``."""
     try:
-        with open_answers(args) as answers:
+        with open_answers(args, files) as answers:
             yield answers
     except UserError as error:
         raise type(error)(str(error).replace("--infer_backend", "--sampler_engine")) from None

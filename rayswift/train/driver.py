@@ -23,7 +23,7 @@ from rayswift.train.checkpoints.manifest import list_checkpoints
 from rayswift.train.config import RunData, WorkerConfig
 from rayswift.train.model import compute_dtype, find_model
 from rayswift.train.resume import Resume, find_resume
-from rayswift.train.run_directory import RunDirectory, check_writable, output_base
+from rayswift.train.run_directory import RunDirectory, check_writable
 from rayswift.train.schedule import StepSchedule, plan_steps
 from rayswift.train.start import make_trainer
 from rayswift.train.start.warm_workers import start_warm_workers
@@ -65,7 +65,7 @@ def train(args: Any) -> dict[str, Any]:
     Raises:
         UserError: bad input; nothing is left half-written.
     """
-    base = output_base(args)
+    base = ray_cluster.results_at(args, "output_dir", args.output_dir)
     check_writable(base)
     resume = find_resume(args.resume_from_checkpoint, base, args.add_version)
     ray_cluster.check_before_start(args)

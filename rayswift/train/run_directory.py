@@ -7,7 +7,6 @@ images/*.png and checkpoint-N/. The driver writes everything but the checkpoints
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import tempfile
 from datetime import datetime
@@ -20,16 +19,6 @@ from rayswift.train.checkpoints.manifest import run_versions
 
 if TYPE_CHECKING:
     from pyarrow.fs import FileSystem
-
-
-def output_base(args: Any) -> str:
-    """Where runs of these arguments go: ``--output_dir``, below ``--storage_path`` where that is given."""
-    output_dir = args.output_dir
-    if args.storage_path and "://" not in output_dir and not os.path.isabs(output_dir):
-        base = args.storage_path.rstrip("/")
-        base = base if "://" in base else os.path.abspath(os.path.expanduser(base))
-        return f"{base}/{output_dir}"
-    return output_dir.rstrip("/") if "://" in output_dir else os.path.abspath(os.path.expanduser(output_dir))
 
 
 def check_writable(base: str) -> None:

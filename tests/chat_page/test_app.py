@@ -17,9 +17,10 @@ import pytest
 from rayswift.arguments import make_arguments
 from rayswift.chat_page import app
 from rayswift.chat_page.command import media_offered
-from rayswift.chat_page.messages import media_of, openai_messages
+from rayswift.chat_page.messages import openai_messages
 from rayswift.errors import UserError
 from rayswift.generate.endpoint import EndpointEngine
+from rayswift.generate.media import media_of
 from rayswift.generate.types import SamplingParams
 
 PNG = base64.b64decode(
@@ -99,11 +100,12 @@ def test_an_answer_grows_and_an_error_is_a_note(endpoint: EndpointEngine) -> Non
     answer = answerer(endpoint, SamplingParams(), stream=True)
     grown = list(answer("What is the capital of France?", [], "small", "", 10, False, 0.0, 1.0))
     assert len(grown) > 1
-    assert all(later.startswith(earlier) for earlier, later in itertools.pairwise(grown))
-    assert grown[-1] == "The capital of France is Paris."
+    texts = [text for (text,) in grown]
+    assert all(later.startswith(earlier) for earlier, later in itertools.pairwise(texts))
+    assert texts[-1] == "The capital of France is Paris."
     whole = answerer(endpoint, SamplingParams(), stream=False)
     assert list(whole("What is the capital of France?", [], "small", "", 10, False, 0.0, 1.0)) == grown[-1:]
-    (note,) = answer("hi", [], "none", "", 10, True, 0.0, 1.0)
+    ((note,),) = answer("hi", [], "none", "", 10, True, 0.0, 1.0)
     assert re.search("--model none: .* it has small", note.content)
     asked = [
         {"role": "user", "content": "hi"},

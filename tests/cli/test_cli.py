@@ -163,6 +163,7 @@ def test_submit_from_python_sends_the_command_line(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr("rayswift.cli.jobs._client", lambda address: sent.update(address=address) or Client())
     settings = {
         "model": "org/m", "dataset": ["a.jsonl", "b c.jsonl#5"], "num_workers": (1, 4), "packing": True, "seed": 7,
+        "storage_path": "s3://b",
         "model_kwargs": {"x": [1, "two words"]}, "max_length": None, "hub_token": "not-to-be-seen", "weight_decay": 0.0,
     }  # fmt: skip
     status = rayswift.submit("sft", address="http://h:8265", working_dir=str(tmp_path), wait=False, **settings)
@@ -214,7 +215,7 @@ def head(tmp_path: Path) -> Iterator[Head]:
 def test_submit_runs_a_job_and_gives_its_exit_status(head: Head, tmp_path: Path) -> None:
     submit = [sys.executable, "-m", "rayswift", "submit", "--address", head.address]
     # A config file in the working directory goes along; the command then says that this is not built yet: status 2.
-    (tmp_path / "rlhf.yaml").write_text("model: m\ndataset: d\nrlhf_type: kto\n")
+    (tmp_path / "rlhf.yaml").write_text("model: m\ndataset: d\nrlhf_type: kto\noutput_dir: /nfs/out\n")
     words = [*submit, "rlhf", "rlhf.yaml", "--hub_token", "not-to-be-seen"]
     done = subprocess.run(words, capture_output=True, text=True, timeout=300, cwd=tmp_path, env=head.environment)
     assert done.returncode == 2, done.stderr

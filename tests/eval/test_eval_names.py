@@ -243,3 +243,12 @@ def test_a_broken_csv_row_is_named_by_file_and_line(tmp_path: Path) -> None:
     path.write_text("question,A,B,answer\nq,x,y,A\nq,x,y,Z\n")
     with pytest.raises(UserError, match=r"q\.csv:3: answer is 'Z', expected one of A, B"):
         list(checked_rows([str(path)], choice_row))
+
+
+@pytest.mark.parametrize("name", ["general_mcq", "general_qa"])
+def test_a_question_with_a_picture_is_refused_and_not_asked_without_it(name: str, tmp_path: Path) -> None:
+    path = tmp_path / "q.jsonl"
+    row = {"question": "q", "A": "x", "B": "y", "answer": "A"}
+    path.write_text("".join(json.dumps(each) + "\n" for each in (row, {**row, "images": ["dot.png"]})))
+    with pytest.raises(UserError, match=rf"q\.jsonl:2: it has images, and {name} asks in text alone"):
+        lay_out_questions(Benchmark(name, name, {}, str(path)))

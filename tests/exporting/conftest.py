@@ -68,3 +68,30 @@ def base_and_adapter(tmp_path: Path) -> tuple[str, str]:
     steps.insert(2, {"eval_loss": 1.25, "eval_token_acc": 0.6, "global_step/max_steps": "2/4"})
     (run / "logging.jsonl").write_text("".join(json.dumps(row) + "\n" for row in steps))
     return str(base), str(run / "checkpoint-3")
+
+
+@pytest.fixture
+def byte_level_model(tmp_path: Path) -> str:
+    """A tiny Llama with a byte-level BPE tokenizer of the kind that GPT-2 and SmolLM have."""
+    from tiny_models import llama
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet, special_tokens=["<unk>", "<s>", "</s>"])
+    tokenizer.train_from_iterator(["the cat sat on the mat and the dog sat on the log"] * 9, trainer)
+    tokenizer.add_special_tokens([AddedToken("<|im_start|>", special=True), AddedToken("<|im_end|>", special=True)])
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<|im_start|>", eos_token="<|im_end|>"
+    )
+    fast.chat_template = (
+        "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' + '\n' }}"
+        "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    )
+    folder = tmp_path / "tiny-chat"
+    llama(vocab_size=320, hidden_size=64, intermediate_size=96).save_pretrained(folder)
+    fast.save_pretrained(folder)
+    return str(folder)

@@ -9,14 +9,12 @@ from typing import Any
 
 import pytest
 import torch
+from go_template import ollama_render
 
 from rayswift.arguments import make_arguments
 from rayswift.cli.main import main
-from rayswift.data.chat.families import load_templates
-from rayswift.data.tokens.encoder import Encoder
 from rayswift.errors import UserError
 from rayswift.exporting import export
-from rayswift.exporting.ollama import modelfile
 from rayswift.modeling.adapters import load_adapter
 from rayswift.modeling.loading import load_model, load_tokenizer
 
@@ -173,33 +171,6 @@ def test_models_whose_difference_is_no_adapter_are_refused(base_and_adapter: tup
 # GGUF and Ollama -----------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def byte_level_model(tmp_path: Path) -> str:
-    """A tiny Llama with a byte-level BPE tokenizer of the kind that GPT-2 and SmolLM have."""
-    from tiny_models import llama
-    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
-
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet, special_tokens=["<unk>", "<s>", "</s>"])
-    tokenizer.train_from_iterator(["the cat sat on the mat and the dog sat on the log"] * 9, trainer)
-    tokenizer.add_special_tokens([AddedToken("<|im_start|>", special=True), AddedToken("<|im_end|>", special=True)])
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<|im_start|>", eos_token="<|im_end|>"
-    )
-    fast.chat_template = (
-        "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' + '\n' }}"
-        "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-    )
-    folder = tmp_path / "tiny-chat"
-    llama(vocab_size=320, hidden_size=64, intermediate_size=96).save_pretrained(folder)
-    fast.save_pretrained(folder)
-    return str(folder)
-
-
 @pytest.mark.parametrize(("kind", "tolerance"), [("f32", 1e-5), ("f16", 2e-3), ("bf16", 2e-2), ("q8_0", 2e-2)])
 def test_a_gguf_file_is_read_back_with_the_same_logits_and_tokens(
     byte_level_model: str, kind: str, tolerance: float
@@ -230,15 +201,6 @@ def test_coarse_types_keep_the_embeddings_in_eight_bits(byte_level_model: str) -
     assert types["blk.0.attn_norm.weight"] == "F32"
 
 
-def render(template: str, system: str, prompt: str, response: str) -> str:
-    """What Ollama makes of the template for one round: its `if`, and its three fields."""
-    chosen = r"\1" if system else r"\2"
-    text = re.sub(r"\{\{ if \.System \}\}(.*?)(?:\{\{ else \}\}(.*?))?\{\{ end \}\}", chosen, template, flags=re.S)
-    for name, value in (("System", system), ("Prompt", prompt), ("Response", response)):
-        text = text.replace(f"{{{{ .{name} }}}}", value)
-    return text
-
-
 def fields_of(modelfile: str) -> tuple[str, str, list[str]]:
     template = re.search(r'^TEMPLATE """(.*?)"""$', modelfile, re.S | re.M)
     system = re.search(r'^SYSTEM """(.*?)"""$', modelfile, re.S | re.M)
@@ -253,23 +215,24 @@ def test_a_modelfile_names_the_gguf_file_and_lays_out_prompts_as_training_did(by
     assert text.startswith("FROM ./tiny-chat-q8_0.gguf\n")
     template, system, stops = fields_of(text)
     assert (system, stops) == ("", ["<|im_end|>"])
-    assert render(template, "Be kind.", "Hi", "Hello") == (
+    rounds = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
+    told = [{"role": "system", "content": "Be kind."}, *rounds, {"role": "user", "content": "Bye"}]
+    assert ollama_render(template, told) == (
         "<|im_start|>system\nBe kind.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
-        "Hello<|im_end|>\n"
+        "Hello<|im_end|>\n<|im_start|>user\nBye<|im_end|>\n<|im_start|>assistant\n"
     )
-    assert render(template, "", "Hi", "") == "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n<|im_end|>\n"
     assert "PARAMETER num_ctx 128" in text
 
 
-@pytest.mark.parametrize("family", sorted(load_templates()))
-def test_the_modelfile_of_every_family_gives_the_prompt_of_training(byte_level_model: str, family: str) -> None:
-    encoder = Encoder(byte_level_model, template=family)
-    template, default, _ = fields_of(modelfile(encoder, ".", None))
-    for system in ("Be kind.", None):
-        messages = [{"role": "system", "content": system}] if system else []
-        messages.append({"role": "user", "content": "Hi there"})
-        expected = encoder.tokenizer.decode(encoder.encode_prompt(messages), skip_special_tokens=False)
-        assert render(template, system or default, "Hi there", "").startswith(expected)
+def test_the_context_fits_a_laptop_unless_asked_otherwise(byte_level_model: str, tmp_path: Path) -> None:
+    config = Path(byte_level_model, "config.json")
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"max_position_embeddings": 131072}))
+
+    def context(**flags: Any) -> str:
+        folder = run(model=byte_level_model, to_ollama=True, exist_ok=True, output_dir=str(tmp_path / "o"), **flags)
+        return re.search(r"^PARAMETER num_ctx (\d+)$", (Path(folder) / "Modelfile").read_text(), re.M)[1]  # type: ignore[index]
+
+    assert (context(), context(max_length=2048), context(ollama_num_ctx=65536)) == ("8192", "2048", "65536")
 
 
 def test_a_system_text_of_the_flags_goes_into_the_modelfile(byte_level_model: str, tmp_path: Path) -> None:
@@ -307,6 +270,7 @@ def test_a_system_text_of_the_flags_goes_into_the_modelfile(byte_level_model: st
         ("--adapters {adapter} --merge_lora true --to_peft_format true", "leave out --merge_lora"),
         ("--adapters {base} --merge_lora true", "give it as --model"),
         ("--model {base} --to_cached_dataset true --to_ollama true", "one at a time"),
+        ("--model {base} --to_gguf q8_0 --ollama_num_ctx 4096", "--ollama_num_ctx is for --to_ollama true"),
         ("--model {base} --to_ollama true --output_dir {base}", "exists already"),
         ("--model {base} --to_ollama true --output_dir {base}/config.json", "is a file"),
         ("--model {base} --to_ollama true --output_dir /proc/x", "cannot be written"),

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import httpx
+import openai
 import pytest
 from in_process import rayswift
 
@@ -15,7 +18,9 @@ from rayswift.errors import UserError
 from rayswift.generate.endpoint import EndpointEngine
 from rayswift.generate.transformers import TransformersEngine
 from rayswift.generate.types import EngineUnusable, SamplingParams
+from rayswift.inference.chat import Chat
 from rayswift.inference.command import infer
+from rayswift.inference.rows import result_row
 
 GREEDY = SamplingParams(max_new_tokens=10, temperature=0)
 FRANCE = [{"role": "user", "content": "What is the capital of France?"}]
@@ -64,6 +69,43 @@ def test_sampling_settings_and_logprobs_reach_the_server(endpoint: EndpointEngin
         for seed in (1, 1, 2)
     ]  # fmt: skip
     assert seeded[0] == seeded[1] != seeded[2]
+
+
+def thinking_endpoint(name: str, asked: list[Any]) -> EndpointEngine:
+    """A server that sends what the model thought beside the answer, by this name; ``asked`` gets the requests."""
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        body = json.loads(request.content)
+        asked.append(body)
+        if not body.get("stream"):
+            message = {"role": "assistant", "content": "Paris.", name: "The user asks. Easy."}
+            return httpx.Response(200, json={"choices": [{"index": 0, "message": message}]})
+        deltas = [{name: "The user "}, {name: "asks. Easy."}, {"content": "Par"}, {"content": "is."}]
+        chunks = [json.dumps({"choices": [{"index": 0, "delta": delta}]}) for delta in deltas]
+        return httpx.Response(200, text="".join(f"data: {chunk}\n\n" for chunk in [*chunks, "[DONE]"]))
+
+    http = httpx.Client(transport=httpx.MockTransport(answer))
+    return EndpointEngine(openai.OpenAI(base_url="http://h/v1", api_key="k", http_client=http), "m")
+
+
+@pytest.mark.parametrize("name", ["reasoning", "reasoning_content"])
+def test_thoughts_that_a_server_sends_apart_are_kept_by_either_name(name: str) -> None:
+    asked: list[Any] = []
+    engine = thinking_endpoint(name, asked)
+    whole, streamed = engine.complete(FRANCE, GREEDY), "".join(engine.stream(FRANCE, GREEDY))
+    assert (whole.text, whole.thoughts) == ("Paris.", "The user asks. Easy.")
+    assert streamed == whole.shown == "<think>\nThe user asks. Easy.\n</think>\n\nParis."
+    assert (engine.last_stream.text, engine.last_stream.thoughts) == (whole.text, whole.thoughts)
+    distilled = replace(engine, with_thoughts=True).complete(FRANCE, GREEDY)
+    assert distilled.text == "<think>The user asks. Easy.</think>\n\n<answer>Paris.</answer>"
+    said = {"role": "assistant", "content": "Paris.", "reasoning_content": "The user asks. Easy."}
+    assert result_row({"messages": FRANCE}, whole)["messages"] == [*FRANCE, said]
+    # A conversation shows them, and its next request has them beside the answer.
+    for stream in (True, False):
+        lines, shown = iter(["What?", "And?", "exit"]), list[str]()
+        Chat(engine, GREEDY, lambda _, lines=lines: next(lines), shown.append, stream=stream).run()
+        assert "".join(shown).count(streamed) == 2
+        assert asked[-1]["messages"][1] == said
 
 
 def test_closing_a_stream_stops_the_model(endpoint: EndpointEngine, served: Any) -> None:

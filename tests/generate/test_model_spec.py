@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import socket
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,8 +14,11 @@ import yaml
 from in_process import rayswift
 
 from rayswift.arguments import make_arguments
+from rayswift.cluster import Cluster
 from rayswift.errors import UserError
-from rayswift.generate.model_spec import ModelSpec, engine_kwargs, model_specs
+from rayswift.generate import preflight
+from rayswift.generate.model_spec import ModelSpec, engine_kwargs, model_spec, model_specs
+from rayswift.modeling.resolved import resolve_model
 from rayswift.serve.application import serve_config
 
 EIGHT_BITS = {"group_0": {"weights": {"num_bits": 8}}}
@@ -55,6 +59,33 @@ def test_the_checkpoint_says_model_template_and_system(checkpoint: str, smollm2_
     assert plan.adapter_encoder(checkpoint, own).system == "Answer with one word."
     (unnamed,) = model_specs(make_arguments("deploy", adapters=[checkpoint], infer_backend="vllm", use_gpu=False))
     assert unnamed.default_adapter == "checkpoint-7"
+
+
+@pytest.mark.parametrize("command", ["deploy", "infer", "sample", "eval", "app"])
+def test_a_cluster_without_gpus_is_asked_and_gets_replicas_on_cpus(
+    command: str, smollm2_dir: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = Cluster(embedded=False, cpus=8, gpus=0, nodes=2)
+    monkeypatch.setattr(preflight, "connect", lambda args: found)
+    monkeypatch.setattr(preflight, "has_nvidia_driver", lambda: True)  # of the machine that submits
+    monkeypatch.setattr(preflight, "_is_gpu_vllm", lambda: False)
+    own = {"eval_dataset": ["arc"]} if command == "eval" else {"dataset": ["x.jsonl"]} if command == "sample" else {}
+    settings = {"model": smollm2_dir, "address": "auto", **own}
+
+    def spec(**flags: object) -> ModelSpec:
+        return model_spec(resolve_model(make_arguments(command, **settings, **flags)))
+
+    assert (spec().use_gpu, spec().bundles) == (False, [{"CPU": 1.0}])
+    with pytest.raises(UserError, match=r"--use_gpu true: the cluster \(2 nodes\) has at most 8 CPUs and no GPU"):
+        spec(use_gpu=True)
+    found = replace(found, gpus=2)
+    assert spec().bundles == [{"CPU": 2.0, "GPU": 1.0}]
+    assert spec(use_gpu=False).bundles == [{"CPU": 1.0}]
+
+
+def test_the_real_cluster_is_asked(smollm2_dir: str, ray_cluster: None) -> None:
+    """Ray is there already: an address then means that one."""
+    assert not model_spec(resolve_model(make_arguments("infer", model=smollm2_dir, address="auto"))).use_gpu
 
 
 def test_several_models_share_flags_and_have_their_own(smollm2_dir: str) -> None:

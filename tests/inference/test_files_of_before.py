@@ -49,7 +49,7 @@ def test_a_result_file_goes_on_after_its_rows() -> None:
 
 def test_a_journal_of_answers_goes_on_with_those_that_are_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     @contextlib.contextmanager
-    def opened(args: Any) -> Iterator[Any]:
+    def opened(args: Any, *files: Any) -> Iterator[Any]:
         yield lambda requests: [(n, Answer(f"now {n}")) for request in requests for n in request.numbers]
 
     monkeypatch.setattr(sampling, "open_answers", opened)

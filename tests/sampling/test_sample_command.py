@@ -96,7 +96,7 @@ class StubEngine:
     asked: list[int] = field(default_factory=list)
 
     @contextlib.contextmanager
-    def opened(self, _: Any) -> Iterator[Callable[[Sequence[Request]], Iterator[tuple[int, Answer]]]]:
+    def opened(self, _: Any, files: bool) -> Iterator[Callable[[Sequence[Request]], Iterator[tuple[int, Answer]]]]:
         """In the place of ``open_answers``."""
         yield self.answers
 

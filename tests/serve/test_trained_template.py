@@ -213,6 +213,33 @@ def test_a_request_chooses_whether_the_model_thinks(every_family: str) -> None:
         chat_prompt_ids(encoder, {"messages": asked, "chat_template_kwargs": {"enable_thinking": "yes"}})
 
 
+@pytest.mark.parametrize("name", ["reasoning", "reasoning_content"])
+@pytest.mark.parametrize("family", [name for name, template in load_templates().items() if template.thinking])
+def test_thoughts_beside_a_message_stand_in_a_tool_loop_and_not_in_later_rounds(
+    family: str, name: str, every_family: str
+) -> None:
+    encoder = Encoder(every_family, template=family, agent_template="hermes")
+    asked, called, result = TOOL_LOOP
+    told = "<think>\nLook it up.\n</think>\n"
+    beside = [asked, {**called, name: "Look it up."}, result]
+    inside = [asked, {**called, "content": told}, result]
+    ids = chat_prompt_ids(encoder, {"messages": beside, "tools": [WEATHER]})
+    assert ids == chat_prompt_ids(encoder, {"messages": inside, "tools": [WEATHER]})
+    assert f"{told}\n<tool_call>" in encoder.tokenizer.decode(ids)
+
+    def later(answer: dict[str, Any]) -> list[int] | None:
+        return chat_prompt_ids(encoder, {"messages": [asked, answer, {"role": U, "content": "And Rome?"}]})
+
+    answer = {"role": A, "content": "Sunny."}
+    assert later({**answer, name: "Look it up."}) == later(answer) is not None
+
+
+def test_thoughts_beside_a_message_are_left_out_where_the_template_does_not_think(every_family: str) -> None:
+    encoder, (asked, called, result) = Encoder(every_family, template="qwen2_5"), TOOL_LOOP
+    plain = chat_prompt_ids(encoder, {"messages": TOOL_LOOP})
+    assert chat_prompt_ids(encoder, {"messages": [asked, {**called, "reasoning": "Hm."}, result]}) == plain is not None
+
+
 def test_a_last_assistant_message_is_continued(every_family: str) -> None:
     encoder = Encoder(every_family, template="chatml")
     messages = [{"role": U, "content": "q"}, {"role": A, "content": "The ans"}]

@@ -6,7 +6,6 @@ Needs Chromium: ``apt-get install chromium`` (Debian; ``fonts-noto-cjk`` for Chi
 from __future__ import annotations
 
 import re
-import shutil
 import signal
 import socket
 import time
@@ -16,16 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from chromium import ask, chromium_page
 from command_line import start, wait_for
 from serving import ENGINE, free_port
 
 pytestmark = pytest.mark.slow
 
 SCREENSHOT = Path(__file__).resolve().parents[2] / "docs" / "images" / "app.png"
-FLAGS = [
-    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
-    "--disable-background-networking", "--disable-component-update", "--disable-sync",
-]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -72,31 +68,9 @@ def make_adapter(model: str, folder: Path) -> str:
 
 @pytest.fixture
 def page(address: str, tmp_path: Path) -> Iterator[Any]:
-    """The page in a fresh Chromium. ``page.asked``: addresses it asked for; ``page.errors``: what went wrong in it."""
-    from playwright.sync_api import sync_playwright
-
-    chromium = shutil.which("chromium")
-    assert chromium, "Chromium is not installed: apt-get update && apt-get install -y chromium"
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch_persistent_context(
-            tmp_path / "profile", executable_path=chromium, args=FLAGS, viewport={"width": 1280, "height": 800}
-        )
-        tab: Any = browser.pages[0]
-        tab.asked, tab.errors = [], []
-        tab.on("request", lambda request: tab.asked.append(request.url))
-        tab.on("pageerror", lambda error: tab.errors.append(str(error)))
-        tab.set_default_timeout(60_000)
-        tab.goto(address)
-        tab.locator("#question textarea").wait_for()
+    """The page in a fresh Chromium."""
+    with chromium_page(address, tmp_path / "profile") as tab:
         yield tab
-        browser.close()
-
-
-def ask(page: Any, question: str) -> None:
-    """Type a question and send it."""
-    box = page.locator("#question textarea")
-    box.fill(question)
-    box.press("Enter")
 
 
 def answers(page: Any) -> list[str]:

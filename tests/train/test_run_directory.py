@@ -10,12 +10,14 @@ from typing import Any
 import pytest
 
 from rayswift.arguments import make_arguments
+from rayswift.cluster import results_at
 from rayswift.errors import UserError
-from rayswift.train.run_directory import RunDirectory, check_writable, output_base
+from rayswift.train.run_directory import RunDirectory, check_writable
 
 
 def base_of(**given: Any) -> str:
-    return output_base(make_arguments("sft", model="org/model", dataset=["x"], **given))
+    args = make_arguments("sft", model="org/model", dataset=["x"], **given)
+    return results_at(args, "output_dir", args.output_dir)
 
 
 def names(folder: Path) -> list[str]:
@@ -86,6 +88,16 @@ def test_where_output_goes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert base_of(output_dir="out", storage_path="/nfs/runs/") == "/nfs/runs/out"
     assert base_of(output_dir="out", storage_path="s3://bucket/runs/") == "s3://bucket/runs/out"
     assert base_of(output_dir="/abs/out", storage_path="/nfs/runs") == "/abs/out"
+
+
+def test_in_a_ray_job_a_relative_folder_lies_below_the_storage_path_or_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")  # as Ray sets it for a job
+    with pytest.raises(UserError, match=r"--output_dir output/model: Ray removes .*give an absolute --storage_path"):
+        base_of()
+    assert base_of(storage_path="/nfs/runs") == "/nfs/runs/output/model"
+    assert base_of(output_dir="/nfs/out") == "/nfs/out"
 
 
 @pytest.mark.parametrize("below", ["", "/deeper", "/a/b/c"])

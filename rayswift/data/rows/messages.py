@@ -34,7 +34,7 @@ _MEDIA_PARTS = {
 _TEXT_PARTS = ("text", "input_text", "output_text")
 #: Thoughts kept apart from the answer: templates differ in how they are spelled, so they are not put into the text.
 _THOUGHT_PARTS = ("thinking", "redacted_thinking")
-_THOUGHT_KEYS = ("reasoning_content", "reasoning")
+THOUGHT_KEYS = ("reasoning_content", "reasoning")
 _IMAGE_TYPES = {b"\x89PNG": "image/png", b"\xff\xd8\xff": "image/jpeg", b"GIF8": "image/gif", b"RIFF": "image/webp"}
 
 HALF_SURROGATE = "a text holds half a surrogate pair (a broken emoji), which is not valid Unicode"
@@ -190,7 +190,7 @@ def _read_message(item: Any, names: MessageNames, parsed: ParsedMessages) -> Non
         raise Unusable(f"unknown message role {str(name)[:40]!r}")
     keys = ("loss", "loss_scale", "name") if role in ("tool", "tool_response") else ("loss", "loss_scale")
     kept = {key: item[key] for key in keys if item.get(key) is not None}
-    if any(item.get(key) for key in _THOUGHT_KEYS):
+    if any(item.get(key) for key in THOUGHT_KEYS):
         parsed.warn(THOUGHTS_LEFT_OUT)
     content = _first(item, names.content_keys)
     # OpenAI's calls (a list or its JSON text), or its older single one.

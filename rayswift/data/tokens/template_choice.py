@@ -94,6 +94,14 @@ class TemplateSettings:
         return load_template(self).agent is not None
 
     @property
+    def thinks(self) -> bool:
+        """Whether the template knows thoughts, and which of them a later prompt leaves out."""
+        template = load_template(self).template
+        if isinstance(template, Template):
+            return template.thinking is not None
+        return template is not None and "</think>" in template.tokenizer.chat_template
+
+    @property
     def call_end(self) -> str:
         """What ends a tool call whose result follows in the same turn (``Observation:``); empty for other formats."""
         agent = load_template(self).agent
