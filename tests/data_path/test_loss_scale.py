@@ -88,9 +88,12 @@ def turn(text: str, **flags: Any) -> dict[str, Any]:
         ("hermes", {"loss": True}, "[2:<tool_call>{}</tool_call>][1:<|im_end|>]"),
         ("hermes", {"loss": False}, ""),
         ("hermes", {"loss_scale": 0.5}, "[0.5:<tool_call>{}</tool_call><|im_end|>]"),
-        ("default", {"loss": False, "loss_scale": 0.5}, "[0.5:<tool_call>{}</tool_call><|im_end|>]"),
+        ("default", {"loss": False, "loss_scale": 0.5}, ""),
+        ("default", {"loss": True, "loss_scale": 0.5}, "[0.5:<tool_call>{}</tool_call><|im_end|>]"),
         ("default", {"loss_scale": 0.0}, ""),
         ("last_round", {"loss": True}, "[1:<tool_call>{}</tool_call><|im_end|>]"),
+        ("last_round", {"loss": True, "loss_scale": 2}, "[2:<tool_call>{}</tool_call><|im_end|>]"),
+        ("last_round", {"loss_scale": 2}, ""),
         ("last_round", {}, ""),
     ],
 )

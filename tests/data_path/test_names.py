@@ -72,11 +72,11 @@ def test_a_wrong_number_of_rows(count: str) -> None:
 
 
 def test_a_folder_gives_its_data_files_in_order(tmp_path: Path) -> None:
-    names = ["b.jsonl", "a.csv.gz", "deep/c.parquet", "README.md", "dataset_info.json", ".hidden.jsonl", "d.jsonl.tmp"]
+    names = ["b.jsonl", "a.json.gz", "deep/c.jsonl", "README.md", "dataset_info.json", ".hidden.jsonl", "d.jsonl.tmp"]
     for name in names:
         touch(tmp_path / name)
     found = [str(Path(path).relative_to(tmp_path)) for path in list_data_files(str(tmp_path))]
-    assert found == ["a.csv.gz", "b.jsonl", "deep/c.parquet"]
+    assert found == ["a.json.gz", "b.jsonl", "deep/c.jsonl"]
     assert list_data_files(f"file://{tmp_path}") == [f"file://{tmp_path}/{name}" for name in found]
 
 
@@ -85,7 +85,8 @@ def test_a_path_without_data(tmp_path: Path, name: str) -> None:
     touch(tmp_path / "notes.md")
     path = str(tmp_path / name)
     assert (
-        refusal(path) == f"--dataset {path}: no data file there (.jsonl .json .csv .txt .parquet, plain, .gz or .zst)"
+        refusal(path)
+        == f"--dataset {path}: no data file there (.jsonl .json .csv .tsv .txt .parquet .arrow, plain, .gz or .zst)"
     )
 
 

@@ -102,7 +102,7 @@ def rng() -> np.random.RandomState:
      (10, 0.0, (10, 0))],
 )  # fmt: skip
 def test_split(rows: int, ratio: float, expected: tuple[int, int]) -> None:
-    train, val = split_rows(numbered(rows), ratio, rng())
+    train, val = split_rows(numbered(rows), ratio, None, arguments("x"), rng())
     assert (len(train), len(val)) == expected
     assert sorted([*train.index[:, 1], *val.index[:, 1]]) == list(range(rows))
 
@@ -182,7 +182,7 @@ def test_unshuffled_rows_keep_file_order_however_files_are_cut(
     monkeypatch.setattr(sources, "CHUNK_BYTES", 200)
     expected = [f"row {n}" for n in range(60)]
     write(tmp_path / "a.jsonl", [{"text": text} for text in expected[:40]])
-    (tmp_path / "b.txt").write_text("\n".join(expected[40:]), encoding="utf-8")
+    write(tmp_path / "b.jsonl", [{"text": text} for text in expected[40:]])
     data = load(arguments(tmp_path, dataset_shuffle=False, split_dataset_ratio=0), plain)
     assert texts_of(data.train, plain) == expected
     assert data.val is None

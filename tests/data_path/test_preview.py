@@ -207,7 +207,7 @@ def png(path: Path, red: int = 255) -> bytes:
 def test_the_page_shows_hostile_text_as_text(look: Look, smollm2_dir: str, tmp_path: Path) -> None:
     attack = "<script>alert(1)</script><img src=x onerror=alert(2)>\"'></pre></span>"
     answer = f"{attack} 你好 🦙 a  b\n\nc"
-    row = {"query": attack, "response": answer, "channel": attack, "images": [attack]}
+    row = {"query": attack, "response": answer, "channel": attack, "margin": attack}
     path, output = write_rows(tmp_path / "<b>rows.jsonl", row), tmp_path / "page.html"
     look("--dataset", path, "--model", smollm2_dir, "--output", output)
     page = Page(output)

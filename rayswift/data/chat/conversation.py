@@ -126,9 +126,7 @@ def read_conversation(
         if role == "user":
             _add_query(rounds, text)
         elif role == "assistant":
-            if thoughts := message.get("reasoning_content"):
-                end = "\n</think>\n\n" if think.endswith("\n") else "</think>"
-                text = think + thoughts.strip("\n") + end + text.lstrip("\n")
+            text = with_thoughts(message, think)
             _add_reply(rounds, ReplyPart(text, message.get("loss"), message.get("loss_scale")))
         elif role == "system":
             if number:
@@ -141,6 +139,15 @@ def read_conversation(
         else:
             _add_result(rounds, text, agent, first=not number or messages[number - 1]["role"] not in _RESULTS)
     return conversation
+
+
+def with_thoughts(message: Message, think: str = "<think>\n") -> str:
+    """The text of an answer, its `reasoning_content` in the think block that `think` opens."""
+    thoughts, text = message.get("reasoning_content"), str(message["content"])
+    if not thoughts:
+        return text
+    end = "\n</think>\n\n" if think.endswith("\n") else "</think>"
+    return think + thoughts.strip("\n") + end + text.lstrip("\n")
 
 
 _RESULTS = ("tool_response", "tool")

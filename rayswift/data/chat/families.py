@@ -88,8 +88,8 @@ class Template:
     suffix: after the last reply; trained, and what the model stops at. default_system: used when none is given.
     thinking: None, `hybrid` (may think; non_thinking_prefix says no) or `always` (a prompt opens the think block).
     thinking_prefix: what opens a thought in a prompt. history_prefix: what earlier replies start with whose thoughts
-    are left out. agent: name of the agent template (None: tools are refused). auto_add_bos: start with the bos token if the tokenizer adds one
-    by itself. own_prompt: prompts for generation are those of the tokenizer's own chat template.
+    are left out. agent: name of the agent template (None: tools are refused). auto_add_bos: start with the bos token if
+    the tokenizer adds one by itself. own_prompt: prompts for generation are those of the tokenizer's own chat template.
     """
 
     name: str
@@ -268,7 +268,7 @@ class Template:
             if empty:
                 answer = first._replace(text=first.text[empty.end() :])
                 return [TextSpan(empty.group(), False, 0.0, True)], [answer, *rest]
-            wanted = options.add_non_thinking_prefix and not options.enable_thinking
+            wanted = options.add_non_thinking_prefix and (not options.enable_thinking or bool(self.history_prefix))
             wanted = wanted and (in_last_round or options.scale.base != "last_round")
             if wanted and not after_results and not first.text.lstrip().startswith("<think>"):
                 return [TextSpan(self.non_thinking_prefix, True, 0.0)], reply
