@@ -13,7 +13,7 @@ import pytest
 
 from rayswift.data import files as sources
 from rayswift.data.files import BadRow, iter_rows, locate, plan_chunks
-from rayswift.data.names import list_data_files
+from rayswift.data.folders import list_data_files
 from rayswift.data.rows.standard import Drop, standardise_row
 from rayswift.errors import UserError
 

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from rayswift.arguments import Arguments, make_arguments
+from rayswift.data.flow import plan as plans
 from rayswift.data.flow.plan import plan_stream
 from rayswift.data.flow.prepare import load_train_data
 from rayswift.data.flow.stream import task_tokens
@@ -277,7 +278,7 @@ def both_ways(dataset: Path, encoder: Encoder, **given: Any) -> tuple[list[str],
     rows = TokenRows(data.train)
     texts = [marked(rows[n].input_ids, rows[n].labels, encoder.tokenizer) for n in range(len(data.train))]
     stream = arguments(dataset, dataset_shuffle=False, streaming=True, max_steps=1, **given)
-    plan = dataclasses.replace(plan_stream(stream, resolve_datasets(stream).train, None), tasks=(((0, 0),),))
+    plan = plan_stream(stream, resolve_datasets(stream).train, None)
     tables = list(task_tokens(plan, 0, 0, encoder, None))
     streamed = [
         (ids, labels)
@@ -291,6 +292,7 @@ def both_ways(dataset: Path, encoder: Encoder, **given: Any) -> tuple[list[str],
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAYSWIFT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(plans, "MAX_PLANNED_EPOCHS", 1)
 
 
 def parquet(path: Path, columns: dict[str, list[Any]]) -> None:

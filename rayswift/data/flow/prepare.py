@@ -129,7 +129,7 @@ def load_train_data(
 def _evaluates_nothing(args: Any) -> bool:
     """Whether a training run never evaluates (a command that only encodes has no such flags)."""
     strategy = getattr(args, "eval_strategy", None) or getattr(args, "save_strategy", None)
-    return strategy == "no" and not getattr(args, "training_args", {}).get("eval_on_start")
+    return strategy == "no" and not getattr(args, "eval_on_start", False)
 
 
 class _Load:
