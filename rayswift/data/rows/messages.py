@@ -302,7 +302,8 @@ def _is_part(part: Any, *, known_only: bool) -> bool:
 
 def _read_parts(parts: list[Any], role: str, kept: Mapping[str, Any], parsed: ParsedMessages, identity: Any) -> None:
     """Parts in order: text and placeholders are joined, tool calls and results become messages of their own."""
-    kept, text, before = dict(kept), [], len(parsed.messages)
+    text: list[str] = []
+    kept, before = dict(kept), len(parsed.messages)
     thoughts = [kept.pop("reasoning_content")] if "reasoning_content" in kept else []
 
     def flush() -> None:

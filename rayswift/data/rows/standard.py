@@ -168,9 +168,10 @@ def _standardise(row: Mapping[str, Any], rules: RowRules) -> StandardRow:
     if rules.keep_extra:
         standard.update({key: row[key] for key in layout.extra if key not in standard})
     if rules.remove_text or rules.query_suffix or rules.response_prefix:
-        edit_texts(standard, rules)
+        edit_texts(standard, rules.remove_text, rules.query_suffix, rules.response_prefix)
     if rules.self_cognition:
-        fill_placeholders(standard, row[layout.tag] if layout.tag else None, rules)
+        tag = row[layout.tag] if layout.tag else None
+        fill_placeholders(standard["messages"], tag, rules.model_name, rules.model_author)
     missing: tuple[str, ...] = getattr(row, "missing", ())
     for target in ("system", "response") if missing else ():
         if not set(layout.sources.get(target, ())).isdisjoint(missing):
