@@ -18,13 +18,8 @@ HERMES = "text\n<tool_call>\n{}\n</tool_call>\n<tool_call>\n{1}\n</tool_call> en
 
 
 def weighed(text: str, reply: str, query: str = "q") -> str:
-    """`[weight:text]` for every stretch, neighbours of one weight joined."""
-    shown: list[tuple[str, float]] = []
-    for part, weight in read_loss_scale(text).split(reply, query):
-        if shown and shown[-1][1] == weight:
-            shown[-1] = (shown[-1][0] + part, weight)
-        else:
-            shown.append((part, weight))
+    """`[weight:text]` for every stretch."""
+    shown = read_loss_scale(text).split(reply, query)
     assert "".join(part for part, _ in shown) == reply
     return "".join(f"[{weight:g}:{part}]" for part, weight in shown)
 

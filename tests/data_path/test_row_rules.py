@@ -246,11 +246,13 @@ def test_labels_of_a_table_of_texts(label: Any, expected: Any) -> None:
 
 
 @pytest.mark.parametrize("loss_scale", ["alpha_umi", "react", "qwen", "hermes", "ignore_empty_think"])
-def test_rules_cut_tokens_only_where_weights_differ(loss_scale: str, chatml: Encoder) -> None:
-    reply = "Thought: t\nFinal Answer: done Next: x"
+def test_rules_cut_tokens_only_where_weights_differ(loss_scale: str, qwen_dir: str) -> None:
+    reply = "Thought:\nt\nFinal Answer:\ndone Next: x"  # ":\n" is one token
     plain, ruled = (
-        encoder.encode_batch([{"messages": [U, {**A, "content": reply}]}])[0]
-        for encoder in (chatml, dataclasses.replace(chatml, loss_scale=loss_scale))
+        Encoder(qwen_dir, template="chatml", loss_scale=scale).encode_batch(
+            [{"messages": [U, {**A, "content": reply}]}]
+        )[0]
+        for scale in ("default", loss_scale)
     )
     assert isinstance(plain, Encoded) and isinstance(ruled, Encoded)
     text = plain.input_ids.tolist()
