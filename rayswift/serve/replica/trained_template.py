@@ -20,7 +20,8 @@ from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from rayswift import private
-from rayswift.data.rows.messages import THOUGHT_KEYS, Unusable, read_messages
+from rayswift.data.rows.media import Unusable
+from rayswift.data.rows.messages import read_messages
 from rayswift.data.tokens.encoder import Encoder
 from rayswift.errors import UserError
 
@@ -59,7 +60,9 @@ def chat_prompt_ids(encoder: Encoder, request: Mapping[str, Any]) -> list[int] |
         return None
     encoder = _with_thinking(encoder, request)
     try:
-        read = read_messages(_with_thoughts(_joined(messages), encoder)).messages
+        read = read_messages(_joined(messages)).messages
+        for message in read if not encoder.thinks else ():
+            message.pop("reasoning_content", None)
         return encoder.encode_prompt(read, _tools(request))
     except (Unusable, UserError) as refused:
         raise ValueError(f"messages: {refused}") from None
@@ -168,22 +171,6 @@ def _text_of_part(part: Any) -> str | None:
     kind = part.get("type", "text") if isinstance(part, Mapping) else None
     text = part.get("refusal" if kind == "refusal" else "text") if kind in _TEXT_PARTS else None
     return text if isinstance(text, str) else None
-
-
-def _with_thoughts(messages: Sequence[Any], encoder: Encoder) -> list[Any]:
-    """The messages with thoughts that stand beside an answer (``reasoning``, ``reasoning_content``) in front of it, as
-    the model wrote them; the layout decides which of them it keeps. Left out for a template that does not think."""
-    return [_with_own_thoughts(message) for message in messages] if encoder.thinks else list(messages)
-
-
-def _with_own_thoughts(message: Any) -> Any:
-    given = message if isinstance(message, Mapping) and message.get("role") == "assistant" else {}
-    thoughts = next((given[key] for key in THOUGHT_KEYS if isinstance(given.get(key), str) and given[key].strip()), "")
-    content = given.get("content") or ""
-    if not thoughts or not isinstance(content, str) or "</think>" in content:
-        return message
-    block = f"<think>\n{thoughts.strip()}\n</think>\n"  # a call that follows starts a line of its own
-    return {**message, "content": f"{block}\n{content.lstrip()}" if content or not message.get("tool_calls") else block}
 
 
 # --- vLLM -------------------------------------------------------------------------------------------------------
