@@ -477,7 +477,7 @@ BAD_BODIES: list[tuple[str, Any]] = [
         [{"role": "assistant", "content": None, "tool_calls": [{"type": "custom", "custom": {"name": "x"}}]}],
         [{"role": "assistant", "tool_calls": "not calls"}], [{"role": {}, "content": "q"}],
         [{"role": "user", "content": "word " * 300}], [{"role": "user", "content": "x" * 1_000_000}],
-        [{"role": "tool", "tool_call_id": "x"}], [*ASK, {"role": "system", "content": "late"}],
+        [{"role": "tool", "tool_call_id": "x"}], [*ASK, {"role": "system", "content": [{"type": "late"}]}],
     )),
     *((CHAT, {"messages": ASK, **fields}) for fields in (
         {"n": 0}, {"n": 129}, {"n": 10**12}, {"n": -1}, {"n": "two"}, {"n": 1.5}, {"n": 2, "temperature": 0},
