@@ -159,7 +159,8 @@ def _text(content: Any) -> Any:
     if not isinstance(content, list) or not content:
         return content
     texts = [part if isinstance(part, str) else _text_of_part(part) for part in content]
-    return content if None in texts else "\n".join(texts)
+    known = [text for text in texts if text is not None]
+    return "\n".join(known) if len(known) == len(texts) else content
 
 
 def _text_of_part(part: Any) -> str | None:
