@@ -18,7 +18,7 @@ from starlette.routing import Route, Router
 from rayswift.data.chat.families import load_templates
 from rayswift.data.rows.messages import read_messages
 from rayswift.data.tokens.encoder import Encoder
-from rayswift.serve.replica import trained_template
+from rayswift.serve.replica import conversion, messages, responses, trained_template
 
 U, A, S = "user", "assistant", "system"
 #: Fields in an order that vLLM's classes do not keep, and one that they do not know.
@@ -43,6 +43,9 @@ LOOP: list[dict[str, Any]] = [
     },
     {"role": "tool", "tool_call_id": "call_1", "content": [{"type": "text", "text": "sunny"}]},
 ]
+
+
+PATHS = ("/v1/chat/completions", "/tokenize", "/v1/responses", "/v1/messages")
 
 
 class Server:
@@ -73,7 +76,7 @@ class Server:
             default_chat_template_kwargs=self.defaults,
         )  # fmt: skip
         trained_template.use_trained_templates(self.online, lambda name: encoders.get(name or ""))
-        routes = [Route(path, self._answer, methods=["POST"]) for path in ("/v1/chat/completions", "/tokenize")]
+        routes = [Route(path, self._answer, methods=["POST"]) for path in PATHS]
         self.app = trained_template.keeping_tools(Router(routes))
 
     async def _own_rendering(self, messages: list[Any], params: Any) -> tuple[Any, Any]:
@@ -85,7 +88,10 @@ class Server:
         return tuple(zip(*rendered, strict=True))
 
     async def _answer(self, http: Request) -> Response:
+        from vllm.entrypoints.anthropic.protocol import AnthropicMessagesRequest
+        from vllm.entrypoints.anthropic.serving import AnthropicServingMessages
         from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+        from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
         from vllm.entrypoints.serve.tokenize.protocol import TokenizeChatRequest
 
         if http.url.path == "/tokenize":
@@ -94,6 +100,13 @@ class Server:
                 tokens, tokens.messages, default_template=None, default_template_content_format="auto",
                 default_template_kwargs=self.defaults, tool_dicts=[tool.model_dump() for tool in tokens.tools or ()],
             )  # fmt: skip
+        elif http.url.path == "/v1/responses":
+            result = await self.online.render_responses(ResponsesRequest.model_validate(await http.json()))
+            prompt = result.engine_input
+        elif http.url.path == "/v1/messages":
+            asked = AnthropicMessagesRequest.model_validate({"max_tokens": 4, **await http.json()})
+            request = AnthropicServingMessages.to_chat_completion_request(asked, merge_inline_system=True)
+            _, (prompt,) = await self.online.render_chat(request)
         else:
             request = ChatCompletionRequest.model_validate(await http.json())
             self.requests.append(request)
@@ -101,17 +114,17 @@ class Server:
             assert isinstance(conversation[-1]["content"], str | list | None)
         return JSONResponse(prompt["prompt_token_ids"])
 
+    async def post(self, path: str, body: dict[str, Any]) -> list[int]:
+        """The prompt of a request."""
+        transport = httpx.ASGITransport(self.app)
+        async with httpx.AsyncClient(transport=transport, base_url="http://vllm") as client:
+            response = await client.post(path, content=json.dumps(body))
+            assert response.status_code == 200, response.text
+            return list(response.json())
+
     def ids(self, **body: Any) -> list[int]:
         """The prompt of a chat request; that of `/tokenize` is the same."""
-
-        async def post(path: str) -> list[int]:
-            transport = httpx.ASGITransport(self.app)
-            async with httpx.AsyncClient(transport=transport, base_url="http://vllm") as client:
-                response = await client.post(path, content=json.dumps(body))
-                assert response.status_code == 200, response.text
-                return list(response.json())
-
-        chat, tokens = asyncio.run(post("/v1/chat/completions")), asyncio.run(post("/tokenize"))
+        chat, tokens = (asyncio.run(self.post(path, body)) for path in PATHS[:2])
         assert chat == tokens
         return chat
 
@@ -141,6 +154,43 @@ def test_a_request_to_vllm_has_the_ids_of_training(family: str, vllm_server: Cal
     quiet = Encoder(encoder.model_dir, template=family, enable_thinking=False)
     assert server.ids(model=family, messages=ASK, **told) == quiet.encode_prompt(ASK)
     assert server.ids(model=family, messages=ASK, reasoning_effort="none") == quiet.encode_prompt(ASK)
+    assert not server.own, "vLLM's own chat template was asked"
+
+
+#: The same conversation as Responses and as Messages write it.
+ITEMS: list[dict[str, Any]] = [
+    {"role": U, "content": LOOP[0]["content"]},
+    {"type": "function_call", "call_id": "call_1", "name": "weather", "arguments": '{"city": "北京"}'},
+    {"type": "function_call_output", "call_id": "call_1", "output": "sunny"},
+]
+BLOCKS: list[dict[str, Any]] = [
+    {"role": U, "content": [{"type": "text", "text": LOOP[0]["content"]}]},
+    {"role": A, "content": [{"type": "tool_use", "id": "call_1", "name": "weather", "input": {"city": "北京"}}]},
+    {"role": U, "content": [{"type": "tool_result", "tool_use_id": "call_1", "content": "sunny"}]},
+]
+
+
+@pytest.mark.parametrize("family", ["chatml", "qwen3", "llama3", "glm4"])
+@pytest.mark.parametrize("interface", ["responses", "messages"])
+def test_the_other_interfaces_have_the_ids_of_training_with_both_engines(
+    interface: str, family: str, vllm_server: Callable[..., Server]
+) -> None:
+    server, encoder = vllm_server(), Encoder(vllm_server().online.renderer.tokenizer.name_or_path, template=family)
+    fields = WEATHER["function"]
+    if interface == "responses":
+        tool = {**fields, "type": "function"}
+        body: dict[str, Any] = {"input": ITEMS, "instructions": "Be brief.", "tools": [tool], "tool_choice": "auto"}
+        chat = conversion.chat_request(responses.ResponsesRequest(**body))
+    else:
+        tool = {("input_schema" if name == "parameters" else name): value for name, value in fields.items()}
+        body = {"messages": BLOCKS, "system": "Be brief.", "tools": [tool]}
+        chat = conversion.chat_request(messages.MessagesRequest(max_tokens=4, **body))
+    system = {"role": S, "content": "Be brief."}
+    told = read_messages([system, *LOOP[:-1], {**LOOP[-1], "content": "sunny"}]).messages
+    expected = encoder.encode_prompt(told, [{"type": "function", "function": fields}])
+    assert asyncio.run(server.post(f"/v1/{interface}", {"model": family, **body})) == expected
+    asked = {name: value for name, value in chat if value is not None}
+    assert trained_template.chat_prompt_ids(encoder, asked) == expected
     assert not server.own, "vLLM's own chat template was asked"
 
 

@@ -5,15 +5,16 @@ from __future__ import annotations
 import json
 import uuid
 from collections.abc import Awaitable, Callable, Iterator
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from fastapi import FastAPI, Request
 from fastapi.responses import Response
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from rayswift.serve.openai_errors import ApiError
 from rayswift.serve.replica.conversion import Body, Chat, Delta, answer, chat_request, deltas, finish_of
 from rayswift.serve.replica.openai_requests import ChatRequest
+from rayswift.serve.replica.trained_template import as_function
 
 #: What Claude Code puts first: other for each request, it would only spoil shared prefixes. vLLM leaves it out too.
 _BILLING = "x-anthropic-billing-header"
@@ -47,6 +48,12 @@ class Tool(Body):
     name: str
     description: str | None = None
     input_schema: dict[str, Any]
+
+
+def _as_sent(tool: dict[str, Any]) -> dict[str, Any]:
+    """A tool that is one, with its fields in the order in which the model shall read them."""
+    Tool.model_validate(tool)
+    return tool
 
 
 class ToolChoice(Body):
@@ -84,7 +91,7 @@ class CountTokensRequest(Body):
     model: str | None = None
     messages: list[Message]
     system: str | list[Block] | None = None
-    tools: list[Tool] | None = None
+    tools: list[Annotated[dict[str, Any], AfterValidator(_as_sent)]] | None = None
     tool_choice: ToolChoice | None = None
     thinking: Thinking | None = None
     output_config: OutputConfig | None = None
@@ -102,7 +109,7 @@ class CountTokensRequest(Body):
             "model": self.model, "messages": messages, "chat_template_kwargs": self.chat_template_kwargs,
         }  # fmt: skip
         if self.tools is not None:
-            chat["tools"] = [_function(tool) for tool in self.tools]
+            chat["tools"] = [as_function(tool) for tool in self.tools]
             chat["tool_choice"] = "auto"
         if choice := self.tool_choice:
             chat["tool_choice"] = {"any": "required"}.get(choice.type, choice.type)
@@ -194,15 +201,6 @@ def _result(block: Block) -> Iterator[dict[str, Any]]:
 def _image(source: dict[str, Any]) -> dict[str, Any]:
     url = source.get("url") or f"data:{source.get('media_type', 'image/jpeg')};base64,{source.get('data', '')}"
     return {"type": "image_url", "image_url": {"url": url}}
-
-
-def _function(tool: Tool) -> dict[str, Any]:
-    function = {
-        "name": tool.name,
-        "description": tool.description,
-        "parameters": {"type": "object"} | tool.input_schema,
-    }
-    return {"type": "function", "function": {name: value for name, value in function.items() if value is not None}}
 
 
 # --- answers ------------------------------------------------------------------------------------------------------

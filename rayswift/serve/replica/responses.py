@@ -16,6 +16,7 @@ from pydantic import ConfigDict, Field
 
 from rayswift.serve.openai_errors import ApiError
 from rayswift.serve.replica.conversion import Body, Chat, Delta, answer, deltas, finish_of
+from rayswift.serve.replica.trained_template import as_function
 
 LOGPROBS = "message.output_text.logprobs"
 #: Fields that a chat request has under the same name and with the same meaning.
@@ -138,10 +139,10 @@ def _content(content: Any) -> Any:
 
 
 def _function(tool: dict[str, Any], place: int) -> dict[str, Any]:
-    if tool.get("type") != "function" or not isinstance(tool.get("name"), str):
+    function = as_function(tool) if tool.get("type") == "function" else None
+    if function is None:
         raise ApiError(400, f"tools[{place}]: only functions with a name are called here", param="tools")
-    function = {key: value for key, value in tool.items() if key != "type" and value is not None}
-    return {"type": "function", "function": function}  # in the client's order: the model reads it
+    return function
 
 
 # --- answers ------------------------------------------------------------------------------------------------------

@@ -291,20 +291,24 @@ def _as_mapping(request: Any, messages: list[Any], settings: Mapping[str, Any]) 
 def _tools_as_sent(tools: Sequence[Any]) -> list[Any]:
     """The tools of a request in the fields and their order that the client chose."""
     sent = _sent_tools.get()
-    if isinstance(sent, list) and len(sent) == len(tools) and all(_is_function(tool) for tool in sent):
-        return sent
-    return [_as_function(_as_sent(tool)) for tool in tools]  # of an interface that writes them in another form
+    told = [as_function(tool) for tool in sent] if isinstance(sent, list) and len(sent) == len(tools) else [None]
+    return [as_function(_as_sent(tool)) for tool in tools] if None in told else told
 
 
-def _is_function(tool: Any) -> bool:
-    return isinstance(tool, dict) and isinstance(tool.get("function"), dict)
+def as_function(tool: Any) -> dict[str, Any] | None:
+    """A tool as a chat request has it, its fields in the order they came in; None for what is none.
 
-
-def _as_function(tool: Any) -> Any:
-    """A tool of `/v1/responses`, which has a function's fields beside its type, as one of a chat request."""
-    if _is_function(tool) or not isinstance(tool, dict):
-        return tool
-    return {"type": "function", "function": {name: value for name, value in tool.items() if name != "type"}}
+    In Responses a function's fields stand beside its type; in Messages its parameters are called ``input_schema``.
+    """
+    if not isinstance(tool, dict) or isinstance(tool.get("function"), dict):
+        return tool if isinstance(tool, dict) else None
+    fields = {"input_schema": "parameters"} | {name: name for name in ("name", "description", "parameters", "strict")}
+    function = {fields[name]: value for name, value in tool.items() if name in fields and value is not None}
+    if not isinstance(function.get("name"), str):
+        return None
+    if isinstance(schema := tool.get("input_schema"), dict) and "type" not in schema:
+        function["parameters"] = {**schema, "type": "object"}
+    return {"type": "function", "function": function}
 
 
 def _as_sent(value: Any) -> Any:
