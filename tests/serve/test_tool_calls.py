@@ -81,6 +81,31 @@ def test_what_only_looks_like_a_call_is_content(text: str, step: int) -> None:
     assert read(reader, text, step) == (text, []) and not reader.called
 
 
+@pytest.mark.parametrize("step", [1, 10**6])
+def test_a_call_is_found_after_what_only_looks_like_one(step: int) -> None:
+    agent = FORMATS["react_en"]
+    prose = "Action: none is needed first.\nThen\n"
+    content, calls = read(CallReader(agent, TOOLS), prose + written(agent, CALLS[1:]), step)
+    assert content == prose and [call["name"] for call in calls] == ["get_time"]
+
+
+def test_a_call_that_is_cut_off_is_sent_as_far_as_it_came() -> None:
+    half = '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Par'
+    assert read(CallReader(FORMATS["hermes"], TOOLS), half, 1) == (
+        "",
+        [{"name": "get_weather", "arguments": '{"city": "Par'}],
+    )
+    assert read(CallReader(FORMATS["hermes"], TOOLS), half) == (half, [])  # whole answers have whole calls
+
+
+def test_text_after_a_call_is_dropped() -> None:
+    agent = FORMATS["hermes"]
+    text = written(agent, CALLS[:1]) + "\nDone. <tool_call> and more"
+    for step in (1, 10**6):
+        content, calls = read(CallReader(agent, TOOLS), text, step)
+        assert content == "" and [call["name"] for call in calls] == ["get_weather"]
+
+
 @pytest.mark.parametrize("name", ["glm4", "raw"])
 def test_a_format_without_marks_leaves_other_answers_alone(name: str) -> None:
     reader = CallReader(FORMATS[name], TOOLS)

@@ -62,8 +62,8 @@ class CallReader:
         self._between = [text for text in (agent.call_separator.strip(), agent.calls_end.strip()) if text]
         self._held, self._most = "", most
         self._sent = Call()  # of the call that is being read
+        self._rest = ""  # what becomes of all further text: content, nothing
         self.count = 0
-        self._only_content = False
 
     @property
     def called(self) -> bool:
@@ -73,29 +73,41 @@ class CallReader:
     def feed(self, text: str, *, final: bool = False) -> tuple[str, list[dict[str, Any]]]:
         """More text of the answer (``final``: the last); gives what is certain of content and calls, the latter as the
         ``tool_calls`` of a delta."""
+        if self._rest:
+            return (text if self._rest == "content" else ""), []
         self._held += text
         content, deltas = "", []
-        while self._held or final:
-            if self._only_content:
-                content, self._held = content + self._held, ""
-                break
+        while self._held:
             if not self.count:
                 before, self._held = self._split(final)
                 content += before
             try:
                 call = self._read()
             except NoCall:
-                call = Call(end=-1)
-            if call is None or (call.end is None and not final):
-                deltas += self._delta(call) if call else []
+                content += self._pass_over()
+                continue
+            if call is None:
                 break
-            if call.end is None or call.end < 0:  # no call, or half of one
-                self._give_up(final)
-                content, self._held = content + ("" if self.count else self._held), ""
+            if call.end is None:
+                if not final or self._sent.name is not None:
+                    deltas += self._delta(call)
+                elif not self.count:
+                    content += self._held  # half of a call, cut off
                 break
             deltas += self._delta(call)
             self.count, self._sent, self._held = self.count + 1, Call(), self._held[call.end :]
         return content, deltas
+
+    def _pass_over(self) -> str:
+        """What is held is no call; gives what of it is content."""
+        if self.count or self._sent.name is not None:
+            self._rest, self._held = "nothing", ""
+            return ""
+        if not self._start:
+            self._rest = "content"
+        size = len(self._start) or len(self._held)
+        passed, self._held = self._held[:size], self._held[size:]
+        return passed
 
     def _split(self, final: bool) -> tuple[str, str]:
         """Content at the beginning of what is held, and the rest, which is or may become a call."""
@@ -121,18 +133,9 @@ class CallReader:
         call = read_call(self._next if self.count else self._first, held, self._types)
         return call if call.end is None else Call(call.name, call.arguments, call.end + skipped)
 
-    def _give_up(self, final: bool) -> None:
-        """What is held is no call: content, unless a part of it has been sent as one."""
-        if self._sent.name is not None:
-            self._held, self.count, self._most = "", self.count + 1, 0
-        elif self.count == 0 and (not self._start or final):
-            self._only_content = True
-        else:
-            self._most = self.count
-
     def _delta(self, call: Call) -> list[dict[str, Any]]:
         """What of a call has not been sent."""
-        if call.name is None:
+        if call.name is None or not call.arguments:  # a name alone may be prose
             return []
         more = call.arguments[len(self._sent.arguments) :]
         delta: dict[str, Any] = {"index": self.count, "function": {"arguments": more}}
