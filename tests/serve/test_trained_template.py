@@ -10,7 +10,7 @@ import pytest
 from rayswift.data.chat.families import get_template, load_templates
 from rayswift.data.rows.standard import standardise_row
 from rayswift.data.tokens.encoder import IGNORED, Encoded, Encoder
-from rayswift.serve.replica.trained_template import chat_prompt_ids, stop_strings, stop_token_ids
+from rayswift.serve.replica.trained_template import chat_prompt_ids, needs_engine, stop_strings, stop_token_ids
 
 U, A, S = "user", "assistant", "system"
 ANSWER = "The answer."
