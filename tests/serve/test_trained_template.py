@@ -106,6 +106,9 @@ def test_a_served_prompt_with_tools_is_the_trained_text(
 ) -> None:
     encoder, messages = Encoder(every_family, template=family), TOOL_LOOP[:given]
     request = {"messages": messages, "tools": [WEATHER], "tool_choice": "auto" if tools else "none"}
+    if get_template(family).agent is None:  # only what --agent_template names can be laid out
+        assert chat_prompt_ids(encoder, request) is None
+        encoder = replace(encoder, agent_template="react_en")
     no_system = get_template(family).system_prefix is None and tools and family == "dummy"
     if no_system:
         with pytest.raises(ValueError, match="no place for a system message"):

@@ -13,7 +13,8 @@ from dataclasses import replace
 from typing import Any
 
 from rayswift import private
-from rayswift.data.rows.messages import Unusable, read_messages
+from rayswift.data.rows.media import Unusable
+from rayswift.data.rows.messages import read_messages
 from rayswift.data.tokens.encoder import Encoder
 from rayswift.errors import UserError
 
