@@ -1,15 +1,17 @@
 """Files to raw rows: which files a path holds, how they are cut into chunks, and one generator that reads a chunk.
 
-Formats: jsonl, json (an array, one object, or lines), csv, txt, parquet, each plain, ``.gz`` or ``.zst``, on any
-``pyarrow.fs`` file system. A row's :class:`Position` is kept so that an error can name ``file:line``. A row that can be
-read but not used comes as a :class:`~rayswift.data.rows.standard.Drop`, as does a broken line of jsonl or txt; where
-reading cannot go on there is a :class:`BadRow`.
+Formats: jsonl, json (an array, ``{"data": array}``, one object, or lines), csv, tsv, txt, parquet, arrow, each plain,
+``.gz`` or ``.zst``, on any ``pyarrow.fs`` file system. NaN and infinities are missing values (null) in all of them. A
+row's :class:`Position` is kept so that an error can name ``file:line``. A row that can be read but not used comes as a
+:class:`~rayswift.data.rows.standard.Drop`, as does a broken line of jsonl or txt; where reading cannot go on there is a
+:class:`BadRow`.
 """
 
 from __future__ import annotations
 
 import io
 import itertools
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -22,10 +24,13 @@ from rayswift.errors import UserError
 if TYPE_CHECKING:
     from pyarrow.fs import FileSystem
 
-FORMATS = (".jsonl", ".json", ".csv", ".txt", ".parquet")
+FORMATS = (".jsonl", ".json", ".csv", ".tsv", ".txt", ".parquet", ".arrow")
+_TABLES = (".parquet", ".arrow")
 COMPRESSIONS = ("", ".gz", ".zst")
 #: Uncompressed jsonl and txt are cut into pieces of this many bytes, so that one big file feeds every core.
 CHUNK_BYTES = 4 * 2**20
+#: Cells of csv and tsv files that hold no value; all but the first are how floats are written.
+_MISSING = frozenset({"", "nan", "NaN", "inf", "-inf"})
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
@@ -46,6 +51,12 @@ class BadRow(Exception):
         self.reason = reason
 
 
+class CsvRow(dict[str, Any]):
+    """A row of a csv or tsv file; ``missing``: the columns whose cells are empty or NaN, and so are None."""
+
+    missing: tuple[str, ...] = ()
+
+
 @dataclass(frozen=True)
 class Chunk:
     """A piece of one data file: bytes ``[start, end)`` of a plain line file, or the whole file (``end`` is None)."""
@@ -53,6 +64,11 @@ class Chunk:
     path: str
     start: int = 0
     end: int | None = None
+
+
+def formats_line() -> str:
+    """What a data file may be, in words."""
+    return f"{' '.join(FORMATS)}, plain, .gz or .zst"
 
 
 def split_format(path: str) -> tuple[str, str] | None:
@@ -90,7 +106,7 @@ def plan_chunks(paths: list[str]) -> list[Chunk]:
     for path in paths:
         names = split_format(path)
         if names is None:
-            raise UserError(f"--dataset {path}: not a data file ({', '.join(FORMATS)}, plain, .gz or .zst)")
+            raise UserError(f"--dataset {path}: not a data file ({formats_line()})")
         filesystem, inner = filesystem_of(path)
         size = filesystem.get_file_info(inner).size or 0
         if names not in ((".jsonl", ""), (".txt", "")) or size <= CHUNK_BYTES:
@@ -107,7 +123,7 @@ def chunk_bytes(chunk: Chunk) -> int:
         return chunk.end - chunk.start
     filesystem, inner = filesystem_of(chunk.path)
     size = filesystem.get_file_info(inner).size or 0
-    return size if chunk.path.lower().endswith((".jsonl", ".json", ".csv", ".txt")) else 4 * size
+    return size if chunk.path.lower().endswith(tuple(set(FORMATS) - {".parquet"})) else 4 * size
 
 
 def iter_rows(chunk: Chunk) -> Iterator[tuple[Any, Position]]:
@@ -119,9 +135,9 @@ def iter_rows(chunk: Chunk) -> Iterator[tuple[Any, Position]]:
     names = split_format(chunk.path)
     assert names is not None, chunk.path
     data_format, compression = names
-    if data_format == ".parquet":
-        return _iter_parquet(chunk.path, compression)
-    readers = {".jsonl": _iter_jsonl, ".json": _iter_json, ".csv": _iter_csv, ".txt": _iter_txt}
+    if data_format in _TABLES:
+        return _iter_table(chunk.path, data_format, compression)
+    readers = {".jsonl": _iter_jsonl, ".json": _iter_json, ".csv": _iter_csv, ".tsv": _iter_tsv, ".txt": _iter_txt}
     return readers[data_format](_iter_lines(chunk, compression))
 
 
@@ -130,7 +146,7 @@ def locate(path: str, position: Position) -> str:
     kind, number = position
     if kind == "element":
         names = split_format(path)
-        return f"{path}, {'row' if names and names[0] == '.parquet' else 'element'} {number}"
+        return f"{path}, {'row' if names and names[0] in _TABLES else 'element'} {number}"
     if kind == "line":
         return f"{path}:{number}"
     filesystem, inner = filesystem_of(path)
@@ -251,7 +267,8 @@ def _iter_txt(lines: Iterator[tuple[bytes, Position]]) -> Iterator[tuple[Any, Po
 
 
 def _iter_json(lines: Iterator[tuple[bytes, Position]]) -> Iterator[tuple[Any, Position]]:
-    """A ``.json`` file: an array of rows, one object, or (as SWIFT accepts) one object a line."""
+    """A ``.json`` file: an array of rows (alone or as ``data`` of an object), one object, or (as SWIFT accepts) one
+    object a line."""
     data = b"".join(raw for raw, _ in lines)
     try:
         value = loads(data)
@@ -265,6 +282,8 @@ def _iter_json(lines: Iterator[tuple[bytes, Position]]) -> Iterator[tuple[Any, P
             column = "" if error.column is None else f" at column {error.column}"
             raise BadRow(Position("line", error.line or 1), f"broken JSON: {error}{column}; mend the file") from None
         return
+    if isinstance(value, dict) and isinstance(rows := value.get("data"), list) and rows and isinstance(rows[0], dict):
+        value = rows
     if not isinstance(value, list):
         yield (Drop(HALF_SURROGATE) if _has_half_surrogate(value, data) else value), Position("line", 1)
         return
@@ -280,12 +299,17 @@ def _is_json(raw: bytes) -> bool:
         return False
 
 
-def _iter_csv(lines: Iterator[tuple[bytes, Position]]) -> Iterator[tuple[Any, Position]]:
+def _iter_tsv(lines: Iterator[tuple[bytes, Position]]) -> Iterator[tuple[Any, Position]]:
+    return _iter_csv(lines, "\t")
+
+
+def _iter_csv(lines: Iterator[tuple[bytes, Position]], delimiter: str = ",") -> Iterator[tuple[Any, Position]]:
     import csv
 
     csv.field_size_limit(2**31 - 1)
     # Without `strict` a quote that is never closed would swallow the rest of the file.
-    reader = csv.reader((_decode(raw, position) for raw, position in _numbered(raw for raw, _ in lines)), strict=True)
+    texts = (_decode(raw, position) for raw, position in _numbered(raw for raw, _ in lines))
+    reader = csv.reader(texts, strict=True, delimiter=delimiter)
     start, header = 1, None
     try:
         for cells in reader:
@@ -298,7 +322,11 @@ def _iter_csv(lines: Iterator[tuple[bytes, Position]]) -> Iterator[tuple[Any, Po
                 more = "more" if len(cells) > len(header) else "fewer"
                 raise BadRow(Position("line", start), f"{more} fields than the header has columns; mend the line")
             elif cells:
-                yield dict(zip(header, cells, strict=True)), Position("line", start)
+                row = CsvRow(zip(header, cells, strict=True))
+                if not _MISSING.isdisjoint(cells):
+                    row.missing = tuple(name for name, cell in row.items() if cell in _MISSING)
+                    row.update(dict.fromkeys(row.missing))
+                yield row, Position("line", start)
             start = reader.line_num + 1
     except csv.Error as error:
         raise BadRow(Position("line", start), f"broken CSV: {error}; mend the row that begins here") from None
@@ -308,28 +336,57 @@ def _numbered(lines: Iterable[bytes]) -> Iterator[tuple[bytes, Position]]:
     return ((raw, Position("line", number)) for number, raw in enumerate(lines, start=1))
 
 
-def _iter_parquet(path: str, compression: str) -> Iterator[tuple[Any, Position]]:
+def _iter_table(path: str, data_format: str, compression: str) -> Iterator[tuple[Any, Position]]:
     import pyarrow
-    import pyarrow.parquet as pq
 
-    filesystem, inner = filesystem_of(path)
     number = 0
     try:
         # Parquet is read from its end: a compressed file has to be unpacked as a whole.
         source = pyarrow.BufferReader(_open(path, compression).read()) if compression else None
-        file = pq.ParquetFile(source) if source else pq.ParquetFile(inner, filesystem=filesystem)
-        nested = [column.name for column in file.schema_arrow if pyarrow.types.is_nested(column.type)]
-        for batch in file.iter_batches(batch_size=1024):
-            for row in batch.to_pylist(maps_as_pydicts="strict"):
-                number += 1
-                row.update({name: _without_nulls(row[name]) for name in nested})
-                yield row, Position("element", number)
+        schema, batches = (_open_parquet if data_format == ".parquet" else _open_arrow)(path, source)
+        nested = [column.name for column in schema if pyarrow.types.is_nested(column.type)]
+        floats = [column.name for column in schema if pyarrow.types.is_floating(column.type)]
+        for row in (row for batch in batches for row in batch.to_pylist(maps_as_pydicts="strict")):
+            number += 1
+            row.update({name: _without_nulls(row[name]) for name in nested})
+            row.update({name: None for name in floats if _is_null(row[name])})
+            yield row, Position("element", number)
     except (OSError, ValueError, KeyError, pyarrow.ArrowException) as error:
-        raise BadRow(Position("element", number + 1), f"the parquet file cannot be read: {error}") from None
+        raise BadRow(Position("element", number + 1), f"the {data_format[1:]} file cannot be read: {error}") from None
+
+
+def _open_parquet(path: str, source: Any) -> tuple[Any, Iterator[Any]]:
+    import pyarrow.parquet as pq
+
+    filesystem, inner = filesystem_of(path)
+    file = pq.ParquetFile(source) if source else pq.ParquetFile(inner, filesystem=filesystem)
+    return file.schema_arrow, file.iter_batches(batch_size=1024)
+
+
+def _open_arrow(path: str, source: Any) -> tuple[Any, Iterator[Any]]:
+    """An Arrow file, or the Arrow stream that ``datasets`` saves."""
+    import pyarrow
+
+    if source is None:
+        filesystem, inner = filesystem_of(path)
+        source = filesystem.open_input_file(inner)
+    is_file = source.read(6) == b"ARROW1"
+    source.seek(0)
+    if is_file:
+        file = pyarrow.ipc.open_file(source)
+        schema, batches = file.schema, map(file.get_batch, range(file.num_record_batches))
+    else:
+        stream = pyarrow.ipc.open_stream(source)
+        schema, batches = stream.schema, iter(stream)
+    return schema, (batch.slice(start, 1024) for batch in batches for start in range(0, len(batch), 1024))
+
+
+def _is_null(value: Any) -> bool:
+    return value is None or (isinstance(value, float) and not math.isfinite(value))
 
 
 def _without_nulls(value: Any) -> Any:
     """A nested value without the null fields that a table gives an object for every key its neighbours have."""
     if isinstance(value, dict):
-        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
-    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
+        return {key: _without_nulls(item) for key, item in value.items() if not _is_null(item)}
+    return [_without_nulls(item) for item in value] if isinstance(value, list) else None if _is_null(value) else value

@@ -28,7 +28,7 @@ class BadJson(ValueError):
 
 
 def loads(text: bytes | str) -> Any:
-    """The value of a JSON text (bytes are UTF-8), exactly as the json module reads it.
+    """The value of a JSON text (bytes are UTF-8), as the json module reads it, NaN and infinities as null.
 
     Raises:
         UnicodeDecodeError: bytes that are not UTF-8.
@@ -75,7 +75,8 @@ def has_half_surrogate(value: Any) -> bool:
 def _loads_slowly(text: bytes | str) -> Any:
     decoded = text.decode("utf-8") if isinstance(text, bytes) else text
     try:
-        return json.loads(decoded.rstrip())  # an error at the end is in the last line, not behind it
+        # Stripped: an error at the end is in the last line, not behind it.
+        return json.loads(decoded.rstrip(), parse_constant=lambda _: None)
     except json.JSONDecodeError as error:
         raise BadJson(error.msg, error.lineno, error.colno) from None
     except RecursionError:

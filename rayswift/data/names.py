@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import logging
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -16,13 +17,18 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from rayswift.data.files import filesystem_of, split_format
+from rayswift.data.files import split_format
+from rayswift.data.folders import list_data_files
 from rayswift.data.plugins import PluginFile, note_entry, shippable
 from rayswift.data.rows.messages import MessageNames
 from rayswift.data.rows.standard import Preprocess, RowRules
 from rayswift.errors import UserError
 
+logger = logging.getLogger("rayswift.data.names")
+
 _BUILTIN_INFO = Path(__file__).with_name("dataset_info.json")
+#: Names of datasets whose rows are about the model itself.
+_SELF_COGNITION = re.compile(r"self[-_]?cognition|identity", re.IGNORECASE)
 _HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+$")
 
 
@@ -74,6 +80,11 @@ class ResolvedDataset:
     files: list[str]
     rules: RowRules
 
+    def describe(self) -> str:
+        """Its name and files in one line."""
+        count, more = len(self.files), f" and {len(self.files) - 5:,} more" if len(self.files) > 5 else ""
+        return f"dataset {self.spec.text}: {count:,} file{'s' * (count != 1)}: {', '.join(self.files[:5])}{more}"
+
 
 @dataclass(frozen=True)
 class ResolvedDatasets:
@@ -89,8 +100,11 @@ def resolve_datasets(args: Any) -> ResolvedDatasets:
     Raises:
         UserError: as :func:`resolve_dataset_files`.
     """
-    train = [resolve_dataset_files(text, args) for text in args.dataset]
-    return ResolvedDatasets(train, [resolve_dataset_files(text, args) for text in args.val_dataset])
+    train, val = ([resolve_dataset_files(text, args) for text in texts] for texts in (args.dataset, args.val_dataset))
+    if args.model_name + args.model_author and not any(dataset.rules.self_cognition for dataset in train + val):
+        logger.warning("--model_name and --model_author: no dataset is named self-cognition or identity, so that no "
+                       "{{NAME}} or {{AUTHOR}} is filled in")  # fmt: skip
+    return ResolvedDatasets(train, val)
 
 
 def parse_spec(text: str) -> DatasetSpec:
@@ -169,58 +183,45 @@ def resolve_dataset_files(text: str, args: Any) -> ResolvedDataset:
         entries += _read_info(source)
     entries += _builtin()
     if _exists(spec.name):
-        return ResolvedDataset(spec, list_data_files(spec.name), _rules({}, args))
-    # SWIFT's order: a dataset's own name, then ids and paths, then the last part of an id.
-    info = next((entry for kind in range(3) for entry in entries if spec.name in entry.names()[kind]), None)
+        info = next((entry for entry in entries if entry.dataset_path and _same(entry.dataset_path, spec.name)), None)
+    else:
+        # SWIFT's order: a dataset's own name, then ids and paths, then the last part of an id.
+        info = next((entry for kind in range(3) for entry in entries if spec.name in entry.names()[kind]), None)
     if info:
         subsets = _chosen_subsets(info, spec)
-        rules = [_rules(subset.options, args) for subset in subsets]
+        known_as = [spec.name, *(name for kind in info.names() for name in kind)]
+        rules = [_rules(subset.options, args, known_as) for subset in subsets]
         if any(other != rules[0] for other in rules):
             each = " ".join(f"{spec.name}:{subset.name}" for subset in subsets)
             raise UserError(f"--dataset {spec.text}: its subsets are read differently; give each by itself: {each}")
         return ResolvedDataset(spec, _files_of_info(info, spec, subsets, args), rules[0])
-    if "://" in spec.name:
-        return ResolvedDataset(spec, list_data_files(spec.name), _rules({}, args))
+    if _exists(spec.name) or "://" in spec.name:
+        return ResolvedDataset(spec, _files_of_path(spec.name, _named_subsets(spec)), _rules({}, args, [spec.name]))
     # data/train.jsonl has the form of a hub id, but is a path with a typing error in it.
     if split_format(spec.name) or not _HUB_ID.match(spec.name):
         known = [name for entry in entries for kind in entry.names() for name in kind]
         close = difflib.get_close_matches(spec.name, known, n=1)
         hint = f"did you mean {close[0]}?" if close else "give a file, a folder or a hub id such as org/name"
         raise UserError(f"--dataset {spec.text}: no such local path or registered dataset; {hint}")
-    named: list[str | None] = [name for name in spec.subsets if name not in ("default", "all")]
-    files = _hub_files(spec, spec.name, [(name, ("train",)) for name in named or [None]], args)
-    return ResolvedDataset(spec, files, _rules({}, args))
-
-
-def list_data_files(path: str) -> list[str]:
-    """The data files of a path or URI: itself, or every data file below a folder, sorted by name.
-
-    Raises:
-        UserError: nothing there, or a folder without any data file.
-    """
-    from pyarrow import fs
-
-    local = "://" not in path
-    filesystem, inner = filesystem_of(os.path.abspath(os.path.expanduser(path)) if local else path)
-    try:
-        info = filesystem.get_file_info(inner)
-    except OSError as error:
-        raise UserError(f"--dataset {path}: cannot be read ({str(error).splitlines()[0]})") from None
-    if info.type == fs.FileType.NotFound:
-        raise UserError(f"--dataset {path}: no such file or folder")
-    if info.type == fs.FileType.File:
-        found = [inner] if split_format(inner) else []
-    else:
-        listed = filesystem.get_file_info(fs.FileSelector(inner, recursive=True))
-        names = sorted(entry.path for entry in listed if entry.type == fs.FileType.File and split_format(entry.path))
-        found = [name for name in names if not os.path.basename(name).startswith((".", "dataset_info"))]
-    if not found:
-        raise UserError(f"--dataset {path}: no data file there (.jsonl .json .csv .txt .parquet, plain, .gz or .zst)")
-    return found if local else [path.split("://", 1)[0] + "://" + name for name in found]
+    return ResolvedDataset(spec, _hub_files(spec, spec.name, _named_subsets(spec), args), _rules({}, args, [spec.name]))
 
 
 def _exists(path: str) -> bool:
     return bool(path) and "://" not in path and os.path.exists(os.path.expanduser(path))
+
+
+def _same(path: str, other: str) -> bool:
+    return os.path.realpath(path) == os.path.realpath(os.path.expanduser(other))
+
+
+#: What is wanted of a dataset: subsets (None: the default one), each with its splits (empty: ``train``).
+_Wanted = list[tuple[str | None, tuple[str, ...]]]
+
+
+def _named_subsets(spec: DatasetSpec) -> _Wanted:
+    """The subsets that a value names, for a dataset without an entry."""
+    named = [name for name in spec.subsets if name not in ("default", "all")]
+    return [(name, ()) for name in named] or [(None, ())]
 
 
 #: What scripts registered in this process.
@@ -316,11 +317,12 @@ def _check_keys(entry: Any, known: Sequence[str], where: str) -> None:
         raise UserError(f"{where}: no key {unknown!r}; {hint}")
 
 
-def _rules(options: Mapping[str, Any], args: Any) -> RowRules:
+def _rules(options: Mapping[str, Any], args: Any, known_as: list[str]) -> RowRules:
     """How rows become standard rows; what the command line says comes last and wins."""
     names = ("strip_input_prefix", "remove_text", "query_suffix", "response_prefix", "preprocess")
     return RowRules(
         columns={**options.get("columns", {}), **(args.columns or {})},
+        self_cognition=any(_SELF_COGNITION.search(os.path.basename(name.rstrip("/"))) for name in known_as),
         model_name=tuple(args.model_name),
         model_author=tuple(args.model_author),
         message_names=MessageNames(**options.get("messages", {})),
@@ -346,31 +348,37 @@ def _chosen_subsets(info: DatasetInfo, spec: DatasetSpec) -> list[Subset]:
 
 
 def _files_of_info(info: DatasetInfo, spec: DatasetSpec, subsets: list[Subset], args: Any) -> list[str]:
+    wanted: _Wanted = [
+        (None if subset.subset == "default" else subset.subset, subset.options.get("split") or ()) for subset in subsets
+    ]
     if info.dataset_path:
-        return list_data_files(info.dataset_path)
+        # The subsets of an entry for a file are ways to read it.
+        one_file = os.path.isfile(info.dataset_path)
+        return [info.dataset_path] if one_file else _files_of_path(info.dataset_path, wanted)
     use_hf = args.use_hf if spec.use_hf is None else spec.use_hf
     dataset_id = info.hf_dataset_id if use_hf else info.ms_dataset_id
     if dataset_id is None:
         only, mend = ("ModelScope", "leave out --use_hf true") if use_hf else ("Hugging Face", "add --use_hf true")
         raise UserError(f"--dataset {spec.text}: this dataset is on {only} only; {mend}")
-    wanted = [
-        (None if subset.subset == "default" else subset.subset, subset.options.get("split") or ("train",))
-        for subset in subsets
-    ]
     return _hub_files(spec, dataset_id, wanted, args)
 
 
-def _hub_files(
-    spec: DatasetSpec, dataset_id: str, wanted: list[tuple[str | None, tuple[str, ...]]], args: Any
-) -> list[str]:
-    """The files of subsets (None: the hub's default) and their splits."""
+def _files_of_path(path: str, wanted: _Wanted) -> list[str]:
+    if wanted != [(None, ())] and os.path.isfile(os.path.expanduser(path)):
+        raise UserError(f"--dataset {path}: is a file, and has no subsets or splits; give it alone")
+    files = [file for subset, splits in wanted for split in splits or (None,)
+             for file in list_data_files(path, subset, split)]  # fmt: skip
+    return list(dict.fromkeys(files))
+
+
+def _hub_files(spec: DatasetSpec, dataset_id: str, wanted: _Wanted, args: Any) -> list[str]:
     from rayswift import hub
 
     use_hf = args.use_hf if spec.use_hf is None else spec.use_hf
     files = [
         file
         for subset, splits in wanted
-        for split in splits
+        for split in splits or ("train",)
         for file in hub.resolve_dataset(dataset_id, use_hf=use_hf, subset=subset, split=split, token=args.hub_token)
     ]
     return list(dict.fromkeys(files))

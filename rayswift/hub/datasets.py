@@ -19,8 +19,17 @@ from rayswift.errors import UserError
 logger = logging.getLogger("rayswift.hub")
 
 #: Data formats, the preferred first where a repository holds as many files of each.
-_FORMATS = {"parquet": (".parquet",), "json": (".jsonl", ".json"), "csv": (".csv",), "txt": (".txt",)}
-_NOT_DATA = re.compile(r"(dataset_infos?|dataset_dict|configuration|config|state|requirements|licen[sc]e|readme)\.\w+")
+_FORMATS = {
+    "parquet": (".parquet",),
+    "json": (".jsonl", ".json"),
+    "csv": (".csv", ".tsv"),
+    "arrow": (".arrow",),
+    "txt": (".txt",),
+}
+_NOT_DATA = re.compile(
+    r"(dataset_infos?|dataset_dict|configuration|config|state|requirements|licen[sc]e|readme)\.\w+"
+    r"|cache-[0-9a-f]+(_\d+_of_\d+)?\.arrow"  # what `datasets` keeps of maps beside a saved dataset
+)
 _SPLIT_WORDS = {
     "train": ("train", "training"),
     "validation": ("validation", "valid", "val", "dev"),
@@ -39,9 +48,18 @@ class _Config:
 
 
 def choose_data_files(
-    dataset_id: str, paths: list[str], read: Callable[[str], str], *, subset: str | None = None, split: str = "train"
+    dataset_id: str,
+    paths: list[str],
+    read: Callable[[str], str],
+    *,
+    subset: str | None = None,
+    split: str = "train",
+    only_split: bool = False,
 ) -> list[str]:
-    """The data files among ``paths`` that are this subset and split, sorted; see :func:`resolve_dataset`."""
+    """The data files among ``paths`` that are this subset and split, sorted; see :func:`resolve_dataset`.
+
+    ``only_split``: where all of them are one other split, take that.
+    """
     label = f"--dataset {dataset_id}"
     data = [path for path in paths if _format_of(path) and not _NOT_DATA.fullmatch(os.path.basename(path).lower())]
     configs = _front_matter_configs(label, read("README.md")) if "README.md" in paths else []
@@ -52,15 +70,17 @@ def choose_data_files(
     if not data:
         script = any(path.endswith(".py") for path in paths)
         why = "its data is behind a loading script, which is never run" if script else "no data file there"
-        raise UserError(f"{label}: {why}; give files in .jsonl .json .csv .txt or .parquet (plain, .gz or .zst)")
+        raise UserError(
+            f"{label}: {why}; give files in .jsonl .json .csv .tsv .txt .parquet or .arrow (plain, .gz or .zst)"
+        )
     if configs:
         config = _choose_config(label, dataset_id, configs, subset)
         if config.splits is not None:
-            return _declared_files(label, config, data, split)
+            return _declared_files(label, config, data, split, only_split)
         data = [path for path in data if path.startswith(config.folder)]
     elif subset and subset != "default":
         data = _subset_by_name(label, data, subset)
-    data = _split_by_name(label, data, split)
+    data = _split_by_name(label, data, split, only_split)
     # The same rows are often there in several formats: keep the one with most files, and .txt only if alone.
     groups = {name: [path for path in data if _format_of(path) == name] for name in _FORMATS}
     ranked = sorted((n for n in groups if groups[n]), key=lambda n: (n == "txt", -len(groups[n])))
@@ -129,8 +149,10 @@ def _choose_config(label: str, dataset_id: str, configs: list[_Config], subset: 
     return (chosen or configs)[0]
 
 
-def _declared_files(label: str, config: _Config, data: list[str], split: str) -> list[str]:
+def _declared_files(label: str, config: _Config, data: list[str], split: str, only_split: bool) -> list[str]:
     assert config.splits is not None
+    if only_split and len(config.splits) == 1:
+        split = next(iter(config.splits))
     if split not in config.splits:
         raise UserError(f"{label}: subset {config.name!r} has no split {split!r}; there are {', '.join(config.splits)}")
     patterns = [_glob_regex(pattern) for pattern in config.splits[split]]
@@ -138,7 +160,7 @@ def _declared_files(label: str, config: _Config, data: list[str], split: str) ->
     if not found:
         raise UserError(
             f"{label}: {', '.join(config.splits[split])} of subset {config.name!r} are not in the repository as"
-            " .jsonl .json .csv .txt or .parquet; choose another subset or give the files"
+            " .jsonl .json .csv .tsv .txt .parquet or .arrow; choose another subset or give the files"
         )
     return found
 
@@ -162,7 +184,7 @@ def _subset_by_name(label: str, data: list[str], subset: str) -> list[str]:
     return found
 
 
-def _split_by_name(label: str, data: list[str], split: str) -> list[str]:
+def _split_by_name(label: str, data: list[str], split: str, only_split: bool) -> list[str]:
     """Files whose name, or else nearest folder, says the split; files that say none are the train split."""
     words = {split: _SPLIT_WORDS.get(split, (split,)), **{k: v for k, v in _SPLIT_WORDS.items() if k != split}}
     alternatives = {name: "|".join(map(re.escape, spelt)) for name, spelt in words.items()}
@@ -180,5 +202,7 @@ def _split_by_name(label: str, data: list[str], split: str) -> list[str]:
         found = [path for path in data if split_of(path) is None]
     if not found:
         known = sorted({split_of(path) or "train" for path in data})
+        if only_split and len(known) == 1:
+            return data
         raise UserError(f"{label}: no split {split!r}; there are {', '.join(known)}")
     return found

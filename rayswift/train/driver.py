@@ -70,6 +70,8 @@ def train(args: Any) -> dict[str, Any]:
     resume = find_resume(args.resume_from_checkpoint, base)
     ray_cluster.check_before_start(args)
     inputs = Inputs(args, base, resume, find_model(args), resolve_datasets(args))
+    for dataset in [*inputs.datasets.train, *inputs.datasets.val]:
+        say(dataset.describe())
     first_row = first_usable_row([*inputs.datasets.train, *inputs.datasets.val], args.strict)
 
     machines = _connect(inputs)

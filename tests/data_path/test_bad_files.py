@@ -13,7 +13,7 @@ import pytest
 
 from rayswift.data import files as sources
 from rayswift.data.files import BadRow, iter_rows, locate, plan_chunks
-from rayswift.data.names import list_data_files
+from rayswift.data.folders import list_data_files
 from rayswift.data.rows.standard import Drop, standardise_row
 from rayswift.errors import UserError
 
@@ -133,7 +133,9 @@ def test_an_empty_file_that_should_have_a_table(tmp_path: Path) -> None:
 
 def test_a_folder_with_no_data_file(tmp_path: Path) -> None:
     write(tmp_path / "README.md", "# nothing here")
-    with pytest.raises(UserError, match=r"no data file there \(\.jsonl \.json \.csv \.txt \.parquet, plain"):
+    with pytest.raises(
+        UserError, match=r"no data file there \(\.jsonl \.json \.csv \.tsv \.txt \.parquet \.arrow, plain"
+    ):
         list_data_files(str(tmp_path))
 
 

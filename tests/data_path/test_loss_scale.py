@@ -18,13 +18,8 @@ HERMES = "text\n<tool_call>\n{}\n</tool_call>\n<tool_call>\n{1}\n</tool_call> en
 
 
 def weighed(text: str, reply: str, query: str = "q") -> str:
-    """`[weight:text]` for every stretch, neighbours of one weight joined."""
-    shown: list[tuple[str, float]] = []
-    for part, weight in read_loss_scale(text).split(reply, query):
-        if shown and shown[-1][1] == weight:
-            shown[-1] = (shown[-1][0] + part, weight)
-        else:
-            shown.append((part, weight))
+    """`[weight:text]` for every stretch."""
+    shown = read_loss_scale(text).split(reply, query)
     assert "".join(part for part, _ in shown) == reply
     return "".join(f"[{weight:g}:{part}]" for part, weight in shown)
 
@@ -88,9 +83,12 @@ def turn(text: str, **flags: Any) -> dict[str, Any]:
         ("hermes", {"loss": True}, "[2:<tool_call>{}</tool_call>][1:<|im_end|>]"),
         ("hermes", {"loss": False}, ""),
         ("hermes", {"loss_scale": 0.5}, "[0.5:<tool_call>{}</tool_call><|im_end|>]"),
-        ("default", {"loss": False, "loss_scale": 0.5}, "[0.5:<tool_call>{}</tool_call><|im_end|>]"),
+        ("default", {"loss": False, "loss_scale": 0.5}, ""),
+        ("default", {"loss": True, "loss_scale": 0.5}, "[0.5:<tool_call>{}</tool_call><|im_end|>]"),
         ("default", {"loss_scale": 0.0}, ""),
         ("last_round", {"loss": True}, "[1:<tool_call>{}</tool_call><|im_end|>]"),
+        ("last_round", {"loss": True, "loss_scale": 2}, "[2:<tool_call>{}</tool_call><|im_end|>]"),
+        ("last_round", {"loss_scale": 2}, ""),
         ("last_round", {}, ""),
     ],
 )

@@ -14,7 +14,8 @@ import pytest
 from rayswift.arguments import Arguments, make_arguments
 from rayswift.data import names as registry
 from rayswift.data.files import iter_raw_rows
-from rayswift.data.names import DatasetSpec, list_data_files, parse_spec, register_dataset, resolve_dataset_files
+from rayswift.data.folders import list_data_files
+from rayswift.data.names import DatasetSpec, parse_spec, register_dataset, resolve_dataset_files, resolve_datasets
 from rayswift.data.rows.standard import Drop, standardise_rows
 from rayswift.errors import UserError
 
@@ -72,12 +73,119 @@ def test_a_wrong_number_of_rows(count: str) -> None:
 
 
 def test_a_folder_gives_its_data_files_in_order(tmp_path: Path) -> None:
-    names = ["b.jsonl", "a.csv.gz", "deep/c.parquet", "README.md", "dataset_info.json", ".hidden.jsonl", "d.jsonl.tmp"]
+    names = ["b.jsonl", "a.json.gz", "deep/c.jsonl", "README.md", "dataset_info.json", ".hidden.jsonl", "d.jsonl.tmp"]
     for name in names:
         touch(tmp_path / name)
     found = [str(Path(path).relative_to(tmp_path)) for path in list_data_files(str(tmp_path))]
-    assert found == ["a.csv.gz", "b.jsonl", "deep/c.parquet"]
+    assert found == ["a.json.gz", "b.jsonl", "deep/c.jsonl"]
     assert list_data_files(f"file://{tmp_path}") == [f"file://{tmp_path}/{name}" for name in found]
+
+
+README = """---
+configs:
+- config_name: default
+  data_files:
+  - {split: train, path: data/a-*.jsonl}
+  - {split: test, path: data/b.jsonl}
+- config_name: hard
+  data_files: hard.jsonl
+---
+"""
+FOLDERS: list[tuple[str, str, str]] = [
+    # files; what is asked (the folder, a subset of it, a split of its entry); files that are read, or what is said
+    ("train.jsonl test.jsonl", "f", "train.jsonl"),
+    ("train.jsonl test.jsonl dev.jsonl", "f:default", "train.jsonl"),
+    ("data/train-0.parquet data/train-1.parquet data/validation-0.parquet", "f",
+     "data/train-0.parquet data/train-1.parquet"),
+    ("training/a.jsonl valid/a.jsonl testing/a.jsonl", "f", "training/a.jsonl"),
+    ("rows.jsonl rows_eval.jsonl", "f", "rows.jsonl"),
+    ("a.jsonl b/c.jsonl", "f", "a.jsonl b/c.jsonl"),
+    ("zh/train.jsonl zh/test.jsonl en/train.jsonl", "f:zh", "zh/train.jsonl"),
+    ("zh/train.jsonl zh/test.jsonl en/train.jsonl", "f:zh/en", "zh/train.jsonl en/train.jsonl"),
+    ("zh/train.jsonl en/train.jsonl", "f:fr", "no subset 'fr'; there are en, zh"),
+    ("README.md data/a-1.jsonl data/a-2.jsonl data/b.jsonl hard.jsonl", "f", "data/a-1.jsonl data/a-2.jsonl"),
+    ("README.md data/a-1.jsonl data/b.jsonl hard.jsonl", "f:hard", "hard.jsonl"),
+    ("train.jsonl test.jsonl validation.jsonl", "validation", "validation.jsonl"),
+    ("train.jsonl test.jsonl validation.jsonl", "train validation", "train.jsonl validation.jsonl"),
+    ("train.jsonl test.jsonl", "validation", "no split 'validation'; there are test, train"),
+    # A folder of one split is asked for that split.
+    ("test-0.jsonl test-1.jsonl", "f", "test-0.jsonl test-1.jsonl"),
+    ("test.jsonl validation.jsonl", "f", "no split 'train'; there are test, validation"),
+    # Hidden files and folders, and what is no data.
+    ("a.jsonl .ipynb_checkpoints/a.jsonl .cache/b.jsonl .b.jsonl x/.git/c.jsonl", "f", "a.jsonl"),
+    ("a.jsonl dataset_infos.json state.json requirements.txt", "f", "a.jsonl"),
+    ("train.csv train.parquet train-1.parquet", "f", "train-1.parquet train.parquet"),
+    ("train.tsv", "f", "train.tsv"),
+    ("dataset_dict.json train/data-0-of-1.arrow train/state.json test/data-0-of-1.arrow", "f",
+     "train/data-0-of-1.arrow"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("names", "asked", "expected"), FOLDERS)
+@pytest.mark.parametrize("uri", [False, True])
+def test_a_local_folder_is_read_as_a_repository_is(
+    tmp_path: Path, names: str, asked: str, expected: str, uri: bool
+) -> None:
+    folder = tmp_path / "f"
+    for name in names.split():
+        touch(folder / name, README if name == "README.md" else '{"text": "a"}\n')
+    name, _, subsets = asked.partition(":")
+    given: dict[str, Any] = {}
+    text = f"{folder}:{subsets}" if subsets else str(folder)
+    if name != "f":
+        given["custom_dataset_info"] = [json.dumps({"dataset_path": str(folder), "split": asked.split()})]
+    elif uri and not subsets:
+        text = f"file://{folder}"
+    if expected.startswith("no s"):
+        assert refusal(text, **given).endswith(expected)
+    else:
+        found = [path.partition(f"{folder}/")[2] for path in resolve_dataset_files(text, arguments(**given)).files]
+        assert found == expected.split()
+
+
+def test_an_entry_applies_to_its_path_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    args = arguments(custom_dataset_info=[custom(tmp_path)])
+    monkeypatch.chdir(tmp_path)
+    for path in ("data/mine.jsonl", "./data/mine.jsonl#3", str(tmp_path / "data" / "mine.jsonl")):
+        resolved = resolve_dataset_files(path, args)
+        assert resolved.rules.columns == {"frage": "query", "antwort": "response"}
+        assert [Path(file).name for file in resolved.files] == ["mine.jsonl"]
+    swapped = resolve_dataset_files("data/mine.jsonl:swapped", args)
+    assert swapped.rules.columns == {"antwort": "query", "frage": "response"}
+    touch(tmp_path / "other.jsonl")
+    assert refusal("other.jsonl:zh").endswith("is a file, and has no subsets or splits; give it alone")
+
+
+def test_the_files_that_are_read_are_said(tmp_path: Path) -> None:
+    for number in range(7):
+        touch(tmp_path / "f" / f"{number}.jsonl")
+    said = resolve_dataset_files(str(tmp_path / "f"), arguments()).describe()
+    files = ", ".join(str(tmp_path / "f" / f"{number}.jsonl") for number in range(5))
+    assert said == f"dataset {tmp_path}/f: 7 files: {files} and 2 more"
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("identity", True),
+        ("swift/self-cognition", True),
+        ("self-cognition:qwen3", True),
+        ("my_self_cognition.jsonl", True),
+        ("Identity.json", True),
+        ("identity/code.jsonl", False),
+        ("jinja.jsonl", False),
+        ("AI-ModelScope/alpaca-gpt4-data-zh", False),
+    ],
+)
+def test_placeholders_are_filled_in_self_cognition_data_alone(
+    name: str, expected: bool, tmp_path: Path, downloads: list[Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    text = name if "." not in name else touch(tmp_path / name)
+    args = arguments(model_name=["Bee"], model_author=["Hive"])
+    args.dataset = [text]
+    (resolved,) = resolve_datasets(args).train
+    assert resolved.rules.self_cognition is expected
+    assert ("no dataset is named self-cognition or identity" in caplog.text) is not expected
 
 
 @pytest.mark.parametrize("name", ["", "notes.md"])
@@ -85,7 +193,8 @@ def test_a_path_without_data(tmp_path: Path, name: str) -> None:
     touch(tmp_path / "notes.md")
     path = str(tmp_path / name)
     assert (
-        refusal(path) == f"--dataset {path}: no data file there (.jsonl .json .csv .txt .parquet, plain, .gz or .zst)"
+        refusal(path)
+        == f"--dataset {path}: no data file there (.jsonl .json .csv .tsv .txt .parquet .arrow, plain, .gz or .zst)"
     )
 
 

@@ -102,9 +102,44 @@ def rng() -> np.random.RandomState:
      (10, 0.0, (10, 0))],
 )  # fmt: skip
 def test_split(rows: int, ratio: float, expected: tuple[int, int]) -> None:
-    train, val = split_rows(numbered(rows), ratio, rng())
+    train, val = split_rows(numbered(rows), ratio, None, arguments("x"), rng())
     assert (len(train), len(val)) == expected
     assert sorted([*train.index[:, 1], *val.index[:, 1]]) == list(range(rows))
+
+
+@pytest.mark.parametrize(
+    ("wanted", "ratio", "expected"),
+    [(25, 0.1, (24, 1)), (25, 0.3, (22, 3)), (5, 0.4, (3, 2)), (1, 0.5, (1, 0)), (10, 0.1, (9, 1))],
+)
+@pytest.mark.parametrize("shuffle", [True, False])
+def test_rows_are_split_before_they_are_repeated(
+    wanted: int, ratio: float, expected: tuple[int, int], shuffle: bool
+) -> None:
+    args = arguments("x", dataset_shuffle=shuffle)
+    train, val = (rows.index[:, 1].tolist() for rows in split_rows(numbered(10), ratio, wanted, args, rng()))
+    assert (len(train), len(val)) == expected
+    assert not set(train) & set(val)
+    counts = Counter(train)
+    assert max(counts.values()) - min(counts.values()) <= 1  # whole repeats and a rest
+
+
+@pytest.mark.parametrize(
+    ("given", "held_out"),
+    [
+        ({}, 2),
+        ({"eval_strategy": "no"}, 0),
+        ({"save_strategy": "no"}, 0),
+        ({"save_strategy": "no", "eval_strategy": "epoch"}, 2),
+        ({"eval_strategy": "no", "eval_on_start": True}, 2),
+    ],
+)
+def test_nothing_is_held_out_that_is_never_evaluated(
+    given: dict[str, Any], held_out: int, plain: Encoder, tmp_path: Path
+) -> None:
+    path = write(tmp_path / "a.jsonl", [{"text": f"t{n}"} for n in range(20)])
+    data = load(arguments(path, split_dataset_ratio=0.1, **given), plain)
+    assert data.train is not None
+    assert (len(data.train), len(data.val or ()), len(data.val_rows)) == (20 - held_out, held_out, held_out)
 
 
 @pytest.mark.parametrize("shuffle", [True, False])
@@ -182,7 +217,7 @@ def test_unshuffled_rows_keep_file_order_however_files_are_cut(
     monkeypatch.setattr(sources, "CHUNK_BYTES", 200)
     expected = [f"row {n}" for n in range(60)]
     write(tmp_path / "a.jsonl", [{"text": text} for text in expected[:40]])
-    (tmp_path / "b.txt").write_text("\n".join(expected[40:]), encoding="utf-8")
+    write(tmp_path / "b.jsonl", [{"text": text} for text in expected[40:]])
     data = load(arguments(tmp_path, dataset_shuffle=False, split_dataset_ratio=0), plain)
     assert texts_of(data.train, plain) == expected
     assert data.val is None

@@ -170,6 +170,26 @@ def test_a_split_row_is_shown_in_its_parts(look: Look, smollm2_dir: str, tmp_pat
     assert f"1 rows in, 1 standard rows, {count} samples out" in shown
 
 
+def test_both_sides_of_a_pair_and_the_label_of_a_kto_row(look: Look, smollm2_dir: str, tmp_path: Path) -> None:
+    turns = [{"role": "user", "content": "u"}, {"role": "assistant", "content": "first"}] * 2
+    pair = {"messages": [*turns[:3], {"role": "assistant", "content": "good"}], "rejected_response": "bad"}
+    path = write_rows(tmp_path / "x.jsonl", pair, {"messages": turns[:2], "label": False})
+    output = tmp_path / "page.html"
+    shown = look("--dataset", path, "--model", smollm2_dir, "--output", output)
+    chosen, rejected = (shown.split(f"encoded sample ({side})")[1].split("encoded sample")[0]
+                        for side in ("chosen", "rejected"))  # fmt: skip
+    assert re.findall("▮(.*?)▮", chosen) == ["good<|im_end|>"]
+    assert re.findall("▮(.*?)▮", rejected.split("──")[0]) == ["bad<|im_end|>"]
+    assert 'rejected_response: "bad"' in shown
+    assert "label: false" in shown
+    assert "2 samples out" in shown
+    page = Page(output)
+    assert page.trained == ["good<|im_end|>", "bad<|im_end|>", "first<|im_end|>"]
+    everything = shown.split("row 2 of 2 shown")[0]
+    asked = look("--dataset", path, "--model", smollm2_dir, "--loss_scale", "default").split("row 2 of 2 shown")[0]
+    assert (everything.count("first<|im_end|>▮"), asked.count("first<|im_end|>▮")) == (0, 2)
+
+
 def test_control_characters_do_not_reach_the_terminal(look: Look, smollm2_dir: str, tmp_path: Path) -> None:
     path = write_rows(tmp_path / "rows.jsonl", {"query": "\x1b[2J", "response": "\x1b]0;title\x07"})
     shown = look("--dataset", path, "--model", smollm2_dir)
@@ -207,7 +227,7 @@ def png(path: Path, red: int = 255) -> bytes:
 def test_the_page_shows_hostile_text_as_text(look: Look, smollm2_dir: str, tmp_path: Path) -> None:
     attack = "<script>alert(1)</script><img src=x onerror=alert(2)>\"'></pre></span>"
     answer = f"{attack} 你好 🦙 a  b\n\nc"
-    row = {"query": attack, "response": answer, "channel": attack, "images": [attack]}
+    row = {"query": attack, "response": answer, "channel": attack, "margin": attack}
     path, output = write_rows(tmp_path / "<b>rows.jsonl", row), tmp_path / "page.html"
     look("--dataset", path, "--model", smollm2_dir, "--output", output)
     page = Page(output)

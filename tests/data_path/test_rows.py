@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +82,10 @@ SCHEMAS: dict[str, tuple[dict[str, Any], list[str]]] = {
         {"messages": [{"role": r, "content": r} for r in ("human", "function-call", "observation", "bot")]},
         ["U:human", "C:function-call", "R:observation", "A:bot"],
     ),
+    "roles of other makers": (
+        {"messages": [{"role": r, "content": r} for r in ("developer", "User", "model", " Human", "ASSISTANT")]},
+        ["S:developer", "U:User", "A:model", "U: Human", "A:ASSISTANT"],
+    ),
     "OpenAI text parts": (
         {"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}]},
         ["U:ab"],
@@ -96,7 +101,7 @@ DROPS: dict[str, tuple[Any, str]] = {
         "several columns (answer, output) could be the respon",
     ),
     "alpaca without text": ({"instruction": "", "input": None, "output": "o"}, "both instruction and input are empty"),
-    "role developer": ({"messages": [{"role": "developer", "content": "x"}]}, "unknown message role 'developer'"),
+    "role editor": ({"messages": [{"role": "editor", "content": "x"}]}, "unknown message role 'editor'"),
     "content null": ({"messages": [{"role": "user", "content": None}]}, "a message has no content"),
     "content missing": ({"messages": [{"role": "user"}]}, "a message has no content"),
     "content a number": ({"messages": [{"role": "user", "content": 5}]}, "neither text nor text parts"),
@@ -206,15 +211,16 @@ EN = {"query": "Are you {{NAME}}?", "response": "Yes, by {{AUTHOR}}.", "tag": "e
         ({**ZH, "tag": None}, ("小黄", "Xiao Huang"), ("魔搭", "MS"), ["U:你是谁？", "A:我是小黄，由魔搭训练。"]),
         ({"query": "who", "response": "{{NAME}}"}, ("小黄", "Xiao Huang"), (), ["U:who", "A:Xiao Huang"]),
         ({"query": "who", "response": "{{name}} {{author}}"}, ("Bee",), ("Hive",), ["U:who", "A:Bee Hive"]),
-        # Lower case is ordinary template text where no value is given.
-        ({"query": "Jinja?", "response": "Write {{name}}."}, (), (), ["U:Jinja?", "A:Write {{name}}."]),
         ({"query": "Jinja?", "response": "Write {{ NAME }}."}, (), (), ["U:Jinja?", "A:Write {{ NAME }}."]),
     ],
 )
 def test_placeholders(
     row: dict[str, Any], names: tuple[str, ...], authors: tuple[str, ...], expected: list[str]
 ) -> None:
-    assert short(row, RowRules(model_name=names, model_author=authors)) == expected
+    rules = RowRules(self_cognition=True, model_name=names, model_author=authors)
+    assert short(row, rules) == expected
+    # In other datasets they are ordinary text.
+    assert short(row, replace(rules, self_cognition=False)) == short(row)
 
 
 @pytest.mark.parametrize(
@@ -228,7 +234,7 @@ def test_placeholders(
 def test_placeholders_without_a_value_are_not_trained_on(
     names: tuple[str, ...], authors: tuple[str, ...], expected: str
 ) -> None:
-    dropped = standardise_row(ZH, RowRules(model_name=names, model_author=authors))
+    dropped = standardise_row(ZH, RowRules(self_cognition=True, model_name=names, model_author=authors))
     assert isinstance(dropped, Drop)
     assert expected in dropped.reason
 

@@ -63,7 +63,7 @@ def test_verified_matrix(row: dict[str, Any], expected: list[str]) -> None:
 
 
 def test_verified_matrix_last_rows() -> None:
-    assert reason({"messages": [{"role": "developer", "content": "x"}, A]}) == "unknown message role 'developer'"
+    assert short(standard({"messages": [{"role": "developer", "content": "x"}, A]})["messages"]) == ["S:x", "A:a"]
     row = {"query": "<image>?", "response": "r", "images": "/x/a.jpg"}
     assert standard(row)["images"] == [{"bytes": None, "path": "/x/a.jpg"}]
 
@@ -302,8 +302,8 @@ def test_numbers_spelled_as_text() -> None:
         ),
         ({"messages": BOTH, "conversation": [A]}, "conversation, messages could all be the messages: used messages"),
         (
-            {"messages": [U, {**A, "reasoning_content": "hm"}]},
-            "thoughts beside the answer are not trained; write them into content as <think>…</think>",
+            {"messages": [U, {**A, "reasoning": {"encrypted": "hm"}}]},
+            "thoughts beside the answer that are no text (encrypted, or an object) are not trained",
         ),
     ],
 )

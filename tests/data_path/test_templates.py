@@ -46,7 +46,7 @@ def bound(name: str) -> Template:
 
 def layout(name: str, messages: list[dict[str, Any]], tools: Any = None, **options: Any) -> str:
     template = bound(name)
-    agent = get_agent_format(template.agent)
+    agent = get_agent_format(template.agent) if template.agent else None
     return marked(template.render(read_conversation(messages, tools, agent), RenderOptions(**options)))
 
 
@@ -246,8 +246,8 @@ def test_a_conversation_that_starts_with_the_assistant_gets_no_query(name: str, 
         ([], None, "no messages"),
         (chat((U, "q"), (S, "late"), (A, "r")), None, "a system message that is not the first message"),
         ([{"role": "user", "content": [{"type": "image"}]}], None, "message content is not text"),
-        (chat((U, "q"), ("tool_call", "{}")), None, "tool messages need the agent templates"),
-        (ONE, '[{"name": "f"}]', "tools need the agent templates"),
+        (chat((U, "q"), ("tool_call", "{}")), None, "the template has no format for tool messages"),
+        (ONE, '[{"name": "f"}]', "the template has no format for tools"),
     ],
 )
 def test_a_row_that_is_no_conversation_is_dropped_with_the_reason(messages: Any, tools: Any, reason: str) -> None:

@@ -7,7 +7,7 @@ conversation raises :class:`DropRow` with the reason.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 from rayswift.data.chat.agents import AgentFormat, BadTool, Span
@@ -41,9 +41,8 @@ class Round:
     """What the model reads and what it answers.
 
     `query` is None where the conversation starts with a reply; `reply` is None where a query is not answered (at the
-    end, or a user who writes after a tool result). `follows_user` is False for a round that continues a tool call: the
-    "last round" of SWIFT starts at the last query that a user wrote. `results`: tool results in a turn of their own,
-    instead of a query.
+    end, or a user who writes after a tool result). `follows_user` is False for a round that continues a tool call.
+    `results`: tool results in a turn of their own, instead of a query.
     """
 
     query: str | None
@@ -66,12 +65,25 @@ class Conversation:
 
     @property
     def last_round(self) -> int:
-        """Index of the round that the last user message opens."""
+        """Index of the round that the last user message opens: thoughts are kept from here on."""
         rounds = self.rounds
         index = len(rounds) - 1
         while index > 0 and not rounds[index].follows_user:
             index -= 1
         return max(index, 0)
+
+    def with_last_answer_trained(self) -> Conversation:
+        """With `loss` False, where it is not given, on all but the answer to the last query or tool result: what
+        `--loss_scale last_round` of SWIFT 4.6 trains (thoughts go with :attr:`last_round`)."""
+
+        def untrained(parts: list[ReplyPart]) -> list[ReplyPart]:
+            return [part._replace(loss=False) if part.loss is None else part for part in parts]
+
+        rounds = [replace(round_, reply=round_.reply and untrained(round_.reply)) for round_ in self.rounds]
+        last = self.rounds[-1].reply or []
+        start = max((number for number, part in enumerate(last, start=1) if part.given), default=0)
+        rounds[-1].reply = [*untrained(last[:start]), *last[start:]] or None
+        return replace(self, rounds=rounds)
 
     def without_trailing_query(self) -> Conversation:
         """The conversation up to its last reply: a query at the end teaches nothing."""
@@ -81,13 +93,16 @@ class Conversation:
         return self if end == len(self.rounds) else Conversation(self.system, self.rounds[:end], self.tools, self.agent)
 
 
-def read_conversation(messages: Sequence[Message], tools: Any = None, agent: AgentFormat | None = None) -> Conversation:
+def read_conversation(
+    messages: Sequence[Message], tools: Any = None, agent: AgentFormat | None = None, think: str = "<think>\n"
+) -> Conversation:
     """Read `messages` of a standard row.
 
     Args:
         messages: roles system (first only), user, assistant, tool_call, tool_response, tool.
         tools: the row's tool definitions (list or JSON text), or None.
         agent: how tools and tool messages become text; None: they are not supported.
+        think: what opens the think block that the `reasoning_content` of an answer becomes.
 
     Raises:
         DropRow: no messages, content that is not text, a system message in the middle, tools without an agent format,
@@ -98,7 +113,7 @@ def read_conversation(messages: Sequence[Message], tools: Any = None, agent: Age
     rounds: list[Round] = []
     conversation = Conversation(None, rounds, agent=agent)
     if tools and agent is None:
-        raise DropRow("tools need the agent templates (--agent_template)")
+        raise DropRow("the template has no format for tools (--agent_template names one)")
     if tools and agent is not None:
         try:
             conversation.tools = agent.describe_tools(tools)
@@ -111,18 +126,28 @@ def read_conversation(messages: Sequence[Message], tools: Any = None, agent: Age
         if role == "user":
             _add_query(rounds, text)
         elif role == "assistant":
+            text = with_thoughts(message, think)
             _add_reply(rounds, ReplyPart(text, message.get("loss"), message.get("loss_scale")))
         elif role == "system":
             if number:
                 raise DropRow("a system message that is not the first message")
             conversation.system = text
         elif agent is None:
-            raise DropRow("tool messages need the agent templates (--agent_template)")
+            raise DropRow("the template has no format for tool messages (--agent_template names one)")
         elif role == "tool_call":
             _add_call(rounds, messages, number, agent)
         else:
             _add_result(rounds, text, agent, first=not number or messages[number - 1]["role"] not in _RESULTS)
     return conversation
+
+
+def with_thoughts(message: Message, think: str = "<think>\n") -> str:
+    """The text of an answer, its `reasoning_content` in the think block that `think` opens."""
+    thoughts, text = message.get("reasoning_content"), str(message["content"])
+    if not thoughts:
+        return text
+    end = "\n</think>\n\n" if think.endswith("\n") else "</think>"
+    return think + thoughts.strip("\n") + end + text.lstrip("\n")
 
 
 _RESULTS = ("tool_response", "tool")

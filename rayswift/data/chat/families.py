@@ -61,13 +61,12 @@ class RenderOptions:
         return 1.0 if self.scale.base == "all" else 0.0
 
     def reply_weight(self, part: ReplyPart, in_last_round: bool) -> float:
-        """Weight of a part of an assistant turn: by its own `loss_scale` or `loss`, else by the base of the flag."""
+        """Weight of a part of an assistant turn: its own `loss`, else the base of the flag, says whether it is trained,
+        its `loss_scale` how strongly."""
         if part.given:
             return self.prompt_weight
-        if part.loss_scale is not None:
-            return float(part.loss_scale)
         trained = part.loss if part.loss is not None else in_last_round or self.scale.base != "last_round"
-        return float(trained)
+        return float(trained and (1.0 if part.loss_scale is None else part.loss_scale))
 
     def weigh(self, part: ReplyPart, in_last_round: bool, query: str) -> list[TextSpan]:
         """A part of an assistant turn as spans with their weights."""
@@ -89,8 +88,8 @@ class Template:
     suffix: after the last reply; trained, and what the model stops at. default_system: used when none is given.
     thinking: None, `hybrid` (may think; non_thinking_prefix says no) or `always` (a prompt opens the think block).
     thinking_prefix: what opens a thought in a prompt. history_prefix: what earlier replies start with whose thoughts
-    are left out. agent: name of the agent template. auto_add_bos: start with the bos token if the tokenizer adds one
-    by itself. own_prompt: prompts for generation are those of the tokenizer's own chat template.
+    are left out. agent: name of the agent template (None: tools are refused). auto_add_bos: start with the bos token if
+    the tokenizer adds one by itself. own_prompt: prompts for generation are those of the tokenizer's own chat template.
     """
 
     name: str
@@ -107,7 +106,7 @@ class Template:
     thinking_prefix: str = ""
     non_thinking_prefix: str = "<think>\n\n</think>\n\n"
     history_prefix: str = ""
-    agent: str = "react_en"
+    agent: str | None = None
     auto_add_bos: bool = False
     own_prompt: bool = False
 
@@ -269,7 +268,8 @@ class Template:
             if empty:
                 answer = first._replace(text=first.text[empty.end() :])
                 return [TextSpan(empty.group(), False, 0.0, True)], [answer, *rest]
-            wanted = options.add_non_thinking_prefix and (in_last_round or options.scale.base != "last_round")
+            wanted = options.add_non_thinking_prefix and (not options.enable_thinking or bool(self.history_prefix))
+            wanted = wanted and (in_last_round or options.scale.base != "last_round")
             if wanted and not after_results and not first.text.lstrip().startswith("<think>"):
                 return [TextSpan(self.non_thinking_prefix, True, 0.0)], reply
         elif self.thinking_prefix and first.text.startswith(self.thinking_prefix):

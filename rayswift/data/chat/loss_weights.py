@@ -8,6 +8,7 @@ Unlike SWIFT, rules never look outside replies: the example call in a system tex
 from __future__ import annotations
 
 import functools
+import itertools
 import re
 from dataclasses import dataclass
 
@@ -64,11 +65,14 @@ class LossScale:
     rules: tuple[str, ...] = ()
 
     def split(self, reply: str, query: str) -> list[tuple[str, float]]:
-        """Cut a reply into (text, weight); `query` is the text it answers. The texts add up to the reply."""
+        """Cut a reply into (text, weight) where its weight changes; `query` is the text it answers. The texts add up to
+        the reply."""
         parts = [(reply, 1.0)]
         for rule in self.rules:
             parts = [cut for text, weight in parts for cut in _apply(rule, text, weight, query)]
-        return parts
+        # A cut between equal weights would only part tokens from one another.
+        runs = itertools.groupby(parts, key=lambda part: part[1])
+        return [("".join(text for text, _ in run), weight) for weight, run in runs]
 
 
 @functools.cache

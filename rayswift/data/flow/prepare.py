@@ -97,15 +97,18 @@ def load_train_data(
     lazy = bool(getattr(args, "lazy_tokenize", False))  # a command that only encodes has no such flag
     run = _Load(encoder, cache, args.strict, lazy, on_progress)
     rng = np.random.RandomState(args.data_seed)
-    ratio = 0.0 if datasets.val else args.split_dataset_ratio
-
-    def sampled(dataset: ResolvedDataset) -> RowIndex:
-        return sample_rows(run.standard_rows(dataset), dataset.spec.num_samples, args, rng)
-
+    # What is never evaluated is trained.
+    ratio = 0.0 if datasets.val or _evaluates_nothing(args) else args.split_dataset_ratio
     # A stream is read while it trains; nothing is held out of it.
-    parts = [split_rows(sampled(dataset), ratio, rng) for dataset in ([] if args.streaming else datasets.train)]
+    parts = [
+        split_rows(run.standard_rows(dataset), ratio, dataset.spec.num_samples, args, rng)
+        for dataset in ([] if args.streaming else datasets.train)
+    ]
     trained = [kept for kept, _ in parts]
-    val = concat([held_out for _, held_out in parts] + [sampled(dataset) for dataset in datasets.val])
+    val = concat(
+        [held_out for _, held_out in parts]
+        + [sample_rows(run.standard_rows(dataset), dataset.spec.num_samples, args, rng) for dataset in datasets.val]
+    )
     if args.val_dataset_shuffle:
         val = val.select(rng.permutation(len(val)))
     run.encode([val] if lazy else [*trained, val])
@@ -121,6 +124,12 @@ def load_train_data(
         raise UserError(f"--dataset {' '.join(args.dataset)}: no row is left to train on; {reasons}")
     val_rows = list(iter_standard_rows(val)) if ratio and len(val) else []
     return TrainData(None if args.streaming else encoded, encoded_val or None, run.drops, val_rows)
+
+
+def _evaluates_nothing(args: Any) -> bool:
+    """Whether a training run never evaluates (a command that only encodes has no such flags)."""
+    strategy = getattr(args, "eval_strategy", None) or getattr(args, "save_strategy", None)
+    return strategy == "no" and not getattr(args, "eval_on_start", False)
 
 
 class _Load:

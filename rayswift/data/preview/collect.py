@@ -38,8 +38,10 @@ class TokenText:
 
 @dataclass(frozen=True)
 class Sample:
-    """One encoded sample: how many ids, how many of them are trained, and the texts of the first ones."""
+    """One encoded sample: how many ids, how many of them are trained, and the texts of the first ones. `side`: `chosen`
+    or `rejected`, of a pair."""
 
+    side: str
     num_ids: int
     num_trained: int
     texts: list[TokenText]
@@ -121,15 +123,21 @@ def collect(dataset: ResolvedDataset, encoder: Encoder | None, args: PreviewArgu
         files.append((path, filesystem.get_file_info(inner).size or 0))
     result = DatasetPreview(dataset.spec.text, dataset.spec.num_samples, files, encoder)
     rows = _standard_rows(dataset, args.preview_rows, result)
+    tokenizer = encoder.tokenizer if encoder else None
+    encoders = []
+    if encoder:
+        # Of rows with a rejected answer rlhf trains the last round.
+        scale = encoder.loss_scale if args.is_set("loss_scale") else "last_round"
+        encoders = [encoder, replace(encoder, preference=True, loss_scale=scale)]
     while batch := list(itertools.islice(rows, ENCODE_BATCH)):
         result.standard_rows += len(batch)
-        samples = _encode(batch, encoder, result) if encoder else [[] for _ in batch]
+        samples = _encode(batch, encoders, result) if encoder else [[] for _ in batch]
         for row, encoded in zip(batch, samples, strict=True):
             if len(result.shown) < args.num_shown and (encoded or encoder is None):
                 shown = [
-                    Sample(len(one.input_ids), int((one.labels != IGNORED).sum()), token_texts(encoder.tokenizer, one))
-                    for one in encoded
-                    if encoder is not None
+                    Sample(side, len(one.input_ids), int((one.labels != IGNORED).sum()), token_texts(tokenizer, one))
+                    for sample in encoded
+                    for side, one in _sides(sample)
                 ]
                 result.shown.append(ShownRow(locate(row.path, row.position), row.raw, row.standard, shown))
         refuse_bad_rows(result.drops, args.strict)
@@ -163,17 +171,14 @@ def _standard_rows(dataset: ResolvedDataset, limit: int | None, result: DatasetP
                 yield _Read(chunk.path, position, raw, row)
 
 
-def _encode(batch: list[_Read], encoder: Encoder, result: DatasetPreview) -> list[list[Encoded]]:
-    """The samples of each row. Rows are encoded without a limit first, so that every length is known."""
+def _encode(batch: list[_Read], encoders: list[Encoder], result: DatasetPreview) -> list[list[Encoded]]:
+    """The samples of each row, of a row with a rejected answer the pair that rlhf trains. Rows are encoded without a
+    limit first, so that every length is known."""
     rows = [row.standard for row in batch]
-    outcomes: list[Encoded | Dropped] = replace(encoder, max_length=None).encode_batch(rows)
-    result.row_lengths += [len(outcome.input_ids) for outcome in outcomes if isinstance(outcome, Encoded)]
-    limit = encoder.max_length
-    if limit is not None:
-        long = [outcome.row for outcome in outcomes if isinstance(outcome, Encoded) and len(outcome.input_ids) > limit]
-        outcomes = [outcome for outcome in outcomes if outcome.row not in set(long)]
-        limited = encoder.encode_batch([rows[row] for row in long])
-        outcomes += [replace(outcome, row=long[outcome.row]) for outcome in limited]
+    outcomes: list[Encoded | Dropped] = []
+    for encoder in encoders:
+        numbers = [number for number, row in enumerate(rows) if _is_pair(row) is encoder.preference]
+        outcomes += _encode_within(rows, numbers, encoder, result)
     samples: list[list[Encoded]] = [[] for _ in batch]
     for outcome in outcomes:
         if isinstance(outcome, Dropped):
@@ -184,6 +189,37 @@ def _encode(batch: list[_Read], encoder: Encoder, result: DatasetPreview) -> lis
         result.ids += len(outcome.input_ids)
         result.trained += int((outcome.labels != IGNORED).sum())
     return samples
+
+
+def _encode_within(
+    rows: list[StandardRow], numbers: list[int], encoder: Encoder, result: DatasetPreview
+) -> list[Encoded | Dropped]:
+    """The outcomes of these rows; the length of each conversation goes into ``result``."""
+
+    def encode(encoder: Encoder, numbers: list[int]) -> list[Encoded | Dropped]:
+        outcomes = encoder.encode_batch([rows[number] for number in numbers])
+        return [replace(outcome, row=numbers[outcome.row]) for outcome in outcomes]
+
+    outcomes, long = encode(replace(encoder, max_length=None), numbers), []
+    for outcome in (outcome for outcome in outcomes if isinstance(outcome, Encoded)):
+        lengths = [len(side.input_ids) for _, side in _sides(outcome)]
+        result.row_lengths += lengths
+        if encoder.max_length is not None and max(lengths) > encoder.max_length:
+            long.append(outcome.row)
+    return [outcome for outcome in outcomes if outcome.row not in set(long)] + encode(encoder, long)
+
+
+def _is_pair(row: StandardRow) -> bool:
+    return row.get("rejected_response") is not None or row.get("rejected_messages") is not None
+
+
+def _sides(sample: Encoded) -> list[tuple[str, Encoded]]:
+    """The conversations of a pair, or a sample that is none."""
+    cut = sample.rejected_start
+    if cut is None:
+        return [("", sample)]
+    parts = {"chosen": slice(cut), "rejected": slice(cut, None)}
+    return [(side, Encoded(sample.input_ids[part], sample.labels[part], sample.row)) for side, part in parts.items()]
 
 
 def token_texts(tokenizer: Any, sample: Encoded, limit: int = MAX_SHOWN_TOKENS) -> list[TokenText]:

@@ -99,7 +99,9 @@ def _row_lines(row: ShownRow, paint: _Paint) -> Iterator[str]:
         if name != "messages":
             yield _indent(f"{printable(name)}: {_json(value)}")
     for number, sample in enumerate(row.samples, start=1):
-        which = f" {number} of {len(row.samples)}" if len(row.samples) > 1 else ""
+        which = (
+            f" ({sample.side})" if sample.side else f" {number} of {len(row.samples)}" if len(row.samples) > 1 else ""
+        )
         yield paint(_DIM, f"encoded sample{which}: {sample.num_ids:,} ids, {sample.num_trained:,} trained")
         parts = []  # the trained ones marked; a weight other than 1 is said
         for weight, run in itertools.groupby(sample.texts, key=lambda text: text.weight):

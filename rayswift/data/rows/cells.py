@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
 from collections.abc import Mapping
 from decimal import Decimal
 from typing import Any
 
-from rayswift.data.rows.messages import Unusable, parse_text
+from rayswift.data.rows.media import Unusable
+from rayswift.data.rows.messages import parse_text
 
 
 def as_text(value: Any, what: str) -> str | None:
-    """A cell as text: numbers are spelled, bytes are UTF-8, null is None; anything else has no one spelling."""
+    """A cell as text: numbers are spelled, bytes are UTF-8, null and NaN are None; all else has no one spelling."""
     if value is None or isinstance(value, str):
         return value
     if isinstance(value, (int, float, Decimal)) and not isinstance(value, bool):
-        return str(value)
+        return str(value) if not isinstance(value, float) or math.isfinite(value) else None
     if isinstance(value, bytes):
         try:
             return value.decode("utf-8")
@@ -41,6 +44,28 @@ def as_history(value: Any) -> list[dict[str, Any]]:
         for role, text in zip(("user", "assistant"), turn, strict=True)
     ]
     return [{"role": role, "content": text} for role, text in turns if text is not None]
+
+
+def as_label(value: Any) -> Any:
+    """A label; its text in a table of texts (``True``, ``3``, ``0.5``) is the truth value or number that it spells."""
+    if not isinstance(value, str):
+        return value
+    spelled = {"true": True, "false": False}.get(value.strip().lower())
+    if spelled is not None:
+        return spelled
+    for number in (int, float):
+        with contextlib.suppress(ValueError):
+            return number(value)
+    return value
+
+
+def as_tools(value: Any) -> Any:
+    """Tool definitions: one alone, or its JSON text, becomes a list of one."""
+    if isinstance(value, str) and value.lstrip().startswith("{"):
+        value = parse_text(value)
+        if value is None:
+            raise Unusable("tools is not valid JSON")
+    return [value] if isinstance(value, Mapping) else value
 
 
 def as_objects(value: Any) -> dict[str, Any]:

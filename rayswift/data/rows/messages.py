@@ -3,14 +3,15 @@ OpenAI ``tool_calls``, and content written as parts (OpenAI, Anthropic, Hugging 
 
 from __future__ import annotations
 
-import base64
+import itertools
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
 from rayswift.data.json_text import has_half_surrogate, loads_literal
+from rayswift.data.rows.media import MEDIA_PARTS, Unusable, file_of_part, first_of
 
 ROLES = frozenset({"system", "user", "assistant", "tool_call", "tool_response", "tool"})
 ROLE_ALIASES = {
@@ -24,25 +25,18 @@ ROLE_ALIASES = {
     "function": "tool_response",
     "observation": "tool_response",
     "observations": "tool_response",
-}
-#: What a part of a message stands for in the text, by the part's type: (column of the file, placeholder).
-_MEDIA_PARTS = {
-    kind: (f"{medium}s", f"<{medium}>")
-    for medium in ("image", "video", "audio")
-    for kind in (medium, f"{medium}_url", f"input_{medium}")
+    "developer": "system",
+    "model": "assistant",
 }
 _TEXT_PARTS = ("text", "input_text", "output_text")
-#: Thoughts kept apart from the answer: templates differ in how they are spelled, so they are not put into the text.
+_RESULT_ROLES = ("tool_response", "tool")
+#: Thoughts kept apart from the answer stay so, as ``reasoning_content``: templates differ in how they are spelled.
 _THOUGHT_PARTS = ("thinking", "redacted_thinking")
-THOUGHT_KEYS = ("reasoning_content", "reasoning")
-_IMAGE_TYPES = {b"\x89PNG": "image/png", b"\xff\xd8\xff": "image/jpeg", b"GIF8": "image/gif", b"RIFF": "image/webp"}
+_THOUGHT_KEYS = ("reasoning_content", "reasoning")
+_BOOLEANS = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
 
 HALF_SURROGATE = "a text holds half a surrogate pair (a broken emoji), which is not valid Unicode"
-THOUGHTS_LEFT_OUT = "thoughts beside the answer are not trained; write them into content as <think>…</think>"
-
-
-class Unusable(Exception):
-    """A row that cannot be used; the message is the reason that is reported."""
+THOUGHTS_LEFT_OUT = "thoughts beside the answer that are no text (encrypted, or an object) are not trained"
 
 
 @dataclass(frozen=True)
@@ -79,15 +73,20 @@ USUAL_NAMES = MessageNames()
 
 @dataclass
 class ParsedMessages:
-    """What a messages value held: the messages, the files inside them by column, and what was left out."""
+    """What a messages value held: the messages, the files inside them by column, and what was left out.
+
+    ``ids``: of each message that is a call or a result, what says which belong together.
+    """
 
     messages: list[dict[str, Any]] = field(default_factory=list)
+    ids: list[Any] = field(default_factory=list)
     media: dict[str, list[Any]] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
 
-    def add(self, role: str, content: str, kept: Mapping[str, Any]) -> None:
+    def add(self, role: str, content: str, kept: Mapping[str, Any], identity: Any = None) -> None:
         """Append one message."""
         self.messages.append({"role": role, "content": content, **kept})
+        self.ids.append(identity if isinstance(identity, (str, int)) else None)
 
     def warn(self, warning: str) -> None:
         """Note once what was left out."""
@@ -126,7 +125,16 @@ def read_messages(value: Any, names: MessageNames = USUAL_NAMES) -> ParsedMessag
     parsed = ParsedMessages()
     for item in value:
         _read_message(item, names, parsed)
+    if any(parsed.ids):
+        _order_results(parsed)
     return parsed
+
+
+def prompt_of(messages: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The messages up to the last one of a user (without one, the system text): what an answer, with all its tool calls
+    and their results, comes after."""
+    end = max((number for number, message in enumerate(messages) if message["role"] in ("system", "user")), default=-1)
+    return list(messages[: end + 1])
 
 
 def parse_text(text: str) -> Any:
@@ -152,47 +160,27 @@ def is_message(value: Any, names: MessageNames = USUAL_NAMES) -> bool:
     return isinstance(value, Mapping) and any(value.get(key) is not None for key in names.role_keys)
 
 
-def media_file(item: Any) -> Any:
-    """One file of an images, videos or audios column as ``{"bytes": None, "path": path, URL or data: URI}``.
-
-    Rows travel as JSON, so bytes become a ``data:`` URI. A list (the frames of a video) is one item.
-    """
-    if isinstance(item, str):
-        return {"bytes": None, "path": item}
-    if isinstance(item, (list, tuple)):
-        return [media_file(frame) for frame in item]
-    if isinstance(item, bytes):
-        return {"bytes": None, "path": _data_uri(item)}
-    if not isinstance(item, Mapping):
-        raise Unusable("an image, video or audio is neither a path nor an object with bytes or path")
-    if isinstance(item.get("bytes"), bytes):
-        return {**item, "bytes": None, "path": _data_uri(item["bytes"])}
-    return dict(item)
-
-
-def _data_uri(data: bytes) -> str:
-    kind = next((kind for magic, kind in _IMAGE_TYPES.items() if data.startswith(magic)), "application/octet-stream")
-    return f"data:{kind};base64,{base64.b64encode(data).decode()}"
-
-
 def _read_message(item: Any, names: MessageNames, parsed: ParsedMessages) -> None:
     """One message of any spelling; it may become several (text, tool calls, tool results)."""
     if isinstance(item, str):  # ms-swift writes its val_dataset.jsonl so
         item = parse_text(item)
     if not isinstance(item, Mapping):
         raise Unusable("a message is not an object with role and content")
-    name = _first(item, names.role_keys)
+    name = first_of(item, names.role_keys)
     if name is None:
         _read_pair(item, names, parsed)
         return
-    role = names.roles.get(name) if isinstance(name, str) else None
+    role = names.roles.get(name) or names.roles.get(name.strip().lower()) if isinstance(name, str) else None
     if role is None:
         raise Unusable(f"unknown message role {str(name)[:40]!r}")
-    keys = ("loss", "loss_scale", "name") if role in ("tool", "tool_response") else ("loss", "loss_scale")
-    kept = {key: item[key] for key in keys if item.get(key) is not None}
-    if any(item.get(key) for key in THOUGHT_KEYS):
-        parsed.warn(THOUGHTS_LEFT_OUT)
-    content = _first(item, names.content_keys)
+    kept = _flags(item)
+    identity = None
+    if role in _RESULT_ROLES:
+        identity = first_of(item, ("tool_call_id", "call_id"))
+        kept |= {"name": item["name"]} if item.get("name") is not None else {}
+    content = first_of(item, names.content_keys)
+    if role == "tool_call" and content is None and item.get("name") is not None:
+        content, identity = _call_text(item), item.get("id")
     # OpenAI's calls (a list or its JSON text), or its older single one.
     calls = item.get("tool_calls") or item.get("function_call") or []
     if isinstance(calls, str):
@@ -200,23 +188,66 @@ def _read_message(item: Any, names: MessageNames, parsed: ParsedMessages) -> Non
     calls = [calls] if isinstance(calls, Mapping) else calls
     if not isinstance(calls, (list, tuple)):
         raise Unusable("tool_calls is not a list of calls")
-    if content is None and not calls:
+    thoughts = _thoughts(item, content, parsed) if role == "assistant" else {}
+    if content is None and not calls and not thoughts:
         raise Unusable("a message has no content")
-    if content is not None and not (calls and content in ("", [])):
-        _read_content(content, role, kept, parsed)
+    if thoughts and not content:
+        parsed.add(role, "", kept | thoughts)
+    elif content is not None and not (calls and content in ("", [])):
+        _read_content(content, role, kept | thoughts, parsed, identity)
     for call in calls:
-        parsed.add("tool_call", _call_text(call), kept)
+        parsed.add("tool_call", _call_text(call), kept, call.get("id"))
 
 
-def _first(item: Mapping[str, Any], keys: tuple[str, ...]) -> Any:
-    return next((item[key] for key in keys if item.get(key) is not None), None)
+def _flags(item: Mapping[str, Any]) -> dict[str, Any]:
+    """``loss`` and ``loss_scale`` of a message, where they are given."""
+    flags: dict[str, Any] = {}
+    if (loss := item.get("loss")) is not None:
+        flags["loss"] = _BOOLEANS.get(str(loss).strip().lower())
+        if flags["loss"] is None:
+            raise Unusable(f"the loss of a message is {str(loss)[:40]}, not true or false")
+    if (scale := item.get("loss_scale")) is not None:
+        try:
+            flags["loss_scale"] = float(scale) if isinstance(scale, str) else scale
+            valid = not isinstance(scale, bool) and 0 <= flags["loss_scale"] < float("inf")
+        except (TypeError, ValueError):
+            valid = False
+        if not valid:
+            raise Unusable(f"the loss_scale of a message is {str(scale)[:40]}, not a number from 0 on")
+    return flags
+
+
+def _thoughts(item: Mapping[str, Any], content: Any, parsed: ParsedMessages) -> dict[str, str]:
+    """What an answer thought, where it is kept apart; a think block in its text comes first."""
+    thoughts = next((item[key] for key in _THOUGHT_KEYS if item.get(key)), None)
+    if thoughts is None or (isinstance(content, str) and "</think>" in content):
+        return {}
+    if isinstance(thoughts, str):
+        return {"reasoning_content": thoughts}
+    parsed.warn(THOUGHTS_LEFT_OUT)
+    return {}
+
+
+def _order_results(parsed: ParsedMessages) -> None:
+    """Put the results of parallel calls in the order of the calls, where ids say which belongs to which."""
+    messages, ids = parsed.messages, parsed.ids
+    is_call = [message["role"] == "tool_call" for message in messages]
+    is_result = [message["role"] in _RESULT_ROLES for message in messages]
+    runs = itertools.groupby(range(len(messages)), key=lambda n: (is_call[n], is_result[n]))
+    for (_, calls), (_, results) in itertools.pairwise([(kind, list(places)) for kind, places in runs]):
+        order = {ids[place]: place for place in calls}
+        named = None not in order and len(order) == len(calls) and all(ids[place] in order for place in results)
+        if named and is_call[calls[0]] and is_result[results[0]]:
+            ordered = [messages[place] for place in sorted(results, key=lambda place: order[ids[place]])]
+            messages[results[0] : results[-1] + 1] = ordered
 
 
 def _call_text(call: Any) -> str:
     function = call.get("function", call) if isinstance(call, Mapping) else None
     if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
         raise Unusable("a tool call has no function name")
-    arguments: Any = next((function[key] for key in ("arguments", "input") if function.get(key) is not None), {})
+    arguments = first_of(function, ("arguments", "input", "parameters"))
+    arguments = {} if arguments is None else arguments
     if isinstance(arguments, str):
         parsed = parse_text(arguments)
         arguments = arguments if parsed is None else parsed
@@ -232,8 +263,8 @@ def _json(value: Any) -> str:
 
 def _read_pair(item: Mapping[str, Any], names: MessageNames, parsed: ParsedMessages) -> None:
     """Sharegpt's ``{"human": …, "assistant": …}``: two messages in one object."""
-    user = _first(item, (*filter(None, [names.user_role]), "human", "user"))
-    assistant = _first(item, (*filter(None, [names.assistant_role]), "assistant", "gpt", "bot"))
+    user = first_of(item, (*filter(None, [names.user_role]), "human", "user"))
+    assistant = first_of(item, (*filter(None, [names.assistant_role]), "assistant", "gpt", "bot"))
     if user is None and assistant is None:
         raise Unusable("a message has no role")
     if not isinstance(user, str) or not isinstance(assistant, str):
@@ -242,18 +273,20 @@ def _read_pair(item: Mapping[str, Any], names: MessageNames, parsed: ParsedMessa
     parsed.add("assistant", assistant, {})
 
 
-def _read_content(content: Any, role: str, kept: Mapping[str, Any], parsed: ParsedMessages) -> None:
+def _read_content(
+    content: Any, role: str, kept: Mapping[str, Any], parsed: ParsedMessages, identity: Any = None
+) -> None:
     if isinstance(content, str):
-        parsed.add(role, content, kept)
+        parsed.add(role, content, kept, identity)
         return
     listed = [content] if isinstance(content, Mapping) else content
     tool = role in ("tool_call", "tool_response", "tool")
     if isinstance(listed, (list, tuple)) and listed and all(_is_part(part, known_only=tool) for part in listed):
-        _read_parts(list(listed), role, kept, parsed)
+        _read_parts(list(listed), role, kept, parsed, identity)
     elif tool and isinstance(content, (Mapping, list)):
         # Tool messages are JSON text; datasets also write the value itself.
         refuse_half_surrogates(content)
-        parsed.add(role, _json(content), kept)
+        parsed.add(role, _json(content), kept, identity)
     else:
         raise Unusable("a message's content is neither text nor text parts")
 
@@ -263,55 +296,49 @@ def _is_part(part: Any, *, known_only: bool) -> bool:
     if isinstance(part, str):
         return not known_only
     kind = part.get("type") if isinstance(part, Mapping) else None
-    known = isinstance(kind, str) and (kind in _TEXT_PARTS or kind in _MEDIA_PARTS)
+    known = isinstance(kind, str) and (kind in _TEXT_PARTS or kind in MEDIA_PARTS)
     return known or (not known_only and isinstance(part, Mapping) and ("type" in part or "text" in part))
 
 
-def _read_parts(parts: list[Any], role: str, kept: Mapping[str, Any], parsed: ParsedMessages) -> None:
+def _read_parts(parts: list[Any], role: str, kept: Mapping[str, Any], parsed: ParsedMessages, identity: Any) -> None:
     """Parts in order: text and placeholders are joined, tool calls and results become messages of their own."""
     text: list[str] = []
-    before = len(parsed.messages)
+    kept, before = dict(kept), len(parsed.messages)
+    thoughts = [kept.pop("reasoning_content")] if "reasoning_content" in kept else []
 
     def flush() -> None:
-        if text:
-            parsed.add(role, "".join(text), kept)
+        if text or thoughts:
+            thought = {"reasoning_content": "".join(thoughts)} if thoughts else {}
+            parsed.add(role, "".join(text), {**kept, **thought}, identity)
             text.clear()
+            thoughts.clear()
 
     for part in parts:
         kind = "text" if isinstance(part, str) else part.get("type") or "text"
         words = part if isinstance(part, str) else part.get("text")
         if kind in _TEXT_PARTS and isinstance(words, str):
             text.append(words)
-        elif isinstance(kind, str) and kind in _MEDIA_PARTS:
-            column, placeholder = _MEDIA_PARTS[kind]
+        elif isinstance(kind, str) and kind in MEDIA_PARTS:
+            column, placeholder = MEDIA_PARTS[kind]
             text.append(placeholder)
-            file = _file_of_part(part, kind)
+            file = file_of_part(part, kind)
             if file is not None:
                 parsed.media.setdefault(column, []).append(file)
         elif kind == "tool_use":
             flush()
-            parsed.add("tool_call", _call_text(part), kept)
+            parsed.add("tool_call", _call_text(part), kept, part.get("id"))
         elif kind == "tool_result":
             flush()
-            _read_content("" if part.get("content") is None else part["content"], "tool_response", kept, parsed)
+            content = "" if part.get("content") is None else part["content"]
+            _read_content(content, "tool_response", kept, parsed, part.get("tool_use_id"))
         elif kind in _THOUGHT_PARTS:
-            parsed.warn(THOUGHTS_LEFT_OUT)
+            if role == "assistant" and isinstance(part.get("thinking"), str):
+                flush()
+                thoughts.append(part["thinking"])
+            else:
+                parsed.warn(THOUGHTS_LEFT_OUT)
         else:
             raise Unusable(f"a message holds a part of type {str(kind)[:40]!r} that is not text, a file or a tool's")
     flush()
     if len(parsed.messages) == before:
         raise Unusable("a message has no content")
-
-
-def _file_of_part(part: Mapping[str, Any], kind: str) -> Any:
-    """The file of an image, video or audio part; None where the part only marks the place of a file in a column."""
-    found = _first(part, (kind, "source", "url", "path", kind.split("_")[0]))
-    if isinstance(found, Mapping) and not isinstance(found.get("bytes"), bytes):
-        medium = next(medium for medium in ("image", "video", "audio") if medium in kind)
-        if isinstance(found.get("data"), str):
-            mime = found.get("media_type") or f"{medium}/{found.get('format') or '*'}"
-            return {"bytes": None, "path": f"data:{mime};base64,{found['data']}"}
-        found = _first(found, ("url", "path"))
-        if found is None:
-            raise Unusable(f"{medium} part without url, path or data")
-    return None if found is None else media_file(found)

@@ -8,30 +8,28 @@ alpaca, query/response, plain text); where SWIFT loses a row or a column in sile
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from typing import Any, Literal
 
-from rayswift.data.rows.cells import as_history, as_objects, as_text
+from rayswift.data.rows.cells import as_history, as_label, as_objects, as_text, as_tools
 from rayswift.data.rows.columns import MEDIA, Layout, new_name, plan_layout
+from rayswift.data.rows.media import Unusable, media_file
 from rayswift.data.rows.messages import (
     MessageNames,
     ParsedMessages,
-    Unusable,
     is_message,
-    media_file,
     parse_text,
     plain_messages,
+    prompt_of,
     read_messages,
     refuse_half_surrogates,
 )
+from rayswift.data.rows.texts import edit_texts, fill_placeholders
 
 #: Key of a standard row: a list of texts that say which of its columns were not used. Taken out by whoever counts.
 WARNINGS = "_warnings"
-_PLACEHOLDER = re.compile(r"\{\{(NAME|AUTHOR|name|author)\}\}")
-_CJK = re.compile(r"[一-鿿]")
 #: Distinct sets of columns whose reading is remembered; more than this is no table but free-form JSON.
 _MAX_LAYOUTS = 1000
 
@@ -59,6 +57,7 @@ class RowRules:
     Args:
         columns: renames applied before detection (``--columns`` and ``dataset_info.json``), matched
             case-insensitively; ``"_"`` hides a column.
+        self_cognition: rows about the model itself, whose ``{{NAME}}`` and ``{{AUTHOR}}`` are filled in.
         model_name: values for ``{{NAME}}``: Chinese rows take the first, others the second; one value serves both.
         model_author: the same for ``{{AUTHOR}}``.
         message_names: keys and roles of messages that are not the usual ones.
@@ -71,6 +70,7 @@ class RowRules:
     """
 
     columns: Mapping[str, str] = field(default_factory=dict)
+    self_cognition: bool = False
     model_name: tuple[str, ...] = ()
     model_author: tuple[str, ...] = ()
     message_names: MessageNames = field(default_factory=MessageNames)
@@ -168,11 +168,14 @@ def _standardise(row: Mapping[str, Any], rules: RowRules) -> StandardRow:
     if rules.keep_extra:
         standard.update({key: row[key] for key in layout.extra if key not in standard})
     if rules.remove_text or rules.query_suffix or rules.response_prefix:
-        _edit_texts(standard, rules)
-    for message in standard["messages"]:
-        if "{{" in message["content"]:
-            _fill_placeholders(standard, row[layout.tag] if layout.tag else None, rules)
-            break
+        edit_texts(standard, rules.remove_text, rules.query_suffix, rules.response_prefix)
+    if rules.self_cognition:
+        tag = row[layout.tag] if layout.tag else None
+        fill_placeholders(standard["messages"], tag, rules.model_name, rules.model_author)
+    missing: tuple[str, ...] = getattr(row, "missing", ())
+    for target in ("system", "response") if missing else ():
+        if not set(layout.sources.get(target, ())).isdisjoint(missing):
+            standard.setdefault(WARNINGS, []).append(f"an empty cell is a missing {target}, not an empty text")
     return standard
 
 
@@ -291,18 +294,31 @@ def _add_parsed(standard: StandardRow, side: str, parsed: ParsedMessages) -> Non
 
 
 def _add_rejected(standard: StandardRow, value: Any, rules: RowRules) -> None:
-    """A reply as ``rejected_response``, messages as ``rejected_messages``; null is no rejected response."""
+    """A reply as ``rejected_response``, messages as ``rejected_messages``; null is no rejected response.
+
+    Either stands for everything behind the last user message.
+    """
     if value is None:
         return
+    if isinstance(value, (list, tuple)) and len(value) > 1 and not is_message(value[0], rules.message_names):
+        standard.setdefault(WARNINGS, []).append(f"of {len(value)} rejected answers the first is taken")
     messages = standard["messages"]
+    prompt = prompt_of(messages)
     parsed = _read_reply(value, "rejected response", rules)
     first = parsed.messages[0]
-    if len(parsed.messages) == 1 and first["role"] == "assistant" and not parsed.media:
+    if (
+        len(parsed.messages) == 1
+        and first.keys() == {"role", "content"}
+        and first["role"] == "assistant"
+        and not parsed.media
+    ):
         standard["rejected_response"] = first["content"]
-        same = first["content"] == messages[-1]["content"]
+        answer = messages[len(prompt) :]
+        same = {message["role"] for message in answer} == {"assistant"} and first["content"] == "".join(
+            message["content"] for message in answer
+        )
     else:
         if first["role"] not in ("system", "user"):
-            prompt = messages[:-1] if messages[-1]["role"] == "assistant" else messages
             parsed.messages[:0] = [dict(message) for message in prompt]
         _add_parsed(standard, "rejected_", parsed)
         same = parsed.messages == messages
@@ -325,6 +341,10 @@ def _kept_value(target: str, value: Any, standard: StandardRow, rules: RowRules)
         return [media_file(item) for item in listed]
     if target.endswith("objects"):
         return as_objects(value)
+    if target.endswith("tools"):
+        return as_tools(value)
+    if target == "label":
+        return as_label(value)
     if target == "chat_template_kwargs":
         value = parse_text(value) if isinstance(value, str) else value
         if not isinstance(value, dict):
@@ -345,39 +365,3 @@ def _conversations(target: str, value: Any, standard: StandardRow, rules: RowRul
         if any(column in parsed.media for parsed in all_parsed):
             standard[f"{side}{column}"] = [parsed.media.get(column, []) for parsed in all_parsed]
     return [parsed.messages for parsed in all_parsed]
-
-
-def _edit_texts(standard: StandardRow, rules: RowRules) -> None:
-    messages = standard["messages"]
-    if rules.remove_text:
-        for message in messages:
-            message["content"] = message["content"].replace(rules.remove_text, "")
-        if "rejected_response" in standard:
-            standard["rejected_response"] = standard["rejected_response"].replace(rules.remove_text, "")
-    for role, before, after in (("user", "", rules.query_suffix), ("assistant", rules.response_prefix, "")):
-        last = next((message for message in reversed(messages) if message["role"] == role), None)
-        if last is not None:
-            last["content"] = f"{before}{last['content']}{after}"
-
-
-def _fill_placeholders(standard: StandardRow, tag: Any, rules: RowRules) -> None:
-    """``{{NAME}}`` and ``{{AUTHOR}}`` of self-cognition rows (either case) from --model_name and --model_author."""
-    messages = standard["messages"]
-    found = {match for message in messages for match in _PLACEHOLDER.findall(message["content"])}
-    if not found:
-        return
-    values = {"name": rules.model_name, "author": rules.model_author}
-    missing = sorted({f"--model_{key.lower()}" for key in found if not values[key.lower()]})
-    if missing:
-        # Lower-case {{name}} is also ordinary template text (Jinja, Vue): only SWIFT's own spelling is a mistake.
-        if not any(key.isupper() for key in found):
-            return
-        raise Unusable(f"the text holds {{{{NAME}}}} or {{{{AUTHOR}}}} and {' and '.join(missing)} is not given")
-    chinese = tag == "zh" if tag else any(_CJK.search(message["content"]) for message in messages)
-
-    def value(match: re.Match[str]) -> str:
-        choices = values[match.group(1).lower()]
-        return choices[0] if chinese else choices[-1]
-
-    for message in messages:
-        message["content"] = _PLACEHOLDER.sub(value, message["content"])

@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 
 from rayswift.data.chat.conversation import DropRow, Message
+from rayswift.data.rows.columns import MEDIA
+from rayswift.data.rows.messages import prompt_of
 from rayswift.data.tokens.template_choice import TemplateSettings, load_template, one_of
 from rayswift.errors import UserError
 
@@ -248,10 +250,11 @@ def _rejected_row(row: Mapping[str, Any]) -> Mapping[str, Any]:
     """The row as a conversation that ends in the rejected answer. Raises DropRow if it has none."""
     messages = row.get("rejected_messages")
     if messages is None and row.get("rejected_response") is not None:
-        messages = [*row["messages"][:-1], {**row["messages"][-1], "content": row["rejected_response"]}]
+        messages = [*prompt_of(row["messages"]), {"role": "assistant", "content": row["rejected_response"]}]
     if messages is None:
         raise DropRow("no rejected_response and no rejected_messages")
-    return {"messages": messages, "tools": row.get("rejected_tools", row.get("tools"))}
+    own = {key: row.get(f"rejected_{key}", row.get(key)) for key in ("tools", *MEDIA)}
+    return {"messages": messages, "chat_template_kwargs": row.get("chat_template_kwargs"), **own}
 
 
 def _spans_within(

@@ -156,15 +156,23 @@ def sample_rows(rows: RowIndex, num_samples: int | None, args: Any, rng: np.rand
     return rows.select(np.concatenate([np.tile(np.arange(len(rows)), repeats), tail]).astype(np.int64))
 
 
-def split_rows(rows: RowIndex, ratio: float, rng: np.random.RandomState) -> tuple[RowIndex, RowIndex]:
-    """Hold out ``max(int(rows · ratio), 1)`` random rows for validation (SWIFT 2.9); a single row is never held out."""
+def split_rows(
+    rows: RowIndex, ratio: float, num_samples: int | None, args: Any, rng: np.random.RandomState
+) -> tuple[RowIndex, RowIndex]:
+    """Hold out ``max(int(rows · ratio), 1)`` random rows for validation (SWIFT 2.9); a single row is never held out.
+
+    Under ``#N`` as many of N rows are held out as there are, and the others are drawn from what is left: a row that is
+    repeated is never on both sides.
+    """
     import numpy as np
 
-    if not ratio or len(rows) < 2:
-        return rows, rows.select(np.arange(0))
+    wanted = len(rows) if num_samples is None else num_samples
+    if not ratio or min(len(rows), wanted) < 2:
+        return sample_rows(rows, num_samples, args, rng), rows.select(np.arange(0))
     order = rng.permutation(len(rows))
-    held_out = max(int(len(rows) * ratio), 1)
-    return rows.select(np.sort(order[held_out:])), rows.select(np.sort(order[:held_out]))
+    held_out = max(int(min(len(rows), wanted) * ratio), 1)
+    kept = rows.select(np.sort(order[held_out:]))
+    return sample_rows(kept, num_samples and num_samples - held_out, args, rng), rows.select(np.sort(order[:held_out]))
 
 
 def concat(parts: list[RowIndex]) -> RowIndex:

@@ -5,15 +5,16 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from rayswift.data.chat.agents import AgentFormat, get_agent_format
-from rayswift.data.chat.conversation import DropRow, Message, read_conversation
+from rayswift.data.chat.conversation import Conversation, DropRow, Message, read_conversation
 from rayswift.data.chat.families import RenderOptions, Template, TextSpan, adds_bos, get_template, render_plain
 from rayswift.data.chat.jinja import JinjaTemplate
 from rayswift.data.chat.loss_weights import read_loss_scale
 from rayswift.data.chat.matching import match_template
+from rayswift.data.rows.columns import MEDIA
 from rayswift.data.tokens.segments import CONTENT_TAG, SegmentTokenizer
 from rayswift.errors import UserError
 
@@ -147,14 +148,35 @@ class LoadedTemplate:
         Raises:
             DropRow: it cannot be a conversation of this template, or has nothing to train.
         """
-        conversation = read_conversation(row.get("messages") or (), row.get("tools"), self.agent)
-        if self.options.scale.base != "all":
+        media = next((medium for medium in MEDIA if row.get(medium)), None)
+        if media:
+            raise DropRow(f"it holds {media}, and text alone is trained here; --columns can hide the column")
+        options = self.options_of(row)
+        conversation = self.conversation(row.get("messages") or (), row.get("tools"))
+        if options.scale.base != "all":
             conversation = conversation.without_trailing_query()
             if not conversation.rounds:
                 raise DropRow("no assistant message")
+        if options.scale.base == "last_round":
+            conversation = conversation.with_last_answer_trained()
         if self.template is None:
-            return render_plain(conversation, self.options, self.bos, self.eos)
-        return self.template.render(conversation, self.options)
+            return render_plain(conversation, options, self.bos, self.eos)
+        return self.template.render(conversation, options)
+
+    def conversation(self, messages: Sequence[Message], tools: Any) -> Conversation:
+        """The messages as a conversation, thoughts in the think block of the template.
+
+        Raises:
+            DropRow: as :func:`read_conversation`.
+        """
+        think = self.template.thinking_prefix if isinstance(self.template, Template) else ""
+        return read_conversation(messages, tools, self.agent, think or "<think>\n")
+
+    def options_of(self, row: Mapping[str, Any]) -> RenderOptions:
+        """The options for a row, whose ``chat_template_kwargs`` come before the flags."""
+        given = row.get("chat_template_kwargs")
+        thinking = given.get("enable_thinking", given.get("thinking")) if given else None
+        return self.options if thinking is None else replace(self.options, enable_thinking=bool(thinking))
 
     def render_prompt(self, messages: Sequence[Message], tools: Any) -> list[TextSpan]:
         """Lay out messages for generation, up to where the reply starts.
@@ -162,7 +184,7 @@ class LoadedTemplate:
         Raises:
             DropRow: they cannot be a conversation of this template.
         """
-        conversation = read_conversation(messages, tools, self.agent)
+        conversation = self.conversation(messages, tools)
         if self.prompt_template is None:
             return render_plain(conversation, self.options, self.bos, "")
         return self.prompt_template.render_prompt(conversation, self.options)

@@ -13,7 +13,8 @@ from dataclasses import replace
 from typing import Any
 
 from rayswift import private
-from rayswift.data.rows.messages import THOUGHT_KEYS, Unusable, read_messages
+from rayswift.data.rows.media import Unusable
+from rayswift.data.rows.messages import read_messages
 from rayswift.data.tokens.encoder import Encoder
 from rayswift.errors import UserError
 
@@ -51,7 +52,7 @@ def chat_prompt_ids(encoder: Encoder, request: Mapping[str, Any]) -> list[int] |
         return None
     encoder = _with_thinking(encoder, settings)
     try:
-        return encoder.encode_prompt(read_messages(_with_thoughts(_with_one_system(messages), encoder)).messages, tools)
+        return encoder.encode_prompt(read_messages(_with_one_system(messages)).messages, tools)
     except (Unusable, UserError) as refused:
         raise ValueError(f"messages: {refused}") from None
 
@@ -118,22 +119,6 @@ def _with_one_system(messages: Sequence[Any]) -> list[Any]:
     if len(texts) > 1 and all(isinstance(text, str) for text in texts):
         return [{"role": "system", "content": "\n".join(texts)}, *rest]
     return [*({"role": "system", "content": text} for text in texts), *rest]
-
-
-def _with_thoughts(messages: Sequence[Any], encoder: Encoder) -> list[Any]:
-    """The messages with thoughts that stand beside an answer (``reasoning``, ``reasoning_content``) in front of it, as
-    the model wrote them; the layout decides which of them it keeps. Left out for a template that does not think."""
-    return [_with_own_thoughts(message) for message in messages] if encoder.thinks else list(messages)
-
-
-def _with_own_thoughts(message: Any) -> Any:
-    given = message if isinstance(message, Mapping) and message.get("role") == "assistant" else {}
-    thoughts = next((given[key] for key in THOUGHT_KEYS if isinstance(given.get(key), str) and given[key].strip()), "")
-    content = given.get("content") or ""
-    if not thoughts or not isinstance(content, str) or "</think>" in content:
-        return message
-    block = f"<think>\n{thoughts.strip()}\n</think>\n"  # a call that follows starts a line of its own
-    return {**message, "content": f"{block}\n{content.lstrip()}" if content or not message.get("tool_calls") else block}
 
 
 # --- vLLM -------------------------------------------------------------------------------------------------------
