@@ -22,7 +22,7 @@ _SYSTEM, _RESULT = "systemtexthere", "resulthere"
 _QUERIES, _REPLIES = ("firstquestionhere", "secondquestionhere"), ("firstanswerhere", "secondanswerhere")
 _CALL = {"role": "tool_call", "content": json.dumps({"name": "callnamehere", "arguments": {}})}
 _ANSWER = {"role": "tool_response", "content": _RESULT}
-_THOUGHT = {"role": "assistant", "content": "<think>\nthoughthere\n</think>\n"}
+_THOUGHT, _THINK = "thoughthere", "<think>"
 #: Marks of an agent format (`rayswift.data.chat.agents`) → Ollama's words for them, within a tool and within a call.
 _TOOL_MARKS = {
     "NAME": "{{ .Function.Name }}", "HUMAN_NAME": "{{ .Function.Name }}",
@@ -77,12 +77,11 @@ def ollama_template(encoder: Encoder) -> tuple[str, str]:
         tools_first = f"{{{{ if and $.Tools (not $later) }}}}{_tools(agent)}{{{{ end }}}}"
     user = f"{{{{ if $later }}}}{_literal(between)}{{{{ end }}}}{tools_first}{{{{ $later = true }}}}{{{{ .Content }}}}"
     reply, result, end = _literal(old), "", tail
-    thoughts = f"{{{{ if and .Thinking ({_IN_LOOP}) }}}}<think>\n{{{{ .Thinking }}}}\n</think>\n\n{{{{ end }}}}"
-    said = (thoughts if encoder.thinks else "") + "{{ .Content }}"
+    said = "{{ .Content }}"
     if agent is not None:
         loop = _Loop.of(modes, agent)
         reply = _if(_AFTER_RESULT, _if(_IN_LOOP, loop.goes_on, loop.went_on), _if(_IN_LOOP, loop.called, reply))
-        said += loop.calls
+        said = loop.thoughts + said + loop.calls
         result = f'{{{{ else if eq .Role "tool" }}}}{loop.result}'
         end = _if(_AFTER_RESULT, loop.end, tail)
     message = (
@@ -118,10 +117,12 @@ def _start(layout: _Layout, agent: AgentFormat | None) -> tuple[str, str]:
 @dataclass(frozen=True)
 class _Loop:
     """The parts of a tool loop. ``called``: before a call of the current loop; ``goes_on`` and ``went_on``: after a
-    result, in the current loop and in earlier ones; ``end``: after the last result, up to where the reply starts."""
+    result, in the current loop and in earlier ones; ``thoughts``: before what is said in the current loop; ``end``:
+    after the last result, up to where the reply starts."""
 
     called: str
     goes_on: str
+    thoughts: str
     went_on: str
     end: str
     calls: str
@@ -137,10 +138,18 @@ class _Loop:
         ended = modes[0].text(_user(0), _CALL, _ANSWER, _reply(0), _user(1))
         called = _by_thinking([_literal(_after(text, _QUERIES[0], written)) for text in running])
         goes_on = _by_thinking([_literal(_after(text, given, written)) for text in again])
-        if modes[0].encoder.thinks:  # what a thought stands behind
-            thought = modes[0].text(_user(0), _THOUGHT, _CALL, _ANSWER, _THOUGHT, _CALL, _ANSWER)
-            called = _if(".Thinking", _literal(_after(thought, _QUERIES[0], _THOUGHT["content"])), called)
-            goes_on = _if(".Thinking", _literal(_after(thought, given, _THOUGHT["content"])), goes_on)
+        thoughts = ""
+        if modes[0].encoder.thinks:
+            thought = {"role": "assistant", "content": "", "reasoning_content": _THOUGHT}
+            looped = modes[0].text(_user(0), thought, _CALL, _ANSWER, thought, _CALL, _ANSWER)
+            told = modes[0].text(_user(0), {**thought, **_reply(0)}, _CALL, _ANSWER)
+            before, tag, opening = _after(looped, _QUERIES[0], _THOUGHT).partition(_THINK)
+            called = _if(".Thinking", _literal(before), called)
+            goes_on = _if(".Thinking", _literal(_after(looped, given, _THOUGHT).partition(_THINK)[0]), goes_on)
+            end = _after(told, _THOUGHT, _REPLIES[0])
+            before_call = _after(looped, _THOUGHT, written).removeprefix(end)
+            thoughts = _if(f"and .Thinking ({_IN_LOOP})", f"{tag}{opening}{{{{ .Thinking }}}}{end}", "")
+            thoughts += _if(f"and .Thinking ({_IN_LOOP}) (not .Content)", before_call, "")
         gap, apart = _after(running[0], written, given), _literal(agent.result_separator)
         before, _, after = agent.result.partition("{{RESULT}}")
         start, separator = _literal(agent.calls_start), _literal(agent.call_separator)
@@ -148,6 +157,7 @@ class _Loop:
         return cls(
             called,
             goes_on,
+            thoughts,
             _literal(_after(ended, given, _REPLIES[0])),
             _by_thinking([_literal(text.partition(given)[2]) for text in running]),
             "{{ if .ToolCalls }}{{ if .Content }}\n{{ end }}{{ range $n, $_ := .ToolCalls }}"
