@@ -33,7 +33,7 @@ class _Trial:
 
     model: str
     model_revision: str | None
-    use_hf: bool | None
+    use_hf: bool
     trust_remote_code: bool
     model_kwargs: dict[str, Any]
     attn_impl: str | None

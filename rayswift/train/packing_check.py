@@ -226,15 +226,15 @@ def _kind(layer: torch.nn.Module) -> tuple[Any, ...]:
 # --- the trial --------------------------------------------------------------------------------------------------
 
 
-def _with(model: torch.nn.Module, attention: str, by_row: tuple[str, ...]) -> torch.nn.Module:
+def _with(model: torch.nn.Module, attention: str, by_row: tuple[str, ...]) -> Any:
     """The copy as it trains joined rows."""
-    trial = copy.deepcopy(model)
+    trial: Any = copy.deepcopy(model)
     trial.set_attn_implementation(attention)
     keep_rows_apart(trial, by_row)
     return trial.train()
 
 
-def _difference(trial: torch.nn.Module, alone: list[torch.Tensor]) -> str | None:
+def _difference(trial: Any, alone: list[torch.Tensor]) -> str | None:
     """What is wrong with joined rows, ``{layers}`` in it; None: nothing."""
     device, dtype = alone[0].device, next(trial.parameters()).dtype
     embedded: list[torch.Tensor] = []

@@ -59,8 +59,8 @@ def error_of(config: Any, plan: PackedPlan) -> float:
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
     for parameter in model.parameters():
         if parameter.ndim > 1:
-            parameter.normal_(std=1.3 * parameter.shape[-1] ** -0.5)
-    rows = [torch.randint(5, 100, (length,)) for length in (29, 3, 17)]
+            parameter.normal_(std=parameter.shape[-1] ** -0.5)
+    rows = [torch.randint(5, 100, (length,)) for length in (29, 5, 17)]
     alone = torch.cat([model(input_ids=row[None], use_cache=False).logits[0] for row in rows])
     model.set_attn_implementation(plan.attention)
     keep_rows_apart(model, plan.by_row)
