@@ -104,7 +104,7 @@ def to_number(text: str) -> Fraction | None:
 _UNIT = re.compile(r"(?<=[\d)}])\s*(?!pi\b)[a-zA-Z][a-zA-Z]+(?:[ /][a-zA-Z]+)*(?:\^?\d)?\s*$")
 
 
-_WORD = re.compile(r"X")  # not LaTeX's \\sqrt, not a variable
+_WORD = re.compile(r"(?<![\\\w])[^\W\d_]{2,}")  # not LaTeX's \sqrt, not a variable
 
 
 def compare_answers(text: str, reference: str) -> bool | None:

@@ -31,8 +31,10 @@ _WINDOW = 4
 _SHORTEST = 64  # a smaller number of a like name is something else
 _EXPERTS = 32  # DeepSeek chooses 8 of 8 groups
 _MOST_PARAMETERS = 250_000_000
-#: Largest difference from a row alone, of the largest logit.
-TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 5e-2}
+#: Largest difference from a row alone under the model's own attention, of the largest logit. In float32 two ways of
+#: attention differ by 2e-4 after thirty random layers; wrong positions or windows by 1e-2 and more. That no row has any
+#: part in another is seen from gradients, which are exactly 0.
+TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 5e-2}
 
 _WIDTHS = re.compile(r"heads$|n_head$|hidden_size|hidden_dim|intermediate|n_embd|n_inner|d_model|d_inner|d_ssm|ffn|"
                      r"lru_width|n_groups|embedding_size|hidden_channels")  # fmt: skip

@@ -53,21 +53,26 @@ def plan_of(config: Any, choices: list[str] = CHOICES, longest: int | None = Non
 
 @torch.no_grad()
 def error_of(config: Any, plan: PackedPlan) -> float:
-    """How far the logits of three joined rows are from those of each alone under the model's own attention, of the
-    largest. The rows are others than the check's, and longer."""
+    """How far the logits of three joined rows are from those of each alone, of the largest: with the same attention,
+    and with the model's own. The rows are others than the check's, and longer."""
     torch.manual_seed(3)
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
     for parameter in model.parameters():
         if parameter.ndim > 1:
             parameter.normal_(std=parameter.shape[-1] ** -0.5)
     rows = [torch.randint(5, 100, (length,)) for length in (29, 5, 17)]
-    alone = torch.cat([model(input_ids=row[None], use_cache=False).logits[0] for row in rows])
+    own = torch.cat([model(input_ids=row[None], use_cache=False).logits[0] for row in rows])
     model.set_attn_implementation(plan.attention)
-    keep_rows_apart(model, plan.by_row)
-    batch = flatten([TokenizedRow(row.numpy().astype(np.int32), row.numpy()) for row in rows])
-    batch.pop("labels")
-    joined = model.train()(**batch, use_cache=False).logits[0]
-    return float((joined - alone).abs().max() / alone.abs().max())
+    keep_rows_apart(model.train(), plan.by_row)
+
+    def joined(together: list[torch.Tensor]) -> torch.Tensor:
+        batch = flatten([TokenizedRow(row.numpy().astype(np.int32), row.numpy()) for row in together])
+        batch.pop("labels")
+        return model(**batch, use_cache=False).logits[0]
+
+    found, alone = joined(rows), torch.cat([joined([row]) for row in rows])
+    errors = [float((found - other).abs().max() / own.abs().max()) for other in (alone, own)]
+    return max(errors[0], errors[1] / 10)  # ten times as much for another way of attention
 
 
 @pytest.mark.parametrize(
@@ -104,6 +109,29 @@ def test_joined_rows_are_what_they_are_alone(config: Any, by_row: tuple[str, ...
 def test_what_mixes_rows_is_named(config: Any, choices: list[str], message: str) -> None:
     with pytest.raises(UserError, match=message):
         plan_of(config, choices)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_gradients_of_layers_that_take_one_row_at_a_time(checkpointing: bool) -> None:
+    """Also where layers are computed again on the way back."""
+    config = config_of("qwen3_5_text", **DELTA_NET)
+    rows = [torch.arange(5, 34), torch.arange(40, 43), torch.arange(50, 67)]
+    tokenized = [TokenizedRow(row.numpy().astype(np.int32), row.numpy()) for row in rows]
+    found = []
+    for batches in ([flatten(tokenized)], [{"input_ids": row[None], "labels": row[None]} for row in rows]):
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(config, attn_implementation=NAME).train()
+        keep_rows_apart(model, ["Qwen3_5GatedDeltaNet"])
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+        for batch in batches:
+            labels = batch.pop("labels").clone()
+            labels[0, 0] = -100
+            logits = model(**batch, use_cache=False).logits[0, :-1]
+            torch.nn.functional.cross_entropy(logits, labels[0, 1:], reduction="sum").backward()
+        found.append({name: parameter.grad for name, parameter in model.named_parameters()})
+    for name, gradient in found[0].items():
+        assert torch.allclose(gradient, found[1][name], rtol=1e-3, atol=1e-4), name
 
 
 def test_a_window_that_no_joined_sequence_reaches_does_not_count() -> None:
