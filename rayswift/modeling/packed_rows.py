@@ -41,7 +41,6 @@ def keep_rows_apart(model: torch.nn.Module, by_row: Sequence[str]) -> None:
     model.forward = of_rows
     for layer in layers:
         layer.forward = _row_by_row(layer.forward, bounds)
-    _gather_whole(model, layers)
 
 
 def _row_by_row(forward: Callable[..., Any], bounds: list[int]) -> Callable[..., Any]:
@@ -84,13 +83,3 @@ def _joined(parts: list[Any]) -> Any:
     if not isinstance(first, torch.Tensor) or (first.ndim == 4 and first.shape[-1] == first.shape[-2]):
         return None
     return torch.cat(parts, dim=0 if first.ndim == 2 else 1)
-
-
-def _gather_whole(model: torch.nn.Module, layers: list[torch.nn.Module]) -> None:
-    """ZeRO-3 gathers the weights of such a layer at once: as often on a worker with many rows as on one with few."""
-    from transformers.integrations import is_deepspeed_zero3_enabled
-
-    if layers and is_deepspeed_zero3_enabled():
-        from deepspeed.utils import set_z3_leaf_modules
-
-        set_z3_leaf_modules(model, list({type(layer) for layer in layers}))

@@ -16,6 +16,7 @@ from rayswift.data.tokens.arrow_files import default_root
 from rayswift.errors import UserError, one_line
 from rayswift.files import write_whole
 from rayswift.train.config import PackedPlan
+from rayswift.train.deepspeed import deepspeed_config, zero_stage
 
 if TYPE_CHECKING:
     from rayswift.cluster import Workers
@@ -71,6 +72,12 @@ def packing_plan(args: Any, model_dir: str, dtype: str, workers: Workers) -> Pac
     if "refused" in verdict:
         raise UserError(verdict["refused"])
     plan = PackedPlan(verdict["attention"], tuple(verdict["by_row"]))
+    if plan.by_row and zero_stage(deepspeed_config(args.deepspeed)) == 3:
+        # It gathers a layer's weights at each call, on all workers: they would wait for each other, or for weights.
+        raise UserError(
+            f"--packing/--padding_free: {', '.join(plan.by_row)} takes one row at a time, which ZeRO-3 does not allow; "
+            "use --deepspeed zero2, or drop the flag"
+        )
     say(f"joined rows: attention {plan.attention}" + (f"; one row at a time in {', '.join(plan.by_row)}" if plan.by_row
                                                       else ""))  # fmt: skip
     return plan

@@ -155,7 +155,7 @@ def test_a_verdict_is_tried_once_for_each_configuration(tmp_path: Path, monkeypa
         values = {
             "packing": True, "padding_free": False, "packing_length": 64, "max_length": 64, "model": str(folder),
             "model_revision": None, "use_hf": None, "trust_remote_code": False, "model_kwargs": None, "hub_token": None,
-            "attn_impl": None, "per_device_train_batch_size": 1,
+            "attn_impl": None, "per_device_train_batch_size": 1, "deepspeed": None,
         }  # fmt: skip
         workers = Workers(1, False, {"CPU": 1.0})
         return packing.packing_plan(SimpleNamespace(**(values | changes)), str(folder), "bfloat16", workers)
@@ -168,11 +168,16 @@ def test_a_verdict_is_tried_once_for_each_configuration(tmp_path: Path, monkeypa
     config_of("qwen3").save_pretrained(folder)
     assert plan() == PackedPlan(NAME)
     assert tried == [None, "eager", None]
+    config_of("qwen3_5_text", **DELTA_NET).save_pretrained(folder)
+    assert plan(deepspeed="zero2") == PackedPlan(NAME, ("Qwen3_5GatedDeltaNet",))
+    with pytest.raises(UserError, match=r"Qwen3_5GatedDeltaNet takes one row at a time, which ZeRO-3 does not allow"):
+        plan(deepspeed="zero3")
+    tried.clear()
     AutoConfig.for_model("bloom", n_layer=2, hidden_size=64, n_head=2, vocab_size=128).save_pretrained(folder)
     for _ in range(2):
         with pytest.raises(UserError, match=r"--packing/--padding_free: bloom .* in BloomAttention"):
             plan()
-    assert len(tried) == 4
+    assert len(tried) == 1
     (folder / "config.json").write_text(json.dumps({"model_type": "unheard_of", "max_position_embeddings": 64}))
     with pytest.raises(UserError, match="unheard_of"):
         plan()
