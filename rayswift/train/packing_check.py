@@ -316,7 +316,7 @@ def _first_unequal(model: torch.nn.Module, trial: torch.nn.Module) -> str:
 
         def note(name: str, _module: Any, _args: Any, output: Any) -> None:
             first = output[0] if isinstance(output, (tuple, list)) else output
-            if isinstance(first, torch.Tensor) and first.ndim == 3:
+            if isinstance(first, torch.Tensor) and first.ndim == 3 and first.is_floating_point():
                 seen.setdefault(name, first[0])
 
         hooks = [module.register_forward_hook(functools.partial(note, name)) for name, module in
