@@ -440,3 +440,17 @@ def lora_pattern(patterns: list[str], module: str) -> str:
         from peft.utils.other import get_pattern_key
 
     return str(get_pattern_key(patterns, module))
+
+
+# --- lm-eval ------------------------------------------------------------------------------------------------------
+
+
+def without_git_hash() -> None:
+    """lm-eval asks `git` for the commit of the folder it stands in, and what git says of it lands in the terminal."""
+    try:
+        from lm_eval import evaluator
+
+        if callable(evaluator.get_git_commit_hash):
+            evaluator.get_git_commit_hash = lambda: None
+    except MOVED:
+        report("lm-eval's git hash", "git may say that this is no repository")

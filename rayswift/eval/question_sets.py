@@ -6,17 +6,20 @@ The rows are EvalScope's (https://evalscope.readthedocs.io, "custom dataset"): `
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from rayswift.data.files import iter_raw_rows
 from rayswift.eval.benchmarks import Benchmark
 from rayswift.eval.local_data import _SUFFIX, LocalData, Row, RowCheck, lay_out
 
 LETTERS = "ABCDEFGHIJ"
 #: What a question would be answered without.
 MEDIA_COLUMNS = ("image", "images", "video", "videos", "audio", "audios")
+_ASKED = {"question", "query", "messages", "answer", "response", *LETTERS}
 #: Split that is evaluated, and split of the examples, of each kind (EvalScope's).
 SPLITS = {"general_mcq": ("val", "dev"), "general_qa": ("test", "dev")}
 
@@ -47,6 +50,17 @@ def subsets_of(path: str, split: str, examples: str) -> list[str]:
     stems = [_SUFFIX.sub("", file.name) for file in sorted(Path(path).iterdir()) if _SUFFIX.search(file.name.lower())]
     stems = [stem for stem in stems if not stem.endswith(f"_{examples}")]
     return list(dict.fromkeys(stem.removesuffix(f"_{split}") for stem in stems)) or ["default"]
+
+
+def is_chinese(folder: str) -> bool:
+    """Whether the questions laid out in a folder are in Chinese: by the first hundred, in which a Chinese character
+    counts as much as three letters."""
+    files = [str(file) for file in sorted(Path(folder).rglob("*")) if _SUFFIX.search(file.name.lower())]
+    rows = (row for row, *_ in itertools.islice(iter_raw_rows(files), 100))
+    texts = [str(value) for row in rows if isinstance(row, dict) for name, value in row.items() if name in _ASKED]
+    chinese = sum("\u4e00" <= letter <= "\u9fff" for text in texts for letter in text)
+    letters = sum(letter.isascii() and letter.isalpha() for text in texts for letter in text)
+    return 3 * chinese > letters
 
 
 def choice_row(row: Row, multiple: bool = False) -> Row:

@@ -7,14 +7,13 @@ alone: no mask, and no work across rows. Registered with Transformers as ``raysw
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
-
-from rayswift.errors import UserError
 
 NAME = "rayswift_varlen"
 
@@ -41,24 +40,49 @@ def varlen_attention(
     Returns:
         (1, tokens, heads, head size), and no weights.
     """
-    for extra in ("softcap", "s_aux"):
-        if kwargs.get(extra) is not None:
-            raise UserError(f"--packing/--padding_free with a model that uses {extra}: add --attn_impl eager")
-    if cu_seq_lens_q is None:
+    softcap, sinks = kwargs.get("softcap"), kwargs.get("s_aux")
+    is_plain = softcap is None and sinks is None
+    if cu_seq_lens_q is None and is_plain:
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
     groups = query.shape[1] // key.shape[1]
     if groups > 1:
         key, value = repeat_kv(key, groups), repeat_kv(value, groups)
-    lengths = torch.diff(cu_seq_lens_q).tolist()
+    lengths = [query.shape[2]] if cu_seq_lens_q is None else torch.diff(cu_seq_lens_q).tolist()
     parts = []
     for q, k, v in zip(*(tensor.split(lengths, dim=2) for tensor in (query, key, value)), strict=True):
-        mask = _window_mask(q, sliding_window)
-        parts.append(
-            torch.nn.functional.scaled_dot_product_attention(
+        mask = _window_mask(q, sliding_window) if attention_mask is None else attention_mask
+        if is_plain:
+            part = torch.nn.functional.scaled_dot_product_attention(
                 q, k, v, attn_mask=mask, dropout_p=dropout, scale=scaling, is_causal=mask is None
             )
-        )
+        else:
+            part = _written_out(q, k, v, mask, dropout, scaling, softcap, sinks)
+        parts.append(part)
     return torch.cat(parts, dim=2).transpose(1, 2).contiguous(), None
+
+
+def _written_out(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    dropout: float,
+    scaling: float | None,
+    softcap: float | None,
+    sinks: torch.Tensor | None,
+) -> torch.Tensor:
+    """Attention whose scores are bent (Gemma 2's ``softcap``) or share their softmax with a weight of each head
+    (``sinks`` (heads,) of gpt-oss): neither is known to PyTorch's."""
+    scores = query @ key.transpose(2, 3) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+    if softcap is not None:
+        scores = torch.tanh(scores / softcap) * softcap
+    if mask is None:
+        mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+    scores = scores.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else scores + mask
+    if sinks is not None:
+        scores = torch.cat([scores, sinks.reshape(1, -1, 1, 1).expand(*scores.shape[:3], 1).to(scores)], dim=-1)
+    weights = torch.softmax(scores, dim=-1, dtype=torch.float32)[..., : key.shape[2]].to(value.dtype)
+    return torch.nn.functional.dropout(weights, dropout) @ value
 
 
 def _window_mask(query: torch.Tensor, sliding_window: int | None) -> torch.Tensor | None:

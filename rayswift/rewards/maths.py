@@ -104,6 +104,30 @@ def to_number(text: str) -> Fraction | None:
 _UNIT = re.compile(r"(?<=[\d)}])\s*(?!pi\b)[a-zA-Z][a-zA-Z]+(?:[ /][a-zA-Z]+)*(?:\^?\d)?\s*$")
 
 
+_WORD = re.compile(r"(?<![\\\w])[^\W\d_]{2,}")  # not LaTeX's \sqrt, not a variable
+
+
+def compare_answers(text: str, reference: str) -> bool | None:
+    """Whether a text ends in the answer that a reference ends in; None where that cannot be told: one of them has no
+    answer, or has it in words where the other has a number, or words stand around it. An empty text is wrong."""
+    if not text.strip():
+        return False
+    said, right = final_answer(text), final_answer(reference)
+    if said is None or right is None:
+        return None
+    if same_answer(said, right):
+        return True
+    said_in_words, right_in_words = map(_in_words, (said, right))
+    if said_in_words != right_in_words:
+        return None
+    is_sentence = said_in_words and len(said.split()) > len(right.split())
+    return None if is_sentence and marked_answer(text) is None else False
+
+
+def _in_words(answer: str) -> bool:
+    return not any(map(str.isdigit, answer)) and _WORD.search(answer) is not None
+
+
 def same_answer(said: str, right: str) -> bool:
     """Whether two answers, as :func:`final_answer` finds them, say the same: ``2\\sqrt{3}`` is ``\\sqrt{12}``."""
     said, right = " ".join(said.split()), " ".join(right.split())

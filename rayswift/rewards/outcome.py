@@ -1,4 +1,4 @@
-"""Outcome rewards by rule: 1.0 for a right answer, 0.0 for a wrong one."""
+"""Outcome rewards by rule: 1.0 for a right answer, 0.0 for a wrong one, None where the rule cannot tell."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from rayswift.rewards.maths import final_answer, final_number, same_answer
+from rayswift.rewards.maths import compare_answers, final_number
 
 _THINK_ANSWER = re.compile(r"\s*<think>.*?</think>\s*<answer>.*?</answer>\s*", re.DOTALL)
 _REACT = re.compile(r"\s*<think>.*?</think>\s*Action:.*?Action Input:.*", re.DOTALL)
@@ -16,20 +16,25 @@ _ACTION = re.compile(r"Action:[ \t]*(?P<name>[^\n]*?)[ \t]*(?:\n|$)", re.DOTALL)
 _INPUT = re.compile(r"Action Input:\s*(?P<input>.*?)\s*(?:Observation:|<\||$)", re.DOTALL)
 
 
-def math(completions: Sequence[str], solution: Sequence[str | None], **_: Any) -> list[float]:
+def math(completions: Sequence[str], solution: Sequence[str | None], **_: Any) -> list[float | None]:
     """The answers are the same number, expression, tuple, set or word. SWIFT's ``math`` and ``accuracy``.
 
     The answer of a text is what it marks as such (``<answer>``, ``\\boxed``, ``####``, "the answer is"), else the last
-    formula or number in it.
+    formula or number in it. One in words is not wrong beside a number: nobody knows (None).
     """
-    pairs = ((final_answer(said), final_answer(right or "")) for said, right in zip(completions, solution, strict=True))
-    return [float(said is not None and right is not None and same_answer(said, right)) for said, right in pairs]
+    pairs = zip(completions, solution, strict=True)
+    verdicts = [compare_answers(said, right or "") for said, right in pairs]
+    return [None if verdict is None else float(verdict) for verdict in verdicts]
 
 
-def gsm8k(completions: Sequence[str], solution: Sequence[str | None], **_: Any) -> list[float]:
-    """The final numbers are the same: that of the dataset follows ``####``, that of an answer is marked or the last."""
+def gsm8k(completions: Sequence[str], solution: Sequence[str | None], **_: Any) -> list[float | None]:
+    """The final numbers are the same: that of the dataset follows ``####``, that of an answer is marked or the last.
+    None for a text without a number."""
     pairs = ((final_number(said), final_number(right or "")) for said, right in zip(completions, solution, strict=True))
-    return [float(said is not None and said == right) for said, right in pairs]
+    return [
+        None if text.strip() and None in (said, right) else float(said is not None and said == right)
+        for text, (said, right) in zip(completions, pairs, strict=True)
+    ]
 
 
 def format_reward(completions: Sequence[str], **_: Any) -> list[float]:

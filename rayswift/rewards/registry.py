@@ -19,7 +19,8 @@ RewardFunction = Callable[..., Sequence[Any]]
 
 
 class ORM:
-    """Base of outcome rewards, as in SWIFT: called with lists, returns a number for each answer, above 0 if right."""
+    """Base of outcome rewards, as in SWIFT: called with lists, returns a number for each answer, above 0 if right; None
+    for one that it cannot judge."""
 
     def __init__(self, args: Any = None, **kwargs: Any) -> None:
         self.args = args
@@ -61,8 +62,8 @@ class Reward:
         """Whether it compares with the dataset's answer."""
         return bool({"ground_truths", "solution"} & set(inspect.signature(self.function).parameters))
 
-    def scores(self, requests: Sequence[InferRequest], references: Sequence[str | None]) -> list[float]:
-        """One number for each request.
+    def scores(self, requests: Sequence[InferRequest], references: Sequence[str | None]) -> list[float | None]:
+        """One number for each request; None where the reward cannot tell.
 
         Raises:
             UserError: the function failed, or gave something else than one number for each.
@@ -88,12 +89,14 @@ class Reward:
         except Exception as error:  # whatever a user's function raises
             raise UserError(f"{self.flag} {self.name}: {type(error).__name__}: {error} ({last_place(error)})") from None
         try:
-            scores = [float(min(one)) if isinstance(one, (list, tuple)) else float(one) for one in found]
+            scores = [
+                one if one is None else float(min(one) if isinstance(one, (list, tuple)) else one) for one in found
+            ]
         except (TypeError, ValueError):
             raise UserError(f"{self.flag} {self.name}: returned {found!r:.80}, expected a list of numbers") from None
         if len(scores) != len(requests):
             raise UserError(f"{self.flag} {self.name}: returned {len(scores)} numbers for {len(requests)} answers")
-        if not all(map(math.isfinite, scores)):
+        if not all(score is None or math.isfinite(score) for score in scores):
             raise UserError(f"{self.flag} {self.name}: returned a number that is not finite")
         return scores
 

@@ -41,6 +41,7 @@ class SampleStats:
     prompts: int = 0
     answers: int = 0
     right: int = 0
+    undecided: int = 0
     prompts_with_a_right_answer: int = 0
     too_easy: int = 0
     none_good: int = 0
@@ -57,8 +58,10 @@ class SampleStats:
         text = f"{self.prompts} prompts, {self.answers} answers"
         if self.scored:
             share = 100 * self.right / self.answers if self.answers else 0.0
-            text += (f", {self.right} of them right ({share:.1f} %); {self.prompts_with_a_right_answer} prompts have a "
-                     f"right answer, {self.too_easy} were too easy, {self.none_good} have nothing to keep")  # fmt: skip
+            unknown = f", {self.undecided} undecided" if self.undecided else ""
+            text += f", {self.right} of them right ({share:.1f} %){unknown}; "
+            text += (f"{self.prompts_with_a_right_answer} prompts have a right answer, {self.too_easy} were too easy, "
+                     f"{self.none_good} have nothing to keep")  # fmt: skip
         return f"{text}; {self.rows} rows, {self.pairs} with a rejected answer"
 
 
@@ -95,8 +98,8 @@ def choose(
     rules: SelectionRules,
     texts: Sequence[str],
     reference: str | None,
-    orm: Sequence[float] | None,
-    prm: Sequence[float] | None,
+    orm: Sequence[float | None] | None,
+    prm: Sequence[float | None] | None,
     counts: SampleStats,
 ) -> list[tuple[str, str | None]]:
     """The answers to keep, best first, each with the worst answer (None where none is worse).
@@ -105,16 +108,22 @@ def choose(
     the answers to the prompt, among which is the dataset's own (the last of ``orm`` and ``prm``). Kept are those of
     the ``n_best_to_keep`` best whose outcome reward is above 0 and whose process reward is above the threshold. Unlike
     there, a text is kept once, sampled answers go before the dataset's where they are as good, and an answer is not
-    rejected for one that is no better.
+    rejected for one that is no better. An answer that a reward cannot judge is neither kept nor rejected.
     """
     every = [*texts, *([] if reference is None else [reference])]
+    given = [scores for scores in (orm, prm) if scores]
+    judged = [i for i in range(len(every)) if all(scores[i] is not None for scores in given)]
+    sampled = sum(i < len(texts) for i in judged)
+    counts.undecided += len(texts) - sampled
+    every = [every[i] for i in judged]
+    orm, prm = ([scores[i] or 0.0 for i in judged] if scores else None for scores in (orm, prm))
     right = [score > 0 for score in orm] if orm else [True] * len(every)
     good = [is_right and (not prm or prm[i] > rules.prm_threshold) for i, is_right in enumerate(right)]
     if orm:
-        counts.right += sum(right[: len(texts)])
-        counts.prompts_with_a_right_answer += any(right[: len(texts)])
+        counts.right += sum(right[:sampled])
+        counts.prompts_with_a_right_answer += any(right[:sampled])
     limit = rules.easy_query_threshold
-    if orm and limit is not None and texts and sum(right[: len(texts)]) / len(texts) > limit:
+    if orm and limit is not None and sampled and sum(right[:sampled]) / sampled > limit:
         counts.too_easy += 1
         return []
     total = [o * ORM_WEIGHT + p for o, p in zip(scaled(orm, len(every)), scaled(prm, len(every)), strict=True)]

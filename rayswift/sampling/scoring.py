@@ -35,7 +35,7 @@ class RuleScorer:
     def needs_reference(self) -> bool:
         return self.reward.needs_reference
 
-    def score(self, tasks: Iterable[Task]) -> Iterator[tuple[int, list[float]]]:
+    def score(self, tasks: Iterable[Task]) -> Iterator[tuple[int, Sequence[float | None]]]:
         """One call for each task."""
         for task in tasks:
             yield task.index, self.reward.scores(task.requests, [task.reference] * len(task.requests))
@@ -88,7 +88,7 @@ def score_prompts(
     """Score the answers to every prompt and keep the scores; those that an earlier start gave are kept."""
     if not scorers:
         return
-    waiting: dict[int, dict[str, list[float]]] = {}
+    waiting: dict[int, dict[str, Sequence[float | None]]] = {}
     left = [index for index in range(len(prompts)) if index not in scores]
     with progress_bar(len(prompts), len(prompts) - len(left), hidden=False, name="score", unit="prompt") as bar:
         for kind, scorer in scorers.items():

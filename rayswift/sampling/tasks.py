@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -25,5 +25,5 @@ class Scorer(Protocol):
     def needs_reference(self) -> bool:
         """Whether prompts need the dataset's own answer."""
 
-    def score(self, tasks: Iterable[Task]) -> Iterator[tuple[int, list[float]]]:
+    def score(self, tasks: Iterable[Task]) -> Iterator[tuple[int, Sequence[float | None]]]:
         """Numbers of tasks with the scores of their answers, in any order. UserError when scoring cannot go on."""

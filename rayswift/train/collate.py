@@ -85,7 +85,8 @@ def pad(rows: Sequence[TokenizedRow], pad_token_id: int) -> Batch:
 def flatten(rows: Sequence[TokenizedRow]) -> Batch:
     """Join rows to one sequence that no attention crosses: ``input_ids``, ``labels``, ``position_ids`` int64
     (1, tokens), positions restarting with each row, and the bounds of the rows as variable-length attention wants
-    them: ``cu_seq_lens_q``, ``cu_seq_lens_k`` int32 (rows + 1,), ``max_length_q``, ``max_length_k``."""
+    them: ``cu_seq_lens_q``, ``cu_seq_lens_k`` int32 (rows + 1,), ``max_length_q``, ``max_length_k``; and as kernels of
+    convolutions and states want them: ``seq_idx`` int32 (1, tokens), the number of each token's row."""
     import numpy as np
     import torch
 
@@ -103,6 +104,7 @@ def flatten(rows: Sequence[TokenizedRow]) -> Batch:
     batch["labels"][0, bounds[:-1].long()] = -100
     longest = max(lengths)
     batch |= {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": longest, "max_length_k": longest}
+    batch["seq_idx"] = torch.repeat_interleave(torch.arange(len(rows), dtype=torch.int32), torch.tensor(lengths))[None]
     return batch
 
 

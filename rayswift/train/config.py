@@ -49,6 +49,15 @@ class RunData:
 
 
 @dataclass(frozen=True)
+class PackedPlan:
+    """How a model trains joined rows. ``attention``: Transformers' name; ``by_row``: the classes of the layers that
+    take one row after the other."""
+
+    attention: str
+    by_row: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class WorkerConfig:
     """Everything a worker needs; the same on every rank and every attempt.
 
@@ -59,6 +68,7 @@ class WorkerConfig:
         dtype: ``bfloat16``, ``float16`` or ``float32``.
         use_gpu: whether workers have accelerators.
         data: what is trained.
+        packing: how joined rows are trained; None where none are joined.
         schedule: the run's steps.
         run_uri: the run directory, a local path or a URI.
         resume: the checkpoint to start from, or None.
@@ -71,6 +81,7 @@ class WorkerConfig:
     dtype: str
     use_gpu: bool
     data: RunData
+    packing: PackedPlan | None
     schedule: StepSchedule
     run_uri: str
     resume: str | None

@@ -20,8 +20,9 @@ from rayswift.data.tokens.row_index import LazyRows
 from rayswift.errors import RunFailedError, UserError
 from rayswift.plan.memory import memory_need, shortage
 from rayswift.train.checkpoints.manifest import list_checkpoints
-from rayswift.train.config import RunData, WorkerConfig
+from rayswift.train.config import PackedPlan, RunData, WorkerConfig
 from rayswift.train.model import compute_dtype, find_model
+from rayswift.train.packing import packing_plan
 from rayswift.train.resume import Resume, find_resume
 from rayswift.train.run_directory import RunDirectory, check_writable
 from rayswift.train.schedule import StepSchedule, plan_steps
@@ -76,6 +77,7 @@ def train(args: Any) -> dict[str, Any]:
     first_row = first_usable_row([*inputs.datasets.train, *inputs.datasets.val], args.strict)
 
     machines = _connect(inputs)
+    packing = packing_plan(args, inputs.model_dir, machines.dtype, machines.workers)
     loaded, data = _load_data(inputs, machines)
     if not args.training_args.get("ignore_data_skip"):
         resume.check_data(data.fingerprint)
@@ -85,7 +87,7 @@ def train(args: Any) -> dict[str, Any]:
     _say_data(inputs, machines, loaded, data, schedule, first_row)
 
     run = _open_run(inputs, loaded)
-    outcome = _fit(inputs, machines, data, schedule, run)
+    outcome = _fit(inputs, machines, data, packing, schedule, run)
     _print_end(args, outcome)
     return outcome
 
@@ -219,7 +221,12 @@ def _open_run(inputs: Inputs, loaded: TrainData) -> RunDirectory:
 
 
 def _fit(
-    inputs: Inputs, machines: Machines, data: RunData, schedule: StepSchedule, run: RunDirectory
+    inputs: Inputs,
+    machines: Machines,
+    data: RunData,
+    packing: PackedPlan | None,
+    schedule: StepSchedule,
+    run: RunDirectory,
 ) -> dict[str, Any]:
     """Train with Ray Train, and show it."""
     from rayswift.modeling.loading import model_fingerprint
@@ -235,6 +242,7 @@ def _fit(
         dtype=machines.dtype,
         use_gpu=machines.workers.use_gpu,
         data=data,
+        packing=packing,
         schedule=schedule,
         run_uri=run.uri,
         resume=inputs.resume.checkpoint,

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rayswift.errors import UserError
 from rayswift.train.deepspeed import check_precision, deepspeed_config
+
+if TYPE_CHECKING:
+    from rayswift.train.config import PackedPlan
 
 
 def find_model(args: Any) -> str:
@@ -42,11 +45,17 @@ def compute_dtype(args: Any, model_dir: str, use_gpu: bool) -> str:
     return dtype
 
 
-def build_model(args: Any, model_dir: str, dtype: str, use_gpu: bool) -> Any:
+def build_model(args: Any, model_dir: str, dtype: str, packing: PackedPlan | None) -> Any:
     """The model to train, with its adapter if it gets one."""
     from rayswift.modeling.adapters import add_lora, freeze_for_full, load_adapter
 
-    model = _load(args, model_dir, dtype, use_gpu)
+    if packing is None:
+        model = _load(args, model_dir, dtype, args.attn_impl)
+    else:
+        from rayswift.modeling.packed_rows import keep_rows_apart  # with it our attention gets known
+
+        model = _load(args, model_dir, dtype, packing.attention)
+        keep_rows_apart(model, packing.by_row)
     model.config.use_cache = False
     if args.train_type == "full":
         freeze_for_full(model, args)
@@ -60,12 +69,12 @@ def build_model(args: Any, model_dir: str, dtype: str, use_gpu: bool) -> Any:
     return model
 
 
-def reference_model(args: Any, model_dir: str, dtype: str, use_gpu: bool) -> Any:
+def reference_model(args: Any, model_dir: str, dtype: str) -> Any:
     """The frozen model that full training is compared with: ``--ref_model``, else the one in ``model_dir``. None for
     adapters, which are switched off instead."""
     if args.train_type != "full":
         return None
-    return _load(args, _reference_dir(args) if args.ref_model else model_dir, dtype, use_gpu)
+    return _load(args, _reference_dir(args) if args.ref_model else model_dir, dtype, args.attn_impl)
 
 
 def _reference_dir(args: Any) -> str:
@@ -74,7 +83,7 @@ def _reference_dir(args: Any) -> str:
     return resolve_model(args.ref_model, revision=args.ref_model_revision, use_hf=args.use_hf, token=args.hub_token)
 
 
-def _load(args: Any, model_dir: str, dtype: str, use_gpu: bool) -> Any:
+def _load(args: Any, model_dir: str, dtype: str, attn_impl: str | None) -> Any:
     """A model as it is trained.
 
     Full training keeps float32 master weights: DeepSpeed makes its own from half-precision ones, without it the model
@@ -85,20 +94,7 @@ def _load(args: Any, model_dir: str, dtype: str, use_gpu: bool) -> Any:
     return load_model(
         model_dir,
         torch_dtype="float32" if args.train_type == "full" and not args.deepspeed else dtype,
-        attn_impl=_attention(args, use_gpu),
+        attn_impl=attn_impl,
         trust_remote_code=args.trust_remote_code,
         model_kwargs=args.model_kwargs,
     )
-
-
-def _attention(args: Any, use_gpu: bool) -> str | None:
-    """``--attn_impl``; where rows are joined and nothing is said, what does not work across them."""
-    if not (args.packing or args.padding_free) or args.attn_impl not in (None, "sdpa"):
-        return args.attn_impl
-    from transformers.utils import is_flash_attn_2_available
-
-    if args.attn_impl is None and use_gpu and is_flash_attn_2_available():
-        return "flash_attention_2"
-    from rayswift.modeling import varlen_attention
-
-    return varlen_attention.NAME

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -162,6 +164,121 @@ def test_ones_own_questions_in_csv(small_endpoint: str, tmp_path: Path) -> None:
     run(small_endpoint, "general_mcq", eval_dataset_args={"general_mcq": {"local_path": str(path)}})
     (folder,) = run_folders("native")
     assert [one["expected"] for one in answers(folder / "small" / "general_mcq")] == ["B", "A"]
+
+
+@pytest.mark.parametrize(
+    ("row", "settings", "instruction"),
+    [
+        ("Which planet is red?,Mars,Venus,A", {}, "Answer the following multiple choice question."),
+        ("哪颗行星是红色的?,火星,金星,A", {}, "回答下面的单项选择题"),
+        ("What does 你好 mean in English?,hello,goodbye,A", {}, "Answer the following multiple choice question."),
+        ("Which are planets?,Mars,Venus,AB", {"extra_params": {"multiple_correct": True}},
+         "Answer the following multiple choice question where multiple answers may be correct."),
+        ("Which planet is red?,Mars,Venus,A", {"prompt_template": "{question}\n{choices}"}, "Which planet is red?"),
+    ],
+)  # fmt: skip
+def test_an_exam_is_asked_in_its_own_language(
+    small_endpoint: str, tmp_path: Path, row: str, settings: dict[str, Any], instruction: str
+) -> None:
+    pytest.importorskip("evalscope")
+    path = tmp_path / "exam.csv"
+    path.write_text(f"question,A,B,answer\n{row}\n")
+    run(small_endpoint, "general_mcq", eval_dataset_args={"general_mcq": {"local_path": str(path), **settings}})
+    (folder,) = run_folders("native")
+    (found,) = answers(folder / "small" / "general_mcq")
+    assert found["prompt"].startswith(instruction)
+
+
+class Api:
+    """An endpoint of one model that answers with the statuses it is given, then with a text."""
+
+    def __init__(self, statuses: list[int], models: list[dict[str, Any]]) -> None:
+        self.asked: list[dict[str, Any]] = []
+        api = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                self.answer(200, {"object": "list", "data": models})
+
+            def do_POST(self) -> None:
+                api.asked.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+                status = statuses[min(len(api.asked), len(statuses)) - 1]
+                text = {"choices": [{"index": 0, "text": "7"} for _ in api.asked[-1]["prompt"]]}
+                self.answer(status, text if status == 200 else {"error": {"message": "no such thing"}})
+
+            def answer(self, status: int, body: dict[str, Any]) -> None:
+                content = json.dumps(body).encode()
+                self.send_response(status)
+                self.send_header("Content-Type", "application/json")
+                self.send_header("Content-Length", str(len(content)))
+                self.end_headers()
+                self.wfile.write(content)
+
+            def log_message(self, *_: Any) -> None: ...
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server.server_port}/v1"
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+
+
+@pytest.mark.parametrize(
+    ("statuses", "requests", "score"), [([400], 1, None), ([503, 503, 200], 3, 0.0), ([503, 404], 2, None)]
+)
+def test_what_is_refused_is_asked_once_and_the_key_is_in_no_log(
+    smollm2_dir: str,
+    statuses: list[int],
+    requests: int,
+    score: float | None,
+    caplog: pytest.LogCaptureFixture,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    pytest.importorskip("lm_eval")
+    api = Api(statuses, [{"id": "m", "object": "model", "max_model_len": 64}])
+    settings = {"model": smollm2_dir, "api_key": "sk-of-the-test", "eval_limit": 1}
+    if score is None:
+        text = refused(api.url, "gsm8k", backend="lm-eval", **settings)
+        assert text == f"--eval_dataset gsm8k: the endpoint refused it: HTTP {statuses[-1]}: " + (
+            '{"error": {"message": "no such thing"}}'
+        )
+    else:
+        (scores,) = run(api.url, "gsm8k", backend="lm-eval", **settings).values()
+        assert scores["gsm8k"] == score
+    assert len(api.asked) == requests
+    # The prompt is cut to what the endpoint lists.
+    assert all(len(prompt) < 64 for body in api.asked for prompt in body["prompt"])
+    written = caplog.text + "".join(capfd.readouterr())
+    assert "sk-of-the-test" not in written
+    assert all(other not in written for other in ("fatal: not a git", "Requesting API", "it/s]"))
+
+
+@pytest.mark.parametrize(
+    ("models", "settings", "longest"),
+    [
+        ([{"id": "m", "max_model_len": 4096}], {}, 4096),
+        ([{"id": "base", "max_model_len": 512}, {"id": "m", "parent": "base", "max_model_len": None}], {}, 512),
+        ([{"id": "m"}], {"vllm_max_model_len": 777}, 777),
+        ([{"id": "m"}], {"model": "SMOLLM2"}, 8192),
+        ([{"id": "m"}], {}, 2048),
+    ],
+)
+def test_prompts_are_as_long_as_the_endpoint_lists(
+    smollm2_dir: str,
+    models: list[dict[str, Any]],
+    settings: dict[str, Any],
+    longest: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pytest.importorskip("lm_eval")
+    from rayswift.eval.backends.lm_eval import Harness
+    from rayswift.serve.running import Endpoint
+
+    warned: list[str] = []
+    monkeypatch.setattr("rayswift.eval.backends.lm_eval.logger.warning", lambda text, *_: warned.append(text))
+    api = Api([200], models)
+    tokenizer = smollm2_dir if settings.pop("model", None) else None
+    args: Any = make_arguments("eval", eval_url=api.url, eval_dataset=["gsm8k"], eval_backend="lm-eval", **settings)
+    assert Harness(args)._max_length(Endpoint(api.url, None, "m"), tokenizer) == longest
+    assert len(warned) == (longest == 2048)
 
 
 class OneQuestion:

@@ -20,12 +20,13 @@ RIGHT = (
     "<think>7</think><answer>{}</answer> I counted 3 times.", "Answer: {} clips", "It costs ${}", "{}.00",
 )  # fmt: skip
 WRONG = (
-    "#### {}1", "We get $\\boxed{{-{}}}$, and {}.", "The answer is not known", "{} is too many, it is 123456",
+    "#### {}1", "We get $\\boxed{{-{}}}$, and {}.", "{} is too many, it is 123456",
     "<answer>{}5</answer> {}", "", "{}.5",
 )  # fmt: skip
+UNDECIDED = ("The answer is not known", "Eighteen dollars.", "Let us see.\nShe has them all.")
 
 
-def scores(name: str, said: str, right: str) -> float:
+def scores(name: str, said: str, right: str) -> float | None:
     request = InferRequest(messages=[{"role": "user", "content": "?"}, {"role": "assistant", "content": said}])
     return make_reward("--orm_model", name, orms).scores([request], [right])[0]
 
@@ -39,8 +40,23 @@ def test_every_gsm8k_row_accepts_its_answer_in_any_spelling_and_nothing_else(nam
             assert scores(name, said.format(number), row["answer"]) == 1.0, said.format(number)
         for said in WRONG:
             assert scores(name, said.format(number, number), row["answer"]) == 0.0, said.format(number, number)
+        for said in UNDECIDED:
+            assert scores(name, said, row["answer"]) is None, said
         other = int(number.replace(",", "")) + 1
         assert scores(name, f"#### {other:,}", row["answer"]) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("said", "right", "score"),
+    [
+        ("Eighteen.", "#### 18", None), ("The answer is eighteen.", "18", None), ("18", "eighteen", None),
+        ("It is Paris.", "Paris", None), ("Paris has 3 airports", "Paris", None), ("Paris", "paris", 1.0),
+        ("London", "Paris", 0.0), ("The answer is New York", "Paris", 0.0), ("no", "yes", 0.0), ("", "18", 0.0),
+        ("x+y", "2x", 0.0), (r"$\sqrt{x}$", "3", 0.0), (r"\boxed{17}", "18", 0.0), ("Seventeen", "one\nor two", None),
+    ],
+)  # fmt: skip
+def test_words_beside_numbers_are_undecided_not_wrong(said: str, right: str, score: float | None) -> None:
+    assert scores("math", said, right) == score
 
 
 @pytest.mark.parametrize(
@@ -90,7 +106,7 @@ def test_the_last_box_whose_braces_close_is_the_answer() -> None:
 @pytest.mark.parametrize("text", ["\\boxed{" * 20000, "<answer>" * 20000, "$$ " * 20000, "9" * 100000, "{" * 50000])
 def test_hostile_texts_cost_no_time(text: str) -> None:
     start = time.monotonic()
-    assert scores("math", text, "#### 72") == 0.0
+    assert not scores("math", text, "#### 72")
     assert time.monotonic() - start < 5
 
 

@@ -42,6 +42,16 @@ def test_a_text_is_kept_once() -> None:
     assert kept(rules, ["a", "a", "x", "b"], "a", [1, 1, 0, 1, 1]) == [("a", "x"), ("b", "x")]
 
 
+def test_what_a_reward_cannot_judge_is_neither_kept_nor_rejected() -> None:
+    counts = SampleStats()
+    rules = SelectionRules(orm=True, prm=True, n_best_to_keep=5, easy_query_threshold=0.6)
+    found = choose(rules, ["words", "a", "b", "c"], "gold", [None, 1, 0, 1, 1], [0.1, 0.9, 0.2, None, 0.3], counts)
+    assert found == [("a", "b"), ("gold", "b")]
+    assert (counts.right, counts.undecided) == (1, 2)
+    assert "2 undecided" in SampleStats(undecided=2, scored=True).describe()
+    assert kept(SelectionRules(orm=True, prm=False), ["a", "b"], None, [None, None]) == []
+
+
 @pytest.mark.parametrize(("threshold", "dropped"), [(None, False), (0.5, True), (0.75, False), (1.0, False)])
 def test_easy_prompts_are_dropped_by_the_share_of_sampled_answers(threshold: float | None, dropped: bool) -> None:
     counts = SampleStats()

@@ -113,6 +113,7 @@ def test_joined_rows_restart_their_positions_and_never_predict_each_other() -> N
         "loss_scale": [[0.0, 2.0, 0.5, 1.0, 1.0]],
         "cu_seq_lens_q": [0, 3, 5],
         "cu_seq_lens_k": [0, 3, 5],
+        "seq_idx": [[0, 0, 0, 1, 1]],
     }
 
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
-from collections.abc import Iterator
+import sys
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -50,6 +52,34 @@ def without_bars() -> Iterator[None]:
     """Progress bars of reading a few files are not worth the lines."""
     with contextlib.redirect_stderr(io.StringIO()):
         yield
+
+
+@contextlib.contextmanager
+def own_progress(name: str, count: Callable[[], tuple[int, int | None]]) -> Iterator[None]:
+    """One bar in place of a library's many, in a terminal only. ``count`` says what is done, of how many."""
+    from tqdm import tqdm
+
+    over = threading.Event()
+    bar = tqdm(desc=name, unit="question", file=sys.stderr, disable=None)
+
+    def show() -> None:
+        bar.n, bar.total = count()
+        bar.refresh()
+
+    def watch() -> None:
+        while not over.wait(1):
+            show()
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    try:
+        with contextlib.nullcontext() if is_debugging() else without_bars():
+            yield
+    finally:
+        over.set()
+        watcher.join()
+        show()
+        bar.close()
 
 
 def is_debugging() -> bool:

@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rayswift.errors import UserError, one_line
-from rayswift.eval.backends.base import generation_flags, is_debugging, own_logging, without_bars
+from rayswift.eval.backends.base import generation_flags, is_debugging, own_logging, own_progress, without_bars
 from rayswift.eval.benchmarks import QUESTION_SETS, Benchmark, require_known
 from rayswift.eval.local_data import data_line, lay_out
 from rayswift.eval.models import EvalEndpoint, EvalModel
-from rayswift.eval.question_sets import lay_out_questions
+from rayswift.eval.question_sets import is_chinese, lay_out_questions
 from rayswift.eval.results import Question, Result
 from rayswift.serve.running import Endpoint
 
@@ -39,6 +39,7 @@ class Native:
         self.args = args
         self.dataset_args: dict[str, dict[str, Any]] = {}
         self.shots: dict[str, int] = {}
+        self.sizes: dict[str, int] = {}
         if ours := [name for name in _OURS if name in args.extra_eval_args]:
             raise UserError(f"--extra_eval_args: {ours[0]} is set by other flags of rayswift eval; leave it out")
         # EvalScope logs each step: its log file keeps them, the terminal gets what went wrong.
@@ -63,6 +64,7 @@ class Native:
             raise
         except Exception as error:
             raise UserError(data_line(benchmark, error)) from None
+        self.sizes[benchmark.asked] = rows
         if not rows:
             raise UserError(f"--eval_dataset {benchmark.asked}: no questions in its data")
         try:
@@ -84,6 +86,8 @@ class Native:
         if benchmark.name in QUESTION_SETS:
             data, subsets = lay_out_questions(benchmark)
             settings["subset_list"] = subsets
+            if benchmark.name == "general_mcq" and not is_chinese(data.path):  # EvalScope would ask in Chinese
+                settings.setdefault("prompt_template", _english_exam(settings.get("extra_params", {})))
         else:
             own = meta.default_subset not in (None, "default") and meta.default_subset not in meta.subset_list
             subsets = [meta.default_subset] if own else list(meta.subset_list)
@@ -109,8 +113,14 @@ class Native:
         from evalscope import run_task
 
         task = self._task(benchmark, self.dataset_args[benchmark.asked], endpoint, folder)
+        predictions, total = folder / "predictions", self.sizes[benchmark.asked]
+
+        def count() -> tuple[int, int]:
+            return sum(file.read_bytes().count(b"\n") for file in predictions.rglob("*.jsonl")), total
+
         try:
-            report = run_task(task)[benchmark.name]
+            with own_progress(f"{model.label} {benchmark.asked}", count):
+                report = run_task(task)[benchmark.name]
         except UserError:
             raise
         except Exception as error:
@@ -164,6 +174,14 @@ class Native:
             return TaskConfig(**values)
         except Exception as error:  # pydantic's, which names the field
             raise UserError(f"--eval_generation_config or --extra_eval_args: {one_line(error)}") from None
+
+
+def _english_exam(kind: dict[str, Any]) -> str:
+    """EvalScope's own English words for the kind of exam that it is."""
+    from evalscope.utils.multi_choices import MultipleChoiceTemplate
+
+    many = "MULTIPLE_ANSWER" if kind.get("multiple_correct") else "SINGLE_ANSWER"
+    return str(getattr(MultipleChoiceTemplate, f"{many}_COT" if kind.get("use_cot") else many))
 
 
 def _metric_name(identity: Any) -> str:

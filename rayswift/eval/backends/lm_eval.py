@@ -13,13 +13,15 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rayswift import private
 from rayswift.errors import UserError, one_line
-from rayswift.eval.backends.base import generation_flags, is_debugging, own_logging, without_bars
+from rayswift.eval.backends.base import generation_flags, is_debugging, own_logging, own_progress, without_bars
 from rayswift.eval.benchmarks import QUESTION_SETS, Benchmark, require_known
 from rayswift.eval.local_data import LocalData, data_line, lay_out
 from rayswift.eval.models import EvalEndpoint, EvalModel
 from rayswift.eval.question_sets import SPLITS, lay_out_questions
 from rayswift.eval.results import Question, Result
+from rayswift.modeling.loading import read_config
 from rayswift.serve.running import Endpoint
 
 if TYPE_CHECKING:
@@ -30,6 +32,7 @@ logger = logging.getLogger("rayswift.eval.backends.lm_eval")
 #: Settings of ``simple_evaluate`` that ``--extra_eval_args`` may set; ``model_args`` and ``tokenizer`` are ours.
 _EXTRA = ("apply_chat_template", "fewshot_as_multiturn", "system_instruction", "confirm_run_unsafe_code", "metadata")
 _RETRIES = 8  # about a minute: a replica that is started again
+_UNKNOWN_LENGTH = 2048  # the harness's own
 _ANSWERED_BY_LIKELIHOOD = ("multiple_choice", "loglikelihood", "loglikelihood_rolling")
 
 
@@ -48,6 +51,7 @@ class Harness:
             from lm_eval.tasks import TaskManager
         if not is_debugging():
             logging.getLogger("lm_eval").setLevel(logging.ERROR)
+        private.without_git_hash()
 
         self.manager = TaskManager(metadata=args.extra_eval_args.get("metadata"))
 
@@ -152,6 +156,8 @@ class Harness:
     def run(self, benchmark: Benchmark, model: EvalModel, endpoint: Endpoint, folder: Path) -> Result:
         from lm_eval.evaluator import simple_evaluate
 
+        from rayswift.eval.backends.lm_eval_client import RefusedRequest
+
         args, loaded = self.args, self.tasks[benchmark.asked]
         inner = {child for children in loaded["group_map"].values() for child in children}
         for task in loaded["tasks"].values():  # a task keeps the requests and answers of its last run
@@ -160,20 +166,24 @@ class Harness:
         extra = {name: value for name, value in args.extra_eval_args.items() if name in _EXTRA and name != "metadata"}
         if args.eval_url and args.system:
             extra.setdefault("system_instruction", args.system)
+        client = self._model(benchmark, model, endpoint)
         try:
-            found = simple_evaluate(
-                model=self._model(benchmark, model, endpoint),
-                tasks=[group for name, group in loaded["groups"].items() if name not in inner]  # the outermost
-                or list(loaded["tasks"].values()),
-                task_manager=self.manager,
-                limit=args.eval_limit,
-                use_cache=str(folder / "requests"),
-                gen_kwargs=self._generation() or None,
-                bootstrap_iters=0,
-                **extra,
-            )
+            with own_progress(f"{model.label} {benchmark.asked}", lambda: (client.answered, client.asked)):
+                found = simple_evaluate(
+                    model=client,
+                    tasks=[group for name, group in loaded["groups"].items() if name not in inner]  # the outermost
+                    or list(loaded["tasks"].values()),
+                    task_manager=self.manager,
+                    limit=args.eval_limit,
+                    use_cache=str(folder / "requests"),
+                    gen_kwargs=self._generation() or None,
+                    bootstrap_iters=0,
+                    **extra,
+                )
         except UserError:
             raise
+        except RefusedRequest as error:
+            raise UserError(f"--eval_dataset {benchmark.asked}: the endpoint refused it: {error}") from None
         except Exception as error:
             raise UserError(
                 f"--eval_dataset {benchmark.asked}: lm-eval stopped ({one_line(error)}); the same command goes on with "
@@ -192,8 +202,7 @@ class Harness:
 
     def _model(self, benchmark: Benchmark, model: EvalModel, endpoint: Endpoint) -> Any:
         """The harness's client of the endpoint."""
-        import openai
-        from lm_eval.models.openai_completions import LocalCompletionsAPI
+        from rayswift.eval.backends.lm_eval_client import Client
 
         extra = self.args.extra_eval_args
         tokenizer = extra.get("tokenizer") or model.tokenizer
@@ -204,20 +213,39 @@ class Harness:
             )
         # The harness has no other way in for the key.
         os.environ["OPENAI_API_KEY"] = endpoint.api_key or os.environ.get("OPENAI_API_KEY", "")
-        # The harness cuts prompts on the left that are longer than what the endpoint says about its model.
-        client = openai.OpenAI(base_url=endpoint.base_url, api_key=endpoint.api_key or "none")
-        said = (getattr(one, "max_model_len", None) for one in client.models.list() if one.id == endpoint.model)
-        length = next((int(length) for length in said if length), self.args.vllm_max_model_len or 2048)
-        return LocalCompletionsAPI(
-            base_url=f"{endpoint.base_url.rstrip('/')}/completions",
-            model=endpoint.model,
-            tokenizer=tokenizer,
-            tokenizer_backend="huggingface" if tokenizer else None,
-            num_concurrent=max(2, self.args.eval_num_proc),  # one at a time would retry without an end
-            max_retries=_RETRIES,
-            max_length=length,
+        settings = {
+            "base_url": f"{endpoint.base_url.rstrip('/')}/completions",
+            "model": endpoint.model,
+            "tokenizer": tokenizer,
+            "tokenizer_backend": "huggingface" if tokenizer else None,
+            "num_concurrent": max(2, self.args.eval_num_proc),  # one at a time would retry without an end
+            "max_retries": _RETRIES,
             **extra.get("model_args", {}),
-        )
+        }
+        if "max_length" not in settings:
+            settings["max_length"] = self._max_length(endpoint, tokenizer)
+        return Client(**settings)
+
+    def _max_length(self, endpoint: Endpoint, tokenizer: str | None) -> int:
+        """The longest prompt: the harness cuts longer ones on the left. As the endpoint says of its model (of an
+        adapter: or of what it adapts), else ``--vllm_max_model_len``, else what the model was made for."""
+        import openai
+
+        client = openai.OpenAI(base_url=endpoint.base_url, api_key=endpoint.api_key or "none")
+        served = {one.id: one for one in client.models.list()}
+        own = served.get(endpoint.model)
+        said = [getattr(one, "max_model_len", None) for one in (own, served.get(getattr(own, "parent", None) or ""))]
+        if tokenizer and os.path.isdir(tokenizer):
+            made_for = read_config(tokenizer).get("max_position_embeddings")
+        else:
+            made_for = None
+        length = next((int(one) for one in (*said, self.args.vllm_max_model_len, made_for) if one), None)
+        if length is None:
+            logger.warning(
+                "%s does not say how long a prompt may be: longer ones than %d tokens are cut; say it with "
+                "--extra_eval_args '{\"model_args\": {\"max_length\": N}}'", endpoint.base_url, _UNKNOWN_LENGTH - 1,
+            )  # fmt: skip
+        return length or _UNKNOWN_LENGTH
 
 
 def _splits(

@@ -1,0 +1,141 @@
+"""How joined rows (``--packing``, ``--padding_free``) are trained: tried once for each model and set of libraries."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rayswift.console import say
+from rayswift.data.tokens.arrow_files import default_root
+from rayswift.errors import UserError, one_line
+from rayswift.files import write_whole
+from rayswift.train.config import PackedPlan
+from rayswift.train.deepspeed import deepspeed_config, zero_stage
+
+if TYPE_CHECKING:
+    from rayswift.cluster import Workers
+
+#: What computes joined rows, beside our own code.
+_LIBRARIES = ("torch", "transformers", "kernels", "flash-attn", "flash-linear-attention", "fla-core", "causal-conv1d",
+              "mamba-ssm")  # fmt: skip
+_CODE = ("train/collate.py", "train/packing_check.py", "modeling/packed_rows.py", "modeling/varlen_attention.py")
+
+
+@dataclass(frozen=True)
+class _Trial:
+    """What decides how a model trains joined rows. ``longest``: tokens of a joined sequence; ``model``: its folder, or
+    its hub id where nodes fetch it themselves."""
+
+    model: str
+    model_revision: str | None
+    use_hf: bool
+    trust_remote_code: bool
+    model_kwargs: dict[str, Any]
+    attn_impl: str | None
+    dtype: str
+    use_gpu: bool
+    longest: int | None
+
+
+def packing_plan(args: Any, model_dir: str, dtype: str, workers: Workers) -> PackedPlan | None:
+    """How the model trains joined rows; None where none are joined.
+
+    A verdict is kept in this machine's cache. A new one takes seconds, in a process on a machine that trains.
+
+    Raises:
+        UserError: it would train them otherwise than alone; says which layers do.
+    """
+    from rayswift.modeling.loading import read_config
+
+    if not (args.packing or args.padding_free):
+        return None
+    row = args.max_length or read_config(model_dir).get("max_position_embeddings")
+    packed = args.packing_length if args.packing and args.packing_length else row
+    trial = _Trial(
+        model_dir if os.path.isdir(args.model) else args.model, args.model_revision, args.use_hf,
+        args.trust_remote_code, args.model_kwargs or {}, args.attn_impl, dtype, workers.use_gpu,
+        packed and packed * args.per_device_train_batch_size,
+    )  # fmt: skip
+    kept = Path(default_root()) / "packing" / f"{_key(trial, model_dir)}.json"
+    try:
+        verdict = json.loads(kept.read_text("utf-8"))
+    except (OSError, ValueError):
+        verdict = _tried(trial, workers, args.hub_token)
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(kept, json.dumps(verdict))
+    if "refused" in verdict:
+        raise UserError(verdict["refused"])
+    plan = PackedPlan(verdict["attention"], tuple(verdict["by_row"]))
+    if plan.by_row and zero_stage(deepspeed_config(args.deepspeed)) == 3:
+        # It gathers a layer's weights at each call, on all workers: they would wait for each other, or for weights.
+        raise UserError(
+            f"--packing/--padding_free: {', '.join(plan.by_row)} takes one row at a time, which ZeRO-3 does not allow; "
+            "use --deepspeed zero2, or drop the flag"
+        )
+    say(f"joined rows: attention {plan.attention}" + (f"; one row at a time in {', '.join(plan.by_row)}" if plan.by_row
+                                                      else ""))  # fmt: skip
+    return plan
+
+
+def _key(trial: _Trial, model_dir: str) -> str:
+    """What a verdict depends on: the model's configuration and code, the libraries, this program, the settings."""
+    own = Path(__file__).parents[1]
+    files = [Path(model_dir, "config.json"), *sorted(Path(model_dir).glob("*.py")), *(own / name for name in _CODE)]
+    settings = asdict(trial) | {"model": None, "versions": list(_versions())}
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
+    for file in files:
+        digest.update(hashlib.sha256(file.read_bytes()).digest())
+    return digest.hexdigest()[:40]
+
+
+def _versions() -> Iterator[str]:
+    for name in _LIBRARIES:
+        try:
+            yield f"{name} {importlib.metadata.version(name)}"
+        except importlib.metadata.PackageNotFoundError:
+            continue
+
+
+def _tried(trial: _Trial, workers: Workers, hub_token: str | None) -> dict[str, Any]:
+    import ray
+
+    resources = dict(workers.resources_per_worker)
+    options = {"num_cpus": resources.pop("CPU", 0), "num_gpus": resources.pop("GPU", 0), "resources": resources}
+    return ray.get(ray.remote(**options, max_calls=1)(try_packing).remote(trial, hub_token))
+
+
+def try_packing(trial: _Trial, hub_token: str | None = None) -> dict[str, Any]:
+    """The plan as a dict, or ``{"refused": why}``. For a process of its own: it leaves PyTorch with one thread."""
+    import torch
+    from transformers import AutoConfig
+    from transformers.utils import is_flash_attn_2_available
+    from transformers.utils import logging as transformers_logging
+
+    from rayswift.hub import resolve_model
+    from rayswift.modeling import varlen_attention
+    from rayswift.modeling.loading import ATTN_IMPLS
+    from rayswift.train.packing_check import check_packing
+
+    torch.set_num_threads(1)  # many small products: threads would only wait for each other
+    transformers_logging.set_verbosity_error()
+    if trial.attn_impl not in (None, "sdpa"):
+        choices = [ATTN_IMPLS.get(trial.attn_impl, trial.attn_impl)]
+    else:
+        flash = trial.attn_impl is None and trial.use_gpu and is_flash_attn_2_available()
+        choices = [*(["flash_attention_2"] if flash else []), varlen_attention.NAME, "sdpa", "eager"]
+    trust = {"trust_remote_code": trial.trust_remote_code}
+    try:
+        model_dir = resolve_model(trial.model, revision=trial.model_revision, use_hf=trial.use_hf, token=hub_token)
+        config, _ = AutoConfig.from_pretrained(
+            model_dir, local_files_only=True, return_unused_kwargs=True, **trust, **trial.model_kwargs
+        )
+        dtype, device = (getattr(torch, trial.dtype), "cuda") if trial.use_gpu else (torch.float32, "cpu")
+        return asdict(check_packing(config, choices, dtype, device, trial.longest, **trust))
+    except Exception as error:  # whatever a configuration or its code does
+        return {"refused": f"--packing/--padding_free: {one_line(error).removeprefix('--packing/--padding_free: ')}"}
