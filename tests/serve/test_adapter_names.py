@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from safetensors.numpy import save_file
 
 from rayswift.generate.model_spec import ModelSpec
 from rayswift.serve.gateway.adapters import AdapterRegistry
+from rayswift.serve.gateway.shared import Counters, SharedState
 from rayswift.serve.replica.adapters import AdapterLoader, AdapterRefused, check_name
 
 HIDDEN = 8
@@ -27,6 +29,11 @@ def write_adapter(folder: Path, *, rank: int = 4, hidden: int = HIDDEN, **config
     }
     save_file(tensors, folder / "adapter_model.safetensors")
     return folder
+
+
+def registry_of(start: dict[str, str], root: str | None) -> AdapterRegistry:
+    """The names of a gateway that is alone."""
+    return AdapterRegistry("m", start, root, SharedState(None, Counters()))
 
 
 @pytest.fixture
@@ -47,38 +54,39 @@ def loader(root: Path, tmp_path: Path) -> AdapterLoader:
 
 
 def test_every_adapter_below_the_root_can_be_asked_for(root: Path) -> None:
-    registry = AdapterRegistry({"start": "/somewhere"}, str(root))
-    assert registry.names() == ["one", "run/checkpoint-10", "start"]
-    assert [registry.key_of(name) for name in registry.names()] == registry.names()
-    assert registry.key_of("two") is None
+    registry = registry_of({"start": "/somewhere"}, str(root))
+    names = asyncio.run(registry.names())
+    assert names == ["one", "run/checkpoint-10", "start"]
+    assert [asyncio.run(registry.key_of(name)) for name in names] == names
+    assert asyncio.run(registry.key_of("two")) is None
 
 
 @pytest.mark.parametrize("name", ["../root/one", "/etc", "a/../b", "a//b", "", ".hidden", "a b", "a\0", "x" * 201])
 def test_names_that_are_paths_elsewhere_are_refused(root: Path, name: str) -> None:
-    assert AdapterRegistry({}, str(root)).key_of(name) is None
+    assert asyncio.run(registry_of({}, str(root)).key_of(name)) is None
     with pytest.raises(AdapterRefused) as refused:
         check_name(name)
     assert refused.value.status == 400
 
 
 def test_a_client_can_give_an_adapter_below_the_root_a_name(root: Path) -> None:
-    registry = AdapterRegistry({"start": "/somewhere"}, str(root))
-    assert registry.add("mine", "run/checkpoint-10") == "mine=run/checkpoint-10"
-    assert registry.key_of("mine") == "mine=run/checkpoint-10"
-    assert registry.add("also", str(root / "one")) == "also=one"
+    registry = registry_of({"start": "/somewhere"}, str(root))
+    assert asyncio.run(registry.add("mine", "run/checkpoint-10")) == "mine=run/checkpoint-10"
+    assert asyncio.run(registry.key_of("mine")) == "mine=run/checkpoint-10"
+    assert asyncio.run(registry.add("also", str(root / "one"))) == "also=one"
     for path, status in (("/etc", 403), ("s3://bucket/x", 403), ("../x", 400), ("nothing", 404), ("", 400)):
         with pytest.raises(AdapterRefused) as refused:
-            registry.add("new", path)
+            asyncio.run(registry.add("new", path))
         assert refused.value.status == status, path
     with pytest.raises(AdapterRefused):
-        registry.add("start", "one")
-    registry.remove("mine")
-    assert registry.key_of("mine") is None
+        asyncio.run(registry.add("start", "one"))
+    asyncio.run(registry.remove("mine"))
+    assert asyncio.run(registry.key_of("mine")) is None
 
 
 def test_without_a_root_nothing_is_loaded_later() -> None:
     with pytest.raises(AdapterRefused) as refused:
-        AdapterRegistry({}, None).add("new", "one")
+        asyncio.run(registry_of({}, None).add("new", "one"))
     assert refused.value.status == 403
 
 

@@ -142,7 +142,7 @@ def vllm_server(every_family: str) -> Callable[..., Server]:
     return make
 
 
-@pytest.mark.parametrize("family", ["chatml", "qwen3", "llama3", "deepseek_v3_1", "glm4", "mistral_2501", "default"])
+@pytest.mark.parametrize("family", ["chatml", "qwen3", "llama3", "deepseek_v3_1", "glm4", "chatglm4", "qwen3_coder"])
 def test_a_request_to_vllm_has_the_ids_of_training(family: str, vllm_server: Callable[..., Server]) -> None:
     server, encoder = vllm_server(), Encoder(vllm_server().online.renderer.tokenizer.name_or_path, template=family)
     loop = read_messages([*LOOP[:-1], {**LOOP[-1], "content": "sunny"}]).messages
