@@ -117,7 +117,11 @@ def one_of(flag: str, value: str, choices: Sequence[str]) -> None:
 
 @dataclass
 class LoadedTemplate:
-    """What an encoder works with; `template` None is bare mode. `prompt_template` lays out generation prompts."""
+    """What an encoder works with; `template` None is bare mode. `prompt_template` lays out generation prompts.
+
+    `prompt_thinking`: `enable_thinking` of generation prompts. In training a flag that is not given leaves the mark of
+    no thinking in front of answers without a thought (SWIFT's `add_non_thinking_prefix`).
+    """
 
     tokenizer: Any
     template: Template | JinjaTemplate | None
@@ -127,6 +131,7 @@ class LoadedTemplate:
     eos: str
     agent: AgentFormat | None
     options: RenderOptions
+    prompt_thinking: bool | None
 
     @property
     def name(self) -> str:
@@ -187,9 +192,10 @@ class LoadedTemplate:
         conversation = self.conversation(messages, tools)
         if not conversation.rounds:  # a system text alone: the reply follows it, as in a row that starts with a reply
             conversation.rounds.append(Round(None))
+        options = replace(self.options, enable_thinking=self.prompt_thinking)
         if self.prompt_template is None:
-            return render_plain(conversation, self.options, self.bos, "")
-        return self.prompt_template.render_prompt(conversation, self.options)
+            return render_plain(conversation, options, self.bos, "")
+        return self.prompt_template.render_prompt(conversation, options)
 
 
 # A server asks with an encoder per adapter and thinking mode.
@@ -206,15 +212,17 @@ def load_template(settings: TemplateSettings) -> LoadedTemplate:
         settings.system,
         settings.loss_scale,
         settings.add_non_thinking_prefix,
-        _thinks_by_default(template, tokenizer) if settings.enable_thinking is None else settings.enable_thinking,
+        settings.enable_thinking,
         settings.response_prefix,
     )
+    thinking = settings.enable_thinking
+    prompt_thinking = _thinks_by_default(template, tokenizer) if thinking is None else thinking
     format_name = settings.agent_template or (template.agent if template else "raw")
     agent = get_agent_format(format_name) if format_name else None
     literals = (*(template.literals if template else ()), *(agent.literals if agent else ()))
     segments = _load_segments(tokenizer, literals, settings.new_special_tokens)
     return LoadedTemplate(
-        tokenizer, template, prompt_template, segments, bos, tokenizer.eos_token or "", agent, options
+        tokenizer, template, prompt_template, segments, bos, tokenizer.eos_token or "", agent, options, prompt_thinking
     )
 
 
