@@ -1,289 +1,389 @@
 """A template derived from the model's own chat template, for tokenizers that no family of `families.json` fits.
 
-A chat template is a program that writes text; nothing in it says which part the model is to learn. It is found by
-rendering: a reply starts where the rendering of the messages before it, with the generation prompt, ends; and it ends
-after the first special token that follows its content. To keep special-token strings in the content plain text, the
-rendering is done once per sequence of roles with placeholders as contents; each row is then filled into that
-*skeleton*, and checked against the real rendering.
+A chat template is a program that writes text; nothing in it says which part the model is to learn. What the model
+writes in a turn is what the rendering of the conversation up to that turn adds to the rendering of the messages before
+it with the generation prompt, up to the token that ends the turn. So each turn is rendered as the model will meet it in
+use. Where later renderings keep earlier turns as they were, one sample holds them all; where the template rewrites
+earlier turns (it leaves out their thoughts, most often), a row gives several samples, and each turn is trained once.
 """
 
 from __future__ import annotations
 
-import itertools
 import os.path
 import re
-from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple
 
-from rayswift.data.chat.conversation import Conversation, DropRow, Round
-from rayswift.data.chat.families import FIXED_DATE, RenderOptions, TextSpan, choose_system
+from rayswift.data.chat.agents import BadTool, read_tools, wrap_tool
+from rayswift.data.chat.conversation import Conversation, DropRow, Message
+from rayswift.data.chat.dialect import ANSWER, ANSWERED, ASKED, CALLED, NEXT, RESULT, THOUGHT, TOOLS, ChatTemplate
+from rayswift.data.chat.dialect import Dialect, find_dialect
+from rayswift.data.chat.families import RenderOptions, TextSpan
+from rayswift.data.chat.turns import Turn, protect, turns_of_conversation, turns_of_messages, unprotect
 
-_PLACEHOLDER = re.compile("\ue000(\\d+)\ue001")
-_EMPTY_THINK = re.compile(r"<think>\s*</think>\s*")
+_THINK_OPENS = re.compile(r"\s*<think>\s*")
 
 
-class Slot(NamedTuple):
-    """A part of a skeleton: template text, or (`message` ≥ 0) the content of that message. `reply`: index of the
-    assistant turn that this part is learned with, or −1."""
+class Reply(NamedTuple):
+    """An assistant turn in the context in which it is generated. `text`: the conversation up to the end of the turn;
+    the model writes what stands behind `start`. `rest`: what the template puts behind a last turn. `eos`: ends the turn
+    at the end of a sample, where the template never does."""
 
     text: str
-    message: int = -1
-    reply: int = -1
+    start: int
+    rest: str
+    eos: str
+
+
+class Ending(NamedTuple):
+    """How the template ends a turn. `rest`: behind the end of a last turn. `add`: the end that it only writes with the
+    next turn. `eos`: the end that it never writes. `word`: the end-of-turn token."""
+
+    rest: str
+    add: str
+    eos: str
+    word: str
 
 
 @dataclass
 class JinjaTemplate:
     """The layout of a tokenizer's own chat template.
 
-    `specials`: the special tokens of the tokenizer. `eos`: put after a last reply that the chat template leaves open.
+    `specials`: the tokens that are none in content. `eos`: put after a last reply that the chat template leaves open.
+    `stops`: the tokens at which the model's generation_config.json stops, if it says so.
     """
 
-    tokenizer: Any
+    chat: ChatTemplate
     specials: tuple[str, ...]
+    bos: str
     eos: str
+    stops: tuple[str, ...] = ()
     name: str = "jinja"
     agent: str | None = None
-    _skeletons: dict[tuple[str, ...], list[Slot] | DropRow] = field(default_factory=dict, repr=False)
 
     @property
     def literals(self) -> tuple[str, ...]:
-        """Template text in which special tokens count: what a one-round conversation shows of it."""
-        roles = ("user", "assistant", "user")
-        try:
-            return (*(slot.text for slot in self._skeleton(roles)), self.eos)
-        except DropRow:
-            return (self.eos,)
+        """Template text in which special tokens count."""
+        return (self.chat.source, *(ending.word for ending in self._endings), self.eos)
 
     @property
     def stop_words(self) -> tuple[str, ...]:
-        """The special token that ends a reply."""
-        try:
-            ends = [slot.text for slot in self._skeleton(("user", "assistant")) if slot.reply >= 0]
-        except DropRow:
-            return ()
-        return tuple(special for special in self.specials if ends[-1].endswith(special))
+        """The special tokens that end a turn."""
+        return tuple(dict.fromkeys(ending.word for ending in self._endings if ending.word))
 
-    def render(self, conversation: Conversation, options: RenderOptions) -> list[TextSpan]:
-        """Lay out a conversation for training.
+    @property
+    def takes_tools(self) -> bool:
+        """Whether the chat template shows tools and their calls."""
+        return self._dialect.tools and self._dialect.calls
+
+    def render(
+        self, row: Message, options: RenderOptions, conversation: Conversation | None = None
+    ) -> list[list[TextSpan]]:
+        """Lay out a row for training: one sample, or several where the chat template rewrites earlier turns.
+
+        `conversation`: the row with its tools as text, for an agent template; None: the chat template writes them.
 
         Raises:
-            DropRow: the chat template refuses the conversation, or rewrites it beyond recognition.
+            DropRow: the chat template refuses the row, or does not show what is in it.
         """
-        messages = _messages(conversation, options)
-        first = next((i for i, message in enumerate(messages) if message["role"] != "system"), 0)
+        turns, tools = self._read(row, options, conversation)
+        if options.scale.base != "all":
+            while turns and turns[-1].role != "assistant":
+                turns.pop()
+            if not turns:
+                raise DropRow("no assistant message")
         try:
-            slots = self._fill(messages)
+            return self._samples(turns, tools, options)
         except DropRow:
-            if messages[first]["role"] != "assistant":
+            first = next((i for i, turn in enumerate(turns) if turn.role != "system"), 0)
+            if turns[first].role != "assistant":
                 raise
-            # A chat template that refuses to start with a reply is given an empty query first.
-            messages.insert(first, {"role": "user", "content": ""})
-            slots = self._fill(messages)
-        weights: list[float] = []
-        rules: list[bool] = []
-        for index, round_ in enumerate(conversation.rounds):
-            if round_.reply is not None:
-                losses = {options.reply_weight(part, index >= conversation.last_round) for part in round_.reply}
-                if len(losses) > 1:
-                    raise DropRow("one assistant turn with and without loss needs a template family (--template)")
-                weights.append(losses.pop())
-                rules.append(round_.reply[0].loss_scale is None)
-        if weights and slots[-1].reply < 0 and not slots[-1].text.strip():
-            slots = slots[:-1]  # the newline after the last turn, which the families leave out too
-        spans = []
-        for span, slot in zip(_text_spans(slots, weights, options.prompt_weight), slots, strict=True):
-            if slot.reply >= 0 and slot.message >= 0 and span.weight and options.scale.rules and rules[slot.reply]:
-                query = messages[slot.message - 1]["content"] if slot.message else ""
-                cuts = options.scale.split(span.text, query)
-                spans += [span._replace(text=text, weight=span.weight * factor) for text, factor in cuts]
-            else:
-                spans.append(span)
-        return spans
+        # A chat template that refuses to start with a reply is given an empty query first.
+        return self._samples([*turns[:first], Turn("user", ""), *turns[first:]], tools, options)
 
-    def render_prompt(self, conversation: Conversation, options: RenderOptions) -> list[TextSpan]:
+    def render_prompt(
+        self, row: Message, options: RenderOptions, conversation: Conversation | None = None
+    ) -> list[TextSpan]:
         """Lay out a conversation for generation; a last assistant turn is continued.
 
         Raises:
             DropRow: as for :meth:`render`.
         """
-        continued = conversation.rounds[-1].reply
-        if continued is not None:
-            last = conversation.rounds[-1]
-            asked = replace(conversation, rounds=[*conversation.rounds[:-1], Round(last.query)])
-        else:
-            asked = conversation
-        messages = _messages(asked, options)
-        thinking = options.enable_thinking
-        think = {} if thinking is None else {"enable_thinking": thinking, "thinking": thinking}
-        real = self._render(messages, add_generation_prompt=True, **think)
-        skeleton = _placeholders(message["role"] for message in messages)
-        slots = self._slots(skeleton, self._render(skeleton, add_generation_prompt=True, **think))
-        filled = _filled(slots, [message["content"] for message in messages], real)
-        if filled is None:
-            self._refuse_specials(messages)
-            filled = [Slot(real)]
-        spans = _text_spans(filled, [0.0] * len(messages), 0.0)
+        turns, tools = self._read(row, options, conversation)
+        continued = turns.pop() if turns[-1].role == "assistant" else None
+        if continued is not None and continued.calls:
+            raise DropRow("a last assistant turn that calls tools cannot be continued")
+        prompt = self._render(turns, tools, add_generation_prompt=True, **self.chat.thinking(options.enable_thinking))
+        spans = self._pieces(prompt, 0.0)
         if options.response_prefix:
             spans.append(TextSpan(options.response_prefix, True))
-        if continued is not None:
-            spans.append(TextSpan("".join(part.text for part in continued), False, hard=True))
-        return spans
+        return spans + (self._pieces(continued.text, 0.0, hard=True) if continued is not None else [])
 
-    def _render(self, messages: list[dict[str, str]], **kwargs: Any) -> str:
-        return apply_chat_template(self.tokenizer, messages, **kwargs)
+    # --- rows ---------------------------------------------------------------------------------------------------
 
-    def _skeleton(self, roles: tuple[str, ...]) -> list[Slot]:
-        if roles not in self._skeletons:
-            messages = _placeholders(roles)
+    def _read(
+        self, row: Message, options: RenderOptions, conversation: Conversation | None
+    ) -> tuple[list[Turn], list[dict[str, Any]] | None]:
+        """The row as turns, in which no special-token text can be taken for the template's own, and its tools."""
+        tools = None
+        if conversation is not None:
+            turns = turns_of_conversation(conversation, options.system)
+        else:
+            turns = turns_of_messages(row.get("messages") or (), options.system)
             try:
-                slots = self._slots(messages, self._render(messages))
-                last = slots[-1]
-                if roles[-1] == "assistant" and last.message >= 0 and self.eos:
-                    # The template ends no turn: without this none would stop.
-                    slots.append(Slot(self.eos, -1, last.reply))
-                self._skeletons[roles] = slots
-            except DropRow as refused:
-                self._skeletons[roles] = refused
-        skeleton = self._skeletons[roles]
-        if isinstance(skeleton, DropRow):
-            raise DropRow(skeleton.reason)
-        return skeleton
+                tools = [wrap_tool(tool) for tool in read_tools(row["tools"])] if row.get("tools") else None
+            except BadTool as bad:
+                raise DropRow(str(bad)) from None
+        needed = {
+            "tools": bool(tools),
+            "tool calls": any(turn.calls for turn in turns),
+            "tool results": any(turn.role == "tool" for turn in turns),
+        }
+        shown = {"tools": self._dialect.tools, "tool calls": self._dialect.calls, "tool results": self._dialect.results}
+        for what in needed:
+            if needed[what] and not shown[what]:
+                raise DropRow(f"the model's chat template does not show {what}; --agent_template writes them as text")
+        return protect(turns, self._special), protect(tools, self._special)
 
-    def _slots(self, messages: list[dict[str, str]], text: str) -> list[Slot]:
-        """Cut the rendering `text` of messages with placeholders, with the bounds of every assistant turn."""
-        if sorted(int(number) for number in _PLACEHOLDER.findall(text)) != list(range(len(messages))):
-            raise DropRow("the model's chat template does not show every message once")
-        replies = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-        return _cut(text, [self._bounds(messages, i, text) for i in replies])
+    def _samples(self, turns: list[Turn], tools: Any, options: RenderOptions) -> list[list[TextSpan]]:
+        last_round = max((i for i, turn in enumerate(turns) if turn.role in ("user", "tool")), default=-1)
+        weights = {i: _weight(turn, options, i > last_round) for i, turn in enumerate(turns) if turn.role == "assistant"}
+        everything = options.scale.base == "all"
+        trained = [i for i in weights if everything or weights[i]] or [*weights][-1:]
+        replies = {i: self._reply(turns[: i + 1], tools) for i in trained}
+        samples: list[list[TextSpan]] = []
+        while trained or not samples:
+            end = len(turns) - 1 if everything else trained[-1]
+            last = replies.get(end)
+            text = last.text if last is not None else self._render(turns, tools)
+            shown = [i for i in trained if text.startswith(replies[i].text)]
+            self._refuse_lost(turns[: end + 1], text)
+            spans, position = [], 0
+            for i in shown:
+                spans += self._pieces(text[position : replies[i].start], options.prompt_weight)
+                end_of_reply = len(replies[i].text)
+                query = turns[i - 1].text if i else ""
+                reply = text[replies[i].start : end_of_reply] + (replies[i].eos if i == end else "")
+                spans += self._reply_spans(reply, weights[i], turns[i], options, query)
+                position = end_of_reply
+            rest = last.rest if last is not None and last.rest.strip() else ""
+            samples.append(spans + self._pieces(text[position:] + rest, options.prompt_weight))
+            trained = [] if everything else [i for i in trained if i not in shown]
+        return samples[::-1]
 
-    def _bounds(self, messages: list[dict[str, str]], index: int, text: str) -> tuple[int, int]:
-        """Where assistant message `index` starts and ends in the rendering `text` of all messages."""
-        content = messages[index]["content"]
-        at = text.index(content)
-        before = self._render(messages[:index], add_generation_prompt=True) if index else ""
-        shared = len(os.path.commonprefix([before, text]))
-        earlier = max((text.index(m["content"]) + len(m["content"]) for m in messages[:index]), default=0)
-        # Where the generation prompt opens a think block that the full rendering has not, the shared part is the
-        # start of the reply; where history is rewritten the shared part ends too early, and only the content counts.
-        start = shared if earlier < shared <= at else at
-        empty_think = _EMPTY_THINK.match(text, start)
-        if empty_think and empty_think.end() <= at:
-            start = empty_think.end()
-        content_end = at + len(content)
-        following = _PLACEHOLDER.search(text, content_end)
-        limit = following.start() if following else len(text)
-        return start, self._after_special(text, content_end, limit, otherwise=content_end)
-
-    def _after_special(self, text: str, start: int, limit: int, otherwise: int) -> int:
-        """The end of the first special token of `text[start:limit]`."""
-        found = ((text.find(special, start, limit), special) for special in self.specials)
-        return min((at + len(special) for at, special in found if at >= 0), default=otherwise)
-
-    def _fill(self, messages: list[dict[str, str]]) -> list[Slot]:
-        slots = self._skeleton(tuple(message["role"] for message in messages))
-        real = self._render(messages)
-        filled = _filled(slots, [message["content"] for message in messages], real, self.eos)
-        return filled if filled is not None else self._from_real(messages, real)
-
-    def _from_real(self, messages: list[dict[str, str]], real: str) -> list[Slot]:
-        """A row that the chat template rewrites (thoughts dropped, text changed), cut by its own rendering."""
-        self._refuse_specials(messages)
-        slots, position, reply = [], 0, 0
-        for index, message in enumerate(messages):
-            if message["role"] != "assistant":
-                continue
-            before = self._render(messages[:index], add_generation_prompt=True) if index else ""
-            if not real.startswith(before) or len(before) < position:
-                raise DropRow("the model's chat template rewrites earlier turns; choose a family with --template")
-            end = self._after_special(real, len(before), len(real), otherwise=len(real))
-            slots += [Slot(real[position : len(before)]), Slot(real[len(before) : end], -1, reply)]
-            position, reply = end, reply + 1
-        return [*slots, Slot(real[position:])]
-
-    def _refuse_specials(self, messages: Iterable[dict[str, str]]) -> None:
-        if any(special in message["content"] for message in messages for special in self.specials):
+    def _refuse_lost(self, turns: list[Turn], text: str) -> None:
+        for turn in turns:
+            if turn.role in ("system", "user") and turn.text.strip() not in text:
+                raise DropRow(f"the model's chat template does not show the text of a {turn.role} message")
+        if "\\ue000" in text:
             raise DropRow("the model's chat template rewrites a message that holds special-token text")
 
+    # --- turns --------------------------------------------------------------------------------------------------
 
-def _messages(conversation: Conversation, options: RenderOptions) -> list[dict[str, str]]:
-    """The conversation as the chat template takes it, tools in the system text or the first query."""
-    agent, tools = conversation.agent, "".join(span.text for span in conversation.tools)
-    literal = any(part.literal for round_ in conversation.rounds for part in round_.reply or ())
-    if (
-        literal
-        or any(span.literal for span in conversation.tools)
-        or any(round_.results is not None for round_ in conversation.rounds)
-    ):
-        raise DropRow(f"agent template {agent.name if agent else ''} needs a template family (--template)")
-    system = choose_system(conversation.system, options.system, None)
-    if tools and agent is not None and agent.tools_place != "before_query":
-        return as_messages(conversation, f"{system}\n\n{tools}" if system else tools)
-    messages = as_messages(conversation, system)
-    if tools:
-        asked = next((message for message in messages if message["role"] == "user"), messages[0])
-        asked["content"] = tools + asked["content"]
-    return messages
+    def _reply(self, turns: list[Turn], tools: Any) -> Reply:
+        """The last turn, an assistant's, in its context."""
+        turn = turns[-1]
+        rest, add, eos, _ = self._endings[bool(turn.calls)]
+        thought, answer = self._dialect.split_thoughts(turn.text)
+        needed = [text for text in (thought.strip(), answer.strip(), *(name for name, _ in turn.calls)) if text]
+        reason = DropRow("the model's chat template does not go on from its own generation prompt")
+        for text, start in self._candidates(turns, tools, thinks=bool(thought) or "</think>" in turn.text):
+            written = text[start:]
+            if any(part not in written for part in needed):
+                reason = DropRow("the model's chat template does not show the whole of an assistant turn")
+                continue
+            if rest and text.endswith(rest):
+                text, behind = text[: -len(rest)], rest
+            else:
+                behind = ""
+            return Reply(text + add, start + self._empty_thought(text, start), behind, eos)
+        opened = self._opened_thought(turns, tools)
+        if opened is None:
+            raise reason
+        return opened
+
+    def _candidates(self, turns: list[Turn], tools: Any, *, thinks: bool) -> Iterator[tuple[str, int]]:
+        """Renderings of the turns, and where in each the last turn starts: the template's default mode first."""
+        modes = (None, True, False) if thinks else (None, False, True)
+        renderings = []
+        refused: DropRow | None = None
+        for mode in modes if self.chat.switches else modes[:1]:
+            kwargs = self.chat.thinking(mode)
+            try:
+                text = self._render(turns, tools, **kwargs)
+                prompt = self._render(turns[:-1], tools, add_generation_prompt=True, **kwargs)
+            except DropRow as reason:
+                refused = refused or reason
+                continue
+            if text.startswith(prompt):
+                yield text, len(prompt)
+            opening = self._openings.get(mode, "")
+            if opening and prompt.endswith(opening) and text.startswith(prompt[: -len(opening)]):
+                renderings.append((text, prompt, opening))
+                if not thinks and self._closes(opening):
+                    # The prompt of a model that is not to think ends with an empty thought.
+                    yield prompt + text[len(prompt) - len(opening) :], len(prompt)
+        for text, prompt, opening in renderings:
+            yield text, len(prompt) - len(opening)
+        if refused is not None and not renderings:
+            raise refused
+
+    def _opened_thought(self, turns: list[Turn], tools: Any) -> Reply | None:
+        """A turn whose thoughts the template does not show, though its generation prompt opens them (DeepSeek-R1)."""
+        prompt = self._render(turns[:-1], tools, add_generation_prompt=True)
+        opening = _THINK_OPENS.match(turns[-1].text)
+        if opening is None or turns[-1].calls or not prompt.rstrip().endswith("<think>"):
+            return None
+        rest, add, eos, _ = self._endings[False]
+        end = self._answer_end.removesuffix(rest)
+        return Reply(prompt + turns[-1].text[opening.end() :] + end + add, len(prompt), "", eos)
+
+    def _render(self, turns: Sequence[Turn], tools: Any = None, **kwargs: Any) -> str:
+        return self.chat.render(self._dialect.messages(turns), tools, **kwargs)
+
+    # --- spans --------------------------------------------------------------------------------------------------
+
+    def _reply_spans(
+        self, text: str, weight: float, turn: Turn, options: RenderOptions, query: str
+    ) -> list[TextSpan]:
+        if not (weight and options.scale.rules and turn.parts and turn.parts[0].loss_scale is None):
+            return self._pieces(text, weight, hard=True)
+        end = len(text)
+        while found := self._last_special(text, end):
+            end = found.start()
+        spans = []
+        for part, factor in options.scale.split(text[:end], query):
+            spans += self._pieces(part, weight * factor, hard=not spans)
+        return spans + self._pieces(text[end:], weight)
+
+    def _last_special(self, text: str, end: int) -> re.Match[str] | None:
+        return next((found for found in self._special.finditer(text, 0, end) if found.end() == end), None)
+
+    def _pieces(self, text: str, weight: float, *, hard: bool = False) -> list[TextSpan]:
+        """A rendering as spans: its special tokens, the texts between them, and special-token text of the content."""
+        spans = []
+        position = 0
+        for found in self._splitter.finditer(text):
+            if found.start() > position:
+                spans.append(TextSpan(text[position : found.start()], False, weight))
+            spans.append(TextSpan(unprotect(found[1]) if found[1] else found[0], not found[1], weight))
+            position = found.end()
+        if position < len(text):
+            spans.append(TextSpan(text[position:], False, weight))
+        if hard and spans:
+            spans[0] = spans[0]._replace(hard=True)
+        return spans
+
+    @cached_property
+    def _special(self) -> re.Pattern[str]:
+        longest_first = sorted(self.specials, key=len, reverse=True)
+        return re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
+
+    @cached_property
+    def _splitter(self) -> re.Pattern[str]:
+        return re.compile(f"\ue000([\\d,]+)\ue001|{self._special.pattern}")
+
+    @cached_property
+    def _marks(self) -> re.Pattern[str]:
+        """Special tokens and marks of the content."""
+        return re.compile(rf"{self._special.pattern}|</?\w+>")
+
+    # --- what the template shows of itself ------------------------------------------------------------------------
+
+    @cached_property
+    def _dialect(self) -> Dialect:
+        return find_dialect(self.chat)
+
+    def _try(self, turns: list[Turn], tools: Any = None, **kwargs: Any) -> str:
+        try:
+            return self._render(turns, tools, **kwargs)
+        except DropRow:
+            return ""
+
+    @cached_property
+    def _answer_end(self) -> str:
+        """What stands behind a last answer."""
+        return self._try([ASKED, ANSWERED]).rpartition(ANSWER)[2]
+
+    @cached_property
+    def _endings(self) -> tuple[Ending, Ending]:
+        """How a turn ends that answers, and one that calls tools."""
+        asks = self._try([ASKED, ANSWERED, Turn("user", NEXT)]).partition(ANSWER)[2].partition(NEXT)[0]
+        answer = self._ending(self._answer_end, asks)
+        if not self._dialect.calls:
+            return answer, answer
+        call_end = self._try([ASKED, CALLED], TOOLS).rpartition("zqValue")[2]
+        result = self._try([ASKED, CALLED, Turn("tool", RESULT)], TOOLS).rpartition(RESULT)[0].rpartition("zqValue")[2]
+        return answer, self._ending(call_end, result)
+
+    def _ending(self, last: str, followed: str) -> Ending:
+        """From what stands behind the content of a last turn, and of one with a turn behind it."""
+        shared = len(os.path.commonprefix([last, followed])) if followed else len(last)
+        split = next((found for found in self._special.finditer(last) if found.start() < shared < found.end()), None)
+        end = last[: split.start() if split else shared].rstrip()
+        if self._last_special(end, len(end)) is None:
+            # Not ended yet: by a token that the template puts behind a last turn, or before the next one.
+            for text, added in ((last, False), (followed, True)):
+                found = self._special.match(text, len(text) - len(text[len(end) :].lstrip()))
+                if found and found[0] != self.bos and text.startswith(end) and self._stops_at(found[0], added):
+                    word = text[len(end) : found.end()]
+                    return Ending(last[len(end) :], word, "", found[0]) if added else Ending(
+                        last[found.end() :], "", "", found[0])  # fmt: skip
+            return Ending(last[len(end) :], "", self.eos, self.eos)
+        return Ending(last[len(end) :], "", "", end[self._last_special(end, len(end)).start() :])
+
+    def _stops_at(self, word: str, added: bool) -> bool:
+        return not (added and self.stops) or word in self.stops
+
+    @cached_property
+    def _openings(self) -> dict[bool | None, str]:
+        """By mode, what the generation prompt has behind the head of an assistant turn (an open or empty thought)."""
+        openings = {}
+        for mode in (None, False, True):
+            kwargs = self.chat.thinking(mode)
+            prompt = self._try([ASKED], add_generation_prompt=True, **kwargs)
+            text = self._try([ASKED, ANSWERED], **kwargs).partition(ANSWER)[0]
+            openings[mode] = prompt[self._shared(prompt, text) :]
+        return openings
+
+    def _shared(self, one: str, other: str) -> int:
+        """Length of the common start of two texts, without the start of a token."""
+        shared = len(os.path.commonprefix([one, other]))
+        for text in (one, other):
+            split = next((found for found in self._marks.finditer(text) if found.start() < shared < found.end()), None)
+            shared = split.start() if split else shared
+        return shared
+
+    @cached_property
+    def _thought_marks(self) -> tuple[str, str]:
+        """What opens and closes a thought."""
+        if self._dialect.thoughts != "text":
+            thinking = [ASKED, Turn("assistant", f"<think>{THOUGHT}</think>{ANSWER}")]
+            for mode in (None, True, False):
+                before, _, behind = self._try(thinking, **self.chat.thinking(mode)).partition(THOUGHT)
+                marks = [*self._marks.finditer(before)]
+                if marks and behind:
+                    return before[marks[-1].start() :].strip(), behind.partition(ANSWER)[0].strip()
+        return "<think>", "</think>"
+
+    def _closes(self, opening: str) -> bool:
+        return opening.rstrip().endswith(self._thought_marks[1])
+
+    def _empty_thought(self, text: str, start: int) -> int:
+        """Length of the empty thought at the start of a turn, which the model is not to learn."""
+        opens, closes = map(re.escape, self._thought_marks)
+        # Where a prompt without thinking ends with an empty thought, it says how much white space goes with it.
+        ends = [opening for opening in self._openings.values() if self._closes(opening)]
+        space = re.escape(ends[0][len(ends[0].rstrip()) :]) if ends else r"\s*"
+        found = re.compile(rf"\s*({opens})?\s*{closes}(?:{space})?").match(text, start)
+        return found.end() - start if found else 0
 
 
-def _placeholders(roles: Iterable[str]) -> list[dict[str, str]]:
-    return [{"role": role, "content": f"\ue000{i}\ue001"} for i, role in enumerate(roles)]
-
-
-def _cut(text: str, bounds: list[tuple[int, int]]) -> list[Slot]:
-    """Cut a rendering with placeholders into slots, at the placeholders and at the ends of the learned bounds."""
-    marks = {0, len(text), *(end for pair in bounds for end in pair)}
-    contents = {found.start(): found for found in _PLACEHOLDER.finditer(text)}
-    for found in contents.values():
-        marks |= {found.start(), found.end()}
-    ordered = sorted(marks)
-    slots = []
-    for start, end in itertools.pairwise(ordered):
-        reply = next((i for i, (first, last) in enumerate(bounds) if first <= start and end <= last), -1)
-        message = int(contents[start][1]) if start in contents else -1
-        slots.append(Slot("" if message >= 0 else text[start:end], message, reply))
-    return slots
-
-
-def _filled(slots: list[Slot], contents: list[str], real: str, eos: str = "") -> list[Slot] | None:
-    """The skeleton with these contents, as they are or stripped, if that is what the chat template renders."""
-    for change in (str, str.strip, str.rstrip):
-        filled = [slot if slot.message < 0 else slot._replace(text=change(contents[slot.message])) for slot in slots]
-        text = "".join(slot.text for slot in filled)
-        if text == real or (eos and text == real + eos):
-            return filled
-    return None
-
-
-def _text_spans(slots: list[Slot], weights: list[float], prompt_weight: float) -> list[TextSpan]:
-    spans, reply = [], -1
-    for slot in slots:
-        weight = weights[slot.reply] if slot.reply >= 0 else prompt_weight
-        spans.append(TextSpan(slot.text, slot.message < 0, weight, hard=slot.reply != reply))
-        reply = slot.reply
-    return spans
-
-
-def as_messages(conversation: Conversation, system: str | None) -> list[dict[str, str]]:
-    """A conversation as plain chat messages, the system text first if there is one."""
-    messages = [{"role": "system", "content": system}] if system else []
-    for round_ in conversation.rounds:
-        if round_.query is not None:
-            messages.append({"role": "user", "content": round_.query})
-        if round_.reply is not None:
-            messages.append({"role": "assistant", "content": "".join(part.text for part in round_.reply)})
-    return messages
-
-
-def apply_chat_template(tokenizer: Any, messages: list[dict[str, str]], **kwargs: Any) -> str:
-    """What the tokenizer's own chat template makes of the messages.
-
-    Raises:
-        DropRow: the template refuses them. It is a program of the model's author and can fail as programs do.
-    """
-    from jinja2 import TemplateError
-
-    try:
-        return str(tokenizer.apply_chat_template(messages, tokenize=False, date_string=FIXED_DATE, **kwargs))
-    except (TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
-        raise DropRow(f"the model's chat template refuses the conversation: {error}") from None
+def _weight(turn: Turn, options: RenderOptions, in_last_round: bool) -> float:
+    """The weight of an assistant turn, by the flags of the messages it was written as."""
+    weights = {options.reply_weight(part, in_last_round) for part in turn.parts}
+    if len(weights) > 1:
+        raise DropRow("one assistant turn with and without loss needs a template family (--template)")
+    return weights.pop()

@@ -111,6 +111,8 @@ class Encoder(TemplateSettings):
     def settings(self) -> dict[str, Any]:
         """The settings by name, as hashes and files hold them: there `preference` is `pairs`, its name before."""
         values = asdict(self)
+        if self.template_date is None:  # as caches of earlier versions have it
+            del values["template_date"]
         values["pairs"] = values.pop("preference")
         return values
 
@@ -169,8 +171,11 @@ class Encoder(TemplateSettings):
         dropped: list[Dropped] = []
         for index, row in enumerate(rows):
             try:
-                batch.plan(loaded.render(side(row) if side else row))
-                kept.append(index)
+                samples = loaded.render(side(row) if side else row)
+                # A pair is about the answers that differ, which come last.
+                for spans in samples[-1:] if self.preference else samples:
+                    batch.plan(spans)
+                    kept.append(index)
             except DropRow as refused:
                 dropped.append(Dropped(refused.reason, index))
         ids, weights, offsets = batch.assemble()

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import functools
+import json
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
 from typing import Any
 
 from rayswift.data.chat.agents import AgentFormat, get_agent_format
-from rayswift.data.chat.conversation import DropRow, Message, read_conversation
-from rayswift.data.chat.families import RenderOptions, Template, TextSpan, adds_bos, get_template, render_plain
+from rayswift.data.chat.conversation import Conversation, DropRow, Message, read_conversation
+from rayswift.data.chat.dialect import ChatTemplate
+from rayswift.data.chat.families import FIXED_DATE, RenderOptions, Template, TextSpan, adds_bos, get_template, render_plain
 from rayswift.data.chat.jinja import JinjaTemplate
 from rayswift.data.chat.loss_weights import read_loss_scale
 from rayswift.data.chat.matching import match_template
@@ -27,7 +31,7 @@ class TemplateSettings:
     `template`: a family of `families.json`, or None/"auto": the family whose layout equals the tokenizer's own chat
     template, else that chat template itself. `template_backend`: `jinja` takes the chat template in any case.
     `use_chat_template` False: bos, the bare texts, eos. `agent_template`: a format of `agents.json` for tools and tool
-    messages, None is the template's own.
+    messages, None is the template's own. `template_date`: the day (YYYY-MM-DD) in prompts that hold one.
 
     Raises:
         UserError: a setting has no such value; the message names flag and choices.
@@ -45,6 +49,7 @@ class TemplateSettings:
     new_special_tokens: tuple[str, ...] = ()
     trust_remote_code: bool = False
     agent_template: str | None = None
+    template_date: str | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "model_dir", str(self.model_dir))
@@ -55,6 +60,7 @@ class TemplateSettings:
             get_template(self.template)
         if self.agent_template is not None:
             get_agent_format(self.agent_template)
+        read_date(self.template_date)
 
     @property
     def tokenizer(self) -> Any:
@@ -91,13 +97,26 @@ class TemplateSettings:
     @property
     def takes_tools(self) -> bool:
         """Whether tools and tool messages have a format."""
-        return load_template(self).agent is not None
+        loaded = load_template(self)
+        return loaded.agent is not None or (isinstance(loaded.template, JinjaTemplate) and loaded.template.takes_tools)
 
     @property
     def call_end(self) -> str:
         """What ends a tool call whose result follows in the same turn (``Observation:``); empty for other formats."""
         agent = load_template(self).agent
         return agent.calls_end if agent is not None and agent.result_place == "reply" else ""
+
+
+def read_date(value: str | None) -> date:
+    """The day of `--template_date`, by default one that never changes.
+
+    Raises:
+        UserError: it is no date.
+    """
+    try:
+        return FIXED_DATE if value is None else date.fromisoformat(value)
+    except ValueError:
+        raise UserError(f"--template_date {value}: not a date; write it as YYYY-MM-DD") from None
 
 
 def one_of(flag: str, value: str, choices: Sequence[str]) -> None:
@@ -133,20 +152,28 @@ class LoadedTemplate:
         suffix = self.template.suffix if isinstance(self.template, Template) else ""
         return tuple(dict.fromkeys([*self.stop_words, *filter(None, [suffix])]))
 
-    def render(self, row: Mapping[str, Any]) -> list[TextSpan]:
-        """Lay out a standard row for training.
+    def render(self, row: Mapping[str, Any]) -> list[list[TextSpan]]:
+        """Lay out a standard row for training: one sample, or several where the model's own chat template rewrites
+        earlier turns.
 
         Raises:
             DropRow: it cannot be a conversation of this template, or has nothing to train.
         """
+        template = self.template
+        if isinstance(template, JinjaTemplate):
+            return template.render(row, self.options, self._with_agent(row.get("messages") or (), row.get("tools")))
         conversation = read_conversation(row.get("messages") or (), row.get("tools"), self.agent)
         if self.options.scale.base != "all":
             conversation = conversation.without_trailing_query()
             if not conversation.rounds:
                 raise DropRow("no assistant message")
-        if self.template is None:
-            return render_plain(conversation, self.options, self.bos, self.eos)
-        return self.template.render(conversation, self.options)
+        if template is None:
+            return [render_plain(conversation, self.options, self.bos, self.eos)]
+        return [template.render(conversation, self.options)]
+
+    def _with_agent(self, messages: Sequence[Message], tools: Any) -> Conversation | None:
+        """What a derived template is given beside the row: the conversation as an agent template writes it."""
+        return read_conversation(messages, tools, self.agent) if self.agent is not None else None
 
     def render_prompt(self, messages: Sequence[Message], tools: Any) -> list[TextSpan]:
         """Lay out messages for generation, up to where the reply starts.
@@ -154,10 +181,14 @@ class LoadedTemplate:
         Raises:
             DropRow: they cannot be a conversation of this template.
         """
+        template = self.prompt_template
+        if isinstance(template, JinjaTemplate):
+            row = {"messages": messages, "tools": tools}
+            return template.render_prompt(row, self.options, self._with_agent(messages, tools))
         conversation = read_conversation(messages, tools, self.agent)
-        if self.prompt_template is None:
+        if template is None:
             return render_plain(conversation, self.options, self.bos, "")
-        return self.prompt_template.render_prompt(conversation, self.options)
+        return template.render_prompt(conversation, self.options)
 
 
 # A server asks with an encoder per adapter and thinking mode.
@@ -169,7 +200,7 @@ def load_template(settings: TemplateSettings) -> LoadedTemplate:
     template = _choose_template(settings, tokenizer) if settings.use_chat_template else None
     prompt_template = template
     if isinstance(template, Template) and template.own_prompt and tokenizer.chat_template:
-        prompt_template = _jinja(tokenizer)
+        prompt_template = _jinja(settings, tokenizer)
     options = RenderOptions(
         settings.system,
         settings.loss_scale,
@@ -201,26 +232,38 @@ def _load_tokenizer(model_dir: str, new_special_tokens: tuple[str, ...], trust_r
 
 
 def _choose_template(settings: TemplateSettings, tokenizer: Any) -> Template | JinjaTemplate:
-    bos, eos = tokenizer.bos_token, tokenizer.eos_token
+    bos, eos, day = tokenizer.bos_token, tokenizer.eos_token, read_date(settings.template_date)
     if settings.template_backend == "jinja":
         if not tokenizer.chat_template:
             raise UserError("--template_backend jinja: the model has no chat template; leave it out or set --template")
-        return _jinja(tokenizer)
+        return _jinja(settings, tokenizer)
     if settings.template not in (None, "auto"):
-        return get_template(settings.template).bind(bos, eos, adds_bos(tokenizer))
+        return get_template(settings.template).bind(bos, eos, adds_bos(tokenizer), day)
     if not tokenizer.chat_template:
         logger.warning(
             "%s has no chat template: using template `default` (--template sets another)", settings.model_dir
         )
-        return get_template("default").bind(bos, eos, adds_bos(tokenizer))
-    matched = match_template(tokenizer)
+        return get_template("default").bind(bos, eos, adds_bos(tokenizer), day)
+    matched = match_template(tokenizer, day)
     if matched is None:
         logger.info("no template family fits the model's chat template: using that chat template itself")
-        return _jinja(tokenizer)
+        return _jinja(settings, tokenizer)
     return matched
 
 
-def _jinja(tokenizer: Any) -> JinjaTemplate:
-    added = (str(token) for token in tokenizer.added_tokens_decoder.values())
-    specials = tuple(token for token in added if not CONTENT_TAG.fullmatch(token))
-    return JinjaTemplate(tokenizer, specials, tokenizer.eos_token or "")
+def _jinja(settings: TemplateSettings, tokenizer: Any) -> JinjaTemplate:
+    added = {number: str(token) for number, token in tokenizer.added_tokens_decoder.items()}
+    specials = tuple(token for token in added.values() if not CONTENT_TAG.fullmatch(token))
+    stops = tuple(added.get(number, "") for number in _stop_ids(settings.model_dir))
+    chat = ChatTemplate(tokenizer, read_date(settings.template_date))
+    return JinjaTemplate(chat, specials, tokenizer.bos_token or "", tokenizer.eos_token or "", stops)
+
+
+def _stop_ids(model_dir: str) -> list[int]:
+    """Where generation stops by the model's generation_config.json; none if it does not say."""
+    try:
+        config = json.loads((Path(model_dir) / "generation_config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return []
+    stops = config.get("eos_token_id") if isinstance(config, dict) else None
+    return [stop for stop in (stops if isinstance(stops, list) else [stops]) if isinstance(stop, int)]
