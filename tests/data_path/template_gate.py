@@ -70,12 +70,12 @@ _DAY = datetime(2024, 7, 26)
 
 _SPECIAL = re.compile(
     r"<[|｜][^<>{}' \"]{1,40}[|｜]>|<\|[a-z_]+>|<[a-z_]+\|>|\[/?[A-Z_]{3,}\]|\]~!b\[|\]~b\]|\[e~\[|</?(?:start|end)_of_"
-    r"\w+>|</?(?:assistant|user|system)>|<(?:beginning|end)_of_sentence>|</?seed:\w+>|<sop>"
+    r"\w+>|</?(?:assistant|user|system)>|<(?:beginning|end)_of_sentence>|</?seed:\w+>|<sop>|<sep>|</?s>|</?think:\w+>|</?SPECIAL_\d+>"
 )
 _MARK = re.compile(r"</?(?:think|tool_call|tool_response|arg_key|arg_value)>")
 _ENDS = ("<|im_end|>", "<|eot_id|>", "<|eot|>", "<end_of_turn>", "<turn|>", "<|END_OF_TURN_TOKEN|>", "<|return|>",
          "<end_of_utterance>", "[e~[", "</assistant>", "<｜end▁of▁sentence｜>", "<|end_of_text|>", "<|role_end|>",
-         "<|end_of_msg|>", "<seed:eos>", "<end_of_sentence>")  # fmt: skip
+         "<|end_of_msg|>", "<seed:eos>", "<end_of_sentence>", "<SPECIAL_12>", "<sep>")  # fmt: skip
 
 
 @functools.cache
@@ -98,19 +98,26 @@ def _vocabulary() -> str:
     return str(backend.to_str())
 
 
-def save_tokenizer(template: str, directory: Path) -> str:
+def save_tokenizer(template: str, directory: Path, *, rendered: bool = True) -> str:
     """A small tokenizer with this chat template and the special tokens written in it; returns the folder."""
     from tokenizers import AddedToken, Tokenizer
     from transformers import PreTrainedTokenizerFast
 
-    backend = Tokenizer.from_str(_vocabulary())
+    source, backend = template, Tokenizer.from_str(_vocabulary())
+    if rendered:  # marks that the template puts together
+        plain = Oracle(PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>"))
+        plain.tokenizer.chat_template = template
+        form = ("text", "text", "dict", "long", "", {})
+        shown = [plain.render(*SCENARIOS[name][:1], TOOLS, form, True) or "" for name in ("many", "calls")]
+        template = template + "".join(shown)
     special = list(dict.fromkeys(["<s>", "</s>", *(found[0] for found in _SPECIAL.finditer(template))]))
     marks = sorted({found[0] for found in _MARK.finditer(template)} | {"<think>", "</think>"} - set(special))
     backend.add_special_tokens([AddedToken(text, normalized=False, special=True) for text in special])
     backend.add_tokens([AddedToken(text, normalized=False, special=False) for text in marks])
-    eos = next((end for end in _ENDS if end in special), "</s>")
+    composed = next((end for end in special if "eos" in end), "</s>")
+    eos = next((end for end in _ENDS if end in special), composed)
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token=eos)
-    tokenizer.chat_template = template
+    tokenizer.chat_template = source
     tokenizer.save_pretrained(directory)
     return str(directory)
 
@@ -138,17 +145,37 @@ class Oracle:
         thinks = any("<think>" in message["content"] for message in messages)
         calls = any(message["role"] == "tool_call" for message in messages)
         forms = itertools.product(
-            ("text", "parts"), ("field", "block", "text") if thinks else ("text",), ("dict", "text") if calls else ("dict",),
+            ("text", "parts"), ("field", "block", "text", "calls") if thinks else ("text",), ("dict", "text") if calls else ("dict",),
             ("long", "short") if calls else ("long",), ("", None) if calls else ("",),
-            ({}, {"enable_thinking": False, "thinking": False}, {"enable_thinking": True, "thinking": True}),
+            ({}, {"enable_thinking": False, "thinking": False}, {"enable_thinking": True, "thinking": True},
+             {"reasoning_effort": "high"}),
         )  # fmt: skip
         return [form for form in forms if self._shown(messages, tools, form)]
 
     def _shown(self, messages: list[dict[str, Any]], tools: Any, form: tuple[Any, ...]) -> bool:
-        text = self.render(messages, tools, form, False)
-        if text is None or (tools and "get_time" not in text) or re.search(r"""'type': 'text|{'city'|\\"city|: "\{""", text):
+        """Whether each assistant turn is shown when it is the last, and the others in the last prompt or text."""
+        turns = turns_of(messages)
+        for i, turn in enumerate(turns):
+            if turn[0]["role"] in ("assistant", "tool_call"):
+                text = self.render(flat(turns[: i + 1]), tools, form, False)
+                prompt = self.render(flat(turns[:i]), tools, form, True)
+                if text is None or prompt is None or not _all_in(turn, text):
+                    return False
+                if re.search(r"""'type': 'text|{'city'|\\"city|: "\{""", text[text.rfind("First question?") :]):
+                    return False
+        if tools and not all(TOOLS[1]["function"]["description"] in shown for shown in (text, prompt)):
             return False
-        return all(part in text for message in messages for part in _parts(message) if part not in _thoughts(message))
+        others = [message for message in messages[:-1] if message["role"] not in ("assistant", "tool_call")]
+        return _all_in(others, text) or _all_in(others, prompt)
+
+
+def flat(turns: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """The messages of turns."""
+    return [message for turn in turns for message in turn]
+
+
+def _all_in(messages: list[dict[str, Any]], text: str) -> bool:
+    return all(part in text for message in messages for part in _parts(message) if part not in _thoughts(message))
 
 
 def _thoughts(message: dict[str, Any]) -> list[str]:
@@ -180,13 +207,13 @@ def _openai(messages: list[dict[str, Any]], form: tuple[Any, ...]) -> list[dict[
             message: dict[str, Any] = {"role": "assistant", "content": content(text)}
             thought = _thoughts({"content": text})
             answer = "".join(part for part in _parts({"role": "assistant", "content": text}) if part not in thought)
-            if thought and thought_form == "field":
+            calls = [json.loads(message["content"]) for message in turn if message["role"] == "tool_call"]
+            if thought and (thought_form == "field" or (thought_form == "calls" and calls)):
                 message |= {key: thought[0] for key in ("reasoning_content", "reasoning", "thinking", "thought")}
                 message["content"] = content(answer)
             elif thought and thought_form == "block":
                 blocks = [{"type": "thinking", "thinking": thought[0]}, {"type": "text", "text": answer}]
                 message["content"] = blocks if answer else blocks[:1]
-            calls = [json.loads(message["content"]) for message in turn if message["role"] == "tool_call"]
             ids = []
             for call in calls:
                 ids.append((call["name"], f"functions.{call['name']}:{number}" if id_form == "long" else f"call{number:05d}"))
@@ -245,9 +272,13 @@ def faults(encoder: Any, oracle: Oracle, scenario: str) -> Iterator[str]:
     for sample in samples:
         ids, labels = sample.input_ids.tolist(), sample.labels.tolist()
         text = encoder.tokenizer.decode(ids)
-        if encoder.tokenizer(text, add_special_tokens=False)["input_ids"] != ids:
-            yield "ids are not those of the text as a whole"
-        runs = [(start, end) for start, end in _runs(labels)]
+        runs = list(_runs(labels))
+        # A token that would reach from the prompt into the answer is cut, as generation cuts it.
+        cuts = [0, *(start for start, _ in runs), len(ids)]
+        pieces = [encoder.tokenizer.decode(ids[start:end]) for start, end in itertools.pairwise(cuts)]
+        cut = [i for piece in pieces for i in encoder.tokenizer(piece, add_special_tokens=False)["input_ids"]]
+        if ids not in (cut, encoder.tokenizer(text, add_special_tokens=False)["input_ids"]):
+            yield "ids are not those of the text"
         for start, end in runs:
             before, run = encoder.tokenizer.decode(ids[:start]), encoder.tokenizer.decode(ids[start:end])
             place = next((i for i in places if _is_turn(oracle, turns, i, tools, forms, before, run)), None)
@@ -255,7 +286,7 @@ def faults(encoder: Any, oracle: Oracle, scenario: str) -> Iterator[str]:
                 yield f"wrong span: {before[-60:]!r} ▮ {run!r}"
             else:
                 trained[place] += 1
-        rendered = [oracle.render(sum(turns[: i + 1], []), tools, form, False) or "" for form in forms for i in places]
+        rendered = [oracle.render(flat(turns[: i + 1]), tools, form, False) or "" for form in forms for i in places]
         last_run = encoder.tokenizer.decode(ids[: runs[-1][1]]) if runs else text
         if not any(text.rstrip() == own.rstrip() or last_run.startswith(own.rstrip()) for own in rendered if own):
             if not any(_generated(oracle, turns, i, tools, form, text) for form in forms for i in places):
@@ -264,14 +295,14 @@ def faults(encoder: Any, oracle: Oracle, scenario: str) -> Iterator[str]:
         if set(places) != set(trained) or max(trained.values()) > 1:
             yield f"turns {dict(trained)} trained of {places}"
     for end in [i for i, turn in enumerate(turns) if turn[0]["role"] in ("assistant", "tool_call")]:
-        asked = sum(turns[:end], [])
+        asked = flat(turns[:end])
         prompt = encoder.tokenizer.decode(encoder.encode_prompt(asked, tools))
         if prompt not in [oracle.render(asked, tools, form, True) for form in forms]:
             yield f"prompt: {prompt[-80:]!r}"
 
 
 def _generated(oracle: Oracle, turns: Any, i: int, tools: Any, form: tuple[Any, ...], text: str) -> bool:
-    prompt = oracle.render(sum(turns[:i], []), tools, form, True)
+    prompt = oracle.render(flat(turns[:i]), tools, form, True)
     return prompt is not None and text.startswith(prompt)
 
 
@@ -284,52 +315,62 @@ def _runs(labels: list[int]) -> Iterator[tuple[int, int]]:
         start = end
 
 
-_EMPTY = re.compile(r"\s*(?:<think>|<\|channel>thought\n|\[THINK\]|<\|START_THINKING\|>|<seed:think>)?\s*"
-                    r"(?:</think>|<channel\|>|\[/THINK\]|<\|END_THINKING\|>|</seed:think>)\s*")  # fmt: skip
+_OPENS = r"<(?:\w+:)?think(?::\w+)?>|<\|channel>thought\n|\[THINK\]|<\|START_THINKING\|>|<seed:think>|<\|open\|>think<\|sep\|>"
+_CLOSES = r"</(?:\w+:)?think(?::\w+)?>|<channel\|>|\[/THINK\]|<\|END_THINKING\|>|</seed:think>|<\|close\|>think<\|sep\|>(?:<\|open\|>response<\|sep\|>)?"
+_EMPTY = re.compile(rf"\s*(?:{_OPENS})?\s*(?:{_CLOSES})\s*")
+_OPENED = re.compile(rf"(?:{_OPENS}|Here are my reasoning steps:)\s*$")
 
 
-def _is_turn(
-    oracle: Oracle, turns: Any, i: int, tools: Any, forms: list[Any], before: str, run: str
-) -> bool:
+def _is_turn(oracle: Oracle, turns: Any, i: int, tools: Any, forms: list[Any], before: str, run: str) -> bool:
+    """Whether `run` behind `before` is what generation would write as turn `i`."""
     parts = [part for message in turns[i] for part in _parts(message)]
     if any(part not in run for part in parts) or _EMPTY.match(run):
         return False
-    others = [part for j, turn in enumerate(turns) if j != i for message in turn for part in _parts(message)]
-    if any(part in run and not any(part in own for own in parts) for part in others):
-        return False
-    ended = _SPECIAL.search(run[-40:]) is not None and not run[-1].isspace()
     for form in forms:
-        full = oracle.render(sum(turns[: i + 1], []), tools, form, False)
-        prompt = oracle.render(sum(turns[:i], []), tools, form, True)
+        full = oracle.render(flat(turns[: i + 1]), tools, form, False)
+        prompt = oracle.render(flat(turns[:i]), tools, form, True)
         if full is None or prompt is None:
             continue
-        after = full + oracle.tokenizer.eos_token
-        goes_on = _follows(oracle, turns, i, tools, form, full)
-        for whole in (after, full.rstrip() + oracle.tokenizer.eos_token, *goes_on):
-            if not whole.startswith(before + run) and not (before == prompt and _tail(full, run)):
-                continue
-            if before == prompt or (before.startswith(prompt) and _EMPTY.fullmatch(before[len(prompt) :])):
-                return ended
-            # The generation prompt opens (or has) a thought that this turn has not.
-            if prompt.startswith(before.removesuffix(_empty_end(before))) or _EMPTY.search(before[-40:]):
-                return ended
+        ends = _ends(oracle, turns[i], tools, form)
+        wholes = [full, *(text + end for end in ends for text in (full, full.rstrip()))]
+        own = next((whole[len(before) :] for whole in wholes if whole.startswith(before + run)), None)
+        in_prompt = before == prompt or (before.startswith(prompt) and _EMPTY.fullmatch(before[len(prompt) :]))
+        if own is None and in_prompt:
+            # The prompt has an empty thought that the full rendering has not, or opens one that it does not show.
+            opened = "".join(message["content"] for message in turns[i])
+            answer = re.sub(r"^\s*<think>\s*", "", opened) if _OPENED.search(prompt) else opened
+            tail = full[full.rindex(parts[-1]) + len(parts[-1]) :] if parts[-1] in full else ""
+            own = next((text[len(run) :] for text in (*wholes, answer + tail)
+                        if text.rstrip().endswith(run) or text.startswith(run)), None)  # fmt: skip
+        elif own is not None:
+            # No thought where the prompt opens one: the span starts where the prompt's head ends, or behind a mark.
+            head = _OPENED.sub("", prompt)
+            in_prompt = in_prompt or before == head or (before.startswith(head) and _EMPTY.fullmatch(before[len(head) :]))
+        if own is not None and in_prompt and _ended(oracle, run, form):
+            return True
     return False
 
 
-def _tail(full: str, run: str) -> bool:
-    return full.rstrip().endswith(run)
+def _ended(oracle: Oracle, run: str, form: Any) -> bool:
+    """Whether a turn ends with a special token, or as the template ends its turns where it has none for that."""
+    if any(found.end() == len(run) for found in _SPECIAL.finditer(run)):
+        return True
+    longer = oracle.render([{"role": "user", "content": "zq"}, {"role": "assistant", "content": "zr"},
+                            {"role": "user", "content": "zs"}], None, form, False) or ""  # fmt: skip
+    between = longer.rpartition("zr")[2].rpartition("zs")[0]
+    return not _SPECIAL.search(between) and run.endswith(re.match(r"\s*", between)[0])
 
 
-def _empty_end(text: str) -> str:
-    found = [*_EMPTY.finditer(text[-60:])]
-    return found[-1][0] if found and text.endswith(found[-1][0]) else ""
-
-
-def _follows(oracle: Oracle, turns: Any, i: int, tools: Any, form: Any, full: str) -> list[str]:
-    """The turn's text with the token that the template writes before the next turn, where it ends none itself."""
-    role = "tool_response" if any(message["role"] == "tool_call" for message in turns[i]) else "user"
-    longer = oracle.render([*sum(turns[: i + 1], []), {"role": role, "content": "zq"}], tools, form, False)
-    return [longer] if longer is not None and longer.startswith(full.rstrip()) else []
+def _ends(oracle: Oracle, turn: Any, tools: Any, form: Any) -> list[str]:
+    """The tokens that may end a turn which the template itself leaves open: those that it writes before the next."""
+    question, answer = {"role": "user", "content": "zq"}, {"role": "assistant", "content": "zr"}
+    asked = [question, *([turn[-1], {"role": "tool_response", "content": "zs"}] if turn[-1]["role"] == "tool_call"
+             else [answer, {"role": "user", "content": "zs"}])]  # fmt: skip
+    longer = oracle.render(asked, tools, form, False) or ""
+    behind = longer.rpartition("zs")[0].rpartition("zr")[2]
+    found = [*_SPECIAL.finditer(behind)][-3:]
+    return [oracle.tokenizer.eos_token, *(special[0] for special in found), *(behind[: one.end()] for one in found),
+            *(re.search(r"\s*$", behind[: one.start()])[0] + one[0] for one in found)]  # fmt: skip
 
 
 def scenario_can_be_trained(oracle: Oracle, messages: Any, tools: Any, forms: Any) -> bool:
@@ -337,7 +378,7 @@ def scenario_can_be_trained(oracle: Oracle, messages: Any, tools: Any, forms: An
     turns = turns_of(messages)
     for i, turn in enumerate(turns):
         if turn[0]["role"] in ("assistant", "tool_call"):
-            texts = [oracle.render(sum(turns[: i + 1], []), tools, form, False) or "" for form in forms]
+            texts = [oracle.render(flat(turns[: i + 1]), tools, form, False) or "" for form in forms]
             if not any(all(part in text for message in turn for part in _parts(message)) for text in texts):
                 return False
     return True

@@ -21,6 +21,8 @@ from rayswift.data.chat.turns import Turn
 _THOUGHT_KEYS = ("reasoning_content", "reasoning", "thinking", "thought")
 _THOUGHT = re.compile(r"\s*<think>(.*?)</think>\s*", re.DOTALL)
 _SWITCH = re.compile(r"((enable|use|with)_)?(think|reason)(ing)?")
+#: The switch of templates that take an effort instead, of which one value is not to think.
+_EFFORT = ("reasoning_effort",)
 
 QUESTION, THOUGHT, ANSWER, NEXT, RESULT = "zqQuestion", "zqThought", "zqAnswer", "zqNext", "zqResult"
 CALL = ("zqName", {"zqKey": "zqValue"})
@@ -64,11 +66,14 @@ class ChatTemplate:
             names = meta.find_undeclared_variables(Environment(extensions=["jinja2.ext.loopcontrols"]).parse(source))
         except TemplateError:
             names = set()
-        return tuple(sorted(name for name in names if _SWITCH.fullmatch(name)))
+        found = tuple(sorted(name for name in names if _SWITCH.fullmatch(name)))
+        return found or (_EFFORT if "no_think" in source and _EFFORT[0] in source else ())
 
-    def thinking(self, on: bool | None) -> dict[str, bool]:
+    def thinking(self, on: bool | None) -> dict[str, Any]:
         """The settings for `--enable_thinking`; None leaves the template its own default."""
-        return {} if on is None else dict.fromkeys(self.switches, on)
+        if on is None or self.switches != _EFFORT:
+            return {} if on is None else dict.fromkeys(self.switches, on)
+        return {"reasoning_effort": "high" if on else "no_think"}
 
 
 @dataclass(frozen=True)
@@ -76,13 +81,14 @@ class Dialect:
     """How a chat template wants its messages.
 
     `parts`: content as a list of typed parts. `thoughts`: `field` beside the content, `block` as a part of it, `text`
-    in it as it stands. `arguments_text`: arguments of calls as JSON text. `random_ids`: ids of calls are nine letters
+    in it as it stands; `call_thoughts`: the same beside calls. `arguments_text`: arguments of calls as JSON text. `random_ids`: ids of calls are nine letters
     and digits, as Mistral wants them, not `functions.NAME:NUMBER`. `no_content`: a call without text has no content.
     `tools`, `calls`, `results`: whether the template shows them.
     """
 
     parts: bool = False
     thoughts: str = "text"
+    call_thoughts: str = "text"
     arguments_text: bool = False
     random_ids: bool = False
     no_content: bool = False
@@ -98,7 +104,7 @@ class Dialect:
         for turn in turns:
             message: dict[str, Any] = {"role": turn.role, "content": self._content(turn.text)}
             if turn.role == "assistant":
-                self._set_thoughts(message, turn.text)
+                self._set_thoughts(message, turn.text, self.call_thoughts if turn.calls else self.thoughts)
                 waiting = [(name, self._call_id(name, number + i)) for i, (name, _) in enumerate(turn.calls)]
                 number += len(waiting)
                 if turn.calls:
@@ -106,7 +112,7 @@ class Dialect:
                         {"id": call_id, "type": "function", "function": {"name": name, "arguments": self._given(given)}}
                         for (name, given), (_, call_id) in zip(turn.calls, waiting, strict=True)
                     ]
-                    if self.no_content and not turn.text:
+                    if self.no_content and not message["content"]:
                         message["content"] = None
             elif turn.role == "tool":
                 name, call_id = waiting.pop(0) if waiting else (turn.name or "tool", self._call_id("tool", number))
@@ -114,18 +120,13 @@ class Dialect:
             written.append(message)
         return written
 
-    def split_thoughts(self, text: str) -> tuple[str, str]:
-        """Thought and answer of an assistant text, where the template takes them apart; else no thought."""
-        found = _THOUGHT.match(text) if self.thoughts != "text" else None
-        return (found[1].strip(), text[found.end() :]) if found else ("", text)
-
     def _content(self, text: str) -> Any:
         return [{"type": "text", "text": text}] if self.parts else text
 
-    def _set_thoughts(self, message: dict[str, Any], text: str) -> None:
-        thought, answer = self.split_thoughts(text)
+    def _set_thoughts(self, message: dict[str, Any], text: str, place: str) -> None:
+        thought, answer = split_thought(text) if place != "text" else ("", text)
         message["content"] = self._content(answer)
-        if thought and self.thoughts == "field":
+        if thought and place == "field":
             message |= dict.fromkeys(_THOUGHT_KEYS, thought)
         elif thought:
             blocks = [{"type": "thinking", "thinking": thought}, {"type": "text", "text": answer}]
@@ -136,6 +137,12 @@ class Dialect:
 
     def _call_id(self, name: str, number: int) -> str:
         return f"call{number:05d}" if self.random_ids else f"functions.{name}:{number}"
+
+
+def split_thought(text: str) -> tuple[str, str]:
+    """Thought and answer of an assistant text; no thought where it has none."""
+    found = _THOUGHT.match(text)
+    return (found[1].strip(), text[found.end() :]) if found else ("", text)
 
 
 def find_dialect(template: ChatTemplate) -> Dialect:
@@ -170,6 +177,9 @@ def find_dialect(template: ChatTemplate) -> Dialect:
     wrong = r"""'zqKey'|\\+"zqKey|None|"\{"""
     called = [ASKED, CALLED]
     dialect = next((way for way in ways if shows(way, called, ["zqName", "zqKey", "zqValue"], TOOLS, wrong)), dialect)
+    thinking = [ASKED, Turn("assistant", f"<think>{THOUGHT}</think>", [CALL])]
+    ways = [replace(dialect, call_thoughts=place) for place in ("field", "block", "text")]
+    dialect = next((way for way in ways if shows(way, thinking, [THOUGHT, "zqValue"], TOOLS, "'type'")), dialect)
     answered = [*called, Turn("tool", RESULT), ANSWERED]
     results = dialect.calls and shows(dialect, answered, [RESULT, ANSWER], TOOLS)
     return replace(dialect, tools="zqName" in asked and "zqKey" in asked, results=results)

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 from rayswift.data.chat.agents import BadTool, read_tools, wrap_tool
 from rayswift.data.chat.conversation import Conversation, DropRow, Message
 from rayswift.data.chat.dialect import ANSWER, ANSWERED, ASKED, CALLED, NEXT, RESULT, THOUGHT, TOOLS, ChatTemplate
-from rayswift.data.chat.dialect import Dialect, find_dialect
+from rayswift.data.chat.dialect import Dialect, find_dialect, split_thought
 from rayswift.data.chat.families import RenderOptions, TextSpan
 from rayswift.data.chat.turns import Turn, protect, turns_of_conversation, turns_of_messages, unprotect
 
@@ -66,12 +66,12 @@ class JinjaTemplate:
     @property
     def literals(self) -> tuple[str, ...]:
         """Template text in which special tokens count."""
-        return (self.chat.source, *(ending.word for ending in self._endings), self.eos)
+        return (self.chat.source, *(ending.word for ending in self._endings.values()), self.eos)
 
     @property
     def stop_words(self) -> tuple[str, ...]:
         """The special tokens that end a turn."""
-        return tuple(dict.fromkeys(ending.word for ending in self._endings if ending.word))
+        return tuple(dict.fromkeys(ending.word for ending in self._endings.values() if ending.word))
 
     @property
     def takes_tools(self) -> bool:
@@ -185,29 +185,29 @@ class JinjaTemplate:
     def _reply(self, turns: list[Turn], tools: Any) -> Reply:
         """The last turn, an assistant's, in its context."""
         turn = turns[-1]
-        rest, add, eos, _ = self._endings[bool(turn.calls)]
-        thought, answer = self._dialect.split_thoughts(turn.text)
-        needed = [text for text in (thought.strip(), answer.strip(), *(name for name, _ in turn.calls)) if text]
+        rest, add, eos, word = self._endings[bool(turn.calls), bool(tools)]
+        thought, answer = split_thought(turn.text)
+        needed = [text for text in (thought, answer.strip(), *(name for name, _ in turn.calls)) if text]
         reason = DropRow("the model's chat template does not go on from its own generation prompt")
-        for text, start in self._candidates(turns, tools, thinks=bool(thought) or "</think>" in turn.text):
-            written = text[start:]
-            if any(part not in written for part in needed):
+        for text, start in self._candidates(turns, tools, thinks=bool(thought)):
+            if any(part not in text[start:] for part in needed):
                 reason = DropRow("the model's chat template does not show the whole of an assistant turn")
                 continue
-            if rest and text.endswith(rest):
-                text, behind = text[: -len(rest)], rest
-            else:
-                behind = ""
-            return Reply(text + add, start + self._empty_thought(text, start), behind, eos)
+            end = len(text) - len(rest)
+            if not text.endswith(rest):  # in another mode the template puts something else behind a last turn
+                end = text.rfind(word, start) + len(word) if word in text[start:] else len(text)
+            text, behind = text[:end] + add, text[end:]
+            return Reply(text, start + self._empty_thought(text, start), behind, eos)
         opened = self._opened_thought(turns, tools)
         if opened is None:
             raise reason
         return opened
 
     def _candidates(self, turns: list[Turn], tools: Any, *, thinks: bool) -> Iterator[tuple[str, int]]:
-        """Renderings of the turns, and where in each the last turn starts: the template's default mode first."""
+        """Renderings of the turns, and where in each the model begins to write, best first: the template's own default,
+        then its other modes, then what it makes of the last turn put behind its generation prompt."""
         modes = (None, True, False) if thinks else (None, False, True)
-        renderings = []
+        differing: list[tuple[str, str, int]] = []
         refused: DropRow | None = None
         for mode in modes if self.chat.switches else modes[:1]:
             kwargs = self.chat.thinking(mode)
@@ -219,16 +219,31 @@ class JinjaTemplate:
                 continue
             if text.startswith(prompt):
                 yield text, len(prompt)
-            opening = self._openings.get(mode, "")
-            if opening and prompt.endswith(opening) and text.startswith(prompt[: -len(opening)]):
-                renderings.append((text, prompt, opening))
-                if not thinks and self._closes(opening):
-                    # The prompt of a model that is not to think ends with an empty thought.
-                    yield prompt + text[len(prompt) - len(opening) :], len(prompt)
-        for text, prompt, opening in renderings:
-            yield text, len(prompt) - len(opening)
-        if refused is not None and not renderings:
+                continue
+            shared = self._shared(prompt, text)
+            if self._closes(prompt[shared:]):
+                # The prompt of a model that is not to think ends with an empty thought.
+                if not thinks:
+                    yield prompt + text[shared:], len(prompt)
+                continue
+            differing.append((text, prompt, shared))
+        for text, prompt, shared in differing if not thinks else ():
+            if prompt[shared:].strip() in self._open_thoughts:
+                yield text, shared
+        for text, prompt, shared in differing:
+            yield from self._behind_prompt(text, prompt, shared)
+        if refused is not None and not differing:
             raise refused
+
+    def _behind_prompt(self, text: str, prompt: str, shared: int) -> Iterator[tuple[str, int]]:
+        """The last turn behind the generation prompt, where the template writes the messages before it in another way:
+        it starts behind the longest end of the prompt that stands in the rest of the rendering."""
+        for mark in self._marks.finditer(prompt, shared):
+            head = prompt[mark.start() :]
+            place = text.find(head, shared)
+            if place >= 0:
+                yield prompt + text[place + len(head) :], len(prompt)
+        yield prompt + text[shared:], len(prompt)
 
     def _opened_thought(self, turns: list[Turn], tools: Any) -> Reply | None:
         """A turn whose thoughts the template does not show, though its generation prompt opens them (DeepSeek-R1)."""
@@ -236,8 +251,8 @@ class JinjaTemplate:
         opening = _THINK_OPENS.match(turns[-1].text)
         if opening is None or turns[-1].calls or not prompt.rstrip().endswith("<think>"):
             return None
-        rest, add, eos, _ = self._endings[False]
-        end = self._answer_end.removesuffix(rest)
+        rest, add, eos, _ = self._endings[False, bool(tools)]
+        end = self._try([ASKED, ANSWERED], TOOLS if tools else None).rpartition(ANSWER)[2].removesuffix(rest)
         return Reply(prompt + turns[-1].text[opening.end() :] + end + add, len(prompt), "", eos)
 
     def _render(self, turns: Sequence[Turn], tools: Any = None, **kwargs: Any) -> str:
@@ -245,9 +260,7 @@ class JinjaTemplate:
 
     # --- spans --------------------------------------------------------------------------------------------------
 
-    def _reply_spans(
-        self, text: str, weight: float, turn: Turn, options: RenderOptions, query: str
-    ) -> list[TextSpan]:
+    def _reply_spans(self, text: str, weight: float, turn: Turn, options: RenderOptions, query: str) -> list[TextSpan]:
         if not (weight and options.scale.rules and turn.parts and turn.parts[0].loss_scale is None):
             return self._pieces(text, weight, hard=True)
         end = len(text)
@@ -303,39 +316,50 @@ class JinjaTemplate:
             return ""
 
     @cached_property
-    def _answer_end(self) -> str:
-        """What stands behind a last answer."""
-        return self._try([ASKED, ANSWERED]).rpartition(ANSWER)[2]
+    def _endings(self) -> dict[tuple[bool, bool], Ending]:
+        """How a turn ends, by whether it calls tools and whether there are tools."""
+        endings: dict[tuple[bool, bool], Ending] = {}
+        for tools in (None, TOOLS) if self._dialect.tools else (None,):
+            last = self._try([ASKED, ANSWERED], tools).rpartition(ANSWER)[2]
+            next_turn = self._try([ASKED, ANSWERED, Turn("user", NEXT)], tools)
+            answer = self._ending(last, next_turn.rpartition(NEXT)[0].rpartition(ANSWER)[2])
+            endings[False, bool(tools)] = endings[True, bool(tools)] = answer
+            if self._dialect.calls:
+                last = self._try([ASKED, CALLED], tools).rpartition("zqValue")[2]
+                result = self._try([ASKED, CALLED, Turn("tool", RESULT)], tools)
+                behind = result.rpartition(RESULT)[0].rpartition("zqValue")[2]
+                # What begins a user's turn ends no call.
+                begins = next_turn.rpartition(NEXT)[0].rpartition(ANSWER)[2].rpartition(answer.word)[2]
+                heads = {found[0] for found in self._special.finditer(begins)}
+                cut = next((found.start() for found in self._special.finditer(last) if found[0] in heads), len(last))
+                ending = self._ending(last[:cut], behind, answer.word)
+                endings[True, bool(tools)] = ending._replace(rest=ending.rest + last[cut:])
+        return endings
 
-    @cached_property
-    def _endings(self) -> tuple[Ending, Ending]:
-        """How a turn ends that answers, and one that calls tools."""
-        asks = self._try([ASKED, ANSWERED, Turn("user", NEXT)]).partition(ANSWER)[2].partition(NEXT)[0]
-        answer = self._ending(self._answer_end, asks)
-        if not self._dialect.calls:
-            return answer, answer
-        call_end = self._try([ASKED, CALLED], TOOLS).rpartition("zqValue")[2]
-        result = self._try([ASKED, CALLED, Turn("tool", RESULT)], TOOLS).rpartition(RESULT)[0].rpartition("zqValue")[2]
-        return answer, self._ending(call_end, result)
+    def _ending(self, last: str, followed: str, known: str = "") -> Ending:
+        """How a turn ends, from what stands behind the content of a last turn, and of one with a turn behind it.
 
-    def _ending(self, last: str, followed: str) -> Ending:
-        """From what stands behind the content of a last turn, and of one with a turn behind it."""
-        shared = len(os.path.commonprefix([last, followed])) if followed else len(last)
-        split = next((found for found in self._special.finditer(last) if found.start() < shared < found.end()), None)
-        end = last[: split.start() if split else shared].rstrip()
-        if self._last_special(end, len(end)) is None:
-            # Not ended yet: by a token that the template puts behind a last turn, or before the next one.
-            for text, added in ((last, False), (followed, True)):
-                found = self._special.match(text, len(text) - len(text[len(end) :].lstrip()))
-                if found and found[0] != self.bos and text.startswith(end) and self._stops_at(found[0], added):
-                    word = text[len(end) : found.end()]
-                    return Ending(last[len(end) :], word, "", found[0]) if added else Ending(
-                        last[found.end() :], "", "", found[0])  # fmt: skip
-            return Ending(last[len(end) :], "", self.eos, self.eos)
-        return Ending(last[len(end) :], "", "", end[self._last_special(end, len(end)).start() :])
-
-    def _stops_at(self, word: str, added: bool) -> bool:
-        return not (added and self.stops) or word in self.stops
+        `known`: the token that ends other turns.
+        """
+        shared = self._shared(last, followed) if followed else len(last)
+        found = [*self._special.finditer(last, 0, shared)]
+        if found and not last[found[-1].end() : shared].strip():
+            # A template that always writes the next head, too, goes on behind the token that generation stops at.
+            end = next((one for one in found[::-1] if one[0] in (self.eos, *self.stops)), found[-1])
+            return Ending(last[end.end() :], "", "", end[0])
+        if known and known in last:
+            return Ending(last.rpartition(known)[2], "", "", known)
+        if known and known in followed:
+            content = followed.partition(known)[0]
+            return Ending(last[len(last.rstrip()) :], content[len(content.rstrip()) :] + known, "", known)
+        # Not ended yet: by a token that the template puts behind a last turn only, or before the next one only.
+        for text, before_next in ((last, False), (followed, True)):
+            end = self._special.match(text, len(text) - len(text[shared:].lstrip()))
+            if end and end[0] != self.bos and not (before_next and self.stops and end[0] not in self.stops):
+                if before_next:
+                    return Ending(last[shared:], text[shared : end.end()], "", end[0])
+                return Ending(last[end.end() :], "", "", end[0])
+        return Ending(last[shared:], "", self.eos, self.eos)
 
     @cached_property
     def _openings(self) -> dict[bool | None, str]:
@@ -367,6 +391,12 @@ class JinjaTemplate:
                 if marks and behind:
                     return before[marks[-1].start() :].strip(), behind.partition(ANSWER)[0].strip()
         return "<think>", "</think>"
+
+    @cached_property
+    def _open_thoughts(self) -> set[str]:
+        """What a generation prompt that opens a thought ends with."""
+        known = {opening.strip() for opening in self._openings.values()}
+        return {opening for opening in known | {self._thought_marks[0]} if opening and not self._closes(opening)}
 
     def _closes(self, opening: str) -> bool:
         return opening.rstrip().endswith(self._thought_marks[1])
