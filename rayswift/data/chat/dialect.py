@@ -26,8 +26,9 @@ _EFFORT = ("reasoning_effort",)
 
 QUESTION, THOUGHT, ANSWER, NEXT, RESULT = "zqQuestion", "zqThought", "zqAnswer", "zqNext", "zqResult"
 CALL = ("zqName", {"zqKey": "zqValue"})
+_PARAMETERS = {"zqKey": {"type": "string", "description": "zqHow"}}
 TOOLS = [{"type": "function", "function": {"name": "zqName", "description": "zqWhat", "parameters": {
-    "type": "object", "properties": {"zqKey": {"type": "string", "description": "zqHow"}}, "required": ["zqKey"]}}}]  # fmt: skip
+    "type": "object", "properties": _PARAMETERS, "required": ["zqKey"]}}}]  # fmt: skip
 ASKED = Turn("user", QUESTION)
 ANSWERED = Turn("assistant", ANSWER)
 CALLED = Turn("assistant", "", [CALL])
@@ -81,8 +82,9 @@ class Dialect:
     """How a chat template wants its messages.
 
     `parts`: content as a list of typed parts. `thoughts`: `field` beside the content, `block` as a part of it, `text`
-    in it as it stands; `call_thoughts`: the same beside calls. `arguments_text`: arguments of calls as JSON text. `random_ids`: ids of calls are nine letters
-    and digits, as Mistral wants them, not `functions.NAME:NUMBER`. `no_content`: a call without text has no content.
+    in it as it stands; `call_thoughts`: the same beside calls. `arguments_text`: arguments of calls as JSON text.
+    `random_ids`: ids of calls are nine letters and digits, as Mistral wants them, not `functions.NAME:NUMBER`.
+    `no_content`: a call without text has no content.
     `tools`, `calls`, `results`: whether the template shows them.
     """
 
@@ -148,7 +150,7 @@ def split_thought(text: str) -> tuple[str, str]:
 def find_dialect(template: ChatTemplate) -> Dialect:
     """How this chat template wants its messages."""
 
-    def shows(dialect: Dialect, turns: list[Turn], marks: Sequence[str], tools: Any = None, wrong: str = "(?!)") -> bool:
+    def shows(dialect: Dialect, turns: list[Turn], marks: list[str], tools: Any = None, wrong: str = "(?!)") -> bool:
         """Whether the template shows the marked texts behind the question, in one of its modes, and nothing wrong."""
         for mode in (None, True, False):
             try:
@@ -160,9 +162,9 @@ def find_dialect(template: ChatTemplate) -> Dialect:
                 return True
         return False
 
-    ways = (Dialect(), Dialect(parts=True))
+    ways = [Dialect(), Dialect(parts=True)]
     dialect = next((way for way in ways if shows(way, [ASKED, ANSWERED], [QUESTION, ANSWER])), Dialect())
-    ways = (replace(dialect, thoughts="field"), replace(dialect, thoughts="block"), dialect)
+    ways = [replace(dialect, thoughts=place) for place in ("field", "block", "text")]
     thinking = [ASKED, Turn("assistant", f"<think>{THOUGHT}</think>{ANSWER}")]
     dialect = next((way for way in ways if shows(way, thinking, [THOUGHT, ANSWER], None, "'type'")), dialect)
     try:

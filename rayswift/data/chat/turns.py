@@ -120,4 +120,3 @@ def protect(value: Any, special: re.Pattern[str]) -> Any:
 def unprotect(stand_in: str) -> str:
     """The special-token text that a stand-in (without its two marks) is for."""
     return "".join(chr(int(code)) for code in stand_in.split(","))
-

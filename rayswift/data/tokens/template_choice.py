@@ -14,10 +14,19 @@ from typing import Any
 from rayswift.data.chat.agents import AgentFormat, get_agent_format
 from rayswift.data.chat.conversation import Conversation, DropRow, Message, read_conversation
 from rayswift.data.chat.dialect import ChatTemplate
-from rayswift.data.chat.families import FIXED_DATE, RenderOptions, Template, TextSpan, adds_bos, get_template, render_plain
+from rayswift.data.chat.families import (
+    FIXED_DATE,
+    RenderOptions,
+    Template,
+    TextSpan,
+    adds_bos,
+    get_template,
+    render_plain,
+)
 from rayswift.data.chat.jinja import JinjaTemplate
 from rayswift.data.chat.loss_weights import read_loss_scale
 from rayswift.data.chat.matching import match_template
+from rayswift.data.chat.shape import TemplateShape
 from rayswift.data.tokens.segments import CONTENT_TAG, SegmentTokenizer
 from rayswift.errors import UserError
 
@@ -256,7 +265,8 @@ def _jinja(settings: TemplateSettings, tokenizer: Any) -> JinjaTemplate:
     specials = tuple(token for token in added.values() if not CONTENT_TAG.fullmatch(token))
     stops = tuple(added.get(number, "") for number in _stop_ids(settings.model_dir))
     chat = ChatTemplate(tokenizer, read_date(settings.template_date))
-    return JinjaTemplate(chat, specials, tokenizer.bos_token or "", tokenizer.eos_token or "", stops)
+    bos, eos = tokenizer.bos_token or "", tokenizer.eos_token or ""
+    return JinjaTemplate(TemplateShape(chat, specials, bos, eos, stops))
 
 
 def _stop_ids(model_dir: str) -> list[int]:
