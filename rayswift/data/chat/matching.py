@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Iterator
 from datetime import date
 from typing import Any
 
-from rayswift.data.chat.conversation import Conversation, DropRow, ReplyPart, Round
-from rayswift.data.chat.dialect import ChatTemplate
+from rayswift.data.chat.agents import get_agent_format
+from rayswift.data.chat.conversation import Conversation, DropRow, ReplyPart, Round, read_conversation
+from rayswift.data.chat.dialect import ANSWER, ANSWERED, ASKED, CALL, CALLED, RESULT, THOUGHT, TOOLS, ChatTemplate
 from rayswift.data.chat.families import FIXED_DATE, RenderOptions, Template, adds_bos, load_templates, text_of
+from rayswift.data.chat.shape import TemplateShape
+from rayswift.data.chat.turns import Turn
 
 logger = logging.getLogger("rayswift.data.chat.matching")
 
@@ -39,6 +43,36 @@ def match_template(tokenizer: Any, day: date = FIXED_DATE) -> Template | None:
         except DropRow:  # the family has no place for a system text
             continue
     return None
+
+
+def same_tools(template: Template, shape: TemplateShape) -> bool:
+    """Whether a family writes tools, calls and results as the model's own chat template does, or that shows none."""
+    dialect = shape.dialect
+    if not (dialect.tools and dialect.calls and dialect.results):
+        return True
+    chats = [
+        [ASKED, CALLED, Turn("tool", RESULT), ANSWERED],
+        [ASKED, Turn("assistant", ANSWER, [CALL, CALL]), Turn("tool", RESULT), Turn("tool", RESULT), ANSWERED],
+    ]
+    if dialect.call_thoughts != "text":
+        chats.append([ASKED, Turn("assistant", f"<think>\n{THOUGHT}\n</think>\n\n", [CALL])])
+    options = RenderOptions(add_non_thinking_prefix=False)
+    agent = get_agent_format(template.agent)
+    try:
+        for turns in chats:
+            messages: list[dict[str, str]] = []
+            for turn in turns:
+                role = "tool_response" if turn.role == "tool" else turn.role
+                messages += [{"role": role, "content": turn.text}] if turn.text else []
+                calls = [{"name": name, "arguments": arguments} for name, arguments in turn.calls]
+                messages += [{"role": "tool_call", "content": json.dumps(call)} for call in calls]
+            own = shape.render(turns, TOOLS).replace(template.non_thinking_prefix, "")
+            text = text_of(template.render(read_conversation(messages, TOOLS, agent), options))
+            if text.rstrip("\n") != own.rstrip("\n"):
+                return False
+    except DropRow:
+        return False
+    return True
 
 
 def _messages(probe: Conversation) -> list[dict[str, str]]:

@@ -92,8 +92,9 @@ class TemplateShape:
                 behind = result.rpartition(RESULT)[0].rpartition("zqValue")[2]
                 # What begins a user's turn ends no call.
                 begins = next_turn.rpartition(NEXT)[0].rpartition(ANSWER)[2].rpartition(answer.word)[2]
-                heads = {found[0] for found in self.special.finditer(begins)}
-                cut = next((found.start() for found in self.special.finditer(last) if found[0] in heads), len(last))
+                head = self.special.search(begins)
+                cut = last.find(head[0]) if head and head[0] in last else len(last)
+                behind = behind[: behind.find(head[0])] if head and head[0] in behind else behind
                 ending = self._ending(last[:cut], behind, answer.word)
                 endings[True, bool(tools)] = ending._replace(rest=ending.rest + last[cut:])
         return endings

@@ -226,7 +226,9 @@ class Encoder(TemplateSettings):
         too_long = np.zeros(len(rows), dtype=bool) if limit is None else ends - starts > limit
         if limit is not None and too_long.any():
             starts, ends, rows, cut = _spans_within(self.truncation_strategy, limit, starts, ends, rows, too_long)
-            dropped += [Dropped(f"longer than --max_length {limit}", row) for row in cut.tolist()]
+            # A row that gives several samples is in the result as long as one of them fits.
+            gone = sorted(set(cut.tolist()) - set(rows.tolist()))
+            dropped += [Dropped(f"longer than --max_length {limit}", row) for row in gone]
         weights[starts[starts < ends]] = 0.0
         trained = np.concatenate([[0], np.cumsum(weights > 0)])
         useful = trained[ends] > trained[starts]

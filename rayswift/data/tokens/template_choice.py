@@ -6,7 +6,7 @@ import functools
 import json
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from rayswift.data.chat.families import (
 )
 from rayswift.data.chat.jinja import JinjaTemplate
 from rayswift.data.chat.loss_weights import read_loss_scale
-from rayswift.data.chat.matching import match_template
+from rayswift.data.chat.matching import match_template, same_tools
 from rayswift.data.chat.shape import TemplateShape
 from rayswift.data.tokens.segments import CONTENT_TAG, SegmentTokenizer
 from rayswift.errors import UserError
@@ -107,12 +107,14 @@ class TemplateSettings:
     def takes_tools(self) -> bool:
         """Whether tools and tool messages have a format."""
         loaded = load_template(self)
-        return loaded.agent is not None or (isinstance(loaded.template, JinjaTemplate) and loaded.template.takes_tools)
+        template = loaded.template
+        return loaded.agent is not None or (isinstance(template, JinjaTemplate) and template.takes_tools)
 
     @property
     def call_end(self) -> str:
         """What ends a tool call whose result follows in the same turn (``Observation:``); empty for other formats."""
-        agent = load_template(self).agent
+        loaded = load_template(self)
+        agent = loaded.agent if loaded.tools_template is None else None
         return agent.calls_end if agent is not None and agent.result_place == "reply" else ""
 
 
@@ -134,9 +136,14 @@ def one_of(flag: str, value: str, choices: Sequence[str]) -> None:
         raise UserError(f"{flag} {value}: choose one of {', '.join(choices)}")
 
 
+_TOOL_ROLES = ("tool_call", "tool_response", "tool")
+
+
 @dataclass
 class LoadedTemplate:
-    """What an encoder works with; `template` None is bare mode. `prompt_template` lays out generation prompts."""
+    """What an encoder works with; `template` None is bare mode. `prompt_template` lays out generation prompts,
+    `tools_template` rows with tools, where the family that fits the model writes them in another way than the model's
+    own chat template."""
 
     tokenizer: Any
     template: Template | JinjaTemplate | None
@@ -146,6 +153,7 @@ class LoadedTemplate:
     eos: str
     agent: AgentFormat | None
     options: RenderOptions
+    tools_template: JinjaTemplate | None = None
 
     @property
     def name(self) -> str:
@@ -159,7 +167,8 @@ class LoadedTemplate:
     def ends(self) -> tuple[str, ...]:
         """The stop words, and what ends a trained reply."""
         suffix = self.template.suffix if isinstance(self.template, Template) else ""
-        return tuple(dict.fromkeys([*self.stop_words, *filter(None, [suffix])]))
+        own = self.tools_template.stop_words if self.tools_template else ()
+        return tuple(dict.fromkeys([*self.stop_words, *filter(None, [suffix]), *own]))
 
     def render(self, row: Mapping[str, Any]) -> list[list[TextSpan]]:
         """Lay out a standard row for training: one sample, or several where the model's own chat template rewrites
@@ -168,7 +177,7 @@ class LoadedTemplate:
         Raises:
             DropRow: it cannot be a conversation of this template, or has nothing to train.
         """
-        template = self.template
+        template = self._for_tools(row.get("messages") or (), row.get("tools")) or self.template
         if isinstance(template, JinjaTemplate):
             return template.render(row, self.options, self._with_agent(row.get("messages") or (), row.get("tools")))
         conversation = read_conversation(row.get("messages") or (), row.get("tools"), self.agent)
@@ -182,7 +191,14 @@ class LoadedTemplate:
 
     def _with_agent(self, messages: Sequence[Message], tools: Any) -> Conversation | None:
         """What a derived template is given beside the row: the conversation as an agent template writes it."""
-        return read_conversation(messages, tools, self.agent) if self.agent is not None else None
+        if self.agent is None or self.tools_template is not None:
+            return None
+        return read_conversation(messages, tools, self.agent)
+
+    def _for_tools(self, messages: Sequence[Message], tools: Any) -> JinjaTemplate | None:
+        if self.tools_template is None or not (tools or any(one["role"] in _TOOL_ROLES for one in messages)):
+            return None
+        return self.tools_template
 
     def render_prompt(self, messages: Sequence[Message], tools: Any) -> list[TextSpan]:
         """Lay out messages for generation, up to where the reply starts.
@@ -190,10 +206,13 @@ class LoadedTemplate:
         Raises:
             DropRow: they cannot be a conversation of this template.
         """
-        template = self.prompt_template
+        template = self._for_tools(messages, tools) or self.prompt_template
         if isinstance(template, JinjaTemplate):
-            row = {"messages": messages, "tools": tools}
-            return template.render_prompt(row, self.options, self._with_agent(messages, tools))
+            row, options = {"messages": messages, "tools": tools}, self.options
+            if isinstance(self.template, Template) and self.template.thinking == "hybrid":
+                # The family does not think unless it is told to (SWIFT's default), with tools neither.
+                options = replace(options, enable_thinking=bool(options.enable_thinking))
+            return template.render_prompt(row, options, self._with_agent(messages, tools))
         conversation = read_conversation(messages, tools, self.agent)
         if template is None:
             return render_plain(conversation, self.options, self.bos, "")
@@ -219,10 +238,12 @@ def load_template(settings: TemplateSettings) -> LoadedTemplate:
     )
     format_name = settings.agent_template or (template.agent if template else "raw")
     agent = get_agent_format(format_name) if format_name else None
+    tools_template = _own_tools(settings, template, tokenizer)
     literals = (*(template.literals if template else ()), *(agent.literals if agent else ()))
+    literals += tools_template.literals if tools_template else ()
     segments = _load_segments(tokenizer, literals, settings.new_special_tokens)
     return LoadedTemplate(
-        tokenizer, template, prompt_template, segments, bos, tokenizer.eos_token or "", agent, options
+        tokenizer, template, prompt_template, segments, bos, tokenizer.eos_token or "", agent, options, tools_template
     )
 
 
@@ -258,6 +279,17 @@ def _choose_template(settings: TemplateSettings, tokenizer: Any) -> Template | J
         logger.info("no template family fits the model's chat template: using that chat template itself")
         return _jinja(settings, tokenizer)
     return matched
+
+
+def _own_tools(
+    settings: TemplateSettings, template: Template | JinjaTemplate | None, tokenizer: Any
+) -> JinjaTemplate | None:
+    """The model's own chat template, for rows with tools, where the family found for it writes those differently."""
+    chosen = settings.agent_template or settings.template not in (None, "auto")
+    if chosen or not isinstance(template, Template) or not tokenizer.chat_template:
+        return None
+    own = _jinja(settings, tokenizer)
+    return None if same_tools(template, own.shape) else own
 
 
 def _jinja(settings: TemplateSettings, tokenizer: Any) -> JinjaTemplate:
