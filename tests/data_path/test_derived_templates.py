@@ -117,3 +117,14 @@ def test_a_turn_without_an_end_of_its_own_ends_with_the_token_that_begins_the_ne
     assert {encoder.tokenizer.convert_tokens_to_ids(word) for word in ("<|observation|>", "<|user|>")} <= set(
         encoder.eos_token_ids
     )
+
+
+def test_names_of_newer_families_stand_for_the_models_own_chat_template(tmp_path: Path) -> None:
+    folder = directory("qwen3_5_think", tmp_path)
+    named, own = Encoder(folder, template="qwen3_5"), Encoder(folder, template_backend="jinja")
+    assert named.template_name == "jinja"
+    assert [s.input_ids.tolist() for s in named.encode_batch([CALLS])] == [
+        s.input_ids.tolist() for s in own.encode_batch([CALLS])
+    ]
+    with pytest.raises(UserError, match=r"--template qwen3_55: unknown; .*; nearest: qwen3_5"):
+        Encoder(folder, template="qwen3_55")

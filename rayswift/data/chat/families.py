@@ -9,6 +9,7 @@ Unlike SWIFT 4.x the ChatML families end with `<|im_end|>` without a newline, as
 
 from __future__ import annotations
 
+import difflib
 import functools
 import re
 from collections.abc import Mapping
@@ -24,6 +25,11 @@ from rayswift.errors import UserError
 #: Llama 3.2 and others put a date into every prompt. A fixed one (the default of Llama's own chat template where there
 #: is no clock) makes token ids the same today and tomorrow; `--template_date` sets another.
 FIXED_DATE = date(2024, 7, 26)
+#: SWIFT's names of families whose layout the model's own chat template is better at: it is used.
+OWN_TEMPLATES = (
+    "qwen3_5", "qwen3_6", "qwen3_next", "glm4_5", "glm4_7", "phi3", "gemma2", "gemma3", "mistral", "mistral_nemo",
+    "minimax_m2", "kimi_k2", "seed_oss", "gpt_oss", "internlm3", "hunyuan", "step", "ernie", "granite",
+)  # fmt: skip
 _EMPTY_THINK = re.compile(r"(?:<think>\s*)?</think>\s*")
 _THOUGHTS = re.compile(r"^.*</think>\s*", re.DOTALL)
 
@@ -348,5 +354,7 @@ def get_template(name: str) -> Template:
     try:
         return load_templates()[name]
     except KeyError:
-        names = ", ".join(load_templates())
-        raise UserError(f"--template {name}: unknown; choose auto or one of {names}") from None
+        names = [*load_templates(), *OWN_TEMPLATES]
+        near = ", ".join(difflib.get_close_matches(name, names))
+        listed = ", ".join(names) + (f"; nearest: {near}" if near else "")
+        raise UserError(f"--template {name}: unknown; choose auto or one of {listed}") from None

@@ -16,6 +16,7 @@ from rayswift.data.chat.conversation import Conversation, DropRow, Message, read
 from rayswift.data.chat.dialect import ChatTemplate
 from rayswift.data.chat.families import (
     FIXED_DATE,
+    OWN_TEMPLATES,
     RenderOptions,
     Template,
     TextSpan,
@@ -37,10 +38,11 @@ logger = logging.getLogger("rayswift.data.tokens.template_choice")
 class TemplateSettings:
     """What decides how conversations are laid out. Fields are SWIFT's flags of the same name.
 
-    `template`: a family of `families.json`, or None/"auto": the family whose layout equals the tokenizer's own chat
-    template, else that chat template itself. `template_backend`: `jinja` takes the chat template in any case.
-    `use_chat_template` False: bos, the bare texts, eos. `agent_template`: a format of `agents.json` for tools and tool
-    messages, None is the template's own. `template_date`: the day (YYYY-MM-DD) in prompts that hold one.
+    `template`: a family of `families.json`, one of `OWN_TEMPLATES` for the model's own chat template, or None/"auto":
+    the family whose layout equals the tokenizer's own chat template, else that chat template itself.
+    `template_backend`: `jinja` takes the chat template in any case. `use_chat_template` False: bos, the bare texts,
+    eos. `agent_template`: a format of `agents.json` for tools and tool messages, None is the template's own.
+    `template_date`: the day (YYYY-MM-DD) in prompts that hold one.
 
     Raises:
         UserError: a setting has no such value; the message names flag and choices.
@@ -65,7 +67,7 @@ class TemplateSettings:
         object.__setattr__(self, "new_special_tokens", tuple(self.new_special_tokens))
         one_of("--template_backend", self.template_backend, ("swift", "jinja"))
         read_loss_scale(self.loss_scale)
-        if self.template not in (None, "auto"):
+        if self.template not in (None, "auto", *OWN_TEMPLATES):
             get_template(self.template)
         if self.agent_template is not None:
             get_agent_format(self.agent_template)
@@ -263,9 +265,11 @@ def _load_tokenizer(model_dir: str, new_special_tokens: tuple[str, ...], trust_r
 
 def _choose_template(settings: TemplateSettings, tokenizer: Any) -> Template | JinjaTemplate:
     bos, eos, day = tokenizer.bos_token, tokenizer.eos_token, read_date(settings.template_date)
-    if settings.template_backend == "jinja":
+    if settings.template_backend == "jinja" or settings.template in OWN_TEMPLATES:
         if not tokenizer.chat_template:
-            raise UserError("--template_backend jinja: the model has no chat template; leave it out or set --template")
+            own_name = settings.template in OWN_TEMPLATES
+            flag = f"--template {settings.template}" if own_name else "--template_backend jinja"
+            raise UserError(f"{flag}: the model has no chat template; leave it out or set --template")
         return _jinja(settings, tokenizer)
     if settings.template not in (None, "auto"):
         return get_template(settings.template).bind(bos, eos, adds_bos(tokenizer), day)
