@@ -137,7 +137,7 @@ class Oracle:
         """The text, or None where the template refuses."""
         try:
             return str(self.tokenizer.apply_chat_template(
-                _openai(messages, form), tools=tools, tokenize=False, add_generation_prompt=prompt,
+                openai_messages(messages, form), tools=tools, tokenize=False, add_generation_prompt=prompt,
                 date_string=_DAY.strftime("%d %b %Y"), strftime_now=_DAY.strftime, **form[-1]))  # fmt: skip
         except Exception:  # a program of any author
             return None
@@ -194,7 +194,8 @@ def _parts(message: dict[str, Any]) -> list[str]:
     return [text for text in (*_thoughts(message), answer) if text]
 
 
-def _openai(messages: list[dict[str, Any]], form: tuple[Any, ...]) -> list[dict[str, Any]]:
+def openai_messages(messages: list[dict[str, Any]], form: tuple[Any, ...]) -> list[dict[str, Any]]:
+    """The messages as chat templates take them, in one of the forms."""
     content_form, thought_form, argument_form, id_form, empty, _ = form
 
     def content(text: str) -> Any:

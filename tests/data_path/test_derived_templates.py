@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from datetime import datetime
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
-from template_gate import SCENARIOS, TOOLS, measure, save_tokenizer
+from template_gate import SCENARIOS, TOOLS, Oracle, measure, openai_messages, save_tokenizer
 
 from rayswift.data.tokens.encoder import Dropped, Encoded, Encoder
 from rayswift.errors import UserError
@@ -128,3 +129,20 @@ def test_names_of_newer_families_stand_for_the_models_own_chat_template(tmp_path
     ]
     with pytest.raises(UserError, match=r"--template qwen3_55: unknown; .*; nearest: qwen3_5"):
         Encoder(folder, template="qwen3_55")
+
+
+@pytest.mark.parametrize("file", sorted(TRL.glob("*_training.jinja")), ids=lambda file: file.stem)
+def test_nothing_outside_the_generation_marks_of_a_template_is_trained(file: Path, tmp_path: Path) -> None:
+    encoder = Encoder(save_tokenizer(file.read_text(encoding="utf-8"), tmp_path), template_backend="jinja")
+    oracle, messages = Oracle(encoder.tokenizer), SCENARIOS["many"][0]
+    form = oracle.forms(messages, None)[0]
+    own = encoder.tokenizer.apply_chat_template(
+        openai_messages(messages, form), return_dict=True, return_assistant_tokens_mask=True,
+        strftime_now=datetime(2024, 7, 26).strftime, date_string="26 Jul 2024", **form[-1],
+    )  # fmt: skip
+    sample = encoder.encode_batch([{"messages": messages}])[-1]
+    assert isinstance(sample, Encoded)
+    shared = min(len(sample.input_ids), len(own["input_ids"]))
+    assert own["input_ids"][:shared] == sample.input_ids.tolist()[:shared]
+    trained = [i for i in range(shared) if sample.labels[i] != -100]
+    assert len(trained) > 5 and all(own["assistant_masks"][i] for i in trained)
