@@ -28,7 +28,7 @@ _RESTORED = (
     "model", "task_type", "model_type", "model_revision", "torch_dtype", "attn_impl",
     "experts_impl", "new_special_tokens", "num_labels", "problem_type", "rope_scaling", "max_model_len",
     "quant_method", "quant_bits", "hqq_axis", "template", "system", "truncation_strategy", "agent_template",
-    "norm_bbox", "use_chat_template", "response_prefix",
+    "norm_bbox", "use_chat_template", "response_prefix", "template_date",
 )  # fmt: skip
 # A checkpoint may be a stranger's: what runs code comes from the user's own command line or YAML alone.
 _RUN_CODE = ("external_plugins", "trust_remote_code")

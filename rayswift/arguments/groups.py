@@ -153,6 +153,9 @@ class TemplateArguments(Arguments):
     )
     use_chat_template: bool = arg(True, "apply the chat template; false trains on plain text")
     template_backend: str = arg("swift", "template engine", choices=("swift", "jinja"))
+    template_date: str | None = arg(
+        None, "day (YYYY-MM-DD) that templates with a date in their prompt show", shown="2024-07-26"
+    )
     loss_scale: str = arg("default", "which tokens are trained, and how strongly")
     enable_thinking: bool | None = arg(None, "thinking mode of the template", shown="the model's")
     add_non_thinking_prefix: bool = arg(True, "add the empty thinking block to answers without one")

@@ -96,7 +96,10 @@ class ModelSpec:
     def adapter_encoder(self, folder: str, own: Encoder) -> Encoder:
         """As `own`, with template and system prompt that the adapter was trained with (its ``args.json``)."""
         saved = read_saved_arguments(folder) or {}
-        wanted = ("template", "system", "use_chat_template", "agent_template", "response_prefix", "template_backend")
+        wanted = (
+            "template", "system", "use_chat_template", "agent_template", "response_prefix", "template_backend",
+            "template_date",
+        )  # fmt: skip
         known = {key: saved[key] for key in wanted if saved.get(key) is not None and key not in self.template}
         return replace(own, **known)
 

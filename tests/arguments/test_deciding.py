@@ -14,8 +14,8 @@ SHARED = (
     "adapters add_non_thinking_prefix agent_template attn_impl enable_thinking external_plugins infer_backend "
     "load_args load_data_args logprobs loss_scale max_length max_new_tokens merge_lora model model_kwargs "
     "model_revision model_type new_special_tokens num_beams padding_side repetition_penalty response_prefix seed "
-    "stop_words system task_type temperature template template_backend top_k top_logprobs top_p torch_dtype "
-    "truncation_strategy trust_remote_code use_chat_template use_hf "
+    "stop_words system task_type temperature template template_backend template_date top_k top_logprobs top_p "
+    "torch_dtype truncation_strategy trust_remote_code use_chat_template use_hf "
 )
 DATASET = (
     "base_url cached_dataset columns custom_dataset_info data_seed dataset dataset_shuffle download_mode interleave_by "

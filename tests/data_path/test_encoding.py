@@ -312,8 +312,9 @@ def test_two_rounds_in_every_layout(name: str, family_dir: Callable[[str], str])
 def test_ids_are_those_of_the_models_own_rendering(name: str, backend: str, family_dir: Callable[[str], str]) -> None:
     encoder = Encoder(family_dir(name), template_backend=backend, add_non_thinking_prefix=False)
     messages = chat("q1", "r1 and more", "q2 the user", "hello world")["messages"]
-    (sample,) = encoder.encode_batch([{"messages": messages}])
+    *earlier, sample = encoder.encode_batch([{"messages": messages}])
     assert isinstance(sample, Encoded), sample
+    assert len(earlier) == (name == "qwen3" and backend == "jinja")  # its last turn alone has the empty thought
     text = encoder.tokenizer.apply_chat_template(messages, tokenize=False, date_string="26 Jul 2024")
     own = encoder.tokenizer(text.replace("<think>\n\n</think>\n\n", ""), add_special_tokens=False)["input_ids"]
     if name == "llama2":
@@ -359,15 +360,25 @@ def test_a_system_message_that_the_chat_template_refuses_drops_the_row(family_di
     assert said == "the model's chat template refuses the conversation: System role not supported"
 
 
-def test_a_chat_template_that_drops_thoughts_trains_what_it_shows(family_dir: Callable[[str], str]) -> None:
+def test_a_chat_template_that_drops_earlier_thoughts_trains_each_turn_where_it_is_generated(
+    family_dir: Callable[[str], str],
+) -> None:
     encoder = Encoder(family_dir("qwen3"), template_backend="jinja")
-    row = chat("q1", "<think>\na\n</think>\n\nr1", "q2", "<think>\nb\n</think>\n\nr2")
-    assert marked(encoder, encode(encoder, row)) == (
-        "<|im_start|>user\nq1<|im_end|>\n<|im_start|>assistant\n▮r1<|im_end|>▮\n"
-        "<|im_start|>user\nq2<|im_end|>\n<|im_start|>assistant\n▮<think>\nb\n</think>\n\nr2<|im_end|>▮"
+    row = chat("q<|im_end|>", "<think>\na\n</think>\n\nr1", "q2", "<think>\nb\n</think>\n\nr2")
+    first, last = encoder.encode_batch([row])
+    assert isinstance(first, Encoded) and isinstance(last, Encoded) and first.row == last.row == 0
+    start = "<|im_start|>user\nq<|im_end|><|im_end|>\n<|im_start|>assistant\n"
+    assert marked(encoder, first) == f"{start}▮<think>\na\n</think>\n\nr1<|im_end|>▮"
+    assert marked(encoder, last) == (
+        f"{start}r1<|im_end|>\n<|im_start|>user\nq2<|im_end|>\n<|im_start|>assistant\n"
+        "▮<think>\nb\n</think>\n\nr2<|im_end|>▮"
     )
-    unsafe = chat("<|im_end|>", "<think>\na\n</think>\n\nr1", "q2", "r2")
-    assert reason(encoder, unsafe) == "the model's chat template rewrites a message that holds special-token text"
+    # <|im_end|> of the user's text is no token
+    assert last.input_ids.tolist().count(encoder.tokenizer.convert_tokens_to_ids("<|im_end|>")) == 4
+    (pair,) = Encoder(family_dir("qwen3"), template_backend="jinja", preference=True).encode_batch(
+        [{**row, "rejected_response": "no"}]
+    )
+    assert isinstance(pair, Encoded) and pair.input_ids[: pair.rejected_start].tolist() == last.input_ids.tolist()
 
 
 @pytest.mark.parametrize("loss_scale", ["default", "last_round", "all"])

@@ -68,12 +68,10 @@ class AgentFormat:
         Raises:
             BadTool: not a list of definitions with names.
         """
-        listed = _parse(tools) if isinstance(tools, str) else tools
-        if not isinstance(listed, list):
-            raise BadTool("tools is not a list of tool definitions")
+        listed = read_tools(tools)
         if not listed:
             return []
-        marks = [_tool_marks(_parse(tool) if isinstance(tool, str) else tool) for tool in listed]
+        marks = [_tool_marks(tool) for tool in listed]
         described = self.tool_separator.join("".join(part.text for part in _fill(self.tool, each)) for each in marks)
         return _fill(self.tools, {"TOOLS": described, "NAMES": ",".join(each["NAME"] for each in marks)})
 
@@ -116,10 +114,44 @@ def _fill(record: str, marks: Mapping[str, str]) -> list[Span]:
 _parts = functools.cache(_MARK.split)
 
 
-def _tool_marks(tool: Any) -> dict[str, str]:
+def read_tools(tools: Any) -> list[Any]:
+    """The tool definitions of a row (a list, or JSON text).
+
+    Raises:
+        BadTool: it is no list.
+    """
+    listed = _parse(tools) if isinstance(tools, str) else tools
+    if not isinstance(listed, list):
+        raise BadTool("tools is not a list of tool definitions")
+    return [_parse(tool) if isinstance(tool, str) else tool for tool in listed]
+
+
+def wrap_tool(tool: Any) -> dict[str, Any]:
+    """A tool definition as OpenAI writes it.
+
+    Raises:
+        BadTool: it is no object.
+    """
     if not isinstance(tool, dict):
         raise BadTool("a tool definition is not a JSON object")
-    wrapped = tool if "type" in tool or "function" in tool else {"type": "function", "function": tool}
+    return tool if "type" in tool or "function" in tool else {"type": "function", "function": tool}
+
+
+def read_call(text: str) -> tuple[str, Any]:
+    """Name and arguments of a call (a JSON object).
+
+    Raises:
+        BadTool: the text is no such object.
+    """
+    call = _parse(text)
+    if not isinstance(call, dict) or not isinstance(call.get("name"), str):
+        raise BadTool("a tool_call is not a JSON object with name and arguments")
+    arguments = call.get("arguments", call.get("parameters", {}))
+    return call["name"], _parse(arguments) if isinstance(arguments, str) else arguments
+
+
+def _tool_marks(tool: Any) -> dict[str, str]:
+    wrapped = wrap_tool(tool)
     function = tool["function"] if isinstance(tool.get("function"), dict) else tool
     name = function.get("name_for_model") or function.get("name")
     if not isinstance(name, str):
@@ -161,22 +193,17 @@ def _other_xml(record: dict[str, Any], written: tuple[str, ...]) -> list[str]:
 
 
 def _call_marks(text: str) -> dict[str, str]:
-    call = _parse(text)
-    if not isinstance(call, dict) or not isinstance(call.get("name"), str):
-        raise BadTool("a tool_call is not a JSON object with name and arguments")
-    arguments = call.get("arguments", call.get("parameters", {}))
-    if isinstance(arguments, str):
-        arguments = _parse(arguments)
+    name, arguments = read_call(text)
     xml = ""  # as Qwen3-Coder writes them
-    for name, value in arguments.items() if isinstance(arguments, dict) else ():
+    for key, value in arguments.items() if isinstance(arguments, dict) else ():
         plain = isinstance(value, (str, int, float)) and not isinstance(value, bool)
-        xml += f"<parameter={name}>\n{value if plain else _json(value)}\n</parameter>\n"
+        xml += f"<parameter={key}>\n{value if plain else _json(value)}\n</parameter>\n"
     return {
-        "NAME": call["name"],
-        "NAME_JSON": _json(call["name"]),
+        "NAME": name,
+        "NAME_JSON": _json(name),
         "ARGUMENTS": _json(arguments),
         "ARGUMENTS_XML": xml,
-        "CALL_JSON": _json({"name": call["name"], "arguments": arguments}),
+        "CALL_JSON": _json({"name": name, "arguments": arguments}),
     }
 
 

@@ -9,10 +9,12 @@ Unlike SWIFT 4.x the ChatML families end with `<|im_end|>` without a newline, as
 
 from __future__ import annotations
 
+import difflib
 import functools
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from datetime import date
 from typing import Any, NamedTuple
 
 from rayswift.data.chat.agents import read_records
@@ -20,9 +22,14 @@ from rayswift.data.chat.conversation import Conversation, DropRow, ReplyPart, Ro
 from rayswift.data.chat.loss_weights import LossScale, read_loss_scale
 from rayswift.errors import UserError
 
-#: Llama 3.2 puts a date into every prompt. A fixed one (the default of the model's own chat template where there is
-#: no clock) makes token ids the same today and tomorrow.
-FIXED_DATE = "26 Jul 2024"
+#: Llama 3.2 and others put a date into every prompt. A fixed one (the default of Llama's own chat template where there
+#: is no clock) makes token ids the same today and tomorrow; `--template_date` sets another.
+FIXED_DATE = date(2024, 7, 26)
+#: SWIFT's names of families whose layout the model's own chat template is better at: it is used.
+OWN_TEMPLATES = (
+    "qwen3_5", "qwen3_6", "qwen3_next", "glm4_5", "glm4_7", "phi3", "gemma2", "gemma3", "mistral", "mistral_nemo",
+    "minimax_m2", "kimi_k2", "seed_oss", "gpt_oss", "internlm3", "hunyuan", "step", "ernie", "granite",
+)  # fmt: skip
 _EMPTY_THINK = re.compile(r"(?:<think>\s*)?</think>\s*")
 _THOUGHTS = re.compile(r"^.*</think>\s*", re.DOTALL)
 
@@ -110,8 +117,8 @@ class Template:
     auto_add_bos: bool = False
     own_prompt: bool = False
 
-    def bind(self, bos: str | None, eos: str | None, adds_bos: bool) -> Template:
-        """The template with the tokenizer's own bos and eos filled in.
+    def bind(self, bos: str | None, eos: str | None, adds_bos: bool, day: date = FIXED_DATE) -> Template:
+        """The template with the tokenizer's own bos and eos and a day filled in.
 
         Raises:
             UserError: the template needs an eos token and the tokenizer has none.
@@ -121,7 +128,8 @@ class Template:
         start = bos if adds_bos and bos and self.auto_add_bos else ""
 
         def fill(text: str) -> str:
-            return text.replace("{{BOS}}", bos or "").replace("{{EOS}}", eos or "").replace("{{DATE}}", FIXED_DATE)
+            text = text.replace("{{BOS}}", bos or "").replace("{{EOS}}", eos or "")
+            return text.replace("{{DATE}}", day.strftime("%d %b %Y"))
 
         return replace(
             self,
@@ -346,5 +354,7 @@ def get_template(name: str) -> Template:
     try:
         return load_templates()[name]
     except KeyError:
-        names = ", ".join(load_templates())
-        raise UserError(f"--template {name}: unknown; choose auto or one of {names}") from None
+        names = [*load_templates(), *OWN_TEMPLATES]
+        near = ", ".join(difflib.get_close_matches(name, names))
+        listed = ", ".join(names) + (f"; nearest: {near}" if near else "")
+        raise UserError(f"--template {name}: unknown; choose auto or one of {listed}") from None

@@ -1,289 +1,281 @@
 """A template derived from the model's own chat template, for tokenizers that no family of `families.json` fits.
 
-A chat template is a program that writes text; nothing in it says which part the model is to learn. It is found by
-rendering: a reply starts where the rendering of the messages before it, with the generation prompt, ends; and it ends
-after the first special token that follows its content. To keep special-token strings in the content plain text, the
-rendering is done once per sequence of roles with placeholders as contents; each row is then filled into that
-*skeleton*, and checked against the real rendering.
+A chat template is a program that writes text; nothing in it says which part the model is to learn. What the model
+writes in a turn is what the rendering of the conversation up to that turn adds to the rendering of the messages before
+it with the generation prompt, up to the token that ends the turn. So each turn is rendered as the model will meet it in
+use. Where later renderings keep earlier turns as they were, one sample holds them all; where the template rewrites
+earlier turns (it leaves out their thoughts, most often), a row gives several samples, and each turn is trained once.
 """
 
 from __future__ import annotations
 
-import itertools
-import os.path
 import re
-from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple
 
-from rayswift.data.chat.conversation import Conversation, DropRow, Round
-from rayswift.data.chat.families import FIXED_DATE, RenderOptions, TextSpan, choose_system
+from rayswift.data.chat.agents import BadTool, read_tools, wrap_tool
+from rayswift.data.chat.conversation import Conversation, DropRow, Message
+from rayswift.data.chat.dialect import ANSWER, ANSWERED, ASKED, TOOLS, split_thought
+from rayswift.data.chat.families import RenderOptions, TextSpan
+from rayswift.data.chat.shape import TemplateShape
+from rayswift.data.chat.turns import Turn, protect, turns_of_conversation, turns_of_messages, unprotect
 
-_PLACEHOLDER = re.compile("\ue000(\\d+)\ue001")
-_EMPTY_THINK = re.compile(r"<think>\s*</think>\s*")
+_THINK_OPENS = re.compile(r"\s*<think>\s*")
 
 
-class Slot(NamedTuple):
-    """A part of a skeleton: template text, or (`message` ≥ 0) the content of that message. `reply`: index of the
-    assistant turn that this part is learned with, or −1."""
+class Reply(NamedTuple):
+    """An assistant turn in the context in which it is generated. `text`: the conversation up to the end of the turn;
+    the model writes what stands behind `start`. `rest`: what the template puts behind a last turn. `eos`: ends the turn
+    at the end of a sample, where the template never does."""
 
     text: str
-    message: int = -1
-    reply: int = -1
+    start: int
+    rest: str
+    eos: str
 
 
 @dataclass
 class JinjaTemplate:
-    """The layout of a tokenizer's own chat template.
+    """The layout of a tokenizer's own chat template."""
 
-    `specials`: the special tokens of the tokenizer. `eos`: put after a last reply that the chat template leaves open.
-    """
-
-    tokenizer: Any
-    specials: tuple[str, ...]
-    eos: str
+    shape: TemplateShape
     name: str = "jinja"
     agent: str | None = None
-    _skeletons: dict[tuple[str, ...], list[Slot] | DropRow] = field(default_factory=dict, repr=False)
 
     @property
     def literals(self) -> tuple[str, ...]:
-        """Template text in which special tokens count: what a one-round conversation shows of it."""
-        roles = ("user", "assistant", "user")
-        try:
-            return (*(slot.text for slot in self._skeleton(roles)), self.eos)
-        except DropRow:
-            return (self.eos,)
+        """Template text in which special tokens count."""
+        return (self.shape.chat.source, *(ending.word for ending in self.shape.endings.values()), self.shape.eos)
 
     @property
     def stop_words(self) -> tuple[str, ...]:
-        """The special token that ends a reply."""
-        try:
-            ends = [slot.text for slot in self._skeleton(("user", "assistant")) if slot.reply >= 0]
-        except DropRow:
-            return ()
-        return tuple(special for special in self.specials if ends[-1].endswith(special))
+        """The special tokens that end a turn."""
+        return tuple(dict.fromkeys(ending.word for ending in self.shape.endings.values() if ending.word))
 
-    def render(self, conversation: Conversation, options: RenderOptions) -> list[TextSpan]:
-        """Lay out a conversation for training.
+    @property
+    def takes_tools(self) -> bool:
+        """Whether the chat template shows tools and their calls."""
+        return self.shape.dialect.tools and self.shape.dialect.calls
+
+    def render(
+        self, row: Message, options: RenderOptions, conversation: Conversation | None = None
+    ) -> list[list[TextSpan]]:
+        """Lay out a row for training: one sample, or several where the chat template rewrites earlier turns.
+
+        `conversation`: the row with its tools as text, for an agent template; None: the chat template writes them.
 
         Raises:
-            DropRow: the chat template refuses the conversation, or rewrites it beyond recognition.
+            DropRow: the chat template refuses the row, or does not show what is in it.
         """
-        messages = _messages(conversation, options)
-        first = next((i for i, message in enumerate(messages) if message["role"] != "system"), 0)
+        turns, tools = self._read(row, options, conversation)
+        if options.scale.base != "all":
+            while turns and turns[-1].role != "assistant":
+                turns.pop()
+            if not turns:
+                raise DropRow("no assistant message")
         try:
-            slots = self._fill(messages)
+            return self._samples(turns, tools, options)
         except DropRow:
-            if not messages or messages[first]["role"] != "assistant":
+            first = next((i for i, turn in enumerate(turns) if turn.role != "system"), 0)
+            if not turns or turns[first].role != "assistant":
                 raise
-            # A chat template that refuses to start with a reply is given an empty query first.
-            messages.insert(first, {"role": "user", "content": ""})
-            slots = self._fill(messages)
-        weights: list[float] = []
-        rules: list[bool] = []
-        for index, round_ in enumerate(conversation.rounds):
-            if round_.reply is not None:
-                losses = {options.reply_weight(part, index >= conversation.last_round) for part in round_.reply}
-                if len(losses) > 1:
-                    raise DropRow("one assistant turn with and without loss needs a template family (--template)")
-                weights.append(losses.pop())
-                rules.append(round_.reply[0].loss_scale is None)
-        if weights and slots[-1].reply < 0 and not slots[-1].text.strip():
-            slots = slots[:-1]  # the newline after the last turn, which the families leave out too
-        spans = []
-        for span, slot in zip(_text_spans(slots, weights, options.prompt_weight), slots, strict=True):
-            if slot.reply >= 0 and slot.message >= 0 and span.weight and options.scale.rules and rules[slot.reply]:
-                query = messages[slot.message - 1]["content"] if slot.message else ""
-                cuts = options.scale.split(span.text, query)
-                spans += [span._replace(text=text, weight=span.weight * factor) for text, factor in cuts]
-            else:
-                spans.append(span)
-        return spans
+        # A chat template that refuses to start with a reply is given an empty query first.
+        return self._samples([*turns[:first], Turn("user", ""), *turns[first:]], tools, options)
 
-    def render_prompt(self, conversation: Conversation, options: RenderOptions) -> list[TextSpan]:
+    def render_prompt(
+        self, row: Message, options: RenderOptions, conversation: Conversation | None = None
+    ) -> list[TextSpan]:
         """Lay out a conversation for generation; a last assistant turn is continued.
 
         Raises:
             DropRow: as for :meth:`render`.
         """
-        continued = conversation.rounds[-1].reply
-        if continued is not None:
-            last = conversation.rounds[-1]
-            asked = replace(conversation, rounds=[*conversation.rounds[:-1], Round(last.query)])
-        else:
-            asked = conversation
-        messages = _messages(asked, options)
-        thinking = options.enable_thinking
-        think = {} if thinking is None else {"enable_thinking": thinking, "thinking": thinking}
-        real = self._render(messages, add_generation_prompt=True, **think)
-        skeleton = _placeholders(message["role"] for message in messages)
-        slots = self._slots(skeleton, self._render(skeleton, add_generation_prompt=True, **think))
-        filled = _filled(slots, [message["content"] for message in messages], real)
-        if filled is None:
-            self._refuse_specials(messages)
-            filled = [Slot(real)]
-        spans = _text_spans(filled, [0.0] * len(messages), 0.0)
+        turns, tools = self._read(row, options, conversation)
+        continued = turns.pop() if turns and turns[-1].role == "assistant" else None
+        if continued is not None and continued.calls:
+            raise DropRow("a last assistant turn that calls tools cannot be continued")
+        prompt = self.shape.render(
+            turns, tools, add_generation_prompt=True, **self.shape.chat.thinking(options.enable_thinking)
+        )
+        spans = self._pieces(prompt, 0.0)
         if options.response_prefix:
             spans.append(TextSpan(options.response_prefix, True))
-        if continued is not None:
-            spans.append(TextSpan("".join(part.text for part in continued), False, hard=True))
-        return spans
+        return spans + (self._pieces(continued.text, 0.0, hard=True) if continued is not None else [])
 
-    def _render(self, messages: list[dict[str, str]], **kwargs: Any) -> str:
-        return apply_chat_template(self.tokenizer, messages, **kwargs)
+    # --- rows ---------------------------------------------------------------------------------------------------
 
-    def _skeleton(self, roles: tuple[str, ...]) -> list[Slot]:
-        if roles not in self._skeletons:
-            messages = _placeholders(roles)
+    def _read(
+        self, row: Message, options: RenderOptions, conversation: Conversation | None
+    ) -> tuple[list[Turn], list[dict[str, Any]] | None]:
+        """The row as turns, in which no special-token text can be taken for the template's own, and its tools."""
+        tools = None
+        if conversation is not None:
+            turns = turns_of_conversation(conversation, options.system)
+        else:
+            turns = turns_of_messages(row.get("messages") or (), options.system)
             try:
-                slots = self._slots(messages, self._render(messages))
-                last = slots[-1]
-                if roles[-1] == "assistant" and last.message >= 0 and self.eos:
-                    # The template ends no turn: without this none would stop.
-                    slots.append(Slot(self.eos, -1, last.reply))
-                self._skeletons[roles] = slots
-            except DropRow as refused:
-                self._skeletons[roles] = refused
-        skeleton = self._skeletons[roles]
-        if isinstance(skeleton, DropRow):
-            raise DropRow(skeleton.reason)
-        return skeleton
+                tools = [wrap_tool(tool) for tool in read_tools(row["tools"])] if row.get("tools") else None
+            except BadTool as bad:
+                raise DropRow(str(bad)) from None
+        dialect = self.shape.dialect
+        for what, needed, shown in (
+            ("tools", bool(tools), dialect.tools),
+            ("tool calls", any(turn.calls for turn in turns), dialect.calls),
+            ("tool results", any(turn.role == "tool" for turn in turns), dialect.results),
+        ):
+            if needed and not shown:
+                raise DropRow(f"the model's chat template does not show {what}; --agent_template writes them as text")
+        return protect(turns, self.shape.special), protect(tools, self.shape.special)
 
-    def _slots(self, messages: list[dict[str, str]], text: str) -> list[Slot]:
-        """Cut the rendering `text` of messages with placeholders, with the bounds of every assistant turn."""
-        if sorted(int(number) for number in _PLACEHOLDER.findall(text)) != list(range(len(messages))):
-            raise DropRow("the model's chat template does not show every message once")
-        replies = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-        return _cut(text, [self._bounds(messages, i, text) for i in replies])
+    def _samples(self, turns: list[Turn], tools: Any, options: RenderOptions) -> list[list[TextSpan]]:
+        last_round = max((i for i, turn in enumerate(turns) if turn.role in ("user", "tool")), default=-1)
+        weights = {
+            i: _weight(turn, options, i > last_round) for i, turn in enumerate(turns) if turn.role == "assistant"
+        }
+        everything = options.scale.base == "all"
+        trained = [i for i in weights if everything or weights[i]] or [*weights][-1:]
+        replies = {i: self._reply(turns[: i + 1], tools) for i in trained}
+        samples: list[list[TextSpan]] = []
+        while trained or not samples:
+            end = len(turns) - 1 if everything else trained[-1]
+            last = replies.get(end)
+            text = last.text if last is not None else self.shape.render(turns, tools)
+            shown = [i for i in trained if text.startswith(replies[i].text)]
+            self._refuse_lost(turns[: end + 1], text)
+            spans: list[TextSpan] = []
+            position = 0
+            for i in shown:
+                spans += self._pieces(text[position : replies[i].start], options.prompt_weight)
+                end_of_reply = len(replies[i].text)
+                query = turns[i - 1].text if i else ""
+                reply = text[replies[i].start : end_of_reply] + (replies[i].eos if i == end else "")
+                spans += self._reply_spans(reply, weights[i], turns[i], options, query)
+                position = end_of_reply
+            rest = last.rest if last is not None and last.rest.strip() else ""
+            samples.append(spans + self._pieces(text[position:] + rest, options.prompt_weight))
+            trained = [] if everything else [i for i in trained if i not in shown]
+        return samples[::-1]
 
-    def _bounds(self, messages: list[dict[str, str]], index: int, text: str) -> tuple[int, int]:
-        """Where assistant message `index` starts and ends in the rendering `text` of all messages."""
-        content = messages[index]["content"]
-        at = text.index(content)
-        before = self._render(messages[:index], add_generation_prompt=True) if index else ""
-        shared = len(os.path.commonprefix([before, text]))
-        earlier = max((text.index(m["content"]) + len(m["content"]) for m in messages[:index]), default=0)
-        # Where the generation prompt opens a think block that the full rendering has not, the shared part is the
-        # start of the reply; where history is rewritten the shared part ends too early, and only the content counts.
-        start = shared if earlier < shared <= at else at
-        empty_think = _EMPTY_THINK.match(text, start)
-        if empty_think and empty_think.end() <= at:
-            start = empty_think.end()
-        content_end = at + len(content)
-        following = _PLACEHOLDER.search(text, content_end)
-        limit = following.start() if following else len(text)
-        return start, self._after_special(text, content_end, limit, otherwise=content_end)
-
-    def _after_special(self, text: str, start: int, limit: int, otherwise: int) -> int:
-        """The end of the first special token of `text[start:limit]`."""
-        found = ((text.find(special, start, limit), special) for special in self.specials)
-        return min((at + len(special) for at, special in found if at >= 0), default=otherwise)
-
-    def _fill(self, messages: list[dict[str, str]]) -> list[Slot]:
-        slots = self._skeleton(tuple(message["role"] for message in messages))
-        real = self._render(messages)
-        filled = _filled(slots, [message["content"] for message in messages], real, self.eos)
-        return filled if filled is not None else self._from_real(messages, real)
-
-    def _from_real(self, messages: list[dict[str, str]], real: str) -> list[Slot]:
-        """A row that the chat template rewrites (thoughts dropped, text changed), cut by its own rendering."""
-        self._refuse_specials(messages)
-        slots, position, reply = [], 0, 0
-        for index, message in enumerate(messages):
-            if message["role"] != "assistant":
-                continue
-            before = self._render(messages[:index], add_generation_prompt=True) if index else ""
-            if not real.startswith(before) or len(before) < position:
-                raise DropRow("the model's chat template rewrites earlier turns; choose a family with --template")
-            end = self._after_special(real, len(before), len(real), otherwise=len(real))
-            slots += [Slot(real[position : len(before)]), Slot(real[len(before) : end], -1, reply)]
-            position, reply = end, reply + 1
-        return [*slots, Slot(real[position:])]
-
-    def _refuse_specials(self, messages: Iterable[dict[str, str]]) -> None:
-        if any(special in message["content"] for message in messages for special in self.specials):
+    def _refuse_lost(self, turns: list[Turn], text: str) -> None:
+        for turn in turns:
+            if turn.role in ("system", "user") and turn.text.strip() not in text:
+                raise DropRow(f"the model's chat template does not show the text of a {turn.role} message")
+        if "\\ue000" in text:
             raise DropRow("the model's chat template rewrites a message that holds special-token text")
 
+    # --- turns --------------------------------------------------------------------------------------------------
 
-def _messages(conversation: Conversation, options: RenderOptions) -> list[dict[str, str]]:
-    """The conversation as the chat template takes it, tools in the system text or the first query."""
-    agent, tools = conversation.agent, "".join(span.text for span in conversation.tools)
-    literal = any(part.literal for round_ in conversation.rounds for part in round_.reply or ())
-    if (
-        literal
-        or any(span.literal for span in conversation.tools)
-        or any(round_.results is not None for round_ in conversation.rounds)
-    ):
-        raise DropRow(f"agent template {agent.name if agent else ''} needs a template family (--template)")
-    system = choose_system(conversation.system, options.system, None)
-    if tools and agent is not None and agent.tools_place != "before_query":
-        return as_messages(conversation, f"{system}\n\n{tools}" if system else tools)
-    messages = as_messages(conversation, system)
-    if tools:
-        asked = next((message for message in messages if message["role"] == "user"), messages[0])
-        asked["content"] = tools + asked["content"]
-    return messages
+    def _reply(self, turns: list[Turn], tools: Any) -> Reply:
+        """The last turn, an assistant's, in its context."""
+        turn = turns[-1]
+        rest, add, eos, word = self.shape.endings[bool(turn.calls), bool(tools)]
+        thought, answer = split_thought(turn.text)
+        needed = [text for text in (thought, answer.strip(), *(name for name, _ in turn.calls)) if text]
+        reason = DropRow("the model's chat template does not go on from its own generation prompt")
+        for text, start in self._candidates(turns, tools, thinks=bool(thought)):
+            if any(part not in text[start:] for part in needed):
+                reason = DropRow("the model's chat template does not show the whole of an assistant turn")
+                continue
+            end = len(text) - len(rest)
+            if not text.endswith(rest):  # in another mode the template puts something else behind a last turn
+                end = text.rfind(word, start) + len(word) if word in text[start:] else len(text)
+            text, behind = text[:end] + add, text[end:]
+            return Reply(text, start + self.shape.empty_thought(text, start), behind, eos)
+        opened = self._opened_thought(turns, tools)
+        if opened is None:
+            raise reason
+        return opened
+
+    def _candidates(self, turns: list[Turn], tools: Any, *, thinks: bool) -> Iterator[tuple[str, int]]:
+        """Renderings of the turns, and where in each the model begins to write, best first: the template's own default,
+        then its other modes, then what it makes of the last turn put behind its generation prompt."""
+        modes = (None, True, False) if thinks else (None, False, True)
+        differing: list[tuple[str, str, int]] = []
+        refused: DropRow | None = None
+        for mode in modes if self.shape.chat.switches else modes[:1]:
+            kwargs = self.shape.chat.thinking(mode)
+            try:
+                text = self.shape.render(turns, tools, **kwargs)
+                prompt = self.shape.render(turns[:-1], tools, add_generation_prompt=True, **kwargs)
+            except DropRow as reason:
+                refused = refused or reason
+                continue
+            if text.startswith(prompt):
+                yield text, len(prompt)
+                continue
+            shared = self.shape.shared(prompt, text)
+            if self.shape.closes(prompt[shared:]):
+                # The prompt of a model that is not to think ends with an empty thought.
+                if not thinks:
+                    yield prompt + text[shared:], len(prompt)
+                continue
+            differing.append((text, prompt, shared))
+        for text, prompt, shared in differing if not thinks else ():
+            if prompt[shared:].strip() in self.shape.open_thoughts:
+                yield text, shared
+        for text, prompt, shared in differing:
+            yield from self._behind_prompt(text, prompt, shared)
+        if refused is not None and not differing:
+            raise refused
+
+    def _behind_prompt(self, text: str, prompt: str, shared: int) -> Iterator[tuple[str, int]]:
+        """The last turn behind the generation prompt, where the template writes the messages before it in another way:
+        it starts behind the longest end of the prompt that stands in the rest of the rendering."""
+        for mark in self.shape.marks.finditer(prompt, shared):
+            head = prompt[mark.start() :]
+            place = text.find(head, shared)
+            if place >= 0:
+                yield prompt + text[place + len(head) :], len(prompt)
+        yield prompt + text[shared:], len(prompt)
+
+    def _opened_thought(self, turns: list[Turn], tools: Any) -> Reply | None:
+        """A turn whose thoughts the template does not show, though its generation prompt opens them (DeepSeek-R1)."""
+        prompt = self.shape.render(turns[:-1], tools, add_generation_prompt=True)
+        opening = _THINK_OPENS.match(turns[-1].text)
+        if opening is None or turns[-1].calls or not prompt.rstrip().endswith("<think>"):
+            return None
+        rest, add, eos, _ = self.shape.endings[False, bool(tools)]
+        end = self.shape.render([ASKED, ANSWERED], TOOLS if tools else None).rpartition(ANSWER)[2].removesuffix(rest)
+        return Reply(prompt + turns[-1].text[opening.end() :] + end + add, len(prompt), "", eos)
+
+    # --- spans --------------------------------------------------------------------------------------------------
+
+    def _reply_spans(self, text: str, weight: float, turn: Turn, options: RenderOptions, query: str) -> list[TextSpan]:
+        if not (weight and options.scale.rules and turn.parts and turn.parts[0].loss_scale is None):
+            return self._pieces(text, weight, hard=True)
+        end = len(text)
+        for found in [*self.shape.special.finditer(text)][::-1]:
+            end = found.start() if found.end() == end else end
+        spans: list[TextSpan] = []
+        for part, factor in options.scale.split(text[:end], query):
+            spans += self._pieces(part, weight * factor, hard=not spans)
+        return spans + self._pieces(text[end:], weight)
+
+    def _pieces(self, text: str, weight: float, *, hard: bool = False) -> list[TextSpan]:
+        """A rendering as spans: its special tokens, the texts between them, and special-token text of the content."""
+        spans = []
+        position = 0
+        for found in self._splitter.finditer(text):
+            if found.start() > position:
+                spans.append(TextSpan(text[position : found.start()], False, weight))
+            spans.append(TextSpan(unprotect(found[1]) if found[1] else found[0], not found[1], weight))
+            position = found.end()
+        if position < len(text):
+            spans.append(TextSpan(text[position:], False, weight))
+        if hard and spans:
+            spans[0] = spans[0]._replace(hard=True)
+        return spans
+
+    @cached_property
+    def _splitter(self) -> re.Pattern[str]:
+        return re.compile(f"\ue000([\\d,]+)\ue001|{self.shape.special.pattern}")
 
 
-def _placeholders(roles: Iterable[str]) -> list[dict[str, str]]:
-    return [{"role": role, "content": f"\ue000{i}\ue001"} for i, role in enumerate(roles)]
-
-
-def _cut(text: str, bounds: list[tuple[int, int]]) -> list[Slot]:
-    """Cut a rendering with placeholders into slots, at the placeholders and at the ends of the learned bounds."""
-    marks = {0, len(text), *(end for pair in bounds for end in pair)}
-    contents = {found.start(): found for found in _PLACEHOLDER.finditer(text)}
-    for found in contents.values():
-        marks |= {found.start(), found.end()}
-    ordered = sorted(marks)
-    slots = []
-    for start, end in itertools.pairwise(ordered):
-        reply = next((i for i, (first, last) in enumerate(bounds) if first <= start and end <= last), -1)
-        message = int(contents[start][1]) if start in contents else -1
-        slots.append(Slot("" if message >= 0 else text[start:end], message, reply))
-    return slots
-
-
-def _filled(slots: list[Slot], contents: list[str], real: str, eos: str = "") -> list[Slot] | None:
-    """The skeleton with these contents, as they are or stripped, if that is what the chat template renders."""
-    for change in (str, str.strip, str.rstrip):
-        filled = [slot if slot.message < 0 else slot._replace(text=change(contents[slot.message])) for slot in slots]
-        text = "".join(slot.text for slot in filled)
-        if text == real or (eos and text == real + eos):
-            return filled
-    return None
-
-
-def _text_spans(slots: list[Slot], weights: list[float], prompt_weight: float) -> list[TextSpan]:
-    spans, reply = [], -1
-    for slot in slots:
-        weight = weights[slot.reply] if slot.reply >= 0 else prompt_weight
-        spans.append(TextSpan(slot.text, slot.message < 0, weight, hard=slot.reply != reply))
-        reply = slot.reply
-    return spans
-
-
-def as_messages(conversation: Conversation, system: str | None) -> list[dict[str, str]]:
-    """A conversation as plain chat messages, the system text first if there is one."""
-    messages = [{"role": "system", "content": system}] if system else []
-    for round_ in conversation.rounds:
-        if round_.query is not None:
-            messages.append({"role": "user", "content": round_.query})
-        if round_.reply is not None:
-            messages.append({"role": "assistant", "content": "".join(part.text for part in round_.reply)})
-    return messages
-
-
-def apply_chat_template(tokenizer: Any, messages: list[dict[str, str]], **kwargs: Any) -> str:
-    """What the tokenizer's own chat template makes of the messages.
-
-    Raises:
-        DropRow: the template refuses them. It is a program of the model's author and can fail as programs do.
-    """
-    from jinja2 import TemplateError
-
-    try:
-        return str(tokenizer.apply_chat_template(messages, tokenize=False, date_string=FIXED_DATE, **kwargs))
-    except (TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
-        raise DropRow(f"the model's chat template refuses the conversation: {error}") from None
+def _weight(turn: Turn, options: RenderOptions, in_last_round: bool) -> float:
+    """The weight of an assistant turn, by the flags of the messages it was written as."""
+    weights = {options.reply_weight(part, in_last_round) for part in turn.parts}
+    if len(weights) > 1:
+        raise DropRow("one assistant turn with and without loss needs a template family (--template)")
+    return weights.pop()

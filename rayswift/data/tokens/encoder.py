@@ -113,6 +113,8 @@ class Encoder(TemplateSettings):
     def settings(self) -> dict[str, Any]:
         """The settings by name, as hashes and files hold them: there `preference` is `pairs`, its name before."""
         values = asdict(self)
+        if self.template_date is None:  # as caches of earlier versions have it
+            del values["template_date"]
         values["pairs"] = values.pop("preference")
         return values
 
@@ -171,8 +173,11 @@ class Encoder(TemplateSettings):
         dropped: list[Dropped] = []
         for index, row in enumerate(rows):
             try:
-                batch.plan(loaded.render(side(row) if side else row))
-                kept.append(index)
+                samples = loaded.render(side(row) if side else row)
+                # A pair is about the answers that differ, which come last.
+                for spans in samples[-1:] if self.preference else samples:
+                    batch.plan(spans)
+                    kept.append(index)
             except DropRow as refused:
                 dropped.append(Dropped(refused.reason, index))
         ids, weights, offsets = batch.assemble()
@@ -223,7 +228,9 @@ class Encoder(TemplateSettings):
         too_long = np.zeros(len(rows), dtype=bool) if limit is None else ends - starts > limit
         if limit is not None and too_long.any():
             starts, ends, rows, cut = _spans_within(self.truncation_strategy, limit, starts, ends, rows, too_long)
-            dropped += [Dropped(f"longer than --max_length {limit}", row) for row in cut.tolist()]
+            # A row that gives several samples is in the result as long as one of them fits.
+            gone = sorted(set(cut.tolist()) - set(rows.tolist()))
+            dropped += [Dropped(f"longer than --max_length {limit}", row) for row in gone]
         weights[starts[starts < ends]] = 0.0
         trained = np.concatenate([[0], np.cumsum(weights > 0)])
         useful = trained[ends] > trained[starts]

@@ -3,17 +3,31 @@
 from __future__ import annotations
 
 import functools
+import json
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from datetime import date
+from pathlib import Path
 from typing import Any
 
 from rayswift.data.chat.agents import AgentFormat, get_agent_format
 from rayswift.data.chat.conversation import Conversation, DropRow, Message, Round, read_conversation
-from rayswift.data.chat.families import RenderOptions, Template, TextSpan, adds_bos, get_template, render_plain
-from rayswift.data.chat.jinja import JinjaTemplate, apply_chat_template
+from rayswift.data.chat.dialect import ChatTemplate
+from rayswift.data.chat.families import (
+    FIXED_DATE,
+    OWN_TEMPLATES,
+    RenderOptions,
+    Template,
+    TextSpan,
+    adds_bos,
+    get_template,
+    render_plain,
+)
+from rayswift.data.chat.jinja import JinjaTemplate
 from rayswift.data.chat.loss_weights import read_loss_scale
-from rayswift.data.chat.matching import match_template
+from rayswift.data.chat.matching import match_template, same_tools
+from rayswift.data.chat.shape import TemplateShape
 from rayswift.data.rows.columns import MEDIA
 from rayswift.data.tokens.segments import CONTENT_TAG, SegmentTokenizer
 from rayswift.errors import UserError
@@ -25,10 +39,12 @@ logger = logging.getLogger("rayswift.data.tokens.template_choice")
 class TemplateSettings:
     """What decides how conversations are laid out. Fields are SWIFT's flags of the same name.
 
-    `template`: a family of `families.json`, or None/"auto": the family whose layout equals the tokenizer's own chat
-    template, else that chat template itself. `template_backend`: `jinja` takes the chat template in any case.
-    `use_chat_template` False: bos, the bare texts, eos. `agent_template`: a format of `agents.json` for tools and tool
-    messages, None is the template's own. `enable_thinking`: of prompts for generation; None is the model's own default.
+    `template`: a family of `families.json`, one of `OWN_TEMPLATES` for the model's own chat template, or None/"auto":
+    the family whose layout equals the tokenizer's own chat template, else that chat template itself.
+    `template_backend`: `jinja` takes the chat template in any case. `use_chat_template` False: bos, the bare texts,
+    eos. `agent_template`: a format of `agents.json` for tools and tool messages, None is the template's own.
+    `enable_thinking`: of prompts for generation; None is the model's own default. `template_date`: the day (YYYY-MM-DD)
+    in prompts that hold one.
 
     Raises:
         UserError: a setting has no such value; the message names flag and choices.
@@ -46,16 +62,18 @@ class TemplateSettings:
     new_special_tokens: tuple[str, ...] = ()
     trust_remote_code: bool = False
     agent_template: str | None = None
+    template_date: str | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "model_dir", str(self.model_dir))
         object.__setattr__(self, "new_special_tokens", tuple(self.new_special_tokens))
         one_of("--template_backend", self.template_backend, ("swift", "jinja"))
         read_loss_scale(self.loss_scale)
-        if self.template not in (None, "auto"):
+        if self.template not in (None, "auto", *OWN_TEMPLATES):
             get_template(self.template)
         if self.agent_template is not None:
             get_agent_format(self.agent_template)
+        read_date(self.template_date)
 
     @property
     def tokenizer(self) -> Any:
@@ -92,7 +110,9 @@ class TemplateSettings:
     @property
     def takes_tools(self) -> bool:
         """Whether tools and tool messages have a format."""
-        return load_template(self).agent is not None
+        loaded = load_template(self)
+        own = loaded.tools_template or loaded.template
+        return loaded.agent is not None or (isinstance(own, JinjaTemplate) and own.takes_tools)
 
     @property
     def thinks(self) -> bool:
@@ -100,13 +120,26 @@ class TemplateSettings:
         template = load_template(self).template
         if isinstance(template, Template):
             return template.thinking is not None
-        return template is not None and "</think>" in template.tokenizer.chat_template
+        return template is not None and "</think>" in template.shape.chat.tokenizer.chat_template
 
     @property
     def call_end(self) -> str:
         """What ends a tool call whose result follows in the same turn (``Observation:``); empty for other formats."""
-        agent = load_template(self).agent
+        loaded = load_template(self)
+        agent = loaded.agent if loaded.tools_template is None else None
         return agent.calls_end if agent is not None and agent.result_place == "reply" else ""
+
+
+def read_date(value: str | None) -> date:
+    """The day of `--template_date`, by default one that never changes.
+
+    Raises:
+        UserError: it is no date.
+    """
+    try:
+        return FIXED_DATE if value is None else date.fromisoformat(value)
+    except ValueError:
+        raise UserError(f"--template_date {value}: not a date; write it as YYYY-MM-DD") from None
 
 
 def one_of(flag: str, value: str, choices: Sequence[str]) -> None:
@@ -115,9 +148,14 @@ def one_of(flag: str, value: str, choices: Sequence[str]) -> None:
         raise UserError(f"{flag} {value}: choose one of {', '.join(choices)}")
 
 
+_TOOL_ROLES = ("tool_call", "tool_response", "tool")
+
+
 @dataclass
 class LoadedTemplate:
-    """What an encoder works with; `template` None is bare mode. `prompt_template` lays out generation prompts.
+    """What an encoder works with; `template` None is bare mode. `prompt_template` lays out generation prompts,
+    `tools_template` rows with tools, where the family that fits the model writes them in another way than the model's
+    own chat template.
 
     `prompt_thinking`: `enable_thinking` of generation prompts. In training a flag that is not given leaves the mark of
     no thinking in front of answers without a thought (SWIFT's `add_non_thinking_prefix`).
@@ -132,6 +170,7 @@ class LoadedTemplate:
     agent: AgentFormat | None
     options: RenderOptions
     prompt_thinking: bool | None
+    tools_template: JinjaTemplate | None = None
 
     @property
     def name(self) -> str:
@@ -145,10 +184,12 @@ class LoadedTemplate:
     def ends(self) -> tuple[str, ...]:
         """The stop words, and what ends a trained reply."""
         suffix = self.template.suffix if isinstance(self.template, Template) else ""
-        return tuple(dict.fromkeys([*self.stop_words, *filter(None, [suffix])]))
+        own = self.tools_template.stop_words if self.tools_template else ()
+        return tuple(dict.fromkeys([*self.stop_words, *filter(None, [suffix]), *own]))
 
-    def render(self, row: Mapping[str, Any]) -> list[TextSpan]:
-        """Lay out a standard row for training.
+    def render(self, row: Mapping[str, Any]) -> list[list[TextSpan]]:
+        """Lay out a standard row for training: one sample, or several where the model's own chat template rewrites
+        earlier turns.
 
         Raises:
             DropRow: it cannot be a conversation of this template, or has nothing to train.
@@ -156,17 +197,20 @@ class LoadedTemplate:
         media = next((medium for medium in MEDIA if row.get(medium)), None)
         if media:
             raise DropRow(f"it holds {media}, and text alone is trained here; --columns can hide the column")
-        options = self.options_of(row)
-        conversation = self.conversation(row.get("messages") or (), row.get("tools"))
+        options, messages, tools = self.options_of(row), row.get("messages") or (), row.get("tools")
+        template = self._for_tools(messages, tools) or self.template
+        if isinstance(template, JinjaTemplate):
+            return template.render(row, options, self._with_agent(messages, tools))
+        conversation = self.conversation(messages, tools)
         if options.scale.base != "all":
             conversation = conversation.without_trailing_query()
             if not conversation.rounds:
                 raise DropRow("no assistant message")
         if options.scale.base == "last_round":
             conversation = conversation.with_last_answer_trained()
-        if self.template is None:
-            return render_plain(conversation, options, self.bos, self.eos)
-        return self.template.render(conversation, options)
+        if template is None:
+            return [render_plain(conversation, options, self.bos, self.eos)]
+        return [template.render(conversation, options)]
 
     def conversation(self, messages: Sequence[Message], tools: Any) -> Conversation:
         """The messages as a conversation, thoughts in the think block of the template.
@@ -183,19 +227,34 @@ class LoadedTemplate:
         thinking = given.get("enable_thinking", given.get("thinking")) if given else None
         return self.options if thinking is None else replace(self.options, enable_thinking=bool(thinking))
 
+    def _with_agent(self, messages: Sequence[Message], tools: Any) -> Conversation | None:
+        """What a derived template is given beside the row: the conversation as an agent template writes it."""
+        if self.agent is None or self.tools_template is not None:
+            return None
+        return self.conversation(messages, tools)
+
+    def _for_tools(self, messages: Sequence[Message], tools: Any) -> JinjaTemplate | None:
+        if self.tools_template is None or not (tools or any(one["role"] in _TOOL_ROLES for one in messages)):
+            return None
+        return self.tools_template
+
     def render_prompt(self, messages: Sequence[Message], tools: Any) -> list[TextSpan]:
         """Lay out messages for generation, up to where the reply starts.
 
         Raises:
             DropRow: they cannot be a conversation of this template.
         """
+        template, options = self._for_tools(messages, tools) or self.prompt_template, self.options
+        options = replace(options, enable_thinking=self.prompt_thinking)
+        if isinstance(template, JinjaTemplate):
+            row = {"messages": messages, "tools": tools}
+            return template.render_prompt(row, options, self._with_agent(messages, tools))
         conversation = self.conversation(messages, tools)
         if not conversation.rounds:  # a system text alone: the reply follows it, as in a row that starts with a reply
             conversation.rounds.append(Round(None))
-        options = replace(self.options, enable_thinking=self.prompt_thinking)
-        if self.prompt_template is None:
+        if template is None:
             return render_plain(conversation, options, self.bos, "")
-        return self.prompt_template.render_prompt(conversation, options)
+        return template.render_prompt(conversation, options)
 
 
 # A server asks with an encoder per adapter and thinking mode.
@@ -207,7 +266,7 @@ def load_template(settings: TemplateSettings) -> LoadedTemplate:
     template = _choose_template(settings, tokenizer) if settings.use_chat_template else None
     prompt_template = template
     if isinstance(template, Template) and template.own_prompt and tokenizer.chat_template:
-        prompt_template = _jinja(tokenizer)
+        prompt_template = _jinja(settings, tokenizer)
     options = RenderOptions(
         settings.system,
         settings.loss_scale,
@@ -216,13 +275,24 @@ def load_template(settings: TemplateSettings) -> LoadedTemplate:
         settings.response_prefix,
     )
     thinking = settings.enable_thinking
-    prompt_thinking = _thinks_by_default(template, tokenizer) if thinking is None else thinking
+    prompt_thinking = _thinks_by_default(settings, template, tokenizer) if thinking is None else thinking
     format_name = settings.agent_template or (template.agent if template else "raw")
     agent = get_agent_format(format_name) if format_name else None
+    tools_template = _own_tools(settings, template, tokenizer)
     literals = (*(template.literals if template else ()), *(agent.literals if agent else ()))
+    literals += tools_template.literals if tools_template else ()
     segments = _load_segments(tokenizer, literals, settings.new_special_tokens)
     return LoadedTemplate(
-        tokenizer, template, prompt_template, segments, bos, tokenizer.eos_token or "", agent, options, prompt_thinking
+        tokenizer,
+        template,
+        prompt_template,
+        segments,
+        bos,
+        tokenizer.eos_token or "",
+        agent,
+        options,
+        prompt_thinking,
+        tools_template,
     )
 
 
@@ -241,36 +311,40 @@ def _load_tokenizer(model_dir: str, new_special_tokens: tuple[str, ...], trust_r
 
 
 def _choose_template(settings: TemplateSettings, tokenizer: Any) -> Template | JinjaTemplate:
-    bos, eos = tokenizer.bos_token, tokenizer.eos_token
-    if settings.template_backend == "jinja":
+    bos, eos, day = tokenizer.bos_token, tokenizer.eos_token, read_date(settings.template_date)
+    if settings.template_backend == "jinja" or settings.template in OWN_TEMPLATES:
         if not tokenizer.chat_template:
-            raise UserError("--template_backend jinja: the model has no chat template; leave it out or set --template")
-        return _jinja(tokenizer)
+            own_name = settings.template in OWN_TEMPLATES
+            flag = f"--template {settings.template}" if own_name else "--template_backend jinja"
+            raise UserError(f"{flag}: the model has no chat template; leave it out or set --template")
+        return _jinja(settings, tokenizer)
     if settings.template not in (None, "auto"):
-        return get_template(settings.template).bind(bos, eos, adds_bos(tokenizer))
+        return get_template(settings.template).bind(bos, eos, adds_bos(tokenizer), day)
     if not tokenizer.chat_template:
         logger.warning(
             "%s has no chat template: using template `default` (--template sets another)", settings.model_dir
         )
-        return get_template("default").bind(bos, eos, adds_bos(tokenizer))
-    matched = match_template(tokenizer)
+        return get_template("default").bind(bos, eos, adds_bos(tokenizer), day)
+    matched = match_template(tokenizer, day)
     if matched is None:
         logger.info("no template family fits the model's chat template: using that chat template itself")
-        return _jinja(tokenizer)
+        return _jinja(settings, tokenizer)
     return matched
 
 
-def _thinks_by_default(template: Template | JinjaTemplate | None, tokenizer: Any) -> bool | None:
+def _thinks_by_default(
+    settings: TemplateSettings, template: Template | JinjaTemplate | None, tokenizer: Any
+) -> bool | None:
     """Whether a prompt asks a model that can do both to think: as its own chat template has it, else yes (SWIFT's
     rule). None: the template has no switch, or is that chat template."""
     if not isinstance(template, Template) or template.thinking != "hybrid":
         return None
     if not tokenizer.chat_template:
         return True
+    chat = ChatTemplate(tokenizer, read_date(settings.template_date))
 
     def prompt(**switch: bool) -> str:
-        asked = [{"role": "user", "content": "q"}]
-        return apply_chat_template(tokenizer, asked, add_generation_prompt=True, **switch)
+        return chat.render([{"role": "user", "content": "q"}], None, add_generation_prompt=True, **switch)
 
     try:
         thinking, not_thinking = (prompt(enable_thinking=value, thinking=value) for value in (True, False))
@@ -279,7 +353,31 @@ def _thinks_by_default(template: Template | JinjaTemplate | None, tokenizer: Any
         return True
 
 
-def _jinja(tokenizer: Any) -> JinjaTemplate:
-    added = (str(token) for token in tokenizer.added_tokens_decoder.values())
-    specials = tuple(token for token in added if not CONTENT_TAG.fullmatch(token))
-    return JinjaTemplate(tokenizer, specials, tokenizer.eos_token or "")
+def _own_tools(
+    settings: TemplateSettings, template: Template | JinjaTemplate | None, tokenizer: Any
+) -> JinjaTemplate | None:
+    """The model's own chat template, for rows with tools, where the family found for it writes those differently."""
+    chosen = settings.agent_template or settings.template not in (None, "auto")
+    if chosen or not isinstance(template, Template) or not tokenizer.chat_template:
+        return None
+    own = _jinja(settings, tokenizer)
+    return None if same_tools(template, own.shape) else own
+
+
+def _jinja(settings: TemplateSettings, tokenizer: Any) -> JinjaTemplate:
+    added = {number: str(token) for number, token in tokenizer.added_tokens_decoder.items()}
+    specials = tuple(token for token in added.values() if not CONTENT_TAG.fullmatch(token))
+    stops = tuple(added.get(number, "") for number in _stop_ids(settings.model_dir))
+    chat = ChatTemplate(tokenizer, read_date(settings.template_date))
+    bos, eos = tokenizer.bos_token or "", tokenizer.eos_token or ""
+    return JinjaTemplate(TemplateShape(chat, specials, bos, eos, stops))
+
+
+def _stop_ids(model_dir: str) -> list[int]:
+    """Where generation stops by the model's generation_config.json; none if it does not say."""
+    try:
+        config = json.loads((Path(model_dir) / "generation_config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return []
+    stops = config.get("eos_token_id") if isinstance(config, dict) else None
+    return [stop for stop in (stops if isinstance(stops, list) else [stops]) if isinstance(stop, int)]
