@@ -146,19 +146,24 @@ def test_alpaca_texts_survive(instruction: str, extra: str, output: str) -> None
     assert [message["content"] for message in result["messages"]] == [f"{instruction}\n{extra}", output]
 
 
+def as_read(text: str) -> Any:
+    """As the json module reads it; NaN and the infinities, which are no JSON, are missing values."""
+    return json.loads(text, parse_constant=lambda _: None)
+
+
 @FUZZ
 @given(VALUES | st.integers(-(10**40), 10**40) | st.lists(st.integers(-(10**30), 10**30)), st.booleans())
 def test_json_is_read_exactly_as_the_json_module_reads_it(value: Any, ascii_only: bool) -> None:
     text = json.dumps(value, ensure_ascii=ascii_only)
     for given_text in (text, text.encode(), f" {text}\r\n".encode()):
-        assert repr(loads(given_text)) == repr(json.loads(text))
+        assert repr(loads(given_text)) == repr(as_read(text))
 
 
 @FUZZ
 @given(st.binary(max_size=40) | TEXT.map(str.encode))
 def test_what_json_refuses_is_refused(data: bytes) -> None:
     try:
-        expected = json.loads(data.decode())
+        expected = as_read(data.decode())
     except ValueError:
         with pytest.raises((BadJson, UnicodeDecodeError)):
             loads(data)

@@ -99,6 +99,8 @@ class JinjaTemplate:
         prompt = self.shape.render(
             turns, tools, add_generation_prompt=True, **self.shape.chat.thinking(options.enable_thinking)
         )
+        if [turn.role for turn in turns] == ["system"] and turns[0].text not in prompt:
+            raise DropRow("the model's chat template does not show a system text without a query")
         spans = self._pieces(prompt, 0.0)
         if options.response_prefix:
             spans.append(TextSpan(options.response_prefix, True))
