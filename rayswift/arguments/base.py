@@ -30,6 +30,8 @@ _RESTORED = (
     "quant_method", "quant_bits", "hqq_axis", "template", "system", "truncation_strategy", "agent_template",
     "norm_bbox", "use_chat_template", "response_prefix", "template_date",
 )  # fmt: skip
+# Flags that came later: where they are not given, a run is still the one that an older version began.
+_LATER = ("template_date",)
 # A checkpoint may be a stranger's: what runs code comes from the user's own command line or YAML alone.
 _RUN_CODE = ("external_plugins", "trust_remote_code")
 
@@ -139,7 +141,8 @@ class Arguments:
 
 def deciding_settings(args: Arguments, what: str = "answers") -> dict[str, Any]:
     """The settings that decide what a command answers, or its ``scores``: runs that agree in them are the same run."""
-    return {name: getattr(args, name) for name, spec in specs_of(type(args)).items() if spec.decides == what}
+    settings = {name: getattr(args, name) for name, spec in specs_of(type(args)).items() if spec.decides == what}
+    return {name: value for name, value in settings.items() if value is not None or name not in _LATER}
 
 
 def _readable(specs: dict[str, Spec], saved: dict[str, Any]) -> dict[str, Any]:

@@ -72,9 +72,9 @@ def train(args: Any) -> dict[str, Any]:
     ray_cluster.check_before_start(args)
     inputs = Inputs(args, base, resume, find_model(args), resolve_datasets(args))
     resume.check_model(args, inputs.model_dir)
+    first_row = first_usable_row([*inputs.datasets.train, *inputs.datasets.val], args.strict)
     for dataset in [*inputs.datasets.train, *inputs.datasets.val]:
         say(dataset.describe())
-    first_row = first_usable_row([*inputs.datasets.train, *inputs.datasets.val], args.strict)
 
     machines = _connect(inputs)
     packing = packing_plan(args, inputs.model_dir, machines.dtype, machines.workers)

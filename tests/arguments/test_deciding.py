@@ -1,7 +1,7 @@
 """Which settings decide a run's answers and scores: a run begun by another version goes on only if the set is the same.
 
-The names are those of version 0.1.0 before they stood at the flags; a new flag that decides answers joins them, and
-ends the resuming of runs that were begun without it.
+The names are those of version 0.1.0 before they stood at the flags; a new flag that decides answers joins them
+where it is given (`_LATER` of ``arguments/base.py``), or it would end the resuming of runs that were begun without it.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ SHARED = (
     "adapters add_non_thinking_prefix agent_template attn_impl enable_thinking external_plugins infer_backend "
     "load_args load_data_args logprobs loss_scale max_length max_new_tokens merge_lora model model_kwargs "
     "model_revision model_type new_special_tokens num_beams padding_side repetition_penalty response_prefix seed "
-    "stop_words system task_type temperature template template_backend template_date top_k top_logprobs top_p "
+    "stop_words system task_type temperature template template_backend top_k top_logprobs top_p "
     "torch_dtype truncation_strategy trust_remote_code use_chat_template use_hf "
 )
 DATASET = (
@@ -42,6 +42,12 @@ def test_the_flags_that_decide_answers(command: str) -> None:
     deciding = deciding_settings(args)
     assert sorted(deciding) == sorted(ANSWERS[command].split())
     assert deciding == {name: getattr(args, name) for name in deciding}
+
+
+def test_a_later_flag_decides_where_it_is_given() -> None:
+    dated = deciding_settings(make_arguments("infer", **SETTINGS["infer"], template_date="2026-01-02"))
+    assert dated.pop("template_date") is not None
+    assert dated == deciding_settings(make_arguments("infer", **SETTINGS["infer"]))
 
 
 def test_the_flags_that_decide_scores() -> None:
