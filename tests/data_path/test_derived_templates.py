@@ -17,7 +17,14 @@ TRL = Path(find_spec("trl").submodule_search_locations[0]) / "chat_templates"  #
 CALLS = {"messages": SCENARIOS["calls"][0], "tools": TOOLS}
 
 
-@pytest.mark.parametrize("file", sorted(TRL.glob("*.jinja")), ids=lambda file: file.stem)
+#: TRL's variants for training render as the templates they are made of: they are asked in `-m slow`.
+GATE = [
+    pytest.param(file, id=file.stem, marks=[pytest.mark.slow] if file.stem.endswith("_training") else [])
+    for file in sorted(TRL.glob("*.jinja"))
+]
+
+
+@pytest.mark.parametrize("file", GATE)
 def test_what_is_trained_is_what_generation_would_write(file: Path, tmp_path: Path) -> None:
     found = measure(file.read_text(encoding="utf-8"), tmp_path)
     assert found == {scenario: [] for scenario in SCENARIOS}
