@@ -126,7 +126,7 @@ def read_conversation(
         if role == "user":
             _add_query(rounds, text)
         elif role == "assistant":
-            text = with_thoughts(message, think)
+            text = with_thoughts(message, think) if "reasoning_content" in message else text
             _add_reply(rounds, ReplyPart(text, message.get("loss"), message.get("loss_scale")))
         elif role == "system":
             if number:

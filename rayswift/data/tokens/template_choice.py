@@ -194,8 +194,7 @@ class LoadedTemplate:
         Raises:
             DropRow: it cannot be a conversation of this template, or has nothing to train.
         """
-        media = next((medium for medium in MEDIA if row.get(medium)), None)
-        if media:
+        if not row.keys().isdisjoint(MEDIA) and (media := next((medium for medium in MEDIA if row.get(medium)), None)):
             raise DropRow(f"it holds {media}, and text alone is trained here; --columns can hide the column")
         options, messages, tools = self.options_of(row), row.get("messages") or (), row.get("tools")
         template = self._for_tools(messages, tools) or self.template
