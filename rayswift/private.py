@@ -386,7 +386,7 @@ async def unload_adapter(server: Any, name: str) -> None:
 def no_pickled_code() -> Iterator[None]:
     """Inside, ``torch.load`` opens no pickle that could run code, whatever its caller asks for.
 
-    DeepSpeed passes ``weights_only=False`` for shards that hold tensors and three plain classes of its own. Public way:
+    DeepSpeed passes ``weights_only=False`` for shards that hold tensors and four plain classes of its own. Public way:
     torch's environment variable. Without those classes (DeepSpeed moved them) its shards are refused, never run.
     """
     import torch
@@ -396,10 +396,11 @@ def no_pickled_code() -> Iterator[None]:
         try:
             from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
             from deepspeed.runtime.zero.config import ZeroStageEnum
+            from deepspeed.utils.tensor_fragment import fragment_address
 
-            classes = [LossScaler, DynamicLossScaler, ZeroStageEnum]
+            classes = [LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address]
         except ImportError:
-            logger.warning("DeepSpeed has moved its loss scaler: its shards cannot be read")
+            logger.warning("DeepSpeed has moved its plain classes: its shards cannot be read")
     variable = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
     before = os.environ.get(variable)
     os.environ[variable] = "1"

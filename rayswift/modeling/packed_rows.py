@@ -28,9 +28,8 @@ def keep_rows_apart(model: torch.nn.Module, by_row: Sequence[str]) -> None:
     takes_all = any(one.kind is one.VAR_KEYWORD for one in parameters.values())
     if takes_all and not layers:
         return
-    bounds: list[
-        int
-    ] = []  # of the batch that is computed now; gradient checkpointing computes it again before the next
+    # Of the batch that is computed now; gradient checkpointing computes it again before the next.
+    bounds: list[int] = []
 
     @functools.wraps(forward)
     def of_rows(*args: Any, **kwargs: Any) -> Any:

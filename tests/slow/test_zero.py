@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from command_line import QUICK, losses, run, run_directory
 from ray_head import ray_head
+from tiny_models import llama, word_tokenizer
 
 pytestmark = pytest.mark.slow
 
@@ -58,3 +59,18 @@ def test_the_pretraining_job_runs_through_ray_job_submit_on_a_started_cluster(
         command = [*submit, "--output_dir", str(tmp_path / "out")]
         subprocess.run(command, check=True, timeout=540, cwd=tmp_path, env=head.environment)
     assert losses(run_directory(tmp_path / "out")) == pytest.approx(without_deepspeed, rel=0.01)
+
+
+@pytest.mark.parametrize("preset", ["zero0", "zero1", "zero2", "zero2_offload", "zero3"])
+def test_a_run_goes_on_from_its_shards(preset: str, tmp_path: Path) -> None:
+    """Shards are pickles, of which nothing but tensors and DeepSpeed's plain classes is read."""
+    llama().save_pretrained(tmp_path / "model")
+    word_tokenizer().save_pretrained(tmp_path / "model")
+    command = ["sft", "--model", str(tmp_path / "model"), "--template", "chatml", "--dataset", "identity",
+               "--model_name", "a", "--model_author", "b", "--num_workers", "1", "--deepspeed", preset,
+               "--save_steps", "2", "--split_dataset_ratio", "0", *QUICK]  # fmt: skip
+    command += ["--output_dir", str(tmp_path / "out")]
+    run(*command, "--max_steps", "2", log=tmp_path / "first.log")
+    printed = run(*command, "--max_steps", "4", "--resume_from_checkpoint", "true", log=tmp_path / "second.log")
+    assert "training goes on from step 2" in printed
+    assert list(losses(run_directory(tmp_path / "out"))) == [1, 2, 3, 4]
