@@ -16,8 +16,10 @@ DEEPSPEED_PRESETS = ("zero0", "zero1", "zero2", "zero3", "zero2_offload", "zero3
 #: What says which weights an adapter, or full training, has and what they mean.
 LORA_WEIGHTS = (
     "lora_rank", "lora_alpha", "lora_bias", "target_modules", "target_regex", "modules_to_save", "use_rslora",
-    "use_dora",
+    "use_dora", "init_weights",
 )  # fmt: skip
+#: Targets that are embeddings, or may share weights with them.
+_EMBEDDINGS = {"all-embedding", "embed_tokens", "wte", "word_embeddings", "embed_in", "lm_head", "embed_out"}
 FULL_WEIGHTS = ("freeze_parameters", "freeze_parameters_ratio", "trainable_parameters")
 
 
@@ -56,11 +58,22 @@ class TunerArguments(Arguments):
             yield "--adapters contradicts --train_type full: give --train_type lora, or merge the adapter first"
 
     def remarks(self) -> Iterator[str]:
-        lora = (*LORA_WEIGHTS, "lora_dropout", "lora_dtype", "init_weights")
+        lora = (*LORA_WEIGHTS, "lora_dropout", "lora_dtype")
         names = lora if self.train_type == "full" else FULL_WEIGHTS
         flags = [f"--{name}" for name in names if name in self.given]
         if flags:
             yield f"{', '.join(flags)}: no effect with --train_type {self.train_type}"
+        if self.train_type == "lora" and not getattr(self, "adapters", None):
+            parts = {
+                "--lora_bias all": self.lora_bias == "all", "--use_dora true": self.use_dora,
+                "--modules_to_save": bool(self.modules_to_save),
+                "--target_modules with embeddings": not _EMBEDDINGS.isdisjoint(self.target_modules),
+            }  # fmt: skip
+            if beyond := [flag for flag, used in parts.items() if used]:
+                yield (f"{', '.join(beyond)}: no engine applies such an adapter beside its base; it is served merged "
+                       "(rayswift deploy --merge_lora true, or rayswift export --merge_lora true)")  # fmt: skip
+            if self.init_weights.lower() == "false":
+                yield "--init_weights false: the adapter starts at random values, so training starts from another model"
 
 
 def read_deepspeed(raw: Any) -> str | dict[str, Any]:
@@ -139,7 +152,15 @@ class OptimizerArguments(Arguments):
             return stage if isinstance(stage, int) else None
         return int(self.deepspeed[4]) if self.deepspeed else None
 
+    def remarks(self) -> Iterator[str]:
+        if self.deepspeed == "zero0":
+            yield "--deepspeed zero0: shards nothing, so this is plain data parallel training, without DeepSpeed"
+
     def resolve(self) -> None:
+        # In bfloat16 DeepSpeed's ZeRO-0 optimiser begins with a step of zero gradients: its first updates are a third
+        # too small (DeepSpeed#7839).
+        if self.deepspeed == "zero0":
+            self.deepspeed = None
         if not self.is_set("learning_rate"):
             self.learning_rate = 1e-5 if getattr(self, "train_type", "lora") == "full" else 1e-4
 
