@@ -31,8 +31,8 @@ def has_no_base(config: Mapping[str, Any]) -> str | None:
     if way is None or way in _FOUND_AGAIN:
         return None
     return (
-        f"was saved without the part of the base's weights that it began as (init_lora_weights {way}), so no model fits "
-        "it; save it again with PEFT's path_initial_model_for_weight_conversion"
+        f"was saved without the part of the base's weights that it began as (init_lora_weights {way}), so no model "
+        "fits it; save it again with PEFT's path_initial_model_for_weight_conversion"
     )
 
 

@@ -98,8 +98,7 @@ class AdapterLoader:
         for key, entry in shapes.items():
             base = self._base_shapes.get(_base_name(key))
             if base is None and _base_name(key) == "lm_head.weight":
-                yield "has the output head, whose weights the base shares with its embeddings; merge it with rayswift " \
-                      "export --merge_lora true"  # fmt: skip
+                yield "has the output head, which shares the embeddings' weights; merge it with rayswift export"
                 return
             side = 1 if ".lora_A" in key else 0
             if base is None or len(base) != 2 or entry["shape"][side] != base[side]:
