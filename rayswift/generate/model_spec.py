@@ -149,13 +149,13 @@ def model_spec(model: ResolvedModel, replicas: tuple[int, int] | None = None) ->
     Raises:
         UserError: as :func:`model_specs`.
     """
-    args = serving_settings(model.args)
+    args, command = serving_settings(model.args), model.args.command
     if replicas is not None:
         args.min_replicas, args.max_replicas = replicas
     check_engine(args.infer_backend)
     use_gpu, is_local = wants_gpu(args), address_of(args) is None
     model = replace(model, args=args).merged()
-    if args.infer_backend == "vllm" or model.args.command == "deploy":
+    if args.infer_backend == "vllm" or command not in ("infer", "sample"):
         check_served(model.adapters)
     args, folder = model.args, model.args.model
     if is_local or os.path.isdir(folder):
@@ -201,7 +201,8 @@ def model_spec(model: ResolvedModel, replicas: tuple[int, int] | None = None) ->
 
 
 def check_served(adapters: Mapping[str, str]) -> None:
-    """UserError for an adapter (name → folder) that engines cannot apply beside its base."""
+    """UserError for an adapter (name → folder) that can be served merged only. The Transformers engine of `infer` and
+    `sample`, which answers with one adapter, takes them all."""
     for folder in adapters.values():
         if reason := only_merged(read_adapter_config(folder), check_adapter(folder)):
             raise UserError(f"--adapters {folder}: {reason}, or add --merge_lora true")
