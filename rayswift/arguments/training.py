@@ -157,8 +157,8 @@ class OptimizerArguments(Arguments):
             yield "--deepspeed zero0: shards nothing, so this is plain data parallel training, without DeepSpeed"
 
     def resolve(self) -> None:
-        # In bfloat16 DeepSpeed's ZeRO-0 optimiser begins with a step of zero gradients: its first updates are a third
-        # too small (DeepSpeed#7839).
+        # In bfloat16 DeepSpeed's ZeRO-0 optimiser begins with a step of zero gradients: its first updates are too small
+        # by a quarter (DeepSpeed#7839).
         if self.deepspeed == "zero0":
             self.deepspeed = None
         if not self.is_set("learning_rate"):

@@ -59,13 +59,13 @@ def check_precision(config: dict[str, Any] | None, dtype: str) -> None:
     Raises:
         UserError: names both.
     """
-    if config is not None and dtype == "bfloat16" and zero_stage(config) == 0:
-        raise UserError(
-            "--deepspeed: ZeRO stage 0 in bfloat16 begins with a step of zero gradients (DeepSpeed#7839), so its first "
-            "updates are too small; leave --deepspeed out, which is the same training, or set stage 1"
-        )
     for section, meant in (("bf16", "bfloat16"), ("fp16", "float16")):
         enabled = (config or {}).get(section, {}).get("enabled", "auto")
         if enabled != "auto" and bool(enabled) != (dtype == meant):
             state = "on" if enabled else "off"
             raise UserError(f"--deepspeed switches {section} {state} but --torch_dtype is {dtype}; make them agree")
+    if config is not None and dtype == "bfloat16" and zero_stage(config) == 0:
+        raise UserError(
+            "--deepspeed: ZeRO stage 0 in bfloat16 begins with a step of zero gradients (DeepSpeed#7839), so its first "
+            "updates are too small; leave --deepspeed out, which is the same training, or set stage 1"
+        )

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -139,9 +138,9 @@ class Trained:
 
 
 @pytest.fixture(scope="module", params=WAYS)
-def trained(request: pytest.FixtureRequest, base: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trained]:
+def trained(request: pytest.FixtureRequest, base: str, tmp_path_factory: pytest.TempPathFactory) -> Trained:
     folder = tmp_path_factory.mktemp(request.param)
-    yield Trained(Run(base, folder, **WAYS[request.param]), folder, WAYS[request.param])
+    return Trained(Run(base, folder, **WAYS[request.param]), folder, WAYS[request.param])
 
 
 def test_training_starts_from_the_model_and_is_compared_with_it(trained: Trained, base: str) -> None:
@@ -227,7 +226,5 @@ def test_going_on_with_another_initialisation_is_refused(base: str, tmp_path: Pa
     folder.mkdir()
     saved.save(folder / "args.json")
     with pytest.raises(UserError, match="--init_weights true: the checkpoint was trained with pissa"):
-        Resume(str(folder), None, None, str(folder)).check_model(
-            make_arguments("sft", model=base, dataset=["d"]), base
-        )
+        Resume(str(folder), None, None, str(folder)).check_model(make_arguments("sft", model=base, dataset=["d"]), base)
     shutil.rmtree(folder)
