@@ -48,7 +48,10 @@ class TunerArguments(Arguments):
     modules_to_save: list[str] = arg([], "modules trained whole and saved with the adapter")
     use_rslora: bool = arg(False, "rank-stabilised LoRA")
     use_dora: bool = arg(False, "weight-decomposed LoRA")
-    init_weights: str = arg("true", "how the adapter starts: true, false, gaussian, pissa, pissa_niter_N, olora")
+    init_weights: str = arg(
+        "true", "how the adapter starts: true, false, gaussian, orthogonal, pissa, pissa_niter_N, olora",
+        parse=lambda raw: str(raw).lower(),
+    )  # fmt: skip
     freeze_parameters: list[str] = arg([], "full: name prefixes of weights to freeze")
     freeze_parameters_ratio: float = arg(0.0, "full: share of weights to freeze, from the bottom", ge=0, le=1)
     trainable_parameters: list[str] = arg([], "full: name prefixes to train; wins over freezing")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -220,11 +219,23 @@ def test_an_adapter_saved_before_its_conversion_is_no_checkpoint_to_go_on_from(b
         build_model(args, base, "float32", None, str(tmp_path / "checkpoint-1"))
 
 
-def test_going_on_with_another_initialisation_is_refused(base: str, tmp_path: Path) -> None:
-    saved = make_arguments("sft", model=base, dataset=["d"], init_weights="pissa")
-    folder = tmp_path / "checkpoint-1"
-    folder.mkdir()
-    saved.save(folder / "args.json")
-    with pytest.raises(UserError, match="--init_weights true: the checkpoint was trained with pissa"):
-        Resume(str(folder), None, None, str(folder)).check_model(make_arguments("sft", model=base, dataset=["d"]), base)
-    shutil.rmtree(folder)
+@pytest.mark.parametrize(
+    ("trained", "flags", "says"),
+    [
+        ({"init_weights": "PiSSA"}, {}, "--init_weights true: the checkpoint was trained with pissa"),
+        ({"deepspeed": "zero2"}, {}, "--deepspeed left out: the checkpoint was trained with zero2"),
+        ({}, {"deepspeed": "zero1"}, "--deepspeed zero1: the checkpoint was trained with none"),
+        ({"deepspeed": "zero0", "init_weights": "True"}, {}, None),
+    ],
+)
+def test_what_going_on_cannot_change_is_refused(
+    trained: dict[str, Any], flags: dict[str, Any], says: str | None, base: str, tmp_path: Path
+) -> None:
+    make_arguments("sft", model=base, dataset=["d"], **trained).save(tmp_path / "args.json")
+    resume = Resume(str(tmp_path), None, None, str(tmp_path))
+    args = make_arguments("sft", model=base, dataset=["d"], **flags)
+    if says is None:
+        resume.check_model(args, base)
+        return
+    with pytest.raises(UserError, match=says):
+        resume.check_model(args, base)
