@@ -48,6 +48,7 @@ class Arguments:
     command: ClassVar[str] = ""
     topic: ClassVar[str] = ""
     decides: ClassVar[str] = ""  # the default of the group's flags, see `Spec`
+    no_effect: ClassVar[dict[str, str]] = {}  # rules for all flags of the group, see `effects`
 
     given: frozenset[str] = frozenset()  # canonical names of what the user set
     restored: frozenset[str] = frozenset()  # ... and of what a checkpoint's args.json set
@@ -70,23 +71,19 @@ class Arguments:
             raise UserError("\n".join(problems))
         for remark in dict.fromkeys(self._each("remarks")):
             logger.warning(remark)
-        return self._resolved()
+        return self.resolved()
 
     def problem_lines(self) -> list[str]:
         """What contradicts what, one line each."""
         return list(dict.fromkeys(self._each("problems")))
-
-    def remarks(self) -> Iterator[str]:
-        for name, spec in specs_of(type(self)).items():
-            if spec.no_effect and name in self.given:
-                yield f"{spec.flag}: no effect, {spec.no_effect}"
 
     def _each(self, hook: str) -> Iterator[str]:
         for cls in reversed(type(self).__mro__):
             if hook in cls.__dict__:
                 yield from cls.__dict__[hook](self)
 
-    def _resolved(self) -> Self:
+    def resolved(self) -> Self:
+        """These arguments, the defaults that depend on other settings worked out."""
         for cls in reversed(type(self).__mro__):
             if "resolve" in cls.__dict__:
                 cls.__dict__["resolve"](self)
@@ -133,7 +130,7 @@ class Arguments:
                 setattr(result, name, value)
                 restored.add(name)
         result.restored = frozenset(restored)
-        return result._resolved()
+        return result.resolved()
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k, v in self.to_dict().items())})"
@@ -153,8 +150,6 @@ def _readable(specs: dict[str, Spec], saved: dict[str, Any]) -> dict[str, Any]:
         spec = specs.get(names.get(key, ""))
         if spec is None or is_unset(spec, raw) or raw in (REDACTED, []):
             continue
-        if isinstance(raw, str) and raw.startswith("torch."):  # ms-swift 3.x wrote repr(torch.bfloat16)
-            raw = raw.removeprefix("torch.")
         try:
             values[spec.name] = convert(spec, raw)
         except ValueError as error:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 from rayswift.arguments.base import Arguments
-from rayswift.arguments.fields import arg, arg_like
+from rayswift.arguments.fields import Spec, arg, arg_like, specs_of
 from rayswift.arguments.groups import (
     DatasetArguments,
     EngineArguments,
@@ -27,7 +28,14 @@ from rayswift.arguments.serving import (
     ServerArguments,
     WebPageArguments,
 )
-from rayswift.arguments.training import BatchingArguments, CheckpointArguments, TrainingRules, TunerArguments
+from rayswift.arguments.training import (
+    BatchingArguments,
+    CheckpointArguments,
+    OptimizerArguments,
+    TrainingRules,
+    TunerArguments,
+)
+from rayswift.arguments.training_args import choices_of, passthrough_specs
 
 _MODEL_EXAMPLE = "for example --model Qwen/Qwen2.5-7B-Instruct"
 
@@ -258,3 +266,17 @@ TOOLS = {PreviewArguments.command: PreviewArguments}
 def arguments_class(command: str) -> type[Arguments]:
     """The arguments of a command, SWIFT's or our own."""
     return COMMANDS.get(command) or TOOLS[command]
+
+
+@functools.cache
+def flags_of(command: str) -> dict[str, Spec]:
+    """Every flag of a command by canonical name, further TrainingArguments fields included."""
+    cls = arguments_class(command)
+    declared = specs_of(cls)
+    if not issubclass(cls, OptimizerArguments):
+        return declared
+    declared = {
+        name: replace(spec, choices=spec.choices or choices_of(name)) if choices_of(name) else spec
+        for name, spec in declared.items()
+    }
+    return {**declared, **passthrough_specs(set(declared) | {alias for s in declared.values() for alias in s.aliases})}

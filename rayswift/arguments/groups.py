@@ -11,7 +11,9 @@ from typing import Any, ClassVar
 from rayswift.arguments.base import Arguments
 from rayswift.arguments.fields import arg, read_lines, read_text_file, specs_of
 
-_DTYPES = ("bfloat16", "float16", "float32")
+DTYPES = ("bfloat16", "float16", "float32")
+#: As the args.json of ms-swift 3 has them.
+DTYPE_NAMES = {f"torch.{name}": name for name in DTYPES}
 _HUB_ENV = "USE_HF"
 
 
@@ -32,8 +34,9 @@ class ModelArguments(Arguments):
         swift_only=("seq_cls", "embedding", "reranker", "generative_reranker", "decision"),
     )
     torch_dtype: str | None = arg(
-        None, "precision of the loaded weights", choices=_DTYPES, shown="as in the model's config"
-    )
+        None, "precision of the loaded weights", choices=DTYPES, value_aliases=DTYPE_NAMES,
+        shown="as in the model's config",
+    )  # fmt: skip
     attn_impl: str | None = arg(
         None, "attention implementation", shown="Transformers' choice",
         value_aliases={"flash_attn": "flash_attention_2", "flash_attention": "flash_attention_2"},

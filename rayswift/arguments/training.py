@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 from rayswift.arguments.base import Arguments
 from rayswift.arguments.fields import arg, read_json
-from rayswift.arguments.groups import DatasetArguments, ModelArguments, TemplateArguments
+from rayswift.arguments.groups import DTYPE_NAMES, DTYPES, DatasetArguments, ModelArguments, TemplateArguments
 
 DEEPSPEED_PRESETS = ("zero0", "zero1", "zero2", "zero3", "zero2_offload", "zero3_offload")
 #: What says which weights an adapter, or full training, has and what they mean.
@@ -39,7 +39,7 @@ class TunerArguments(Arguments):
     lora_dropout: float = arg(0.05, "dropout before the adapter", ge=0, lt=1)
     lora_bias: str = arg("none", "which biases are trained", choices=("none", "all"))
     lora_dtype: str | None = arg(
-        None, "precision of the adapter", choices=("bfloat16", "float16", "float32"), shown="float32"
+        None, "precision of the adapter", choices=DTYPES, value_aliases=DTYPE_NAMES, shown="float32"
     )
     target_modules: list[str] = arg(["all-linear"], "modules that get an adapter")
     target_regex: str | None = arg(None, "pattern of the modules that get an adapter; wins over --target_modules")

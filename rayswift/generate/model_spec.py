@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rayswift import hub
-from rayswift.arguments import DeployArguments, make_arguments, read_saved_arguments
+from rayswift.arguments import DeployArguments, make_arguments, read_saved_arguments, take_over
 from rayswift.arguments.fields import specs_of
 from rayswift.cluster import address_of, cpu_count
 from rayswift.errors import UserError
@@ -201,7 +201,7 @@ def serving_settings(args: Any) -> Any:
     if isinstance(args, DeployArguments):
         return copy.copy(args)
     known = specs_of(DeployArguments)
-    settings = make_arguments("deploy", **{name: getattr(args, name) for name in args.given if name in known})
+    settings = take_over("deploy", args)
     settings.restored = args.restored & frozenset(known)
     for name in (*settings.restored, "model", "adapters"):
         setattr(settings, name, getattr(args, name))

@@ -7,7 +7,7 @@ import shlex
 import pytest
 
 from rayswift.arguments import format_help, make_arguments, parse_arguments
-from rayswift.arguments.parsing import flags_of
+from rayswift.arguments.commands import flags_of
 from rayswift.errors import UserError
 
 

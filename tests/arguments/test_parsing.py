@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from rayswift.arguments import COMMANDS, format_help, make_arguments, parse_arguments
+from rayswift.arguments.commands import flags_of
 from rayswift.arguments.fields import specs_of
-from rayswift.arguments.parsing import flags_of
 from rayswift.errors import UserError
 
 SFT = ["--model", "m", "--dataset", "d"]
