@@ -9,12 +9,18 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from rayswift.arguments.base import Arguments
-from rayswift.arguments.fields import arg, read_lines, read_text_file, specs_of
+from rayswift.arguments.fields import arg, read_lines, read_text_file
 
 DTYPES = ("bfloat16", "float16", "float32")
 #: As the args.json of ms-swift 3 has them.
 DTYPE_NAMES = {f"torch.{name}": name for name in DTYPES}
 _HUB_ENV = "USE_HF"
+_MIXED = {"interleave_prob=none": "only with --interleave_prob"}
+#: Rules for flags about a model of one's own: beside an endpoint, its server has decided.
+SERVED_ELSEWHERE = {
+    "base_url!=none": "the server at --base_url decides",
+    "eval_url!=none": "the server at --eval_url decides",
+}
 
 
 @dataclass(init=False, repr=False, eq=False)
@@ -25,7 +31,9 @@ class ModelArguments(Arguments):
     decides: ClassVar[str] = "answers"
 
     model: str | None = arg(None, "model id on the hub, or a local folder")
-    model_type: str | None = arg(None, "model family", shown="found from the model's config")
+    model_type: str | None = arg(
+        None, "model family", shown="found from the model's config", no_effect="the model's config.json says it"
+    )
     model_revision: str | None = arg(None, "branch, tag or commit on the hub", shown="the hub's default branch")
     task_type: str = arg(
         "causal_lm",
@@ -86,13 +94,21 @@ class DatasetArguments(Arguments):
         [], "folders of encoded rows (rayswift export --to_cached_dataset true)", example="cached_dataset"
     )
     val_dataset: list[str] = arg([], "validation datasets, written like --dataset", example="val.jsonl")
-    split_dataset_ratio: float = arg(0.01, "share of --dataset held out where no --val_dataset is given", ge=0, lt=1)
-    dataset_shuffle: bool = arg(True, "shuffle the training rows")
+    split_dataset_ratio: float = arg(
+        0.01, "share of --dataset held out where no --val_dataset is given", ge=0, lt=1,
+        no_effect={"val_dataset!=none": "only without --val_dataset"},
+    )  # fmt: skip
+    dataset_shuffle: bool = arg(
+        True, "shuffle the training rows",
+        no_effect={"interleave_prob!=none streaming=false": "the mix of --interleave_prob has an order of its own"},
+    )  # fmt: skip
     val_dataset_shuffle: bool = arg(False, "shuffle the validation rows")
     data_seed: int = arg(42, "seed of sampling, splitting and shuffling")
     dataset_num_proc: int = arg(1, "processes that preprocess rows", ge=1, decides="", no_effect="all cores are used")
     streaming: bool = arg(False, "read the dataset as a stream; needs --max_steps")
-    shuffle_buffer_size: int = arg(1000, "rows held for shuffling a stream", ge=1)
+    shuffle_buffer_size: int = arg(
+        1000, "rows held for shuffling a stream", ge=1, no_effect={"streaming=false": "only with --streaming true"}
+    )
     interleave_prob: list[float] | None = arg(
         None,
         "mix the datasets with these probabilities, one each",
@@ -101,8 +117,11 @@ class DatasetArguments(Arguments):
         shown="one after the other",
         example="0.7 0.3",
     )
-    stopping_strategy: str = arg("first_exhausted", "when mixing ends", choices=("first_exhausted", "all_exhausted"))
-    interleave_by: str = arg("rows", "what --interleave_prob is a share of", choices=("rows", "tokens"))
+    stopping_strategy: str = arg(
+        "first_exhausted", "when mixing ends", choices=("first_exhausted", "all_exhausted"), no_effect=_MIXED
+    )
+    interleave_by: str = arg("rows", "what --interleave_prob is a share of", choices=("rows", "tokens"),
+                             no_effect=_MIXED)  # fmt: skip
     columns: dict[str, Any] = arg(
         {}, "columns to rename before the row format is recognised, as JSON", example='\'{"text1": "query"}\''
     )
@@ -145,10 +164,11 @@ class TemplateArguments(Arguments):
 
     topic: ClassVar[str] = "Template"
     decides: ClassVar[str] = "answers"
+    no_effect: ClassVar[dict[str, str]] = SERVED_ELSEWHERE
 
     template: str | None = arg(None, "chat template name", shown="found from the model")
     system: str | None = arg(
-        None, "system prompt, or a .txt file that holds it", parse=read_text_file, shown="the template's"
+        None, "system prompt, or a .txt file that holds it", parse=read_text_file, shown="the template's", no_effect=""
     )
     max_length: int | None = arg(None, "longest sequence, in tokens", ge=1, shown="the model's maximum")
     truncation_strategy: str = arg(
@@ -179,6 +199,7 @@ class RayArguments(Arguments):
     """Where the work runs."""
 
     topic: ClassVar[str] = "Ray"
+    no_effect: ClassVar[dict[str, str]] = SERVED_ELSEWHERE
 
     address: str | None = arg(
         None, "Ray cluster to join", shown="this machine, or the cluster of the Ray job", example="auto"
@@ -272,6 +293,7 @@ class VllmArguments(Arguments):
     """Settings of the vLLM engine."""
 
     topic: ClassVar[str] = "vLLM"
+    no_effect: ClassVar[dict[str, str]] = {**SERVED_ELSEWHERE, "engine!=vllm": "only with the vLLM engine"}
 
     vllm_tensor_parallel_size: int = arg(1, "GPUs that share each layer", ge=1, aliases=("tensor_parallel_size", "tp"))
     vllm_pipeline_parallel_size: int = arg(
@@ -319,6 +341,7 @@ class EngineArguments(VllmArguments):
     """Which engine generates, and the settings of the other engines."""
 
     topic: ClassVar[str] = "Engine"
+    no_effect: ClassVar[dict[str, str]] = SERVED_ELSEWHERE
 
     infer_backend: str = arg(
         "transformers",
@@ -344,13 +367,3 @@ class EngineArguments(VllmArguments):
             yield "--max_batch_size 0: expected -1 (no limit) or at least 1"
         if self.merge_lora and not getattr(self, "adapters", None):
             yield "--merge_lora true needs --adapters: there is nothing to merge"
-
-    def remarks(self) -> Iterator[str]:
-        for prefix, engine in (("vllm_", "vllm"), ("sglang_", "sglang"), ("lmdeploy_", "lmdeploy")):
-            names = (
-                name for name in self.given if name.startswith(prefix) and not specs_of(type(self))[name].no_effect
-            )
-            flags = sorted(f"--{name}" for name in names)
-            flag = "sampler_engine" if hasattr(self, "sampler_engine") else "infer_backend"
-            if flags and getattr(self, flag) != engine:
-                yield f"{', '.join(flags)}: no effect without --{flag} {engine}"

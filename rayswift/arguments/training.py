@@ -19,6 +19,12 @@ LORA_WEIGHTS = (
     "use_dora",
 )  # fmt: skip
 FULL_WEIGHTS = ("freeze_parameters", "freeze_parameters_ratio", "trainable_parameters")
+_FULL = {"train_type=lora": "only with --train_type full"}
+_NEW_LORA = {
+    "train_type=full": "only with --train_type lora",
+    "adapters!=none": "the adapter of --adapters keeps its own",
+}
+_EVALUATED = {"val_dataset=none split_dataset_ratio=0": "only with --val_dataset or --split_dataset_ratio"}
 
 
 @dataclass(init=False, repr=False, eq=False)
@@ -34,33 +40,33 @@ class TunerArguments(Arguments):
                     "bone", "ia3"),
     )  # fmt: skip
     tuner_backend: str = arg("peft", "library that makes the adapter", choices=("peft",), swift_only=("unsloth",))
-    lora_rank: int = arg(8, "rank of the adapter", ge=1)
-    lora_alpha: float = arg(32.0, "scale of the adapter", gt=0)
-    lora_dropout: float = arg(0.05, "dropout before the adapter", ge=0, lt=1)
-    lora_bias: str = arg("none", "which biases are trained", choices=("none", "all"))
+    lora_rank: int = arg(8, "rank of the adapter", ge=1, no_effect=_NEW_LORA)
+    lora_alpha: float = arg(32.0, "scale of the adapter", gt=0, no_effect=_NEW_LORA)
+    lora_dropout: float = arg(0.05, "dropout before the adapter", ge=0, lt=1, no_effect=_NEW_LORA)
+    lora_bias: str = arg("none", "which biases are trained", choices=("none", "all"), no_effect=_NEW_LORA)
     lora_dtype: str | None = arg(
-        None, "precision of the adapter", choices=DTYPES, value_aliases=DTYPE_NAMES, shown="float32"
+        None, "precision of the adapter", choices=DTYPES, value_aliases=DTYPE_NAMES, shown="float32",
+        no_effect=_NEW_LORA,
+    )  # fmt: skip
+    target_modules: list[str] = arg(["all-linear"], "modules that get an adapter", no_effect=_NEW_LORA)
+    target_regex: str | None = arg(
+        None, "pattern of the modules that get an adapter; wins over --target_modules", no_effect=_NEW_LORA
     )
-    target_modules: list[str] = arg(["all-linear"], "modules that get an adapter")
-    target_regex: str | None = arg(None, "pattern of the modules that get an adapter; wins over --target_modules")
-    modules_to_save: list[str] = arg([], "modules trained whole and saved with the adapter")
-    use_rslora: bool = arg(False, "rank-stabilised LoRA")
-    use_dora: bool = arg(False, "weight-decomposed LoRA")
-    init_weights: str = arg("true", "how the adapter starts: true, false, gaussian, pissa, pissa_niter_N, olora")
-    freeze_parameters: list[str] = arg([], "full: name prefixes of weights to freeze")
-    freeze_parameters_ratio: float = arg(0.0, "full: share of weights to freeze, from the bottom", ge=0, le=1)
-    trainable_parameters: list[str] = arg([], "full: name prefixes to train; wins over freezing")
+    modules_to_save: list[str] = arg([], "modules trained whole and saved with the adapter", no_effect=_NEW_LORA)
+    use_rslora: bool = arg(False, "rank-stabilised LoRA", no_effect=_NEW_LORA)
+    use_dora: bool = arg(False, "weight-decomposed LoRA", no_effect=_NEW_LORA)
+    init_weights: str = arg(
+        "true", "how the adapter starts: true, false, gaussian, pissa, pissa_niter_N, olora", no_effect=_NEW_LORA
+    )
+    freeze_parameters: list[str] = arg([], "full: name prefixes of weights to freeze", no_effect=_FULL)
+    freeze_parameters_ratio: float = arg(
+        0.0, "full: share of weights to freeze, from the bottom", ge=0, le=1, no_effect=_FULL
+    )
+    trainable_parameters: list[str] = arg([], "full: name prefixes to train; wins over freezing", no_effect=_FULL)
 
     def problems(self) -> Iterator[str]:
         if self.train_type == "full" and getattr(self, "adapters", None):
             yield "--adapters contradicts --train_type full: give --train_type lora, or merge the adapter first"
-
-    def remarks(self) -> Iterator[str]:
-        lora = (*LORA_WEIGHTS, "lora_dropout", "lora_dtype", "init_weights")
-        names = lora if self.train_type == "full" else FULL_WEIGHTS
-        flags = [f"--{name}" for name in names if name in self.given]
-        if flags:
-            yield f"{', '.join(flags)}: no effect with --train_type {self.train_type}"
 
 
 def read_deepspeed(raw: Any) -> str | dict[str, Any]:
@@ -84,7 +90,9 @@ class OptimizerArguments(Arguments):
 
     topic: ClassVar[str] = "Training"
 
-    num_train_epochs: float = arg(3.0, "passes over the dataset", gt=0)
+    num_train_epochs: float = arg(
+        3.0, "passes over the dataset", gt=0, no_effect={"max_steps!=-1": "--max_steps says how long"}
+    )
     max_steps: int = arg(-1, "optimiser steps; above 0 it wins over --num_train_epochs", ge=-1, example="1000")
     per_device_train_batch_size: int = arg(1, "rows per worker and forward pass", ge=1)
     gradient_accumulation_steps: int | None = arg(
@@ -110,7 +118,10 @@ class OptimizerArguments(Arguments):
         None, f"{', '.join(DEEPSPEED_PRESETS)}, JSON, or a .json file", parse=read_deepspeed, example="zero2"
     )
     zero_hpz_partition_size: int | None = arg(
-        None, "ZeRO-3: workers that share one secondary copy of the weights", ge=1
+        None,
+        "ZeRO-3: workers that share one secondary copy of the weights",
+        ge=1,
+        no_effect={"deepspeed=none": "only with --deepspeed zero3"},
     )
 
     def problems(self) -> Iterator[str]:
@@ -156,8 +167,14 @@ class BatchingArguments(Arguments):
     )
     lazy_tokenize: bool | None = arg(None, "encode rows when they are needed instead of before", shown="false")
     packing: bool = arg(False, "fill each sequence with several rows")
-    packing_length: int | None = arg(None, "length of a packed sequence", ge=1, shown="--max_length")
-    padding_free: bool = arg(False, "join the rows of a batch instead of padding them")
+    packing_length: int | None = arg(
+        None, "length of a packed sequence", ge=1, shown="--max_length",
+        no_effect={"packing=false": "only with --packing true"},
+    )  # fmt: skip
+    padding_free: bool = arg(
+        False, "join the rows of a batch instead of padding them",
+        no_effect={"packing=true": "--packing joins rows already", "command=rlhf": "pairs are padded"},
+    )  # fmt: skip
 
     def problems(self) -> Iterator[str]:
         if self.packing and self.lazy_tokenize:
@@ -172,10 +189,6 @@ class BatchingArguments(Arguments):
                 "--lazy_tokenize true contradicts --train_sampling_strategy group_by_length: "
                 "it needs every row's length; drop one"
             )
-
-    def remarks(self) -> Iterator[str]:
-        if "packing_length" in self.given and not self.packing:
-            yield "--packing_length: no effect without --packing true"
 
 
 @dataclass(init=False, repr=False, eq=False)
@@ -192,10 +205,16 @@ class CheckpointArguments(Arguments):
         choices=("no", "steps", "epoch"),
         aliases=("evaluation_strategy",),
         shown="--save_strategy; no without validation rows",
+        no_effect=_EVALUATED,
     )
-    eval_steps: int | float | None = arg(None, "steps between evaluations", gt=0, shown="--save_steps", example="100")
-    eval_on_start: bool = arg(False, "evaluate before the first step")
-    per_device_eval_batch_size: int = arg(1, "rows per worker and forward pass in evaluation", ge=1)
+    eval_steps: int | float | None = arg(
+        None, "steps between evaluations", gt=0, shown="--save_steps", example="100",
+        no_effect={"eval_strategy=no|epoch": "only with --eval_strategy steps", **_EVALUATED},
+    )  # fmt: skip
+    eval_on_start: bool = arg(False, "evaluate before the first step", no_effect=_EVALUATED)
+    per_device_eval_batch_size: int = arg(
+        1, "rows per worker and forward pass in evaluation", ge=1, no_effect=_EVALUATED
+    )
     eval_metric: str | None = arg(
         None,
         "metric of evaluation",
@@ -206,7 +225,10 @@ class CheckpointArguments(Arguments):
         no_effect="token accuracy is always measured",
     )
     save_strategy: str = arg("steps", "when to save a checkpoint", choices=("no", "steps", "epoch", "best"))
-    save_steps: int | float = arg(500, "steps between checkpoints", gt=0)
+    save_steps: int | float = arg(
+        500, "steps between checkpoints", gt=0,
+        no_effect={"save_strategy!=steps eval_strategy!=steps": "only with --save_strategy steps"},
+    )  # fmt: skip
     save_total_limit: int | None = arg(None, "checkpoints to keep (the best and the newest)", ge=1, shown="all")
     save_only_model: bool = arg(False, "save no optimiser state; such a run cannot be resumed")
     metric_for_best_model: str = arg("loss", "evaluation metric that picks the best checkpoint")
@@ -233,10 +255,6 @@ class CheckpointArguments(Arguments):
         elif self.load_best_model_at_end and self._best_may_not_be_saved():
             yield (f"--load_best_model_at_end true contradicts --save_steps {self.save_steps} with --eval_steps "
                    f"{self.eval_steps}: the best step would not be saved; make --save_steps a multiple")  # fmt: skip
-
-    def remarks(self) -> Iterator[str]:
-        if self.eval_strategy not in (None, "no") and self._no_validation():
-            yield f"--eval_strategy {self.eval_strategy}: no effect without --val_dataset or --split_dataset_ratio"
 
     def _best_may_not_be_saved(self) -> bool:
         by_steps = self.save_strategy == "steps" and self.eval_strategy in (None, "steps")
