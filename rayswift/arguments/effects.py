@@ -17,7 +17,7 @@ def rules_of(spec: Spec) -> Mapping[str, str]:
     """Condition to reason; the empty condition always holds."""
     if isinstance(spec.no_effect, str):
         return {"": spec.no_effect} if spec.no_effect else {}
-    return spec.no_effect
+    return {condition: why for condition, why in spec.no_effect.items() if why}
 
 
 def why_no_effect(spec: Spec, args: Any) -> str:

@@ -93,7 +93,7 @@ _SPECS: dict[type, dict[str, Spec]] = {}
 
 def specs_of(cls: type) -> dict[str, Spec]:
     """The flags of an arguments class by name; topic and ``decides`` are those of the group, if not the flag's own, and
-    the group's rules of ``no_effect`` hold beside the flag's."""
+    the group's rules of ``no_effect`` hold beside the flag's (an empty reason takes one back)."""
     if cls in _SPECS:
         return _SPECS[cls]
     found = {}
@@ -104,7 +104,7 @@ def specs_of(cls: type) -> dict[str, Spec]:
             group = {name: getattr(owner, name) for name in ("topic", "decides", "no_effect")}  # see base.Arguments
             own = dict(field.metadata["spec"])
             if isinstance(rules := own.get("no_effect"), Mapping):
-                own["no_effect"] = {**rules, **group["no_effect"]}
+                own["no_effect"] = {**group["no_effect"], **rules}
             found[field.name] = Spec(name=field.name, kind=kind, **{**group, **own})
     _SPECS[cls] = found
     return found

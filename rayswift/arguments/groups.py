@@ -11,11 +11,21 @@ from typing import Any, ClassVar
 from rayswift.arguments.base import Arguments
 from rayswift.arguments.fields import arg, read_lines, read_text_file
 
+_ALL_ROWS = "every row is read, once, in its order"
 DTYPES = ("bfloat16", "float16", "float32")
 #: As the args.json of ms-swift 3 has them.
 DTYPE_NAMES = {f"torch.{name}": name for name in DTYPES}
 _HUB_ENV = "USE_HF"
-_MIXED = {"interleave_prob=none": "only with --interleave_prob"}
+_MIXED = {"interleave_prob=none": "only with --interleave_prob", "command=infer|sample": _ALL_ROWS}
+_SERVES = "command=deploy|app|eval"
+#: Rules of what only engines of one's own take.
+_ONLY_VLLM = {"engine!=vllm": "only with the vLLM engine"}
+_VLLM_OR_SERVED = {"engine!=vllm": "", "engine!=vllm command!=deploy|app|eval": "only with the vLLM engine"}
+_REQUEST = "each request says it"
+#: Only vLLM is given defaults for requests that do not say it.
+_DEPLOYED = {"command=deploy engine=transformers": _REQUEST}
+_NOT_SHOWN = {"command=deploy": _REQUEST, "command=app|eval|sample": "nothing shows them"}
+_ELSEWHERE = "vLLM runs in its place: see the --vllm flags"
 #: Rules for flags about a model of one's own: beside an endpoint, its server has decided.
 SERVED_ELSEWHERE = {
     "base_url!=none": "the server at --base_url decides",
@@ -61,8 +71,9 @@ class ModelArguments(Arguments):
     hub_token: str | None = arg(None, "access token for the hub", example="TOKEN", decides="")
     trust_remote_code: bool = arg(False, "run Python code that comes with a model")
     external_plugins: list[str] = arg(
-        [], "Python files to import first (they register models, templates, ...)", aliases=("custom_register_path",)
-    )
+        [], "Python files to import first (they register datasets and rewards)", aliases=("custom_register_path",),
+        no_effect={"command=deploy|app|eval": "they register datasets and rewards, and a server has none"},
+    )  # fmt: skip
 
     def problems(self) -> Iterator[str]:
         for path in self.external_plugins:
@@ -88,26 +99,43 @@ class DatasetArguments(Arguments):
     decides: ClassVar[str] = "answers"
 
     dataset: list[str] = arg(
-        [], "dataset ids, files or folders, each [HF::|MS::]NAME[:SUBSET][#ROWS]", example="train.jsonl"
-    )
+        [], "dataset ids, files or folders, each [HF::|MS::]NAME[:SUBSET][#ROWS]", example="train.jsonl",
+        no_effect={"command=infer val_dataset!=none": "the rows of --val_dataset are answered"},
+    )  # fmt: skip
     cached_dataset: list[str] = arg(
-        [], "folders of encoded rows (rayswift export --to_cached_dataset true)", example="cached_dataset"
-    )
+        [], "folders of encoded rows (rayswift export --to_cached_dataset true)", example="cached_dataset",
+        no_effect={"command=infer|sample": "its rows are token ids, which cannot be asked"},
+    )  # fmt: skip
     val_dataset: list[str] = arg([], "validation datasets, written like --dataset", example="val.jsonl")
     split_dataset_ratio: float = arg(
         0.01, "share of --dataset held out where no --val_dataset is given", ge=0, lt=1,
-        no_effect={"val_dataset!=none": "only without --val_dataset"},
+        no_effect={
+            "val_dataset!=none": "only without --val_dataset",
+            "streaming=true": "a stream holds nothing out: give --val_dataset",
+            "command=infer|sample": _ALL_ROWS,
+        },
     )  # fmt: skip
     dataset_shuffle: bool = arg(
         True, "shuffle the training rows",
-        no_effect={"interleave_prob!=none streaming=false": "the mix of --interleave_prob has an order of its own"},
+        no_effect={
+            "interleave_prob!=none streaming=false": "the mix of --interleave_prob has an order of its own",
+            "command=infer": "answers keep the order of the rows; see --val_dataset_shuffle",
+        },
     )  # fmt: skip
     val_dataset_shuffle: bool = arg(False, "shuffle the validation rows")
-    data_seed: int = arg(42, "seed of sampling, splitting and shuffling")
+    data_seed: int = arg(
+        42, "seed of sampling, splitting and shuffling",
+        no_effect={"command=infer val_dataset_shuffle=false": "only with --val_dataset_shuffle true"},
+    )  # fmt: skip
     dataset_num_proc: int = arg(1, "processes that preprocess rows", ge=1, decides="", no_effect="all cores are used")
-    streaming: bool = arg(False, "read the dataset as a stream; needs --max_steps")
+    streaming: bool = arg(
+        False, "read the dataset as a stream; needs --max_steps", no_effect={"command=infer|sample": _ALL_ROWS}
+    )
     shuffle_buffer_size: int = arg(
-        1000, "rows held for shuffling a stream", ge=1, no_effect={"streaming=false": "only with --streaming true"}
+        1000,
+        "rows held for shuffling a stream",
+        ge=1,
+        no_effect={"streaming=false": "only with --streaming true", "command=infer|sample": _ALL_ROWS},
     )
     interleave_prob: list[float] | None = arg(
         None,
@@ -116,6 +144,7 @@ class DatasetArguments(Arguments):
         le=1,
         shown="one after the other",
         example="0.7 0.3",
+        no_effect={"command=infer|sample": _ALL_ROWS},
     )
     stopping_strategy: str = arg(
         "first_exhausted", "when mixing ends", choices=("first_exhausted", "all_exhausted"), no_effect=_MIXED
@@ -136,7 +165,11 @@ class DatasetArguments(Arguments):
         no_effect="what changed on the hub is downloaded again, the rest never",
     )
     load_from_cache_file: bool = arg(
-        True, "reuse rows and tokens of unchanged data", aliases=("enable_cache",), decides=""
+        True,
+        "reuse rows and tokens of unchanged data",
+        aliases=("enable_cache",),
+        decides="",
+        no_effect={"command=infer|sample": "rows are read as they are"},
     )
     remove_unused_columns: bool = arg(True, "drop columns that the model does not take")
 
@@ -172,14 +205,20 @@ class TemplateArguments(Arguments):
     )
     max_length: int | None = arg(None, "longest sequence, in tokens", ge=1, shown="the model's maximum")
     truncation_strategy: str = arg(
-        "delete", "what happens to longer rows", choices=("delete", "left", "right", "split")
+        "delete",
+        "what happens to longer rows",
+        choices=("delete", "left", "right", "split"),
+        no_effect={"command=infer|deploy|app|sample|eval": "a prompt that is too long is refused, never cut"},
     )
     use_chat_template: bool = arg(True, "apply the chat template; false trains on plain text")
     template_backend: str = arg("swift", "template engine", choices=("swift", "jinja"))
     template_date: str | None = arg(
         None, "day (YYYY-MM-DD) that templates with a date in their prompt show", shown="2024-07-26"
     )
-    loss_scale: str = arg("default", "which tokens are trained, and how strongly")
+    loss_scale: str = arg(
+        "default", "which tokens are trained, and how strongly",
+        no_effect={"command=infer|deploy|app|sample|eval": "nothing is trained"},
+    )  # fmt: skip
     enable_thinking: bool | None = arg(None, "thinking mode of the template", shown="the model's")
     add_non_thinking_prefix: bool = arg(True, "add the empty thinking block to answers without one")
     agent_template: str | None = arg(
@@ -213,6 +252,7 @@ class RayArguments(Arguments):
         "folder or URI that every node can reach, for results",
         shown="the output folder",
         example="s3://bucket/runs",
+        no_effect={"command=deploy|app": "a server writes no results"},
     )
 
     def problems(self) -> Iterator[str]:
@@ -244,8 +284,14 @@ class WorkerArguments(RayArguments):
         None, "worker processes, N or MIN,MAX (elastic)", parse=read_workers, example="4",
         shown="NPROC_PER_NODE x NNODES if set, else one per GPU, else 1",
     )  # fmt: skip
-    num_nodes: int | None = arg(None, "nodes the workers are spread over", ge=1, shown="NNODES if set")
-    max_failures: int = arg(3, "how often a failed run starts again from its last checkpoint (-1: always)", ge=-1)
+    num_nodes: int | None = arg(
+        None, "nodes the workers are spread over", ge=1, shown="NNODES if set",
+        no_effect={"command=infer|sample num_workers=none": "give --num_workers"},
+    )  # fmt: skip
+    max_failures: int = arg(
+        3, "how often a failed run starts again from its last checkpoint (-1: always)", ge=-1,
+        no_effect={"command=infer|sample": "an engine that dies is started again, and its rows are asked again"},
+    )  # fmt: skip
 
     def resolve(self) -> None:
         nodes, per_node = _count_from_env("NNODES"), _count_from_env("NPROC_PER_NODE")
@@ -267,21 +313,38 @@ class GenerationArguments(Arguments):
     topic: ClassVar[str] = "Generation"
     decides: ClassVar[str] = "answers"
 
-    max_new_tokens: int | None = arg(None, "longest answer, in tokens", ge=1, shown="until the context is full")
-    temperature: float | None = arg(None, "sampling temperature, 0 for greedy", ge=0, shown="the model's")
-    top_k: int | None = arg(None, "sample among the k likeliest tokens (-1: all)", ge=-1, shown="the model's")
+    max_new_tokens: int | None = arg(
+        None, "longest answer, in tokens", ge=1, shown="until the context is full", no_effect=_DEPLOYED
+    )
+    temperature: float | None = arg(
+        None, "sampling temperature, 0 for greedy", ge=0, shown="the model's", no_effect=_DEPLOYED
+    )
+    top_k: int | None = arg(
+        None, "sample among the k likeliest tokens (-1: all)", ge=-1, shown="the model's", no_effect=_DEPLOYED
+    )
     top_p: float | None = arg(
-        None, "sample among the likeliest tokens of this joint probability", gt=0, le=1, shown="the model's"
+        None, "sample among the likeliest tokens of this joint probability", gt=0, le=1, shown="the model's",
+        no_effect=_DEPLOYED,
+    )  # fmt: skip
+    repetition_penalty: float | None = arg(
+        None, "above 1, repeated tokens get less likely", gt=0, shown="the model's", no_effect=_DEPLOYED
     )
-    repetition_penalty: float | None = arg(None, "above 1, repeated tokens get less likely", gt=0, shown="the model's")
-    num_beams: int = arg(1, "beams of beam search", ge=1)
-    stop_words: list[str] = arg([], "texts that end an answer")
+    num_beams: int = arg(
+        1, "beams of beam search", ge=1, no_effect={"command=deploy|eval": "OpenAI's interface has no beam search"}
+    )
+    stop_words: list[str] = arg([], "texts that end an answer", no_effect={"command=deploy": _REQUEST})
     stream: bool | None = arg(
-        None, "show tokens as they come", shown="true in a terminal, false over a dataset", decides=""
+        None,
+        "show tokens as they come",
+        shown="true in a terminal, false over a dataset",
+        decides="",
+        no_effect={"command=deploy": _REQUEST, "command=sample|eval": "answers are written when they are whole"},
     )
-    seed: int = arg(42, "seed of sampling")
-    logprobs: bool = arg(False, "return the log probabilities of the tokens")
-    top_logprobs: int | None = arg(None, "how many alternatives per token to return with --logprobs", ge=0)
+    seed: int = arg(42, "seed of sampling", no_effect=_DEPLOYED)
+    logprobs: bool = arg(False, "return the log probabilities of the tokens", no_effect=_NOT_SHOWN)
+    top_logprobs: int | None = arg(
+        None, "how many alternatives per token to return with --logprobs", ge=0, no_effect=_NOT_SHOWN
+    )
 
     def problems(self) -> Iterator[str]:
         if self.top_logprobs and not self.logprobs:
@@ -293,19 +356,28 @@ class VllmArguments(Arguments):
     """Settings of the vLLM engine."""
 
     topic: ClassVar[str] = "vLLM"
-    no_effect: ClassVar[dict[str, str]] = {**SERVED_ELSEWHERE, "engine!=vllm": "only with the vLLM engine"}
+    no_effect: ClassVar[dict[str, str]] = {**SERVED_ELSEWHERE, **_ONLY_VLLM}
 
     vllm_tensor_parallel_size: int = arg(1, "GPUs that share each layer", ge=1, aliases=("tensor_parallel_size", "tp"))
     vllm_pipeline_parallel_size: int = arg(
         1, "groups of GPUs that share the layers", ge=1, aliases=("pipeline_parallel_size",)
     )
-    vllm_data_parallel_size: int = arg(1, "copies of the engine", ge=1, aliases=("data_parallel_size",))
+    vllm_data_parallel_size: int = arg(
+        1, "copies of the engine", ge=1, aliases=("data_parallel_size",), no_effect=_VLLM_OR_SERVED
+    )
     vllm_gpu_memory_utilization: float = arg(
         0.9, "share of GPU memory to use", gt=0, le=1, aliases=("gpu_memory_utilization",)
     )
-    vllm_max_num_seqs: int = arg(256, "requests run together", ge=1, aliases=("max_num_seqs",))
+    vllm_max_num_seqs: int = arg(
+        256, "requests run together", ge=1, aliases=("max_num_seqs",), no_effect=_VLLM_OR_SERVED
+    )
     vllm_max_model_len: int | None = arg(
-        None, "longest prompt and answer together", ge=1, aliases=("max_model_len",), shown="the model's"
+        None,
+        "longest prompt and answer together",
+        ge=1,
+        aliases=("max_model_len",),
+        shown="the model's",
+        no_effect=_VLLM_OR_SERVED,
     )
     vllm_enforce_eager: bool = arg(False, "no CUDA graphs", aliases=("enforce_eager",))
     vllm_disable_custom_all_reduce: bool = arg(True, "no custom all-reduce", aliases=("disable_custom_all_reduce",))
@@ -315,7 +387,9 @@ class VllmArguments(Arguments):
     vllm_enable_expert_parallel: bool = arg(
         False, "spread the experts of a mixture over the GPUs", aliases=("enable_expert_parallel",)
     )
-    vllm_max_lora_rank: int = arg(16, "highest rank of an adapter", ge=1, aliases=("max_lora_rank",))
+    vllm_max_lora_rank: int = arg(
+        16, "highest rank of an adapter", ge=1, aliases=("max_lora_rank",), no_effect=_VLLM_OR_SERVED
+    )
     vllm_limit_mm_per_prompt: dict[str, Any] = arg(
         {}, "images, videos and audios per prompt, as JSON", aliases=("limit_mm_per_prompt",)
     )
@@ -350,17 +424,32 @@ class EngineArguments(VllmArguments):
         choices=("transformers", "vllm", "sglang", "lmdeploy"),
         decides="answers",
     )
-    max_batch_size: int = arg(1, "rows per batch of the transformers engine (-1: no limit)", ge=-1)
+    max_batch_size: int = arg(
+        1, "rows per batch of the transformers engine (-1: no limit)", ge=-1,
+        no_effect={
+            _SERVES: "requests are put together as they come (--max_ongoing_requests)",
+            "engine!=transformers": "only with the Transformers engine",
+            "command=infer stream=true": "--stream true answers one row after the other",
+        },
+    )  # fmt: skip
     merge_lora: bool = arg(False, "merge the adapter into the weights first, into ADAPTER-merged", decides="answers")
-    sglang_tp_size: int = arg(1, "SGLang: GPUs that share each layer", ge=1)
-    sglang_pp_size: int = arg(1, "SGLang: groups of GPUs that share the layers", ge=1)
-    sglang_dp_size: int = arg(1, "SGLang: copies of the engine", ge=1)
-    sglang_context_length: int | None = arg(None, "SGLang: longest sequence", ge=1, shown="the model's")
-    sglang_mem_fraction_static: float | None = arg(None, "SGLang: share of GPU memory", gt=0, le=1, shown="SGLang's")
-    lmdeploy_tp: int = arg(1, "LMDeploy: GPUs that share each layer", ge=1)
-    lmdeploy_session_len: int | None = arg(None, "LMDeploy: longest sequence", ge=1, shown="the model's")
-    lmdeploy_cache_max_entry_count: float = arg(0.8, "LMDeploy: share of free GPU memory for the cache", gt=0, le=1)
-    lmdeploy_quant_policy: int = arg(0, "LMDeploy: bits of the cache, 0 for none", ge=0)
+    sglang_tp_size: int = arg(1, "SGLang: GPUs that share each layer", ge=1, no_effect=_ELSEWHERE)
+    sglang_pp_size: int = arg(1, "SGLang: groups of GPUs that share the layers", ge=1, no_effect=_ELSEWHERE)
+    sglang_dp_size: int = arg(1, "SGLang: copies of the engine", ge=1, no_effect=_ELSEWHERE)
+    sglang_context_length: int | None = arg(
+        None, "SGLang: longest sequence", ge=1, shown="the model's", no_effect=_ELSEWHERE
+    )
+    sglang_mem_fraction_static: float | None = arg(
+        None, "SGLang: share of GPU memory", gt=0, le=1, shown="SGLang's", no_effect=_ELSEWHERE
+    )
+    lmdeploy_tp: int = arg(1, "LMDeploy: GPUs that share each layer", ge=1, no_effect=_ELSEWHERE)
+    lmdeploy_session_len: int | None = arg(
+        None, "LMDeploy: longest sequence", ge=1, shown="the model's", no_effect=_ELSEWHERE
+    )
+    lmdeploy_cache_max_entry_count: float = arg(
+        0.8, "LMDeploy: share of free GPU memory for the cache", gt=0, le=1, no_effect=_ELSEWHERE
+    )
+    lmdeploy_quant_policy: int = arg(0, "LMDeploy: bits of the cache, 0 for none", ge=0, no_effect=_ELSEWHERE)
 
     def problems(self) -> Iterator[str]:
         if self.max_batch_size == 0:

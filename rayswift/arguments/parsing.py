@@ -223,7 +223,9 @@ def take_over(command: str, args: Arguments) -> Arguments:
     """The arguments of another command: what both have, with what was given and restored. Raises UserError."""
     known = specs_of(arguments_class(command))
     given = args.given & frozenset(known)
-    taken = arguments_class(command)(**{name: getattr(args, name) for name in given}, given=given)
+    values = {name: getattr(args, name) for name in given}
+    typed = {name: convert(known[name], value) for name, value in values.items() if value is not None}
+    taken = arguments_class(command)(**typed, given=given)
     if problems := taken.problem_lines():
         raise UserError("\n".join(problems))
     return taken.resolved()

@@ -43,10 +43,7 @@ class PreferenceArguments(Arguments):
     loss_weights: list[float] | None = arg(None, "weights of several --loss_type")
     label_smoothing: float = arg(
         0.0, "share of wrongly labelled pairs to expect", ge=0, le=0.5,
-        no_effect={
-            "loss_type!=none|exo_pair|robust|aot|aot_unpaired": "only with --loss_type exo_pair, robust, aot, aot_unpaired",
-            "loss_type=none": "only with --loss_type exo_pair, robust, aot, aot_unpaired",
-        },
+        no_effect={"loss_type!=exo_pair|robust|aot|aot_unpaired": "only with --loss_type exo_pair, robust or aot"},
     )  # fmt: skip
     rpo_alpha: float | None = arg(
         None, "DPO: weight of the likelihood of the chosen answer", ge=0, no_effect=_only("dpo")

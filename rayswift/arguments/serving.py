@@ -77,10 +77,16 @@ class ServerArguments(Arguments):
     drain_timeout: int = arg(600, "seconds that running requests may take when a replica stops", ge=0)
     ssl_keyfile: str | None = arg(None, "key of the TLS certificate")
     ssl_certfile: str | None = arg(None, "TLS certificate")
-    max_logprobs: int = arg(20, "most alternatives per token a client may ask for", ge=0)
+    max_logprobs: int = arg(
+        20, "most alternatives per token a client may ask for", ge=0,
+        no_effect={"engine=transformers": "only with the vLLM engine"},
+    )  # fmt: skip
     log_interval: int = arg(20, "seconds between lines with requests and tokens/s", ge=1)
     log_level: str = arg(
-        "info", "what the server logs", choices=("critical", "error", "warning", "info", "debug", "trace")
+        "info",
+        "what the server logs",
+        choices=("critical", "error", "warning", "info", "debug", "trace"),
+        no_effect="LOG_LEVEL in the environment says what is logged",
     )
     verbose: bool = arg(False, "log each request")
     dry_run: bool = arg(False, "print the Ray Serve configuration and stop")
@@ -123,7 +129,10 @@ class EndpointArguments(Arguments):
     base_url: str | None = arg(
         None, "endpoint to talk to; --model is then a name it serves", shown="none", example="http://127.0.0.1:8000/v1"
     )
-    api_key: str | None = arg(None, "key of the endpoint", shown="OPENAI_API_KEY", example="KEY", decides="")
+    api_key: str | None = arg(
+        None, "key of the endpoint", shown="OPENAI_API_KEY", example="KEY", decides="",
+        no_effect={"base_url=none": "only with --base_url"},
+    )  # fmt: skip
 
     def problems(self) -> Iterator[str]:
         yield from endpoint_problems(self)

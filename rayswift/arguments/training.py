@@ -24,7 +24,10 @@ _NEW_LORA = {
     "train_type=full": "only with --train_type lora",
     "adapters!=none": "the adapter of --adapters keeps its own",
 }
-_EVALUATED = {"val_dataset=none split_dataset_ratio=0": "only with --val_dataset or --split_dataset_ratio"}
+_EVALUATED = {
+    "val_dataset=none split_dataset_ratio=0": "only with --val_dataset or --split_dataset_ratio",
+    "val_dataset=none streaming=true": "a stream holds nothing out: only with --val_dataset",
+}
 
 
 @dataclass(init=False, repr=False, eq=False)

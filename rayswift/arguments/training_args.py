@@ -20,7 +20,8 @@ _LOADER, _EVALUATION = (
     "RaySwift's own loader feeds the trainer",
     "RaySwift evaluates by itself: loss and token accuracy",
 )
-_PUSHED, _PROCESS_GROUP = {"push_to_hub!=true": "only with --push_to_hub true"}, "Ray Train starts the process group"
+_PUSHED = "training pushes nothing; rayswift export --push_to_hub true does"
+_PROCESS_GROUP = "Ray Train starts the process group"
 _LOG = "LOG_LEVEL in the environment says what is logged"
 #: Where a field that RaySwift does not declare itself changes nothing, see `rayswift.arguments.effects`.
 _NO_EFFECT: dict[str, str | dict[str, str]] = {

@@ -24,11 +24,11 @@ _COPIES = frozenset({"model_specs", "_with_adapters", "conflicts"})
 
 def _counts(frame: types.FrameType | None) -> bool:
     """Whether a read here is for what the setting does."""
-    while frame is not None and frame.f_code.co_name.startswith("<"):  # a comprehension: who wrote it?
-        if frame.f_code.co_filename.startswith(_OWN):
-            return False
+    while frame is not None and frame.f_code.co_name.startswith("<"):  # a comprehension: whose?
         frame = frame.f_back
-    if frame is None or frame.f_code.co_name in _COPIES:
+        if frame is None or frame.f_code.co_name in _COPIES:
+            return False
+    if frame is None:
         return False
     return not frame.f_code.co_filename.startswith(_OWN) or frame.f_code.co_name in ("resolve", "with_saved")
 
