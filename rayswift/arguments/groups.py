@@ -59,6 +59,10 @@ class ModelArguments(Arguments):
         None, "attention implementation", shown="Transformers' choice",
         value_aliases={"flash_attn": "flash_attention_2", "flash_attention": "flash_attention_2"},
         choices=("sdpa", "eager", "flash_attention_2", "flash_attention_3", "flash_attention_4", "flex_attention"),
+        no_effect={
+            "command=export": "weights are converted, whatever attends",
+            "engine=vllm command=infer|sample|deploy|app|eval": "vLLM takes its own",
+        },
     )  # fmt: skip
     new_special_tokens: list[str] = arg(
         [], "tokens to add to the vocabulary, or a .txt file with one per line", parse=read_lines
@@ -127,7 +131,9 @@ class DatasetArguments(Arguments):
         42, "seed of sampling, splitting and shuffling",
         no_effect={"command=infer val_dataset_shuffle=false": "only with --val_dataset_shuffle true"},
     )  # fmt: skip
-    dataset_num_proc: int = arg(1, "processes that preprocess rows", ge=1, decides="", no_effect="all cores are used")
+    dataset_num_proc: int = arg(
+        1, "processes that preprocess rows", ge=1, decides="", no_effect="rows are encoded by Ray on all cores"
+    )
     streaming: bool = arg(
         False, "read the dataset as a stream; needs --max_steps", no_effect={"command=infer|sample": _ALL_ROWS}
     )

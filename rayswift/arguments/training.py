@@ -166,7 +166,11 @@ class BatchingArguments(Arguments):
 
     train_dataloader_shuffle: bool = arg(True, "shuffle the batches of each epoch")
     dataloader_num_workers: int | None = arg(
-        None, "processes that feed each worker", ge=0, shown="Ray Data's", no_effect="all cores are used"
+        None,
+        "processes that feed each worker",
+        ge=0,
+        shown="Ray Data's",
+        no_effect="rows are encoded by Ray on all cores",
     )
     lazy_tokenize: bool | None = arg(None, "encode rows when they are needed instead of before", shown="false")
     packing: bool = arg(False, "fill each sequence with several rows")
