@@ -144,7 +144,7 @@ def endpoint_remarks(args: Any) -> Iterator[str]:
     """Flags about a model of one's own beside ``--base_url``: the server has decided."""
     theirs = ("Template", "Engine", "vLLM", "Server", "Ray")
     topics = {name: spec.topic for name, spec in specs_of(type(args)).items() if not spec.no_effect}
-    own = args.given - {"system", "api_key"}
+    own = args.given - {"system", "api_key", "agent_template"}
     flags = sorted(f"--{name}" for name in own if topics.get(name) in theirs)
     if args.base_url and flags:
         yield f"{', '.join(flags)}: no effect with --base_url, the server decides"
