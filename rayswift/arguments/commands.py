@@ -29,6 +29,7 @@ from rayswift.arguments.serving import (
 )
 from rayswift.arguments.training import BatchingArguments, CheckpointArguments, TrainingRules, TunerArguments
 
+_NO_TLS = "only this command asks its deployment, on 127.0.0.1"
 _MODEL_EXAMPLE = "for example --model Qwen/Qwen2.5-7B-Instruct"
 
 
@@ -124,7 +125,11 @@ class DeployArguments(
     )  # fmt: skip
 
     def problems(self) -> Iterator[str]:
-        if self.task_type != "causal_lm" and self.infer_backend != "vllm" and (self.adapters or self.adapter_root):
+        if (
+            self.task_type != "causal_lm"
+            and self.infer_backend == "transformers"
+            and (self.adapters or self.adapter_root)
+        ):
             yield f"--task_type {self.task_type} takes adapters with vLLM only: --infer_backend vllm"
 
 
@@ -133,6 +138,9 @@ class AppArguments(WebPageArguments, DeployArguments):
     """Chat with a model in the browser."""
 
     command: ClassVar[str] = "app"
+
+    ssl_keyfile: str | None = arg_like(ServerArguments, "ssl_keyfile", None, help="key of the page's TLS certificate")
+    ssl_certfile: str | None = arg_like(ServerArguments, "ssl_certfile", None, help="TLS certificate of the page")
 
     task_type: str = arg_like(ModelArguments, "task_type", "causal_lm")
 
@@ -176,7 +184,7 @@ class SampleArguments(
             yield "--temperature 0: all answers to a prompt will be the same; leave it out, or set it above 0"
 
     def resolve(self) -> None:
-        if self.sampler_engine in ("vllm", "transformers", "lmdeploy"):
+        if self.sampler_engine in ("vllm", "transformers"):
             self.infer_backend = self.sampler_engine
             self.given |= {"infer_backend"}  # the plan of the engines takes over what was given
         if self.min_replicas or self.max_replicas:
@@ -204,6 +212,8 @@ class EvalArguments(BenchmarkArguments, DeployArguments):
     task_type: str = arg_like(ModelArguments, "task_type", "causal_lm")
 
     temperature: float | None = arg_like(GenerationArguments, "temperature", 0.0)
+    ssl_keyfile: str | None = arg_like(ServerArguments, "ssl_keyfile", None, no_effect=_NO_TLS)
+    ssl_certfile: str | None = arg_like(ServerArguments, "ssl_certfile", None, no_effect=_NO_TLS)
 
 
 @dataclass(init=False, repr=False, eq=False)

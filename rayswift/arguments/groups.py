@@ -118,6 +118,11 @@ class DatasetArguments(Arguments):
     )
     remove_unused_columns: bool = arg(True, "drop columns that the model does not take")
 
+    def remarks(self) -> Iterator[str]:
+        if self.streaming and "stopping_strategy" in self.given:
+            yield ("--stopping_strategy: no effect with --streaming true, where each dataset begins again when it ends "
+                   "and --max_steps ends the run")  # fmt: skip
+
     def problems(self) -> Iterator[str]:
         weights, names = self.interleave_prob, self.dataset
         if weights is not None and len(weights) != len(names):
@@ -336,18 +341,53 @@ class EngineArguments(VllmArguments):
     lmdeploy_cache_max_entry_count: float = arg(0.8, "LMDeploy: share of free GPU memory for the cache", gt=0, le=1)
     lmdeploy_quant_policy: int = arg(0, "LMDeploy: bits of the cache, 0 for none", ge=0)
 
+    #: Engines of SWIFT's in whose place vLLM runs, and what their settings are called there.
+    _ON_VLLM: ClassVar[dict[str, dict[str, str]]] = {
+        "sglang": {
+            "sglang_tp_size": "vllm_tensor_parallel_size", "sglang_pp_size": "vllm_pipeline_parallel_size",
+            "sglang_dp_size": "vllm_data_parallel_size", "sglang_context_length": "vllm_max_model_len",
+            "sglang_mem_fraction_static": "vllm_gpu_memory_utilization",
+        },
+        "lmdeploy": {"lmdeploy_tp": "vllm_tensor_parallel_size", "lmdeploy_session_len": "vllm_max_model_len"},
+    }  # fmt: skip
+
     def problems(self) -> Iterator[str]:
         if self.max_batch_size == 0:
             yield "--max_batch_size 0: expected -1 (no limit) or at least 1"
         if self.merge_lora and not getattr(self, "adapters", None):
             yield "--merge_lora true needs --adapters: there is nothing to merge"
 
+    @property
+    def _engine_flag(self) -> str:
+        return "sampler_engine" if hasattr(self, "sampler_engine") else "infer_backend"
+
     def remarks(self) -> Iterator[str]:
-        for prefix, engine in (("vllm_", "vllm"), ("sglang_", "sglang"), ("lmdeploy_", "lmdeploy")):
-            names = (
-                name for name in self.given if name.startswith(prefix) and not specs_of(type(self))[name].no_effect
-            )
-            flags = sorted(f"--{name}" for name in names)
-            flag = "sampler_engine" if hasattr(self, "sampler_engine") else "infer_backend"
-            if flags and getattr(self, flag) != engine:
-                yield f"{', '.join(flags)}: no effect without --{flag} {engine}"
+        flag, engine = self._engine_flag, getattr(self, self._engine_flag)
+        runs = "vllm" if engine in self._ON_VLLM else engine
+        for own in ("vllm", "sglang", "lmdeploy"):
+            names = {
+                name for name in self.given if name.startswith(f"{own}_") and not specs_of(type(self))[name].no_effect
+            }
+            if own == engine:
+                names -= set(self._ON_VLLM.get(engine, ()))
+            if names and own != runs:
+                flags = ", ".join(f"--{name}" for name in sorted(names))
+                why = ", vLLM has no such setting" if own == engine else f" without --{flag} {own}"
+                yield f"{flags}: no effect{why}"
+        if runs != engine:
+            taken = [f"--{name} counts as --{self._ON_VLLM[engine][name]}" for name in self._translated()]
+            yield "; ".join([f"--{flag} {engine}: vLLM runs in its place", *taken])
+
+    def _translated(self) -> list[str]:
+        """The settings of another engine that count for vLLM: those that are given where vLLM's are not."""
+        names = self._ON_VLLM[getattr(self, self._engine_flag)]
+        return [name for name, ours in names.items() if name in self.given and ours not in self.given]
+
+    def resolve(self) -> None:
+        engine = getattr(self, self._engine_flag)
+        if engine in self._ON_VLLM:
+            for name in self._translated():
+                setattr(self, self._ON_VLLM[engine][name], getattr(self, name))
+                self.given |= {self._ON_VLLM[engine][name]}
+            self.given -= {name for name in self.given if name.startswith(f"{engine}_")}
+            setattr(self, self._engine_flag, "vllm")

@@ -386,6 +386,12 @@ class QuantizeArguments(Arguments):
         if self.to_cached_dataset and not getattr(self, "dataset", None):
             yield "--to_cached_dataset true needs --dataset"
 
+    def remarks(self) -> Iterator[str]:
+        if self.to_cached_dataset and getattr(self, "streaming", False):
+            yield "--streaming: no effect with --to_cached_dataset true, which encodes the whole dataset once"
+
     def resolve(self) -> None:
+        if self.to_cached_dataset:
+            self.streaming = False
         if self.quant_method and self.quant_bits is None:
             self.quant_bits = self._BITS[self.quant_method][0]

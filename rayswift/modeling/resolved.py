@@ -101,9 +101,16 @@ def resolve_model(args: Any) -> ResolvedModel:
     args = completed(args, os.path.expanduser(where))
     if default is not None:
         args.adapters = [adapters[default]]
-    if args.model is None:
+    # Earlier versions wrote a relative path into args.json as it was typed; PEFT's own file has the absolute one.
+    lost = "model" in args.restored and adapters and _is_path(args.model) and not os.path.exists(args.model)
+    if args.model is None or lost:
         args.model = base_model_of(where)
     return ResolvedModel(args, args.model_suffix, adapters, default)
+
+
+def _is_path(model: str) -> bool:
+    """Whether it is spelled as no hub's id is."""
+    return "://" not in model and (model.startswith((".", "/")) or model.count("/") != 1)
 
 
 def completed(args: Any, folder: str, *, without: str | None = None) -> Any:

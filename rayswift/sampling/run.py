@@ -40,7 +40,7 @@ def sample(args: SampleArguments) -> Row:
     Raises:
         UserError: a dataset, model, endpoint or reward that cannot be used, results that cannot be written.
     """
-    model = resolve_model(args) if args.sampler_engine in ("vllm", "transformers", "lmdeploy") else None
+    model = resolve_model(args) if args.sampler_engine in ("vllm", "transformers") else None
     args = args if model is None else model.args
     for path in args.external_plugins:
         PluginFile.read(path).registered()
