@@ -32,6 +32,11 @@ _RESTORED = (
 )  # fmt: skip
 # Flags that came later: where they are not given, a run is still the one that an older version began.
 _LATER = ("template_date",)
+# What may name files and folders: an args.json is read in other folders than it was written in.
+_PATHS = (
+    "model", "adapters", "ref_model", "ref_adapters", "reward_model", "dataset", "val_dataset", "cached_dataset",
+    "custom_dataset_info",
+)  # fmt: skip
 # A checkpoint may be a stranger's: what runs code comes from the user's own command line or YAML alone.
 _RUN_CODE = ("external_plugins", "trust_remote_code")
 
@@ -98,6 +103,14 @@ class Arguments:
         names = [f.name for f in dataclasses.fields(self) if f.name not in ("given", "restored", "config_file")]
         return {name: redact(getattr(self, name), name) for name in names}
 
+    def with_absolute_paths(self) -> Self:
+        """A copy in which files and folders of this machine are named so that they are found from any folder."""
+        result = copy.copy(self)
+        for name in _PATHS:
+            if value := getattr(self, name, None):
+                setattr(result, name, [*map(_absolute, value)] if isinstance(value, list) else _absolute(value))
+        return result
+
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write `to_dict` to ``path`` (a file, or a folder that gets ``args.json``), whole or not at all."""
         path = os.fspath(path)
@@ -134,6 +147,18 @@ class Arguments:
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k, v in self.to_dict().items())})"
+
+
+def _absolute(value: str) -> str:
+    """A path, with the ``:SUBSET`` and ``#ROWS`` of a dataset, as an absolute one where there is such a file."""
+    name, rest = value, ""
+    for mark in ("#", ":", ""):
+        if os.path.exists(path := os.path.expanduser(name)):
+            return os.path.abspath(path) + rest
+        if mark and mark in name:
+            name, _, end = name.rpartition(mark)
+            rest = f"{mark}{end}{rest}"
+    return value
 
 
 def deciding_settings(args: Arguments, what: str = "answers") -> dict[str, Any]:

@@ -8,11 +8,10 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 from rayswift.arguments.base import Arguments
+from rayswift.arguments.engines import EngineArguments, GenerationArguments
 from rayswift.arguments.fields import Spec, arg, arg_like, specs_of
 from rayswift.arguments.groups import (
     DatasetArguments,
-    EngineArguments,
-    GenerationArguments,
     ModelArguments,
     RayArguments,
     TemplateArguments,
@@ -37,6 +36,7 @@ from rayswift.arguments.training import (
 )
 from rayswift.arguments.training_args import choices_of, passthrough_specs
 
+_NO_TLS = "only this command asks its deployment, on 127.0.0.1"
 _MODEL_EXAMPLE = "for example --model Qwen/Qwen2.5-7B-Instruct"
 
 
@@ -132,7 +132,11 @@ class DeployArguments(
     )  # fmt: skip
 
     def problems(self) -> Iterator[str]:
-        if self.task_type != "causal_lm" and self.infer_backend != "vllm" and (self.adapters or self.adapter_root):
+        if (
+            self.task_type != "causal_lm"
+            and self.infer_backend == "transformers"
+            and (self.adapters or self.adapter_root)
+        ):
             yield f"--task_type {self.task_type} takes adapters with vLLM only: --infer_backend vllm"
 
 
@@ -141,6 +145,9 @@ class AppArguments(WebPageArguments, DeployArguments):
     """Chat with a model in the browser."""
 
     command: ClassVar[str] = "app"
+
+    ssl_keyfile: str | None = arg_like(ServerArguments, "ssl_keyfile", None, help="key of the page's TLS certificate")
+    ssl_certfile: str | None = arg_like(ServerArguments, "ssl_certfile", None, help="TLS certificate of the page")
 
     task_type: str = arg_like(ModelArguments, "task_type", "causal_lm")
 
@@ -184,7 +191,7 @@ class SampleArguments(
             yield "--temperature 0: all answers to a prompt will be the same; leave it out, or set it above 0"
 
     def resolve(self) -> None:
-        if self.sampler_engine in ("vllm", "transformers", "lmdeploy"):
+        if self.sampler_engine in ("vllm", "transformers"):
             self.infer_backend = self.sampler_engine
             self.given |= {"infer_backend"}  # the plan of the engines takes over what was given
         if self.min_replicas or self.max_replicas:
@@ -212,6 +219,8 @@ class EvalArguments(BenchmarkArguments, DeployArguments):
     task_type: str = arg_like(ModelArguments, "task_type", "causal_lm")
 
     temperature: float | None = arg_like(GenerationArguments, "temperature", 0.0)
+    ssl_keyfile: str | None = arg_like(ServerArguments, "ssl_keyfile", None, no_effect=_NO_TLS)
+    ssl_certfile: str | None = arg_like(ServerArguments, "ssl_certfile", None, no_effect=_NO_TLS)
 
 
 @dataclass(init=False, repr=False, eq=False)

@@ -87,8 +87,7 @@ def _texts(name: str, args: Any) -> set[str]:
 def _engine(args: Any) -> str:
     if hasattr(args, "use_vllm"):
         return "vllm" if args.use_vllm else "transformers"
-    name = getattr(args, "sampler_engine", None) or getattr(args, "infer_backend", "none")
-    return "vllm" if name in ("lmdeploy", "sglang") else str(name)  # vLLM runs in their place
+    return str(getattr(args, "sampler_engine", None) or getattr(args, "infer_backend", "none"))
 
 
 def _as_flag(word: str) -> str:

@@ -1,4 +1,4 @@
-"""The settings that several commands share: model, dataset, template, tuner, Ray, generation, engines."""
+"""The settings that several commands share: model, dataset, template, Ray."""
 
 # ruff: noqa: RUF009 (arg() makes a dataclass field: it is meant to be called in the class body)
 from __future__ import annotations
@@ -12,20 +12,13 @@ from rayswift.arguments.base import Arguments
 from rayswift.arguments.fields import arg, read_lines, read_text_file
 
 _ALL_ROWS = "every row is read, once, in its order"
+
+
 DTYPES = ("bfloat16", "float16", "float32")
 #: As the args.json of ms-swift 3 has them.
 DTYPE_NAMES = {f"torch.{name}": name for name in DTYPES}
 _HUB_ENV = "USE_HF"
 _MIXED = {"interleave_prob=none": "only with --interleave_prob", "command=infer|sample": _ALL_ROWS}
-_SERVES = "command=deploy|app|eval"
-#: Rules of what only engines of one's own take.
-_ONLY_VLLM = {"engine!=vllm": "only with the vLLM engine"}
-_VLLM_OR_SERVED = {"engine!=vllm": "", "engine!=vllm command!=deploy|app|eval": "only with the vLLM engine"}
-_REQUEST = "each request says it"
-#: Only vLLM is given defaults for requests that do not say it.
-_DEPLOYED = {"command=deploy engine=transformers": _REQUEST}
-_NOT_SHOWN = {"command=deploy": _REQUEST, "command=app|eval|sample": "nothing shows them"}
-_ELSEWHERE = "vLLM runs in its place: see the --vllm flags"
 #: Rules for flags about a model of one's own: beside an endpoint, its server has decided.
 SERVED_ELSEWHERE = {
     "base_url!=none": "the server at --base_url decides",
@@ -135,7 +128,12 @@ class DatasetArguments(Arguments):
         1, "processes that preprocess rows", ge=1, decides="", no_effect="rows are encoded by Ray on all cores"
     )
     streaming: bool = arg(
-        False, "read the dataset as a stream; needs --max_steps", no_effect={"command=infer|sample": _ALL_ROWS}
+        False,
+        "read the dataset as a stream; needs --max_steps",
+        no_effect={
+            "command=infer|sample": _ALL_ROWS,
+            "command=export to_cached_dataset=true": "the whole dataset is encoded once",
+        },
     )
     shuffle_buffer_size: int = arg(
         1000,
@@ -153,7 +151,10 @@ class DatasetArguments(Arguments):
         no_effect={"command=infer|sample": _ALL_ROWS},
     )
     stopping_strategy: str = arg(
-        "first_exhausted", "when mixing ends", choices=("first_exhausted", "all_exhausted"), no_effect=_MIXED
+        "first_exhausted",
+        "when mixing ends",
+        choices=("first_exhausted", "all_exhausted"),
+        no_effect={**_MIXED, "streaming=true": "a stream's datasets begin again until --max_steps"},
     )
     interleave_by: str = arg("rows", "what --interleave_prob is a share of", choices=("rows", "tokens"),
                              no_effect=_MIXED)  # fmt: skip
@@ -228,7 +229,7 @@ class TemplateArguments(Arguments):
     enable_thinking: bool | None = arg(None, "thinking mode of the template", shown="the model's")
     add_non_thinking_prefix: bool = arg(True, "add the empty thinking block to answers without one")
     agent_template: str | None = arg(
-        None, "format of tools and tool calls", aliases=("tools_prompt",), shown="the model's"
+        None, "format of tools and tool calls", aliases=("tools_prompt",), shown="the model's", no_effect=""
     )
     response_prefix: str | None = arg(None, "text that every answer starts with", shown="the template's")
     padding_side: str = arg(
@@ -310,155 +311,3 @@ class WorkerArguments(RayArguments):
 def _count_from_env(name: str) -> int | None:
     text = os.environ.get(name, "").strip()
     return int(text) if text.isdigit() and int(text) > 0 else None
-
-
-@dataclass(init=False, repr=False, eq=False)
-class GenerationArguments(Arguments):
-    """How answers are sampled."""
-
-    topic: ClassVar[str] = "Generation"
-    decides: ClassVar[str] = "answers"
-
-    max_new_tokens: int | None = arg(
-        None, "longest answer, in tokens", ge=1, shown="until the context is full", no_effect=_DEPLOYED
-    )
-    temperature: float | None = arg(
-        None, "sampling temperature, 0 for greedy", ge=0, shown="the model's", no_effect=_DEPLOYED
-    )
-    top_k: int | None = arg(
-        None, "sample among the k likeliest tokens (-1: all)", ge=-1, shown="the model's", no_effect=_DEPLOYED
-    )
-    top_p: float | None = arg(
-        None, "sample among the likeliest tokens of this joint probability", gt=0, le=1, shown="the model's",
-        no_effect=_DEPLOYED,
-    )  # fmt: skip
-    repetition_penalty: float | None = arg(
-        None, "above 1, repeated tokens get less likely", gt=0, shown="the model's", no_effect=_DEPLOYED
-    )
-    num_beams: int = arg(
-        1, "beams of beam search", ge=1, no_effect={"command=deploy|eval": "OpenAI's interface has no beam search"}
-    )
-    stop_words: list[str] = arg([], "texts that end an answer", no_effect={"command=deploy": _REQUEST})
-    stream: bool | None = arg(
-        None,
-        "show tokens as they come",
-        shown="true in a terminal, false over a dataset",
-        decides="",
-        no_effect={"command=deploy": _REQUEST, "command=sample|eval": "answers are written when they are whole"},
-    )
-    seed: int = arg(42, "seed of sampling", no_effect=_DEPLOYED)
-    logprobs: bool = arg(False, "return the log probabilities of the tokens", no_effect=_NOT_SHOWN)
-    top_logprobs: int | None = arg(
-        None, "how many alternatives per token to return with --logprobs", ge=0, no_effect=_NOT_SHOWN
-    )
-
-    def problems(self) -> Iterator[str]:
-        if self.top_logprobs and not self.logprobs:
-            yield "--top_logprobs needs --logprobs true"
-
-
-@dataclass(init=False, repr=False, eq=False)
-class VllmArguments(Arguments):
-    """Settings of the vLLM engine."""
-
-    topic: ClassVar[str] = "vLLM"
-    no_effect: ClassVar[dict[str, str]] = {**SERVED_ELSEWHERE, **_ONLY_VLLM}
-
-    vllm_tensor_parallel_size: int = arg(1, "GPUs that share each layer", ge=1, aliases=("tensor_parallel_size", "tp"))
-    vllm_pipeline_parallel_size: int = arg(
-        1, "groups of GPUs that share the layers", ge=1, aliases=("pipeline_parallel_size",)
-    )
-    vllm_data_parallel_size: int = arg(
-        1, "copies of the engine", ge=1, aliases=("data_parallel_size",), no_effect=_VLLM_OR_SERVED
-    )
-    vllm_gpu_memory_utilization: float = arg(
-        0.9, "share of GPU memory to use", gt=0, le=1, aliases=("gpu_memory_utilization",)
-    )
-    vllm_max_num_seqs: int = arg(
-        256, "requests run together", ge=1, aliases=("max_num_seqs",), no_effect=_VLLM_OR_SERVED
-    )
-    vllm_max_model_len: int | None = arg(
-        None,
-        "longest prompt and answer together",
-        ge=1,
-        aliases=("max_model_len",),
-        shown="the model's",
-        no_effect=_VLLM_OR_SERVED,
-    )
-    vllm_enforce_eager: bool = arg(False, "no CUDA graphs", aliases=("enforce_eager",))
-    vllm_disable_custom_all_reduce: bool = arg(True, "no custom all-reduce", aliases=("disable_custom_all_reduce",))
-    vllm_enable_prefix_caching: bool | None = arg(
-        None, "share the cache of common prefixes", aliases=("enable_prefix_caching",), shown="vLLM's"
-    )
-    vllm_enable_expert_parallel: bool = arg(
-        False, "spread the experts of a mixture over the GPUs", aliases=("enable_expert_parallel",)
-    )
-    vllm_max_lora_rank: int = arg(
-        16, "highest rank of an adapter", ge=1, aliases=("max_lora_rank",), no_effect=_VLLM_OR_SERVED
-    )
-    vllm_limit_mm_per_prompt: dict[str, Any] = arg(
-        {}, "images, videos and audios per prompt, as JSON", aliases=("limit_mm_per_prompt",)
-    )
-    vllm_quantization: str | None = arg(
-        None, "quantisation of the weights", aliases=("quantization",), shown="as in the model's config"
-    )
-    vllm_speculative_config: dict[str, Any] = arg({}, "speculative decoding, as JSON", aliases=("speculative_config",))
-    vllm_reasoning_parser: str | None = arg(
-        None, "parser that splits thinking from the answer", aliases=("reasoning_parser",)
-    )
-    vllm_use_async_engine: bool | None = arg(
-        None,
-        "asynchronous engine",
-        aliases=("use_async_engine",),
-        shown="as the command needs",
-        no_effect="the command takes the engine that it needs",
-    )
-    vllm_engine_kwargs: dict[str, Any] = arg({}, "any other engine setting, as JSON")
-
-
-@dataclass(init=False, repr=False, eq=False)
-class EngineArguments(VllmArguments):
-    """Which engine generates, and the settings of the other engines."""
-
-    topic: ClassVar[str] = "Engine"
-    no_effect: ClassVar[dict[str, str]] = SERVED_ELSEWHERE
-
-    infer_backend: str = arg(
-        "transformers",
-        "engine that generates",
-        value_aliases={"pt": "transformers"},
-        choices=("transformers", "vllm", "sglang", "lmdeploy"),
-        decides="answers",
-    )
-    max_batch_size: int = arg(
-        1, "rows per batch of the transformers engine (-1: no limit)", ge=-1,
-        no_effect={
-            _SERVES: "requests are put together as they come (--max_ongoing_requests)",
-            "engine!=transformers": "only with the Transformers engine",
-            "command=infer stream=true": "--stream true answers one row after the other",
-        },
-    )  # fmt: skip
-    merge_lora: bool = arg(False, "merge the adapter into the weights first, into ADAPTER-merged", decides="answers")
-    sglang_tp_size: int = arg(1, "SGLang: GPUs that share each layer", ge=1, no_effect=_ELSEWHERE)
-    sglang_pp_size: int = arg(1, "SGLang: groups of GPUs that share the layers", ge=1, no_effect=_ELSEWHERE)
-    sglang_dp_size: int = arg(1, "SGLang: copies of the engine", ge=1, no_effect=_ELSEWHERE)
-    sglang_context_length: int | None = arg(
-        None, "SGLang: longest sequence", ge=1, shown="the model's", no_effect=_ELSEWHERE
-    )
-    sglang_mem_fraction_static: float | None = arg(
-        None, "SGLang: share of GPU memory", gt=0, le=1, shown="SGLang's", no_effect=_ELSEWHERE
-    )
-    lmdeploy_tp: int = arg(1, "LMDeploy: GPUs that share each layer", ge=1, no_effect=_ELSEWHERE)
-    lmdeploy_session_len: int | None = arg(
-        None, "LMDeploy: longest sequence", ge=1, shown="the model's", no_effect=_ELSEWHERE
-    )
-    lmdeploy_cache_max_entry_count: float = arg(
-        0.8, "LMDeploy: share of free GPU memory for the cache", gt=0, le=1, no_effect=_ELSEWHERE
-    )
-    lmdeploy_quant_policy: int = arg(0, "LMDeploy: bits of the cache, 0 for none", ge=0, no_effect=_ELSEWHERE)
-
-    def problems(self) -> Iterator[str]:
-        if self.max_batch_size == 0:
-            yield "--max_batch_size 0: expected -1 (no limit) or at least 1"
-        if self.merge_lora and not getattr(self, "adapters", None):
-            yield "--merge_lora true needs --adapters: there is nothing to merge"

@@ -75,7 +75,7 @@ def _help_line(spec: Spec, values: Mapping[str, Any], command: str) -> str:
 def _effect(spec: Spec, command: str) -> str:
     """What help adds where a flag changes nothing."""
     if never := why_never(spec, command):
-        return f"; no effect here: {never}"
+        return f"; {never}" if never.startswith("only ") else f"; no effect here: {never}"
     rules = sometimes(spec, command).items()
     return "".join(f"; {why}" if why.startswith("only ") else f"; no effect with {when}: {why}" for when, why in rules)
 

@@ -203,7 +203,8 @@ class _Reader:
         arguments = cls(**typed, given=frozenset(self.values), config_file=self.config_file)
         if not self.problems:
             arguments.finish()
-            asked = (spec for name, spec in self.flags.items() if name in self.values and not self._at_default(spec))
+            given = arguments.given & set(self.values)
+            asked = (spec for name, spec in self.flags.items() if name in given and not self._at_default(spec))
             for line in no_effect_lines(arguments, asked):
                 logger.warning(line)
             return arguments

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from rayswift.arguments.base import Arguments
+from rayswift.arguments.engines import VllmArguments
 from rayswift.arguments.fields import arg
-from rayswift.arguments.groups import VllmArguments
 
 RLHF_TYPES = ("dpo", "orpo", "simpo", "kto", "cpo", "rm", "ppo", "grpo", "gkd")
 _SAMPLING_TYPES = ("ppo", "grpo", "gkd")

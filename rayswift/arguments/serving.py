@@ -383,5 +383,7 @@ class QuantizeArguments(Arguments):
             yield "--to_cached_dataset true needs --dataset"
 
     def resolve(self) -> None:
+        if self.to_cached_dataset:
+            self.streaming = False
         if self.quant_method and self.quant_bits is None:
             self.quant_bits = self._BITS[self.quant_method][0]

@@ -13,8 +13,10 @@ from typing import Any
 
 from rayswift import hub
 from rayswift.arguments import read_saved_arguments
+from rayswift.cluster import address_of
 from rayswift.errors import UserError
 from rayswift.modeling.adapters import base_model_of, check_adapter
+from rayswift.modeling.loading import folder_fingerprint
 from rayswift.modeling.merging import merge_adapter
 
 
@@ -47,6 +49,14 @@ class ResolvedModel:
         return hub.resolve_model(
             args.model or "", revision=args.model_revision, use_hf=args.use_hf, token=args.hub_token
         )
+
+    def sources(self) -> dict[str, str]:
+        """Model and adapters as the user knows them (``--model DIR``) → what tells their content from another's, of
+        those on this machine (a cluster's nodes have their own copies of a hub's models)."""
+        folders = {f"--adapters {path}": path for path in self.adapters.values()}
+        if self.args.model and (os.path.isdir(os.path.expanduser(self.args.model)) or address_of(self.args) is None):
+            folders[f"--model {self.args.model}"] = self.folder()
+        return {name: folder_fingerprint(folder) for name, folder in folders.items()}
 
     def merged(self) -> ResolvedModel:
         """With ``--merge_lora true`` the model that base and default adapter make; else this one."""
@@ -91,9 +101,16 @@ def resolve_model(args: Any) -> ResolvedModel:
     args = completed(args, os.path.expanduser(where))
     if default is not None:
         args.adapters = [adapters[default]]
-    if args.model is None:
+    # Earlier versions wrote a relative path into args.json as it was typed; PEFT's own file has the absolute one.
+    lost = "model" in args.restored and adapters and _is_path(args.model) and not os.path.exists(args.model)
+    if args.model is None or lost:
         args.model = base_model_of(where)
     return ResolvedModel(args, args.model_suffix, adapters, default)
+
+
+def _is_path(model: str) -> bool:
+    """Whether it is spelled as no hub's id is."""
+    return "://" not in model and (model.startswith((".", "/")) or model.count("/") != 1)
 
 
 def completed(args: Any, folder: str, *, without: str | None = None) -> Any:

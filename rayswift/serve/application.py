@@ -108,7 +108,7 @@ def serve_config(plans: list[ModelSpec], args: DeployArguments, *, listen: bool)
         for plan in plans
     ]
     tls = {key: getattr(args, key) for key in ("ssl_keyfile", "ssl_certfile") if getattr(args, key)}
-    optional = ("adapters", "default_adapter", "adapter_root")
+    optional = ("adapters", "default_adapter", "adapter_root", "fingerprints")
     gateway: dict[str, Any] = {
         "models": [
             {
@@ -179,6 +179,11 @@ def gateways_on(counts: dict[str, int], door: dict[str, Any], deployed_by: str) 
 def state_app(app: str) -> str:
     """Name of the application of what several gateways share."""
     return f"{app}--state"
+
+
+def hub_token(app: str) -> str:
+    """Name under which the cluster keeps the hub's token for the replicas of a model's application."""
+    return f"hub_token/{app}"
 
 
 def app_name(app: str, plan: ModelSpec) -> str:

@@ -66,6 +66,8 @@ def train(args: Any) -> dict[str, Any]:
     Raises:
         UserError: bad input; nothing is left half-written.
     """
+    if not private.in_ray_job():  # whose folder goes with it
+        args = args.with_absolute_paths()
     base = ray_cluster.results_at(args, "output_dir", args.output_dir)
     check_writable(base)
     resume = find_resume(args.resume_from_checkpoint, base, args.add_version)
