@@ -1,4 +1,4 @@
-"""How many of SWIFT's command lines RaySwift takes: prints what parses, what is said to have no effect, what is refused.
+"""How many of SWIFT's command lines RaySwift takes: what parses, what is said to have no effect, what is refused.
 
     python tools/swift_scoreboard.py COMMAND_LINES.txt [--lines]
 
@@ -97,7 +97,8 @@ def main() -> None:
                     print(f"{number}: {f'({why}) ' if why else ''}{' | '.join(problems)}")
                 continue
             parsed += 1
-            notes = [flag for text in kept.lines if "no effect here" in text for flag in re.findall(r"--\w+", text)]
+            told = [text.partition(" no effect here")[0] for text in kept.lines if " no effect here" in text]
+            notes = [flag for text in told for flag in re.findall(r"--\w+", text)]
             said.update(notes)
             noted += bool(notes)
     counted = len(lines) - sum(excepted.values())

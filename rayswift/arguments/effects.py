@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+from rayswift.arguments.commands import flags_of
 from rayswift.arguments.fields import Spec
 
 
@@ -34,10 +35,10 @@ def why_never(spec: Spec, command: str) -> str:
 
 def sometimes(spec: Spec, command: str) -> dict[str, str]:
     """The rules that depend on other settings of this command: what must be set, as flags, to why."""
-    found = {}
+    found, known = {}, {"command", "engine", *flags_of(command)}
     for condition, why in rules_of(spec).items():
         words = condition.split()
-        if all(_holds(word, _Command(command)) for word in words if word.startswith("command")):
+        if _names(condition) <= known and all(_holds(word, _Command(command)) for word in words if word.startswith("command")):
             found[" ".join(_as_flag(word) for word in words if not word.startswith("command"))] = why
     return {when: why for when, why in found.items() if when}
 

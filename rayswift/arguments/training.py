@@ -22,7 +22,7 @@ FULL_WEIGHTS = ("freeze_parameters", "freeze_parameters_ratio", "trainable_param
 _FULL = {"train_type=lora": "only with --train_type full"}
 _NEW_LORA = {
     "train_type=full": "only with --train_type lora",
-    "adapters!=none": "the adapter of --adapters keeps its own",
+    "adapters!=none": "only for a new adapter: that of --adapters keeps its own",
 }
 _EVALUATED = {
     "val_dataset=none split_dataset_ratio=0": "only with --val_dataset or --split_dataset_ratio",

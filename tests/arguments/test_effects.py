@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import functools
+import runpy
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -174,6 +175,8 @@ def test_rules_name_settings_and_values_that_exist() -> None:
         ("sft --packing_length 128", "--packing_length has", "only with --packing true"),
         ("sft --train_type full --lora_rank 4 --use_dora true", "--lora_rank, --use_dora have",
          "only with --train_type lora"),
+        ("sft --split_dataset_ratio 0 --eval_strategy steps", "--eval_strategy has",
+         "only with --val_dataset or --split_dataset_ratio"),
         ("sft --freeze_parameters_ratio 0.5", "--freeze_parameters_ratio has", "only with --train_type full"),
         ("sft --max_steps 5 --num_train_epochs 2", "--num_train_epochs has", "--max_steps says how long"),
         ("sft --dataloader_pin_memory false", "--dataloader_pin_memory has", "RaySwift's own loader feeds the trainer"),
@@ -214,5 +217,12 @@ def test_help_says_where_a_flag_has_no_effect(command: str, monkeypatch: pytest.
     text = format_help(command)
     never = {spec.flag: why_never(spec, command) for spec in flags_of(command).values()}
     for flag, why in never.items():
-        assert (f"{flag} " in text) and (not why or f"; no effect here: {why} (default" in text), flag
+        said = why if why.startswith("only ") else f"no effect here: {why}"
+        assert not why or f"; {said} (default" in text, flag
     assert any(never.values())
+
+
+def test_the_page_of_flags_is_made_from_the_records() -> None:
+    tools = PACKAGE.parent / "tools" / "flags_doc.py"
+    module = runpy.run_path(str(tools))
+    assert module["PAGE"].read_text(encoding="utf-8") == module["page"](), "run: python tools/flags_doc.py"

@@ -9,8 +9,9 @@ from unittest import mock
 
 import pytest
 from reads import recorded, training_here
+from test_seed_commands import command_lines
 
-from rayswift.arguments import Arguments, make_arguments
+from rayswift.arguments import Arguments, make_arguments, parse_arguments
 from rayswift.arguments.commands import flags_of
 from rayswift.arguments.effects import why_no_effect
 from rayswift.arguments.training_args import TOPIC
@@ -63,8 +64,22 @@ def trained(command: str, model: str, folder: Path, **settings: Any) -> list[str
     return silent(args, read | ELSEWHERE)
 
 
-def test_a_training_reads_what_has_an_effect(model: str, tmp_path: Path) -> None:
-    assert trained("sft", model, tmp_path) == []
+def test_the_seeds_training_reads_what_has_an_effect(
+    model: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its longest command line, with a model and rows of this machine."""
+    from rayswift import train
+
+    words = command_lines()[11][1][1:]
+    ours = ["--model", model, "--dataset", rows_file(tmp_path, ROW, 60), "--output_dir", str(tmp_path / "out")]
+    less = ["--max_steps", "1", "--gradient_accumulation_steps", "1", "--torch_dtype", "float32", "--report_to", "none"]
+    args = parse_arguments("sft", [*words, *ours, *less])
+    assert [text.partition(" has")[0] for text in caplog.messages if " no effect here" in text] == [
+        "--dataloader_num_workers", "--num_train_epochs"
+    ]  # fmt: skip
+    with training_here(), recorded() as read:
+        train.sft(args)
+    assert silent(args, read | ELSEWHERE) == []
 
 
 @pytest.mark.slow

@@ -237,4 +237,7 @@ def test_scripts_have_their_own_defaults_and_help(capsys: pytest.CaptureFixture[
     assert stop.value.code == 0
     printed = capsys.readouterr().out
     assert "usage: job.py" in printed
-    assert re.search(r"--lora_rank INT +rank of the adapter \(default: 64\)", printed)
+    assert re.search(
+        r"--lora_rank INT +rank of the adapter; only with --train_type lora; .* \(default: 64\)",
+        " ".join(printed.split()),
+    )
