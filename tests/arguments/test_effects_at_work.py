@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -157,3 +160,30 @@ def test_what_nobody_reads_is_found(model: str) -> None:
         assert args.to_dict()["host"] == "127.0.0.1"  # saving is no effect
     assert read == {"port"}
     assert {"--host", "--api_key"} <= set(silent(args, read))
+
+
+@pytest.mark.parametrize("number", [3, 5, 6])
+def test_the_seeds_commands_read_what_they_give(
+    number: int, model: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Chat, page and deployment, with a model of this machine; what answers is left out."""
+    from rayswift.chat_page.command import app
+    from rayswift.generate import sources
+    from rayswift.generate.model_spec import model_specs
+    from rayswift.inference import command as inference
+    from rayswift.serve.application import serve_config
+
+    def plan(args: Any) -> None:
+        serve_config(model_specs(args), args, listen=True)
+
+    monkeypatch.setattr(inference, "chat", lambda *_, **__: None)
+    monkeypatch.setattr(sources, "load_engine", lambda *_: None)
+    monkeypatch.setattr(sources, "open_endpoint", lambda *_: contextlib.nullcontext(SimpleNamespace(model="m")))
+    monkeypatch.setitem(sys.modules, "rayswift.chat_page.page", SimpleNamespace(build_page=lambda *_, **__: None))  # type: ignore[arg-type]
+    monkeypatch.setattr("rayswift.chat_page.command.serve", lambda *_: None)
+    command, *words = command_lines()[number][1]
+    args = parse_arguments(command, [*words, "--model", model])
+    assert not [text for text in caplog.messages if "no effect" in text]
+    with on_gpu(True), recorded() as read:
+        {"infer": inference.infer, "app": app, "deploy": plan}[command](args)
+    assert args.given - read == set()
