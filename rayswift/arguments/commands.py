@@ -60,6 +60,8 @@ class RlhfArguments(RlhfRules, SftArguments):
     loss_scale: str = arg_like(TemplateArguments, "loss_scale", "last_round")
 
     def problems(self) -> Iterator[str]:
+        if self.truncation_strategy == "split":
+            yield "--truncation_strategy split: a pair cannot be split; use delete, left or right"
         if self.rlhf_type != "dpo":
             return
         for name in [name for name in self.loss_type if name not in DPO_LOSSES]:
@@ -71,8 +73,6 @@ class RlhfArguments(RlhfRules, SftArguments):
         for flag in ("packing", "padding_free"):
             if getattr(self, flag):
                 yield f"--{flag} true: pairs are padded; drop --{flag}"
-        if self.truncation_strategy == "split":
-            yield "--truncation_strategy split: a pair cannot be split; use delete, left or right"
         if self.ref_model and self.train_type != "full":
             yield "--ref_model needs --train_type full: adapters are compared with the model without them"
         if self.ref_adapters and self.ref_adapters != self.adapters:
