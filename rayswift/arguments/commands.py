@@ -17,7 +17,7 @@ from rayswift.arguments.groups import (
     TemplateArguments,
     WorkerArguments,
 )
-from rayswift.arguments.rlhf import DPO_LOSSES, RlhfRules
+from rayswift.arguments.rlhf import DPO_LOSSES, PREFERENCE_METRICS, RlhfRules
 from rayswift.arguments.serving import (
     BenchmarkArguments,
     EndpointArguments,
@@ -29,6 +29,10 @@ from rayswift.arguments.serving import (
 )
 from rayswift.arguments.training import BatchingArguments, CheckpointArguments, TrainingRules, TunerArguments
 
+#: Values of --loss_scale that weigh every token 0 or 1.
+_UNWEIGHTED = (
+    "default", "last_round", "all", "ignore_empty_think", "ignore_think_prefix", "last_round_with_ignore_empty_think",
+)  # fmt: skip
 _MODEL_EXAMPLE = "for example --model Qwen/Qwen2.5-7B-Instruct"
 
 
@@ -57,6 +61,8 @@ class RlhfArguments(RlhfRules, SftArguments):
 
     command: ClassVar[str] = "rlhf"
 
+    METRICS: ClassVar[tuple[str, ...]] = ("loss", *PREFERENCE_METRICS)
+
     loss_scale: str = arg_like(TemplateArguments, "loss_scale", "last_round")
 
     def problems(self) -> Iterator[str]:
@@ -77,6 +83,12 @@ class RlhfArguments(RlhfRules, SftArguments):
             yield "--ref_model needs --train_type full: adapters are compared with the model without them"
         if self.ref_adapters and self.ref_adapters != self.adapters:
             yield "--ref_adapters: training starts from its reference; give the same as --adapters, or drop it"
+
+    def remarks(self) -> Iterator[str]:
+        if set(self.loss_scale.split("+")) - set(_UNWEIGHTED):
+            yield f"--loss_scale {self.loss_scale}: answers are compared whole; its weights only say what is trained"
+        if self.training_args.get("label_smoothing_factor"):
+            yield "--label_smoothing_factor: no effect with rlhf; --label_smoothing is for pairs"
 
 
 @dataclass(init=False, repr=False, eq=False)

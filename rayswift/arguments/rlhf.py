@@ -18,6 +18,11 @@ DPO_LOSSES = (
     "sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired",
     "apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm",
 )  # fmt: skip
+#: What SWIFT logs of a preference run, by TRL's names; each a mean over pairs.
+PREFERENCE_METRICS = (
+    "rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins",
+    "logps/chosen", "logps/rejected", "logits/chosen", "logits/rejected",
+)  # fmt: skip
 _DEFAULT_BETA = {"simpo": 2.0, "grpo": 0.04, "gkd": 0.5}
 
 

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -52,15 +52,22 @@ class TunerArguments(Arguments):
     trainable_parameters: list[str] = arg([], "full: name prefixes to train; wins over freezing")
 
     def problems(self) -> Iterator[str]:
-        if self.train_type == "full" and getattr(self, "adapters", None):
+        adapters = getattr(self, "adapters", None) or []
+        if self.train_type == "full" and adapters:
             yield "--adapters contradicts --train_type full: give --train_type lora, or merge the adapter first"
+        if len(adapters) > 1:
+            yield "--adapters: training goes on with one adapter; merge the others into --model first"
 
     def remarks(self) -> Iterator[str]:
         lora = (*LORA_WEIGHTS, "lora_dropout", "lora_dtype", "init_weights")
         names = lora if self.train_type == "full" else FULL_WEIGHTS
-        flags = [f"--{name}" for name in names if name in self.given]
-        if flags:
-            yield f"{', '.join(flags)}: no effect with --train_type {self.train_type}"
+        if flags := self._given(names):
+            yield f"{flags}: no effect with --train_type {self.train_type}"
+        if self.train_type == "lora" and getattr(self, "adapters", None) and (flags := self._given(lora)):
+            yield f"{flags}: no effect with --adapters, whose own settings stay"
+
+    def _given(self, names: Iterable[str]) -> str:
+        return ", ".join(f"--{name}" for name in names if name in self.given)
 
 
 def read_deepspeed(raw: Any) -> str | dict[str, Any]:
@@ -76,6 +83,15 @@ def read_resume(raw: Any) -> str | None:
     """A checkpoint folder, or "true" for the newest whole one; false means no."""
     text = str(raw)
     return {"true": "true", "false": None}.get(text.lower(), text)
+
+
+#: Fields of TrainingArguments that would do harm here, and what does it instead.
+_NOT_BUILT = {
+    "fsdp": "not built; --deepspeed zero3 shards the model over the workers",
+    "auto_find_batch_size": "not built; set --per_device_train_batch_size (and --gradient_accumulation_steps)",
+    "push_to_hub": "training pushes nothing; afterwards rayswift export --adapters CHECKPOINT (or --model CHECKPOINT) "
+    "--push_to_hub true --hub_model_id OWNER/NAME does",
+}
 
 
 @dataclass(init=False, repr=False, eq=False)
@@ -123,6 +139,9 @@ class OptimizerArguments(Arguments):
             yield "--deepspeed contradicts --fsdp: both shard the model, give one of the two"
         if self.zero_hpz_partition_size and self.zero_stage != 3:
             yield "--zero_hpz_partition_size needs --deepspeed zero3"
+        for flag, mend in _NOT_BUILT.items():
+            if self.training_args.get(flag) and not (flag == "fsdp" and self.deepspeed):
+                yield f"--{flag}: {mend}"
         fp16, bf16 = self.training_args.get("fp16"), self.training_args.get("bf16")
         dtype = getattr(self, "torch_dtype", None)
         if fp16 and bf16:
@@ -139,9 +158,23 @@ class OptimizerArguments(Arguments):
             return stage if isinstance(stage, int) else None
         return int(self.deepspeed[4]) if self.deepspeed else None
 
+    def remarks(self) -> Iterator[str]:
+        for prefix, why in (("dataloader_", "rows come from RaySwift's own loader, each once an epoch"),
+                            ("hub_", "training pushes nothing (rayswift export --push_to_hub true does)")):  # fmt: skip
+            if flags := ", ".join(f"--{name}" for name in self.training_args if name.startswith(prefix)):
+                yield f"{flags}: no effect, {why}"
+
     def resolve(self) -> None:
         if not self.is_set("learning_rate"):
             self.learning_rate = 1e-5 if getattr(self, "train_type", "lora") == "full" else 1e-4
+        for flag, dtype in (("fp16", "float16"), ("bf16", "bfloat16")):
+            if self.training_args.get(flag) and "torch_dtype" not in self.given:
+                self.torch_dtype = dtype
+        if self.training_args.get("use_cpu"):
+            self.use_gpu = False
+
+
+SAMPLING_STRATEGIES = ("random", "sequential", "group_by_length")
 
 
 @dataclass(init=False, repr=False, eq=False)
@@ -167,6 +200,8 @@ class BatchingArguments(Arguments):
         if self.lazy_tokenize and getattr(self, "cached_dataset", None):
             yield "--lazy_tokenize true contradicts --cached_dataset: its rows are encoded already; drop one"
         sampling = self.training_args.get("train_sampling_strategy")
+        if sampling not in (None, *SAMPLING_STRATEGIES):
+            yield f"--train_sampling_strategy {sampling}: choose from {', '.join(SAMPLING_STRATEGIES)}"
         if self.lazy_tokenize and sampling == "group_by_length":
             yield (
                 "--lazy_tokenize true contradicts --train_sampling_strategy group_by_length: "
@@ -183,6 +218,7 @@ class CheckpointArguments(Arguments):
     """Evaluation, checkpoints, logs."""
 
     topic: ClassVar[str] = "Evaluation, checkpoints and logs"
+    METRICS: ClassVar[tuple[str, ...]] = ("loss", "token_acc")  # what an evaluation measures
 
     output_dir: str | None = arg(None, "folder of the results", shown="output/<model>")
     add_version: bool = arg(True, "put each run into its own v{N}-{date} folder")
@@ -234,9 +270,20 @@ class CheckpointArguments(Arguments):
             yield (f"--load_best_model_at_end true contradicts --save_steps {self.save_steps} with --eval_steps "
                    f"{self.eval_steps}: the best step would not be saved; make --save_steps a multiple")  # fmt: skip
 
+        metric = self.metric_for_best_model.removeprefix("eval_")
+        if metric not in self.METRICS:
+            yield f"--metric_for_best_model {self.metric_for_best_model}: choose from {', '.join(self.METRICS)}"
+        tokens = self.training_args.get("include_num_input_tokens_seen", "no")
+        if str(tokens).lower() not in ("true", "false", "all", "non_padding", "no"):
+            yield f"--include_num_input_tokens_seen {tokens}: choose from no, all, non_padding"
+
     def remarks(self) -> Iterator[str]:
         if self.eval_strategy not in (None, "no") and self._no_validation():
             yield f"--eval_strategy {self.eval_strategy}: no effect without --val_dataset or --split_dataset_ratio"
+        if self.save_strategy == "best" and self._no_validation():
+            yield "--save_strategy best: without validation rows the last step alone is saved"
+        if getattr(self, "streaming", False) and "split_dataset_ratio" in self.given and self._no_validation():
+            yield "--split_dataset_ratio: no effect with --streaming true, which holds nothing out; give --val_dataset"
 
     def _best_may_not_be_saved(self) -> bool:
         by_steps = self.save_strategy == "steps" and self.eval_strategy in (None, "steps")
@@ -245,7 +292,8 @@ class CheckpointArguments(Arguments):
         return by_steps and min(evaluated, self.save_steps) >= 1 and self.save_steps % evaluated != 0
 
     def _no_validation(self) -> bool:
-        return not getattr(self, "val_dataset", None) and getattr(self, "split_dataset_ratio", 0) == 0
+        held_out = 0 if getattr(self, "streaming", False) else getattr(self, "split_dataset_ratio", 0)
+        return not getattr(self, "val_dataset", None) and not held_out
 
     def resolve(self) -> None:
         if not self.is_set("output_dir"):
