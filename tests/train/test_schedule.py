@@ -74,5 +74,25 @@ def test_a_resumed_run_keeps_its_global_batch() -> None:
     assert plan.accumulation(3) == 6
 
 
+@pytest.mark.parametrize(
+    ("plan", "workers", "items", "line"),
+    [
+        (StepSchedule(16, 1, 9060, 3020), 1, 48330,
+         "9060 steps of 16 rows (1 workers × 1 rows × 16 accumulated), 10 of 3020 with one more"),
+        (StepSchedule(16, 1, 40, 20), 2, 320, "40 steps of 16 rows (2 workers × 1 rows × 8 accumulated)"),
+        # A checkpoint's batch of 4 with --per_device_train_batch_size 8.
+        (StepSchedule(4, 8, 8, 4), 1, 16, "8 steps of 4 rows (1 workers × 1 forward passes of at most 8 rows)"),
+        (StepSchedule(16, 2, 20, 10), 3, 160, "20 steps of 16 rows (3 workers × 3 forward passes of at most 2 rows)"),
+        (StepSchedule(16, 1, 1, 1), 1, 31, "1 steps of 31 rows (1 workers × 16 forward passes of at least 1 rows)"),
+        (StepSchedule(8, 8, 3, 1), 1, 3, "3 steps of 3 rows (1 workers × 1 forward passes of at most 8 rows)"),
+        (StepSchedule(32, 4, 100, None), 8, None, "100 steps of 32 rows (8 workers × 4 rows × 1 accumulated)"),
+    ],
+)  # fmt: skip
+def test_the_line_of_a_plan_is_arithmetic_that_holds(
+    plan: StepSchedule, workers: int, items: int | None, line: str
+) -> None:
+    assert plan.describe(workers, items, "rows") == line
+
+
 def test_epoch_of_a_step() -> None:
     assert StepSchedule(16, 1, 9060, 3020).epoch_of(4530) == 1.5
