@@ -17,7 +17,7 @@ from rayswift.arguments.groups import (
     TemplateArguments,
     WorkerArguments,
 )
-from rayswift.arguments.rlhf import DPO_LOSSES, RlhfRules
+from rayswift.arguments.rlhf import DPO_LOSSES, PREFERENCE_METRICS, RlhfRules
 from rayswift.arguments.serving import (
     BenchmarkArguments,
     EndpointArguments,
@@ -36,7 +36,12 @@ from rayswift.arguments.training import (
 )
 from rayswift.arguments.training_args import choices_of, passthrough_specs
 
+_GOING_ON = {"adapters=none": "only with --adapters"}
 _NO_TLS = "only this command asks its deployment, on 127.0.0.1"
+#: Values of --loss_scale that weigh every token 0 or 1.
+_UNWEIGHTED = (
+    "default", "last_round", "all", "ignore_empty_think", "ignore_think_prefix", "last_round_with_ignore_empty_think",
+)  # fmt: skip
 _MODEL_EXAMPLE = "for example --model Qwen/Qwen2.5-7B-Instruct"
 
 
@@ -46,7 +51,8 @@ class SftArguments(TunerArguments, BatchingArguments, CheckpointArguments, Worke
 
     command: ClassVar[str] = "sft"
 
-    load_args: bool = arg_like(ModelArguments, "load_args", False)
+    load_args: bool = arg_like(ModelArguments, "load_args", False, no_effect=_GOING_ON)
+    load_data_args: bool = arg_like(ModelArguments, "load_data_args", False, no_effect=_GOING_ON)
 
 
 @dataclass(init=False, repr=False, eq=False)
@@ -65,9 +71,13 @@ class RlhfArguments(RlhfRules, SftArguments):
 
     command: ClassVar[str] = "rlhf"
 
+    METRICS: ClassVar[tuple[str, ...]] = ("loss", *PREFERENCE_METRICS)
+
     loss_scale: str = arg_like(TemplateArguments, "loss_scale", "last_round")
 
     def problems(self) -> Iterator[str]:
+        if self.truncation_strategy == "split":
+            yield "--truncation_strategy split: a pair cannot be split; use delete, left or right"
         if self.rlhf_type != "dpo":
             return
         for name in [name for name in self.loss_type if name not in DPO_LOSSES]:
@@ -76,15 +86,19 @@ class RlhfArguments(RlhfRules, SftArguments):
             yield "--loss_type exo_pair needs --label_smoothing above 0, for example 0.001"
         if "robust" in self.loss_type and self.label_smoothing >= 0.5:
             yield "--loss_type robust needs --label_smoothing below 0.5"
-        for flag in ("packing", "padding_free"):
-            if getattr(self, flag):
-                yield f"--{flag} true: pairs are padded; drop --{flag}"
-        if self.truncation_strategy == "split":
-            yield "--truncation_strategy split: a pair cannot be split; use delete, left or right"
+        if self.packing:
+            yield "--packing true: pairs are padded; drop --packing"
         if self.ref_model and self.train_type != "full":
             yield "--ref_model needs --train_type full: adapters are compared with the model without them"
         if self.ref_adapters and self.ref_adapters != self.adapters:
             yield "--ref_adapters: training starts from its reference; give the same as --adapters, or drop it"
+
+    def resolve(self) -> None:
+        self.padding_free = False  # pairs are padded
+
+    def remarks(self) -> Iterator[str]:
+        if set(self.loss_scale.split("+")) - set(_UNWEIGHTED):
+            yield f"--loss_scale {self.loss_scale}: answers are compared whole; its weights only say what is trained"
 
 
 @dataclass(init=False, repr=False, eq=False)

@@ -38,7 +38,9 @@ def sometimes(spec: Spec, command: str) -> dict[str, str]:
     found, known = {}, {"command", "engine", *flags_of(command)}
     for condition, why in rules_of(spec).items():
         words = condition.split()
-        if _names(condition) <= known and all(_holds(word, _Command(command)) for word in words if word.startswith("command")):
+        if _names(condition) <= known and all(
+            _holds(word, _Command(command)) for word in words if word.startswith("command")
+        ):
             found[" ".join(_as_flag(word) for word in words if not word.startswith("command"))] = why
     return {when: why for when, why in found.items() if when}
 

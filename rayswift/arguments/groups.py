@@ -57,6 +57,14 @@ class ModelArguments(Arguments):
             "engine=vllm command=infer|sample|deploy|app|eval": "vLLM takes its own",
         },
     )  # fmt: skip
+    experts_impl: str | None = arg(
+        None, "how the experts of a mixture are computed", shown="Transformers' choice",
+        choices=("eager", "batched_mm", "grouped_mm"), decides="",
+        no_effect={
+            "command=export": "weights are converted, whatever computes",
+            "engine=vllm command=infer|sample|deploy|app|eval": "vLLM takes its own",
+        },
+    )  # fmt: skip
     new_special_tokens: list[str] = arg(
         [], "tokens to add to the vocabulary, or a .txt file with one per line", parse=read_lines
     )
@@ -80,6 +88,8 @@ class ModelArguments(Arguments):
     def resolve(self) -> None:
         if not self.is_set("use_hf"):
             self.use_hf = os.environ.get(_HUB_ENV, "").strip().lower() in ("1", "true", "yes")
+        if self.experts_impl:  # Transformers' name for it, where the model is loaded
+            self.model_kwargs = {**self.model_kwargs, "experts_implementation": self.experts_impl}
 
     @property
     def model_suffix(self) -> str:

@@ -20,6 +20,11 @@ DPO_LOSSES = (
 )  # fmt: skip
 #: Rules of flags for the methods that sample answers.
 _SAMPLED = {f"rlhf_type!={'|'.join(_SAMPLING_TYPES)}": f"only with --rlhf_type {' or '.join(_SAMPLING_TYPES)}"}
+#: What SWIFT logs of a preference run, by TRL's names; each a mean over pairs.
+PREFERENCE_METRICS = (
+    "rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins",
+    "logps/chosen", "logps/rejected", "logits/chosen", "logits/rejected",
+)  # fmt: skip
 _DEFAULT_BETA = {"simpo": 2.0, "grpo": 0.04, "gkd": 0.5}
 
 

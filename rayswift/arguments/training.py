@@ -68,8 +68,11 @@ class TunerArguments(Arguments):
     trainable_parameters: list[str] = arg([], "full: name prefixes to train; wins over freezing", no_effect=_FULL)
 
     def problems(self) -> Iterator[str]:
-        if self.train_type == "full" and getattr(self, "adapters", None):
+        adapters = getattr(self, "adapters", None) or []
+        if self.train_type == "full" and adapters:
             yield "--adapters contradicts --train_type full: give --train_type lora, or merge the adapter first"
+        if len(adapters) > 1:
+            yield "--adapters: training goes on with one adapter; merge the others into --model first"
 
 
 def read_deepspeed(raw: Any) -> str | dict[str, Any]:
@@ -87,6 +90,15 @@ def read_resume(raw: Any) -> str | None:
     return {"true": "true", "false": None}.get(text.lower(), text)
 
 
+#: Fields of TrainingArguments that would do harm here, and what does it instead.
+_NOT_BUILT = {
+    "fsdp": "not built; --deepspeed zero3 shards the model over the workers",
+    "auto_find_batch_size": "not built; set --per_device_train_batch_size (and --gradient_accumulation_steps)",
+    "push_to_hub": "training pushes nothing; afterwards rayswift export --adapters CHECKPOINT (or --model CHECKPOINT) "
+    "--push_to_hub true --hub_model_id OWNER/NAME does",
+}
+
+
 @dataclass(init=False, repr=False, eq=False)
 class OptimizerArguments(Arguments):
     """How long, how fast and how precisely is trained."""
@@ -101,6 +113,10 @@ class OptimizerArguments(Arguments):
     gradient_accumulation_steps: int | None = arg(
         None, "forward passes per optimiser step", ge=1, shown="what makes the global batch at least 16"
     )
+    max_epochs: float | None = arg(
+        None, "most passes over the dataset, also with --max_steps", gt=0, shown="no limit", example="5",
+        no_effect={"streaming=true": "the epochs of a stream are not known: --max_steps says how long"},
+    )  # fmt: skip
     learning_rate: float | None = arg(
         None, "peak learning rate", ge=0, shown="1e-4; 1e-5 with --train_type full", example="1e-4"
     )
@@ -137,6 +153,9 @@ class OptimizerArguments(Arguments):
             yield "--deepspeed contradicts --fsdp: both shard the model, give one of the two"
         if self.zero_hpz_partition_size and self.zero_stage != 3:
             yield "--zero_hpz_partition_size needs --deepspeed zero3"
+        for flag, mend in _NOT_BUILT.items():
+            if self.training_args.get(flag) and not (flag == "fsdp" and self.deepspeed):
+                yield f"--{flag}: {mend}"
         fp16, bf16 = self.training_args.get("fp16"), self.training_args.get("bf16")
         dtype = getattr(self, "torch_dtype", None)
         if fp16 and bf16:
@@ -156,6 +175,14 @@ class OptimizerArguments(Arguments):
     def resolve(self) -> None:
         if not self.is_set("learning_rate"):
             self.learning_rate = 1e-5 if getattr(self, "train_type", "lora") == "full" else 1e-4
+        for flag, dtype in (("fp16", "float16"), ("bf16", "bfloat16")):
+            if self.training_args.get(flag) and "torch_dtype" not in self.given:
+                self.torch_dtype = dtype
+        if self.training_args.get("use_cpu"):
+            self.use_gpu = False
+
+
+SAMPLING_STRATEGIES = ("random", "sequential", "group_by_length")
 
 
 @dataclass(init=False, repr=False, eq=False)
@@ -165,6 +192,10 @@ class BatchingArguments(Arguments):
     topic: ClassVar[str] = "Batches"
 
     train_dataloader_shuffle: bool = arg(True, "shuffle the batches of each epoch")
+    group_by_length: bool = arg(
+        False, "rows of like length in one batch, as --train_sampling_strategy group_by_length",
+        no_effect={"streaming=true": "the lengths of a stream are not known", "packing=true": "packs are of one length"},
+    )  # fmt: skip
     dataloader_num_workers: int | None = arg(
         None,
         "processes that feed each worker",
@@ -190,12 +221,18 @@ class BatchingArguments(Arguments):
             yield "--lazy_tokenize true contradicts --streaming true: a stream is always encoded late; drop one"
         if self.lazy_tokenize and getattr(self, "cached_dataset", None):
             yield "--lazy_tokenize true contradicts --cached_dataset: its rows are encoded already; drop one"
-        sampling = self.training_args.get("train_sampling_strategy")
+        sampling = "group_by_length" if self.group_by_length else self.training_args.get("train_sampling_strategy")
+        if sampling not in (None, *SAMPLING_STRATEGIES):
+            yield f"--train_sampling_strategy {sampling}: choose from {', '.join(SAMPLING_STRATEGIES)}"
         if self.lazy_tokenize and sampling == "group_by_length":
             yield (
                 "--lazy_tokenize true contradicts --train_sampling_strategy group_by_length: "
                 "it needs every row's length; drop one"
             )
+
+    def resolve(self) -> None:
+        if self.group_by_length:
+            self.training_args = {**self.training_args, "train_sampling_strategy": "group_by_length"}
 
 
 @dataclass(init=False, repr=False, eq=False)
@@ -203,6 +240,7 @@ class CheckpointArguments(Arguments):
     """Evaluation, checkpoints, logs."""
 
     topic: ClassVar[str] = "Evaluation, checkpoints and logs"
+    METRICS: ClassVar[tuple[str, ...]] = ("loss", "token_acc")  # what an evaluation measures
 
     output_dir: str | None = arg(None, "folder of the results", shown="output/<model>")
     add_version: bool = arg(True, "put each run into its own v{N}-{date} folder")
@@ -231,6 +269,10 @@ class CheckpointArguments(Arguments):
         shown="acc",
         no_effect="token accuracy is always measured",
     )
+    early_stop_interval: int | None = arg(
+        None, "stop after as many evaluations without a better --metric_for_best_model", ge=1, shown="never",
+        example="3", no_effect=_EVALUATED,
+    )  # fmt: skip
     save_strategy: str = arg("steps", "when to save a checkpoint", choices=("no", "steps", "epoch", "best"))
     save_steps: int | float = arg(
         500, "steps between checkpoints", gt=0,
@@ -263,6 +305,17 @@ class CheckpointArguments(Arguments):
             yield (f"--load_best_model_at_end true contradicts --save_steps {self.save_steps} with --eval_steps "
                    f"{self.eval_steps}: the best step would not be saved; make --save_steps a multiple")  # fmt: skip
 
+        metric = self.metric_for_best_model.removeprefix("eval_")
+        if metric not in self.METRICS:
+            yield f"--metric_for_best_model {self.metric_for_best_model}: choose from {', '.join(self.METRICS)}"
+        tokens = self.training_args.get("include_num_input_tokens_seen", "no")
+        if str(tokens).lower() not in ("true", "false", "all", "non_padding", "no"):
+            yield f"--include_num_input_tokens_seen {tokens}: choose from no, all, non_padding"
+
+    def remarks(self) -> Iterator[str]:
+        if self.save_strategy == "best" and self._no_validation():
+            yield "--save_strategy best: without validation rows the last step alone is saved"
+
     def _best_may_not_be_saved(self) -> bool:
         by_steps = self.save_strategy == "steps" and self.eval_strategy in (None, "steps")
         evaluated = self.eval_steps or self.save_steps
@@ -270,7 +323,8 @@ class CheckpointArguments(Arguments):
         return by_steps and min(evaluated, self.save_steps) >= 1 and self.save_steps % evaluated != 0
 
     def _no_validation(self) -> bool:
-        return not getattr(self, "val_dataset", None) and getattr(self, "split_dataset_ratio", 0) == 0
+        held_out = 0 if getattr(self, "streaming", False) else getattr(self, "split_dataset_ratio", 0)
+        return not getattr(self, "val_dataset", None) and not held_out
 
     def resolve(self) -> None:
         if not self.is_set("output_dir"):

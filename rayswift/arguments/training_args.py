@@ -38,13 +38,15 @@ _NO_EFFECT: dict[str, str | dict[str, str]] = {
     **dict.fromkeys(
         ("hub_private_repo", "hub_model_id", "hub_strategy", "hub_always_push", "hub_revision"), _PUSHED
     ),
+    **dict.fromkeys(("run_name", "project"), {
+        "report_to!=wandb|swanlab|all": "only with --report_to wandb or swanlab",
+    }),
     **dict.fromkeys(
-        ("project", "trackio_space_id", "trackio_bucket_id", "trackio_static_space_id"), "there is no Trackio here"
+        ("trackio_space_id", "trackio_bucket_id", "trackio_static_space_id"), "there is no Trackio here"
     ),
     "average_tokens_across_devices": {"command=rlhf": "every pair of a step counts the same"},
     "label_smoothing_factor": {"command=rlhf": "pairs have --label_smoothing"},
     "fsdp_config": {"fsdp=none": "only with --fsdp"},
-    "run_name": "no tracker takes it",
     "auto_find_batch_size": "the batch is planned before the start",
     "disable_tqdm": "the bar is the command's own",
     "label_names": "the template makes the labels",

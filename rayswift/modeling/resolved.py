@@ -74,12 +74,13 @@ class ResolvedModel:
 def resolve_model(args: Any) -> ResolvedModel:
     """Find what ``--model`` and ``--adapters`` (``DIR`` or ``NAME=DIR``) name; adapters are downloaded and looked at.
 
-    ``infer`` and ``sample`` have one answer to a prompt, and so take one adapter, without a name.
+    Training goes on with one adapter, ``infer`` and ``sample`` have one answer to a prompt: they take one, without a
+    name.
 
     Raises:
         UserError: no such adapter, a broken one, two of one name, none or several where one is needed.
     """
-    takes_one = args.command in ("infer", "sample")
+    takes_one = args.command in ("infer", "sample", "pt", "sft", "rlhf")
     if takes_one and len(args.adapters) > 1:
         raise UserError(f"--adapters: rayswift {args.command} takes one adapter; merge them one after the other first")
     adapters: dict[str, str] = {}

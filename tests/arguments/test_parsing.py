@@ -6,6 +6,7 @@ import json
 import os
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -208,6 +209,28 @@ def test_defaults_that_depend_on_other_settings() -> None:
     arguments = make_arguments("sft", model="org/Qwen2.5-0.5B/", dataset=["d"], train_type="full", save_steps=20)
     assert (arguments.learning_rate, arguments.eval_steps) == (1e-5, 20)
     assert arguments.output_dir == os.path.join("output", "Qwen2.5-0.5B")
+
+
+@pytest.mark.parametrize(
+    ("given", "dtype", "use_gpu"),
+    [
+        ({}, None, None),
+        ({"fp16": True}, "float16", None),
+        ({"bf16": True}, "bfloat16", None),
+        ({"bf16": True, "torch_dtype": "bfloat16"}, "bfloat16", None),
+        ({"fp16": False}, None, None),
+        ({"use_cpu": True}, None, False),
+    ],
+)
+def test_precision_and_device_of_the_trainer_are_our_own_flags(
+    given: dict[str, Any], dtype: str | None, use_gpu: bool | None
+) -> None:
+    arguments = make_arguments("sft", model="m", dataset=["d"], **given)
+    assert (arguments.torch_dtype, arguments.use_gpu) == (dtype, use_gpu)
+
+
+def test_a_rate_of_zero_is_given() -> None:
+    assert make_arguments("sft", model="m", dataset=["d"], learning_rate=0).learning_rate == 0
 
 
 def test_lists_are_not_shared_between_arguments() -> None:
