@@ -194,7 +194,10 @@ class BatchingArguments(Arguments):
     train_dataloader_shuffle: bool = arg(True, "shuffle the batches of each epoch")
     group_by_length: bool = arg(
         False, "rows of like length in one batch, as --train_sampling_strategy group_by_length",
-        no_effect={"streaming=true": "the lengths of a stream are not known", "packing=true": "packs are of one length"},
+        no_effect={
+            "streaming=true": "the lengths of a stream are not known",
+            "packing=true": "packs are of one length",
+        },
     )  # fmt: skip
     dataloader_num_workers: int | None = arg(
         None,

@@ -22,6 +22,7 @@ _LOADER, _EVALUATION = (
 )
 _PUSHED = "training pushes nothing; rayswift export --push_to_hub true does"
 _PROCESS_GROUP = "Ray Train starts the process group"
+_TRACKED = {"report_to!=wandb|swanlab|all": "only with --report_to wandb or swanlab"}
 _LOG = "LOG_LEVEL in the environment says what is logged"
 #: Where a field that RaySwift does not declare itself changes nothing, see `rayswift.arguments.effects`.
 _NO_EFFECT: dict[str, str | dict[str, str]] = {
@@ -38,9 +39,8 @@ _NO_EFFECT: dict[str, str | dict[str, str]] = {
     **dict.fromkeys(
         ("hub_private_repo", "hub_model_id", "hub_strategy", "hub_always_push", "hub_revision"), _PUSHED
     ),
-    **dict.fromkeys(("run_name", "project"), {
-        "report_to!=wandb|swanlab|all": "only with --report_to wandb or swanlab",
-    }),
+    "run_name": _TRACKED,
+    "project": _TRACKED,
     **dict.fromkeys(
         ("trackio_space_id", "trackio_bucket_id", "trackio_static_space_id"), "there is no Trackio here"
     ),

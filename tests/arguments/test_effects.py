@@ -235,3 +235,11 @@ def test_the_page_of_flags_is_made_from_the_records() -> None:
     tools = PACKAGE.parent / "tools" / "flags_doc.py"
     module = runpy.run_path(str(tools))
     assert module["PAGE"].read_text(encoding="utf-8") == module["page"](), "run: python tools/flags_doc.py"
+
+
+def test_swifts_flags_that_stand_for_others() -> None:
+    base = {"model": "m", "dataset": ["d"]}
+    assert make_arguments("sft", **base, experts_impl="eager").model_kwargs == {"experts_implementation": "eager"}
+    grouped = make_arguments("sft", **base, group_by_length=True)
+    assert grouped.training_args["train_sampling_strategy"] == "group_by_length"
+    assert not make_arguments("rlhf", **base, padding_free=True).padding_free

@@ -187,3 +187,11 @@ def test_the_seeds_commands_read_what_they_give(
     with on_gpu(True), recorded() as read:
         {"infer": inference.infer, "app": app, "deploy": plan}[command](args)
     assert args.given - read == set()
+
+
+@pytest.mark.slow
+def test_a_training_that_gets_no_better_stops_early(model: str, tmp_path: Path) -> None:
+    settings = {"learning_rate": 1e-12, "eval_steps": 1, "save_steps": 1, "max_steps": 6, "lora_dropout": 0.0}
+    assert trained("sft", model, tmp_path, early_stop_interval=2, **settings) == []
+    rows = [json.loads(line) for line in next(tmp_path.rglob("logging.jsonl")).read_text().splitlines()]
+    assert max(row.get("global_step", 0) for row in rows if isinstance(row.get("global_step"), int)) < 6
