@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from rayswift.arguments import parse_arguments
-from rayswift.arguments.swift import swift_table
+from rayswift.arguments.swift import swift_defaults, swift_table
 
 QWEN = "Qwen/Qwen2.5-7B-Instruct"
 LOCAL = "/root/.cache/modelscope/hub/models/Qwen/Qwen2.5-0.5B-Instruct"
@@ -97,9 +97,8 @@ def test_strays_of_a_copied_command_are_reported(caplog: pytest.LogCaptureFixtur
 
 def test_the_arguments_of_the_seeds_run_are_a_configuration(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """All that SWIFT 3 saves of a run: its defaults, masked tokens, and flags that RaySwift does not have."""
-    table = swift_table()
-    saved = {name: (value.get("sft") if isinstance(value, dict) and "sft" in value else value)
-             for name, value in (table["defaults"] | table["earlier"]).items()}  # fmt: skip
+    names = {name for part in ("defaults", "earlier") for name in swift_table()[part]}
+    saved = {name: found[-1] for name in names if (found := swift_defaults(name, "sft"))}
     own = {"model": LOCAL, "dataset": [ZH], "hub_token": "<HUB_TOKEN>", "swanlab_token": "<SWANLAB_TOKEN>",
            "torch_dtype": "torch.bfloat16", "logging_dir": "/root/workspace/output/runs"}  # fmt: skip
     path = tmp_path / "args.json"
