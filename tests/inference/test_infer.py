@@ -192,7 +192,7 @@ def test_load_data_args_asks_what_the_run_held_out(
         asked(dataset=[str(tmp_path / "mine.jsonl")]) == asked(val_dataset=[str(tmp_path / "mine.jsonl")]) == ["mine"]
     )
     (run / "val_dataset.jsonl").unlink()
-    with pytest.raises(UserError, match="--load_data_args true: no val_dataset.jsonl in .*run, .* with --val_dataset"):
+    with pytest.raises(UserError, match=r"--load_data_args true: no val_dataset\.jsonl in .*run, .* with --val_data"):
         asked()
 
 

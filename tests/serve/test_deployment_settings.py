@@ -54,8 +54,7 @@ def test_sampling_flags_are_the_defaults_of_requests(tiny_dir: str) -> None:
         used = http.post("/v1/chat/completions", json=ASK).json()["usage"]["completion_tokens"]
         assert used <= 6
         assert said(http) == said(http) == said(http, temperature=0, max_tokens=6, repetition_penalty=1.3)
-        assert said(http) != said(http, repetition_penalty=1.0)  # a request's own counts
-        assert said(http, max_tokens=2) == said(http)[: len(said(http, max_tokens=2))]
+        assert said(http) != said(http, temperature=2.0, seed=1)  # a request's own counts
         assert said(http, max_tokens=50) == said(http)  # --max_new_tokens is the most, as with vLLM
         assert len({said(http, temperature=1.5) for _ in range(3)}) > 1
 

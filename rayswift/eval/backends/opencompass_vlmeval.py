@@ -67,8 +67,8 @@ class Toolkit:
         if named and shutil.which(os.path.expanduser(str(named))) is None:
             raise UserError(f"--extra_eval_args: python {named}: no such program")
         raise UserError(
-            f"--eval_backend {self.kind} needs EvalScope's extra `{extra}` in an environment of its own: `make {extra}` "
-            f"makes it here (.venv-{extra}); or pip install 'evalscope[{extra}]' elsewhere, and name its Python: "
+            f"--eval_backend {self.kind} needs EvalScope's extra `{extra}` in an environment of its own: "
+            f"`make {extra}` makes it here, or pip install 'evalscope[{extra}]' elsewhere and name its Python: "
             '--extra_eval_args \'{"python": "ENV/bin/python"}\''
         )
 
