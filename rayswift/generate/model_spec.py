@@ -128,6 +128,11 @@ class ModelSpec:
         }
 
 
+def hub_token(app: str) -> str:
+    """Name under which a cluster keeps the hub's token for the replicas of a model's Serve application."""
+    return f"hub_token/{app}"
+
+
 def model_specs(args: DeployArguments) -> list[ModelSpec]:
     """The models of one ``rayswift deploy``: ``--models``, or the one of ``--model``/``--adapters``.
 

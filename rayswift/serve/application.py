@@ -181,11 +181,6 @@ def state_app(app: str) -> str:
     return f"{app}--state"
 
 
-def hub_token(app: str) -> str:
-    """Name under which the cluster keeps the hub's token for the replicas of a model's application."""
-    return f"hub_token/{app}"
-
-
 def app_name(app: str, plan: ModelSpec) -> str:
     """Name of a model's application."""
     return f"{app}-{re.sub(r'[^A-Za-z0-9_-]', '-', plan.name)}"

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from rayswift import private
 from rayswift.errors import UserError
-from rayswift.generate.model_spec import ModelSpec, model_specs
-from rayswift.serve.application import GATEWAY, app_name, hub_token, serve_config
+from rayswift.generate.model_spec import ModelSpec, hub_token, model_specs
+from rayswift.serve.application import GATEWAY, app_name, serve_config
 from rayswift.serve.gateways import Gateways
 from rayswift.serve.ports import require_free_port
 

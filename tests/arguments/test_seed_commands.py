@@ -37,7 +37,7 @@ EXPECTED: list[tuple[str, dict[str, Any]]] = [
     ("deploy", {"model": QWEN, "infer_backend": "vllm", "host": "127.0.0.1", "port": 8000}),
     ("sample", {"model": "LLM-Research/Meta-Llama-3.1-8B-Instruct", "sampler_engine": "transformers",
                 "num_return_sequences": 5, "dataset": [f"{ZH}#5"]}),
-    ("eval", {"model": QWEN, "infer_backend": "lmdeploy", "eval_backend": "OpenCompass", "eval_dataset": ["ARC_c"]}),
+    ("eval", {"model": QWEN, "infer_backend": "vllm", "eval_backend": "OpenCompass", "eval_dataset": ["ARC_c"]}),
     ("export", {"model": QWEN, "quant_bits": 4, "quant_method": "awq", "dataset": [ZH],
                 "output_dir": "Qwen2.5-7B-Instruct-AWQ"}),
     ("export", PUSH),

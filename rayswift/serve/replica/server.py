@@ -14,8 +14,7 @@ from typing import Any
 from ray import serve
 
 from rayswift import private
-from rayswift.generate.model_spec import ModelSpec
-from rayswift.serve.application import hub_token
+from rayswift.generate.model_spec import ModelSpec, hub_token
 from rayswift.serve.lease import LeaseBook, LeaseMiddleware
 from rayswift.serve.node_address import keep_replica_ports_inside, node_ip
 from rayswift.serve.ports import bind, run_http
