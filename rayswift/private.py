@@ -106,6 +106,30 @@ def autoscaler_nodes() -> list[dict[str, float]]:
         return []
 
 
+def keep_secret(name: str, value: str | None) -> None:
+    """Keep a text in the memory of the cluster's head, where no page and no list shows it; None forgets it."""
+    try:
+        from ray.experimental import internal_kv
+
+        if value is None:
+            internal_kv._internal_kv_del(name, namespace=b"rayswift")
+        else:
+            internal_kv._internal_kv_put(name, value, overwrite=True, namespace=b"rayswift")
+    except MOVED:
+        report("Ray's store of keys and values", "replicas take the hub's token of their node's environment")
+
+
+def kept_secret(name: str) -> str | None:
+    """What `keep_secret` kept under this name."""
+    try:
+        from ray.experimental import internal_kv
+
+        value = internal_kv._internal_kv_get(name, namespace=b"rayswift")
+    except MOVED:
+        return None
+    return None if value is None else value.decode()
+
+
 def in_ray_job() -> bool:
     """Whether this process belongs to a job that was submitted to a cluster."""
     try:

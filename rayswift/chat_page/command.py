@@ -84,6 +84,9 @@ def serve(page: Any, args: AppArguments) -> None:
         show_error=True,
         footer_links=[],
         head=ONLY_THIS_SERVER,
+        ssl_certfile=args.ssl_certfile,
+        ssl_keyfile=args.ssl_keyfile,
+        ssl_verify=False,  # Gradio asks its own page whether it is there, by 127.0.0.1: no certificate is for that
     )
     logger.info("The page is at %s (Ctrl-C stops it)", public or address)
     try:

@@ -10,7 +10,7 @@ import urllib.request
 from collections.abc import Sequence
 from typing import Any
 
-from rayswift.arguments.parsing import Parser
+from rayswift.arguments.help import Parser
 from rayswift.errors import UserError
 
 _DEFAULT_URL = "http://127.0.0.1:8000/v1"

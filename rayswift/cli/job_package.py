@@ -56,6 +56,7 @@ def check_job(args: Any, working_dir: str) -> None:
 def _named_inputs(args: Any) -> Iterator[tuple[str, str]]:
     """Flags and the paths that they may name, as far as these are relative."""
     from rayswift.data.names import parse_spec
+    from rayswift.data.plugins import PluginFile
 
     for name in _INPUTS:
         given = getattr(args, name, None)
@@ -67,6 +68,9 @@ def _named_inputs(args: Any) -> Iterator[tuple[str, str]]:
                 path = path.rpartition("=")[2]
             if path and "://" not in path and not os.path.isabs(os.path.expanduser(path)):
                 yield name, path
+                if name == "external_plugins":
+                    for module, _ in PluginFile.read(path).modules:
+                        yield name, os.path.join(os.path.dirname(path), module)
 
 
 def _check_input(flag: str, path: str, working_dir: str, sent: dict[str, int]) -> None:

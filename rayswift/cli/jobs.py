@@ -12,7 +12,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from rayswift.arguments.parsing import Parser
+from rayswift.arguments.help import Parser
 from rayswift.errors import UserError, one_line
 
 if TYPE_CHECKING:

@@ -51,7 +51,8 @@ def evaluate(args: EvalArguments) -> dict[str, dict[str, float]]:
             backend.check(benchmark, endpoint)
     check_endpoints(endpoints)
     root = results_folder(args, "eval_output_dir", args.eval_output_dir) / backend.folder
-    with open_run(root, run_identity(deciding_settings(args, benchmarks), [])) as run:
+    sources = {name: mark for endpoint in endpoints for name, mark in endpoint.sources().items()}
+    with open_run(root, run_identity(deciding_settings(args, benchmarks), []), sources) as run:
         if run.resumed:
             logger.info("going on with %s", run.path)
         try:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rayswift import hub
-from rayswift.arguments import DeployArguments, make_arguments, read_saved_arguments
+from rayswift.arguments import DeployArguments, make_arguments, read_saved_arguments, take_over
 from rayswift.arguments.fields import specs_of
 from rayswift.cluster import address_of, cpu_count
 from rayswift.errors import UserError
@@ -22,7 +22,7 @@ from rayswift.generate.preflight import check_engine, check_model, cpu_cache_gib
 from rayswift.generate.vllm_plugin import SWITCH
 from rayswift.modeling.adapter_kinds import only_merged
 from rayswift.modeling.adapters import check_adapter, lora_rank, read_adapter_config
-from rayswift.modeling.loading import resolve_dtype
+from rayswift.modeling.loading import folder_fingerprint, resolve_dtype
 from rayswift.modeling.resolved import ResolvedModel, resolve_model
 
 if TYPE_CHECKING:
@@ -40,6 +40,9 @@ class ModelSpec:
     ``model``: folder, id or URI. ``engine_kwargs``: vLLM's. ``adapters``: name → folder, given at start;
     ``default_adapter`` answers for the model's own name. ``template``: fields of :class:`Encoder`. ``bundles``: Ray
     resources of a replica, the first with the replica itself. ``local``: gateway and replicas share this machine.
+    ``sampling``: what requests that do not say so get (the flags' names; ``max_new_tokens`` is also their limit).
+    ``fingerprints``: served name → what tells the weights behind it from others: with other weights in the same folder
+    deploying again replaces the replicas, and ``/v1/models`` tells clients.
     """
 
     name: str
@@ -54,6 +57,9 @@ class ModelSpec:
     max_model_len: int | None = None
     engine_kwargs: dict[str, Any] = field(default_factory=dict)
     model_kwargs: dict[str, Any] = field(default_factory=dict)
+    sampling: dict[str, Any] = field(default_factory=dict)
+    seed: int = 42
+    fingerprints: dict[str, str] = field(default_factory=dict)
     template: dict[str, Any] = field(default_factory=dict)
     adapters: dict[str, str] = field(default_factory=dict)
     default_adapter: str | None = None
@@ -82,9 +88,9 @@ class ModelSpec:
         default = ModelSpec(self.name, self.model, self.engine)
         return {k: v for k, v in asdict(self).items() if k in ("name", "model", "engine") or v != getattr(default, k)}
 
-    def resolve_model(self) -> str:
-        """The model's local folder on this node; downloads it."""
-        return hub.resolve_model(self.model, revision=self.revision, use_hf=self.use_hf)
+    def resolve_model(self, token: str | None = None) -> str:
+        """The model's local folder on this node; downloads it, with the token of ``--hub_token``."""
+        return hub.resolve_model(self.model, revision=self.revision, use_hf=self.use_hf, token=token)
 
     def encoders(self, model_dir: str) -> dict[str, Encoder]:
         """How prompts are laid out: under ``""`` and the served name for the model itself."""
@@ -122,6 +128,11 @@ class ModelSpec:
             # vLLM's own metrics stay on; Ray's copy of them costs a call per metric and step.
             "log_engine_metrics": False,
         }
+
+
+def hub_token(app: str) -> str:
+    """Name under which a cluster keeps the hub's token for the replicas of a model's Serve application."""
+    return f"hub_token/{app}"
 
 
 def model_specs(args: DeployArguments) -> list[ModelSpec]:
@@ -173,15 +184,18 @@ def model_spec(model: ResolvedModel, replicas: tuple[int, int] | None = None) ->
         root = str(Path(root).resolve())
     rank = max([args.vllm_max_lora_rank, *map(lora_rank, model.adapters.values())])
     same = {f.name: getattr(args, f.name) for f in fields(ModelSpec) if hasattr(args, f.name)}
+    name = args.served_model_name or model.name
     return ModelSpec(**{
         **same,
-        "name": args.served_model_name or model.name,
+        "name": name,
         "model": folder,
         "engine": args.infer_backend,
         "revision": args.model_revision,
         "use_gpu": use_gpu,
         "max_model_len": args.vllm_max_model_len or args.max_length,
         "engine_kwargs": engine_kwargs(args, use_gpu),
+        "sampling": sampling_defaults(args),
+        "fingerprints": fingerprints(name, folder, model),
         "template": encoder_settings(args),
         "adapters": dict(model.adapters),
         "default_adapter": model.default_adapter,
@@ -213,7 +227,7 @@ def serving_settings(args: Any) -> Any:
     if isinstance(args, DeployArguments):
         return copy.copy(args)
     known = specs_of(DeployArguments)
-    settings = make_arguments("deploy", **{name: getattr(args, name) for name in args.given if name in known})
+    settings = take_over("deploy", args)
     settings.restored = args.restored & frozenset(known)
     for name in (*settings.restored, "model", "adapters"):
         setattr(settings, name, getattr(args, name))
@@ -231,6 +245,21 @@ def encoder_settings(args: DeployArguments) -> dict[str, Any]:
     return {name: getattr(args, name) for name in names if args.is_set(name) and hasattr(args, name)}
 
 
+def sampling_defaults(args: DeployArguments) -> dict[str, Any]:
+    """The settings of generation that flags set."""
+    names = ("temperature", "top_p", "top_k", "repetition_penalty", "max_new_tokens")
+    return {name: getattr(args, name) for name in names if getattr(args, name) is not None and args.is_set(name)}
+
+
+def fingerprints(name: str, folder: str, model: ResolvedModel) -> dict[str, str]:
+    """`ModelSpec.fingerprints` of what lies on this machine."""
+    found = {known: folder_fingerprint(path) for known, path in model.adapters.items() if os.path.isdir(path)}
+    if os.path.isdir(folder):
+        marks = [folder_fingerprint(folder), *([found[model.default_adapter]] if model.default_adapter else [])]
+        found[name] = "-".join(marks)
+    return found
+
+
 #: How vLLM runs a model that gives vectors or scores instead of text, by ``--task_type``.
 _POOLING = {
     "embedding": {"runner": "pooling", "convert": "embed"},
@@ -243,11 +272,6 @@ def engine_kwargs(args: DeployArguments, use_gpu: bool) -> dict[str, Any]:
     """vLLM's settings from the ``--vllm_*`` flags, ``--vllm_engine_kwargs`` last."""
     if args.infer_backend != "vllm":
         return {}
-    sampling = {
-        "temperature": args.temperature, "top_p": args.top_p, "top_k": args.top_k,
-        "repetition_penalty": args.repetition_penalty, "max_new_tokens": args.max_new_tokens,
-    }  # fmt: skip
-    defaults = {name: value for name, value in sampling.items() if value is not None and args.is_set(name)}
     kwargs: dict[str, Any] = {
         "enforce_eager": args.vllm_enforce_eager,
         "max_num_seqs": args.vllm_max_num_seqs,
@@ -277,7 +301,7 @@ def engine_kwargs(args: DeployArguments, use_gpu: bool) -> dict[str, Any]:
         "speculative_config": args.vllm_speculative_config or None,
         "reasoning_parser": args.vllm_reasoning_parser,
         "enable_expert_parallel": args.vllm_enable_expert_parallel or None,
-        "override_generation_config": defaults or None,
+        "override_generation_config": sampling_defaults(args) or None,
     }
     kwargs |= {name: value for name, value in optional.items() if value is not None}
     return {**kwargs, **args.vllm_engine_kwargs}

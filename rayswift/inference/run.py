@@ -37,7 +37,7 @@ def answer_rows(
 ) -> list[JsonRow]:
     """Answer the rows that the result file lacks and write them to it in order; returns all rows of this run."""
     kept = len(results.rows)
-    if kept:
+    if 0 < kept < len(rows):
         logger.info("%d of %d rows are in %s already: they are kept", kept, len(rows), results.path)
     missing = list(enumerate(rows))[kept:]
     # Answers that came before those of earlier rows wait here; rows that could not be read need no engine.

@@ -108,7 +108,7 @@ def serve_config(plans: list[ModelSpec], args: DeployArguments, *, listen: bool)
         for plan in plans
     ]
     tls = {key: getattr(args, key) for key in ("ssl_keyfile", "ssl_certfile") if getattr(args, key)}
-    optional = ("adapters", "default_adapter", "adapter_root")
+    optional = ("adapters", "default_adapter", "adapter_root", "fingerprints")
     gateway: dict[str, Any] = {
         "models": [
             {

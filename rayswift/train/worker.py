@@ -51,8 +51,10 @@ def train_loop(loop_config: dict[str, Any]) -> dict[str, Any]:
     with private.no_pickled_code():  # a checkpoint may be a stranger's
         trainer.train(resume_from_checkpoint=resume)
     trainer.save_final()
-    store.close()
     state = trainer.state
+    if config.args.load_best_model_at_end and state.best_global_step:
+        trainer.load_checkpoint(store.fetch(f"{store.run_path}/checkpoint-{state.best_global_step}"))
+    store.close()
     return {
         "global_step": state.global_step,
         "best_metric": state.best_metric,
@@ -120,6 +122,7 @@ def _build_trainer(
         "val_rows": val_rows,
         "rank": rank,
         "push": push,
+        "kept": store.kept_steps(),
         "begin": store.begin,
         "commit": store.commit,
         "collate": collate,
@@ -128,10 +131,16 @@ def _build_trainer(
         from rayswift.train.trainers.dpo import PreferenceTrainer
 
         reference = reference_model(args, model_dir, config.dtype)
-        return PreferenceTrainer(ref_model=reference, **settings)
-    from rayswift.train.trainers.sft import SftTrainer
+        trainer: StepTraining = PreferenceTrainer(ref_model=reference, **settings)
+    else:
+        from rayswift.train.trainers.sft import SftTrainer
 
-    return SftTrainer(eval_dataset=val_rows, **settings)
+        trainer = SftTrainer(eval_dataset=val_rows, **settings)
+    if args.early_stop_interval and val_rows is not None:
+        from transformers import EarlyStoppingCallback
+
+        trainer.add_callback(EarlyStoppingCallback(args.early_stop_interval))
+    return trainer
 
 
 def _loader(
@@ -145,8 +154,8 @@ def _loader(
 
         rows = data.train
         items = LazyItems(rows, encoder, report) if isinstance(rows, LazyRows) else TrainItems(rows, data.packs)
-        shuffle = args.train_dataloader_shuffle
-        bucket = args.training_args.get("train_sampling_strategy") == "group_by_length"
+        sampling = args.training_args.get("train_sampling_strategy")
+        shuffle, bucket = args.train_dataloader_shuffle and sampling != "sequential", sampling == "group_by_length"
         return EpochLoader(items, schedule, rank, collate, start_step, args.data_seed, shuffle, bucket)
     from ray.train.collective import broadcast_from_rank_zero
 

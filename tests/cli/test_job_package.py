@@ -51,6 +51,16 @@ def test_a_file_that_the_job_would_not_have_is_refused_with_the_reason(
         submit(folder, *SFT, *words)
 
 
+def test_a_module_that_a_plugin_needs_is_looked_for_too(folder: Path) -> None:
+    (folder / "plugins").mkdir()
+    (folder / "plugins" / "plugin.py").write_text("def f():\n    from helper import g\n")
+    (folder / "plugins" / "helper.py").write_text("g = 1\n")
+    submit(folder, *SFT, "kept.jsonl", "--external_plugins", "plugins/plugin.py")
+    (folder / ".rayignore").write_text("helper.py\n")
+    with pytest.raises(UserError, match=r"--external_plugins plugins/helper\.py: a \.gitignore or \.rayignore keeps"):
+        submit(folder, *SFT, "kept.jsonl", "--external_plugins", "plugins/plugin.py")
+
+
 def test_what_is_sent_or_lies_elsewhere_passes(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     submit(folder, *SFT, "kept.jsonl", "data/a.csv#3", "org/set", "/nfs/rows.jsonl", "s3://b/rows.jsonl", "gone.jsonl")
     (folder / "config.json").write_text('{"model": "m", "dataset": "rows.jsonl", "output_dir": "/nfs/out"}')

@@ -110,7 +110,6 @@ def test_the_configuration_holds_no_key(smollm2_dir: str) -> None:
     [
         ({"vllm_max_model_len": 100_000}, "--vllm_max_model_len 100000: the model has 8192 positions"),
         ({"max_length": 9000}, "--max_length 9000: the model has 8192 positions"),
-        ({"infer_backend": "sglang"}, "--infer_backend sglang: sglang is not installed; pip install sglang"),
         ({"vllm_tensor_parallel_size": 2}, "--vllm_tensor_parallel_size 2: spreads a model over GPUs"),
         ({"min_replicas": 4000}, "--model .*: 4000 replica\\(s\\) need .* GiB .* are free"),
         ({"adapter_root": "/no/such/folder"}, "--adapter_root /no/such/folder: no such folder"),

@@ -79,6 +79,7 @@ class ServedModel:
     default_adapter: str | None
     owned_by: str
     created: int
+    fingerprints: dict[str, str]
 
 
 class Gateway:
@@ -130,6 +131,7 @@ class Gateway:
                 model.get("default_adapter"),
                 owned_by,
                 started,
+                model.get("fingerprints") or {},
             )
             for model in models
         }  # fmt: skip
@@ -284,7 +286,7 @@ class Gateway:
             adapters = [name for name in await model.adapters.names() if name != model.default_adapter]
             cards += model_cards(
                 model.name, adapters, created=model.created, owned_by=model.owned_by,
-                max_model_len=await model.forwarder.context_length(),
+                max_model_len=await model.forwarder.context_length(), fingerprints=model.fingerprints,
             )  # fmt: skip
         return {"object": "list", "data": cards}
 

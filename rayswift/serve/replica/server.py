@@ -13,7 +13,8 @@ from typing import Any
 
 from ray import serve
 
-from rayswift.generate.model_spec import ModelSpec
+from rayswift import private
+from rayswift.generate.model_spec import ModelSpec, hub_token
 from rayswift.serve.lease import LeaseBook, LeaseMiddleware
 from rayswift.serve.node_address import keep_replica_ports_inside, node_ip
 from rayswift.serve.ports import bind, run_http
@@ -41,7 +42,8 @@ class LLMServer:
         self.plan = ModelSpec(**plan)
         self.adapters = AdapterLoader(self.plan)
         self.leases = LeaseBook(self.plan.max_ongoing_requests)
-        model_dir = await asyncio.to_thread(self.plan.resolve_model)
+        token = None if self.plan.local else private.kept_secret(hub_token(serve.get_replica_context().app_name))
+        model_dir = await asyncio.to_thread(self.plan.resolve_model, token)
         self.adapters.read_base(model_dir)
         self.encoders = self.plan.encoders(model_dir)
         self.serving: Any

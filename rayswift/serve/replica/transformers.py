@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 from typing import Any
@@ -21,7 +21,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from rayswift.data.tokens.encoder import Encoder
 from rayswift.errors import UserError
 from rayswift.generate.continuous_batching import BASE, BatchRunner, Busy, Sequence, TokenDelta
-from rayswift.generate.transformers import TransformersEngine
+from rayswift.generate.transformers import TransformersEngine, seed_everything
 from rayswift.modeling.adapters import add_adapter
 from rayswift.serve.lease import RESUME_HEADER, current_notes
 from rayswift.serve.model_cards import model_cards
@@ -60,7 +60,7 @@ class TransformersServing:
     """An engine, its batches and its app.
 
     ``encoders``: adapter name → how its prompts are laid out, where it is not the model's own way; filled by whoever
-    loads adapters.
+    loads adapters. ``defaults``: sampling of requests that do not say (`ModelSpec.sampling`).
     """
 
     def __init__(
@@ -71,8 +71,9 @@ class TransformersServing:
         *,
         max_rows: int = 16,
         max_waiting: int = 1024,
+        defaults: Mapping[str, Any] | None = None,
     ) -> None:
-        self.engine, self.name = engine, served_model_name
+        self.engine, self.name, self.defaults = engine, served_model_name, defaults or {}
         self.encoders = {} if encoders is None else encoders
         self.runner = BatchRunner(engine, max_rows, max_waiting)
         # A model that was loaded with an adapter answers with it.
@@ -91,7 +92,8 @@ class TransformersServing:
             use_gpu=plan.use_gpu,
             model_kwargs=plan.model_kwargs,
         )
-        return cls(engine, plan.name, encoders)
+        seed_everything(plan.seed)
+        return cls(engine, plan.name, encoders, defaults=plan.sampling)
 
     async def start(self) -> None:
         """The engine runs from the beginning; here for the other engines' sake."""
@@ -202,7 +204,7 @@ class TransformersServing:
 
         # In a thread: a grammar takes a while, and so do the ids of words.
         rows = await asyncio.to_thread(
-            rows_of, self.engine, body, [prompt.ids for prompt in prompts], adapter, encoder, emit
+            rows_of, self.engine, body, [prompt.ids for prompt in prompts], adapter, encoder, emit, self.defaults
         )
         resume = _resumed_ids(request)
         check_ids(resume, self.engine.vocabulary, RESUME_HEADER)

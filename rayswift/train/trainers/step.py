@@ -6,7 +6,7 @@ import os
 import resource
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -34,6 +34,7 @@ class StepTraining(Trainer):
 
     Args:
         loader: iterable of micro-batches from the step to resume at.
+        kept: steps of the run's checkpoints; a best step that is not among them is forgotten.
         schedule: the run's steps.
         val_rows: validation rows, or None.
         rank: this worker's share.
@@ -50,6 +51,7 @@ class StepTraining(Trainer):
         self,
         *args: Any,
         loader: Any,
+        kept: Collection[int] = (),
         schedule: StepSchedule,
         val_rows: TokenRows | None,
         rank: Rank,
@@ -61,6 +63,7 @@ class StepTraining(Trainer):
     ) -> None:
         super().__init__(*args, **kwargs)
         self.loader, self.schedule, self.val_rows, self.rank = loader, schedule, val_rows, rank
+        self.kept = kept
         self.push, self.begin, self.commit, self.collate = push, begin, commit, collate
         self.last_saved_step = -1
         # On the device, so that counting never waits for it.
@@ -78,8 +81,9 @@ class StepTraining(Trainer):
 
     # --- metrics ---
 
-    def train_metrics(self, counts: torch.Tensor, seconds: float) -> dict[str, float]:
-        """What a row of the log says beside the loss; ``counts`` are those of all workers since the last row."""
+    def train_metrics(self, counts: torch.Tensor, seconds: float, loss: float) -> dict[str, float]:
+        """What a row of the log says, ``loss`` among it where anything was trained; ``counts`` are those of all workers
+        since the last row, ``loss`` the mean over their steps."""
         raise NotImplementedError
 
     def eval_counts(self, batch: Batch) -> torch.Tensor:
@@ -96,7 +100,9 @@ class StepTraining(Trainer):
         if "loss" in logs:
             counts = self._all_reduce(self._counts)
             now = time.monotonic()
-            logs.update(self.train_metrics(counts, max(now - self._logged_at, 1e-9)))
+            logs.update(self.train_metrics(counts, max(now - self._logged_at, 1e-9), logs.pop("loss")))
+            if self.args.include_num_input_tokens_seen != "no":
+                logs["num_input_tokens_seen"] = self.state.num_input_tokens_seen
             self._counts.zero_()
             self._logged_at = now
         logs["epoch"] = self.schedule.epoch_of(self.state.global_step)
@@ -140,6 +146,12 @@ class StepTraining(Trainer):
         self._logged_at += time.monotonic() - started
         return metrics
 
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        """Whether a step is the best so far: one that is saved as well, for what is not kept is the best of nothing."""
+        if not self.control.should_save and self.args.save_strategy != "best":
+            return False
+        return bool(super()._determine_best_metric(metrics, trial))
+
     # --- checkpoints ---
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
@@ -177,12 +189,27 @@ class StepTraining(Trainer):
         if self.args.save_strategy != "no" and self.last_saved_step != self.state.global_step > 0:
             self._save_checkpoint(self.model_wrapped, None)
 
+    def load_checkpoint(self, folder: str) -> None:
+        """Take the weights of a checkpoint of this run, as ``--load_best_model_at_end`` asks for."""
+        if self.is_deepspeed_enabled and self.args.save_only_model:  # its engine loads nothing without optimiser state
+            return
+        self.state.best_model_checkpoint = folder
+        self._load_best_model()
+        if self.is_world_process_zero():
+            self.push({"event": "drops", "lines": [f"{os.path.basename(folder)} is the best: its weights are loaded"]})
+
 
 class _StepEvents(TrainerCallback):
     """One event per optimiser step, and SWIFT's rule that the last step is evaluated and saved."""
 
     def __init__(self, trainer: StepTraining) -> None:
         self.trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """A state that came with a checkpoint: intervals are those given now, and its best may be elsewhere."""
+        state.compute_steps(args, state.max_steps)
+        if state.best_global_step not in self.trainer.kept:
+            state.best_global_step = state.best_metric = state.best_model_checkpoint = None
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> Any:
         """After each optimiser step."""
