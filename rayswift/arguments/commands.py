@@ -44,6 +44,10 @@ class SftArguments(TunerArguments, BatchingArguments, CheckpointArguments, Worke
 
     load_args: bool = arg_like(ModelArguments, "load_args", False)
 
+    def resolve(self) -> None:
+        if self.training_args.get("use_cpu"):
+            self.use_gpu = False
+
 
 @dataclass(init=False, repr=False, eq=False)
 class PretrainArguments(SftArguments):
