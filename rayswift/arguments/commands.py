@@ -54,6 +54,10 @@ class SftArguments(TunerArguments, BatchingArguments, CheckpointArguments, Worke
     load_args: bool = arg_like(ModelArguments, "load_args", False, no_effect=_GOING_ON)
     load_data_args: bool = arg_like(ModelArguments, "load_data_args", False, no_effect=_GOING_ON)
 
+    def resolve(self) -> None:
+        if self.training_args.get("use_cpu"):
+            self.use_gpu = False
+
 
 @dataclass(init=False, repr=False, eq=False)
 class PretrainArguments(SftArguments):

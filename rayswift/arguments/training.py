@@ -199,11 +199,6 @@ class OptimizerArguments(Arguments):
             self.deepspeed = None
         if not self.is_set("learning_rate"):
             self.learning_rate = 1e-5 if getattr(self, "train_type", "lora") == "full" else 1e-4
-        for flag, dtype in (("fp16", "float16"), ("bf16", "bfloat16")):
-            if self.training_args.get(flag) and "torch_dtype" not in self.given:
-                self.torch_dtype = dtype
-        if self.training_args.get("use_cpu"):
-            self.use_gpu = False
 
 
 SAMPLING_STRATEGIES = ("random", "sequential", "group_by_length")
@@ -369,7 +364,14 @@ class TrainingRules(ModelArguments, DatasetArguments, TemplateArguments, Optimiz
             yield "--model is required, for example --model Qwen/Qwen2.5-7B-Instruct"
         if not self.dataset and not self.cached_dataset:
             yield "--dataset is required, for example --dataset train.jsonl"
+        if self.new_special_tokens and self.zero_stage == 3 and getattr(self, "train_type", "full") == "lora":
+            yield "--new_special_tokens contradicts --deepspeed zero3: its workers hold parts of rows; give zero2"
         if self.streaming and self.cached_dataset:
             yield "--streaming true contradicts --cached_dataset: what is encoded needs no stream; drop one"
         if self.streaming and self.max_steps <= 0:
             yield "--streaming true needs --max_steps: a stream's length is not known, for example --max_steps 1000"
+
+    def resolve(self) -> None:
+        for flag, dtype in (("fp16", "float16"), ("bf16", "bfloat16")):
+            if self.training_args.get(flag) and "torch_dtype" not in self.given:
+                self.torch_dtype = dtype

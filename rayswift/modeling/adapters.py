@@ -29,8 +29,8 @@ def add_lora(model: Any, args: Any) -> Any:
     """Put a LoRA on ``model`` as the tuner arguments say and return the ``PeftModel``.
 
     Reads ``lora_rank, lora_alpha, lora_dropout, lora_bias, lora_dtype, target_modules, target_regex, modules_to_save,
-    use_rslora, use_dora, init_weights``. Only the adapter (and ``modules_to_save``) stays trainable. Adapter weights
-    are float32 beside half-precision base weights unless ``--lora_dtype`` says otherwise.
+    use_rslora, use_dora, init_weights``. Only the adapter (and ``modules_to_save``, and the rows of new tokens) stays
+    trainable. Adapter weights are float32 beside half-precision base weights unless ``--lora_dtype`` says otherwise.
 
     Raises:
         UserError: a target that matches no layer, a rank that no target layer can use, an unknown initialisation.
@@ -48,6 +48,7 @@ def add_lora(model: Any, args: Any) -> Any:
         bias=args.lora_bias,
         target_modules=targets,
         modules_to_save=find_modules_to_save(model, args.modules_to_save) or None,
+        trainable_token_indices=_new_rows(model, targets, args.modules_to_save),
         use_rslora=args.use_rslora,
         use_dora=args.use_dora,
         init_lora_weights=init_lora_weights(args.init_weights),
@@ -64,6 +65,17 @@ def add_lora(model: Any, args: Any) -> Any:
                 parameter.data = parameter.data.to(getattr(torch, args.lora_dtype))
     logger.info("lora_config: %s", config)
     return peft_model
+
+
+def _new_rows(model: Any, targets: list[str] | str, modules_to_save: list[str]) -> dict[str, list[int]] | None:
+    """What PEFT trains of ``--new_special_tokens``: their rows in the embeddings, and in an output head of its own;
+    not of layers that the adapter, or the user, trains whole."""
+    ids = getattr(model, "new_token_ids", None)
+    inputs, head = model.get_input_embeddings(), model.get_output_embeddings()
+    layers = [inputs] if head is None or head.weight is inputs.weight else [inputs, head]
+    names = {name.rpartition(".")[2] for name, module in model.named_modules() if any(module is one for one in layers)}
+    whole = {*find_modules_to_save(model, modules_to_save), *(targets if isinstance(targets, list) else ())}
+    return {name: list(ids) for name in sorted(names - whole)} or None if ids else None
 
 
 def find_targets(model: Any, target_modules: list[str], target_regex: str | None) -> list[str] | str:

@@ -314,10 +314,13 @@ def add_special_tokens(model: Any, tokenizer: Any, new_special_tokens: list[str]
     """Add ``--new_special_tokens`` to the tokenizer, in this order, and make room for them in the embeddings.
 
     Returns the number of tokens that were new to the tokenizer. The new rows start at the mean of the old ones
-    (Transformers' default); LoRA trains them only with ``--modules_to_save embed_tokens lm_head``.
+    (Transformers' default); ``model.new_token_ids`` names them to :func:`~rayswift.modeling.adapters.add_lora`.
     """
+    known = tokenizer.get_vocab()
     added = tokenizer.add_tokens(list(new_special_tokens), special_tokens=True)
     if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
         model.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=EMBEDDING_MULTIPLE)
+    new = [token for token in dict.fromkeys(new_special_tokens) if token not in known]
+    model.new_token_ids = tokenizer.convert_tokens_to_ids(new)
     logger.info("new_special_tokens: %d added, %d tokens now", added, len(tokenizer))
     return int(added)

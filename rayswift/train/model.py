@@ -120,12 +120,16 @@ def _load(args: Any, model_dir: str, dtype: str, attn_impl: str | None) -> Any:
     Full training keeps float32 master weights: DeepSpeed makes its own from half-precision ones, without it the model
     is loaded in float32 and computes under autocast (bfloat16 weights would lose updates smaller than 1/256).
     """
-    from rayswift.modeling.loading import load_model
+    from rayswift.modeling.loading import add_special_tokens, load_model, load_tokenizer
 
-    return load_model(
+    model = load_model(
         model_dir,
         torch_dtype="float32" if args.train_type == "full" and not args.deepspeed else dtype,
         attn_impl=attn_impl,
         trust_remote_code=args.trust_remote_code,
         model_kwargs=args.model_kwargs,
     )
+    if args.new_special_tokens:
+        tokenizer = load_tokenizer(model_dir, trust_remote_code=args.trust_remote_code)
+        add_special_tokens(model, tokenizer, args.new_special_tokens)
+    return model

@@ -37,7 +37,8 @@ class Resume:
     def kept_line(self, args: Any, rows_per_step: int) -> str:
         """What the checkpoint decides, whatever is given now, in one line; "" where that is the same."""
         saved, kept = self._saved_arguments(), []
-        if self.position is not None and self.position.global_batch_size != rows_per_step:
+        asked = {"per_device_train_batch_size", "gradient_accumulation_steps"} & args.given
+        if self.position is not None and asked and self.position.global_batch_size != rows_per_step:
             kept.append(f"{self.position.global_batch_size} rows a step (not {rows_per_step})")
         given = args.to_dict()
         names = [name for name in _KEPT if name in saved and saved[name] != given[name]]

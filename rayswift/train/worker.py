@@ -102,6 +102,7 @@ def _build_trainer(
     model_dir = resolve_model(config.model, revision=args.model_revision, use_hf=args.use_hf, token=args.hub_token)
     encoder = replace(data.encoder, model_dir=model_dir)
     tokenizer = load_tokenizer(model_dir, trust_remote_code=args.trust_remote_code)
+    tokenizer.add_tokens(args.new_special_tokens, special_tokens=True)
     model = build_model(args, model_dir, config.dtype, config.packing, resume)
     pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
 

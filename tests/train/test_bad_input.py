@@ -138,7 +138,7 @@ def test_checkpoints_of_another_model(
     [
         ({}, 4, ""),
         ({"gradient_accumulation_steps": 2}, 8, "going on with what the checkpoint has: 4 rows a step (not 8)"),
-        ({"learning_rate": 1e-3, "seed": 1}, 16, "going on with what the checkpoint has: 4 rows a step (not 16), "
+        ({"learning_rate": 1e-3, "seed": 1}, 16, "going on with what the checkpoint has: "
                                                   "--learning_rate 0.0001 (not 0.001), --seed 42 (not 1)"),
     ],
 )  # fmt: skip

@@ -294,8 +294,8 @@ def _read_pair(item: Mapping[str, Any], names: MessageNames, parsed: ParsedMessa
         raise Unusable("a message has no role")
     if not isinstance(user, str) or not isinstance(assistant, str):
         raise Unusable("a pair of messages has no text on one side")
-    sides = {names.user_role, names.assistant_role, "human", "user", "assistant", "gpt", "bot"}
-    _note_unknown(item, _OWN_KEYS | sides, parsed)
+    sides = (names.user_role, names.assistant_role, "human", "user", "assistant", "gpt", "bot")
+    _note_unknown(item, _OWN_KEYS.union(filter(None, sides)), parsed)
     parsed.add("user", user, {})
     parsed.add("assistant", assistant, _flags(item))
 

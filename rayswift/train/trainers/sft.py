@@ -29,7 +29,7 @@ class SftTrainer(StepTraining):
         plain = weights is None and not smoothing
         self.compute_loss_func = None if plain else functools.partial(token_loss, weights=weights, smoothing=smoothing)
         if self.args.use_liger_kernel and self.model_accepts_loss_kwargs:  # its fused loss makes no logits
-            inputs["return_token_accuracy"] = True
+            inputs = {**inputs, "return_token_accuracy": True}  # type: ignore[dict-item]
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         if outputs.logits is not None:
             right, trained = count_right(outputs.logits.detach(), labels)
@@ -44,8 +44,8 @@ class SftTrainer(StepTraining):
     def _get_num_items_in_batch(self, batch_samples: list[Batch], device: torch.device) -> Any:
         """Trained tokens of a step on all workers: at least one, for a step without any divides by it too."""
         items = super()._get_num_items_in_batch(batch_samples, device)
-        if items is None:
-            return None
+        if not isinstance(items, torch.Tensor):
+            return items
         self._counts[3:] += torch.stack([torch.ones_like(items), items > 0]).to(self._counts)
         return items.clamp(min=1)
 
