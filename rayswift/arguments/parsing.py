@@ -211,7 +211,7 @@ class _Reader:
         cls = arguments_class(self.command)
         for name in set(SECRET_FLAGS) & set(self.flags) - set(self.values):
             if value := os.environ.get(f"RAYSWIFT_{name.upper()}"):
-                self.values[name] = value.split() if self.flags[name].is_list else value
+                self.values[name] = value.splitlines() if self.flags[name].is_list else value  # a key may hold spaces
         typed: dict[str, Any] = {"training_args": {}}
         failed: list[str] = []
         declared = specs_of(cls)

@@ -13,12 +13,16 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from rayswift.arguments.redaction import hide_from_process_lists, redact_text
 from rayswift.errors import RunFailedError, Terminated, UserError
 
 if TYPE_CHECKING:
     from rayswift.arguments import Arguments
 
 logger = logging.getLogger("rayswift.cli.main")
+
+#: Names the file of a job's whole command line, where that holds secrets (see `rayswift.cli.jobs`).
+JOB_WORDS = "RAYSWIFT_JOB_WORDS"
 
 # command -> (what it does, where its function lives)
 COMMANDS: dict[str, tuple[str, str]] = {
@@ -60,8 +64,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     log_to_stderr()
     if argv is None:  # this process is the command's own
         signal.signal(signal.SIGTERM, _end_as_after_ctrl_c)
+        hide_from_process_lists()
     command = ""
     try:
+        if argv is None and JOB_WORDS in os.environ:
+            words = _load("rayswift.cli.jobs:received")(words)
         if not words or words[0] in ("-h", "--help", "help"):
             print(_overview(), end="")
             return 0
@@ -116,7 +123,7 @@ def report(error: UserError | RunFailedError, program: str) -> int:
     """Print a mistake or failure, one line each, on standard error; returns exit status 2 or 1."""
     if os.environ.get("RAYSWIFT_DEBUG"):
         raise error
-    for line in str(error).split("\n"):
+    for line in redact_text(str(error)).split("\n"):
         print(f"{program}: error: {line}", file=sys.stderr)
     return 2 if isinstance(error, UserError) else 1
 

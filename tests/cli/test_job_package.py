@@ -27,7 +27,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def submit(folder: Path, *words: str) -> list[str]:
-    return jobs._checked(words, str(folder))[1]
+    return jobs._checked(words, str(folder))
 
 
 @pytest.mark.parametrize(
