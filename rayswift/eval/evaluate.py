@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rayswift import arguments
+from rayswift.arguments.redaction import mask_files, redact
 from rayswift.cluster import results_folder
 from rayswift.eval.backends import choose_backend
 from rayswift.eval.backends.base import Backend
@@ -78,7 +79,10 @@ def _serve_and_ask(
             if result is None:
                 running = running or stack.enter_context(_running(endpoint))
                 logger.info("%s: %s", model.label, benchmark.asked)
-                result = backend.run(benchmark, model, replace(running, model=model.name or running.model), folder)
+                try:
+                    result = backend.run(benchmark, model, replace(running, model=model.name or running.model), folder)
+                finally:
+                    mask_files(folder)  # the backends' libraries write down how they were called
                 result.save(folder)
             yield result
 
@@ -121,7 +125,7 @@ def _report(
     content = {
         "results": [result.summary() for result in results], "time": time.strftime("%Y%m%d-%H%M%S"),
         "eval_backend": args.eval_backend, "eval_limit": args.eval_limit,
-        "eval_generation_config": args.eval_generation_config,
+        "eval_generation_config": redact(args.eval_generation_config),
     }  # fmt: skip
     write_json(folder / "results.json", content)
     title = f"rayswift eval: {', '.join(dict.fromkeys(args.eval_dataset))}"
