@@ -26,9 +26,9 @@ def _run(command: str, overrides: Sequence[str] | None, settings: dict[str, Any]
     import sys
 
     from rayswift.arguments import make_arguments, parse_arguments
-    from rayswift.arguments.redaction import hide_from_process_lists
     from rayswift.cli.main import log_to_stderr, report, run_command
     from rayswift.errors import UserError
+    from rayswift.redaction import hide_from_process_lists
 
     if overrides is None:
         return run_command(make_arguments(command, **settings))

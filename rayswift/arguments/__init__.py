@@ -20,7 +20,7 @@ from rayswift.arguments.commands import (
     SftArguments,
 )
 from rayswift.arguments.parsing import format_help, make_arguments, parse_arguments
-from rayswift.arguments.redaction import redact, redact_argv, redact_text
+from rayswift.redaction import redact, redact_argv, redact_text
 
 __all__ = [
     "COMMANDS",

@@ -13,9 +13,9 @@ from typing import Any, ClassVar, Self
 
 import rayswift
 from rayswift.arguments.fields import Spec, convert, is_unset, specs_of
-from rayswift.arguments.redaction import REDACTED, redact, remember
 from rayswift.errors import UserError
 from rayswift.files import parse_json, write_whole
+from rayswift.redaction import REDACTED, redact, remember
 
 logger = logging.getLogger("rayswift.arguments")
 

@@ -15,11 +15,11 @@ from typing import Any
 from rayswift.arguments.base import Arguments
 from rayswift.arguments.commands import COMMANDS, arguments_class
 from rayswift.arguments.fields import Spec, convert, is_unset, specs_of
-from rayswift.arguments.redaction import REDACTED, SECRET_FLAGS, is_secret, redact_text
 from rayswift.arguments.training import OptimizerArguments
 from rayswift.arguments.training_args import TOPIC, choices_of, passthrough_specs
 from rayswift.errors import UserError
-from rayswift.files import parse_json
+from rayswift.files import parse_json, parse_yaml
+from rayswift.redaction import REDACTED, SECRET_FLAGS, is_secret, redact_text
 
 logger = logging.getLogger("rayswift.arguments")
 
@@ -278,7 +278,9 @@ def read_config(path: str) -> dict[str, Any]:
         import yaml
 
         try:
-            content = yaml.safe_load(text)
+            content = parse_yaml(text)
+        except ValueError as error:
+            raise UserError(f"{path}: not valid YAML ({error})") from None
         except yaml.YAMLError as error:
             mark = getattr(error, "problem_mark", None)
             line = f":{mark.line + 1}" if mark else ""

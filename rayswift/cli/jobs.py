@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from rayswift.arguments.parsing import Parser
 from rayswift.cli.main import JOB_WORDS
+from rayswift.console import say
 from rayswift.errors import UserError, one_line
 
 if TYPE_CHECKING:
@@ -56,7 +57,7 @@ def submit_job(words: Sequence[str], address: str | None = None, working_dir: st
     everyone on the cluster, and logs them: where the words hold secrets, the command line that it is told has them
     masked, and the whole one travels in a package that only the cluster's own user can read (see `received`).
     """
-    from rayswift.arguments.redaction import redact_argv
+    from rayswift.redaction import redact_argv
 
     words = list(_checked(words, working_dir))
     shown = redact_argv(words)
@@ -194,7 +195,7 @@ def status(argv: Sequence[str]) -> int:
         nodes = list_nodes(address=client.get_address(), detail=True)
         jobs = client.list_jobs()
     alive = [node for node in nodes if node.state == "ALIVE"]
-    print(f"{len(alive)} nodes alive, {len(nodes) - len(alive)} dead")
+    say(f"{len(alive)} nodes alive, {len(nodes) - len(alive)} dead")
     for node in sorted(alive, key=lambda node: not node.is_head_node):
         role = "head" if node.is_head_node else "worker"
         shown = []
@@ -203,15 +204,15 @@ def status(argv: Sequence[str]) -> int:
                 shown.append(f"memory {amount / 2**30:.0f} GiB")
             elif not name.startswith(("node:", "object_store")):
                 shown.append(f"{name} {amount:g}")
-        print(f"  {node.node_ip:<15} {role:<6} {', '.join(shown)}")
-    print(f"{len(jobs)} jobs")
+        say(f"  {node.node_ip:<15} {role:<6} {', '.join(shown)}")
+    say(f"{len(jobs)} jobs")
     for job in sorted(jobs, key=lambda job: job.start_time or 0):
-        print(f"  {job.submission_id or job.job_id or '-':<26} {job.status.lower():<9} {_entrypoint(job.entrypoint)}")
+        say(f"  {job.submission_id or job.job_id or '-':<26} {job.status.lower():<9} {_entrypoint(job.entrypoint)}")
     return 0
 
 
 def _entrypoint(text: str) -> str:
-    from rayswift.arguments.redaction import redact_argv, redact_text
+    from rayswift.redaction import redact_argv, redact_text
 
     try:
         text = shlex.join(redact_argv(shlex.split(text)))

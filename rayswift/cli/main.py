@@ -13,8 +13,9 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from rayswift.arguments.redaction import hide_from_process_lists, redact_text
+from rayswift.console import printable
 from rayswift.errors import RunFailedError, Terminated, UserError
+from rayswift.redaction import hide_from_process_lists, redact_text
 
 if TYPE_CHECKING:
     from rayswift.arguments import Arguments
@@ -106,7 +107,7 @@ class _Formatter(logging.Formatter):
     """Information as it is, anything graver with its level in front."""
 
     def format(self, record: logging.LogRecord) -> str:
-        text = super().format(record)
+        text = printable(super().format(record))
         return text if record.levelno <= logging.INFO else f"{record.levelname.lower()}: {text}"
 
 
@@ -123,7 +124,7 @@ def report(error: UserError | RunFailedError, program: str) -> int:
     """Print a mistake or failure, one line each, on standard error; returns exit status 2 or 1."""
     if os.environ.get("RAYSWIFT_DEBUG"):
         raise error
-    for line in redact_text(str(error)).split("\n"):
+    for line in printable(redact_text(str(error))).split("\n"):
         print(f"{program}: error: {line}", file=sys.stderr)
     return 2 if isinstance(error, UserError) else 1
 

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rayswift import arguments
-from rayswift.arguments.redaction import mask_files, redact
 from rayswift.cluster import results_folder
+from rayswift.console import say
 from rayswift.eval.backends import choose_backend
 from rayswift.eval.backends.base import Backend
 from rayswift.eval.benchmarks import Benchmark, read_benchmarks
@@ -24,6 +24,7 @@ from rayswift.eval.report import page, table
 from rayswift.eval.results import Result, load_result, write_json
 from rayswift.files import write_whole
 from rayswift.journal import RunFolder, open_run, run_identity
+from rayswift.redaction import mask_files, redact
 from rayswift.serve.running import Endpoint
 
 if TYPE_CHECKING:
@@ -130,8 +131,8 @@ def _report(
     write_json(folder / "results.json", content)
     title = f"rayswift eval: {', '.join(dict.fromkeys(args.eval_dataset))}"
     write_whole(folder / "report.html", page(results, title))
-    print(table(results), flush=True)
-    print(f"every answer: {folder / 'report.html'}   scores: {folder / 'results.json'}", flush=True)
+    say(table(results))
+    say(f"every answer: {folder / 'report.html'}   scores: {folder / 'results.json'}")
     for model in models:
         own = {result.benchmark: result.scores for result in results if result.model == model.label}
         _append_line(args, model, own, backend, folder)

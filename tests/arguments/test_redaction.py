@@ -13,8 +13,9 @@ from typing import Any
 
 import pytest
 
-from rayswift.arguments import make_arguments, redact_text, redaction
-from rayswift.arguments.redaction import is_secret, mask_files, redact, remember
+from rayswift import redaction
+from rayswift.arguments import make_arguments, redact_text
+from rayswift.redaction import is_secret, mask_files, redact, remember
 
 SECRET = "correct horse/battery"
 SHOWS = ("abc123", "hunter2-x", "zyx987")  # what may be left of none of the texts below
