@@ -37,7 +37,7 @@ def test_what_is_said_is_printable_and_holds_no_known_secret(
     narrow = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
     monkeypatch.setattr("sys.stdout", narrow)
     say("你\ud800")
-    assert narrow.buffer.getvalue() == b"\\u4f60\\ud800\n"  # type: ignore[attr-defined]
+    assert narrow.buffer.getvalue() == b"\\u4f60\\ud800\n"
 
 
 def test_logs_and_errors_of_a_command(capsys: pytest.CaptureFixture[str]) -> None:

@@ -34,13 +34,6 @@ def torch_config(backend: str | None, *, embedded: bool) -> Any:
     """Ray Train's ``TorchConfig``; on an ``embedded`` Ray one whose workers open nothing beyond this machine."""
     from ray.train.torch import TorchConfig
 
-    if not embedded:
-        return TorchConfig(backend=backend)
-    try:
-        from rayswift.train.start.local_group import LocalTorchConfig
+    from rayswift.train.start.local_group import LocalTorchConfig
 
-        return LocalTorchConfig(backend=backend)
-    except ImportError as error:
-        private.report("Ray Train's process group", "PyTorch's store listens on all addresses of this machine "
-                       f"({one_line(error)})")  # fmt: skip
-        return TorchConfig(backend=backend)
+    return LocalTorchConfig(backend=backend) if embedded else TorchConfig(backend=backend)

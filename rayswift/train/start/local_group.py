@@ -10,10 +10,16 @@ import secrets
 import shutil
 import sys
 import tempfile
+from datetime import timedelta
 from typing import Any
 
+import ray
+from ray.exceptions import GetTimeoutError
+from ray.train.backend import Backend
 from ray.train.torch import TorchConfig
-from ray.train.torch.config import _set_torch_distributed_env_vars, _setup_torch_process_group, _TorchBackend
+
+#: Seconds for workers to leave, one of which may hang.
+_LEAVE_SECONDS = 30
 
 
 class LocalTorchConfig(TorchConfig):
@@ -24,20 +30,24 @@ class LocalTorchConfig(TorchConfig):
         return _LocalBackend
 
 
-class _LocalBackend(_TorchBackend):
+class _LocalBackend(Backend):
     _folder: str | None = None
 
-    def on_start(self, worker_group: Any, backend_config: Any) -> None:
+    def on_start(self, worker_group: Any, backend_config: LocalTorchConfig) -> None:
         self._remove_folder()
         self._folder = tempfile.mkdtemp(prefix="rayswift-group-")
         gpus = worker_group.get_resources_per_worker().get("GPU", 0)
-        backend = backend_config.backend or ("nccl" if gpus else "gloo")
-        worker_group.execute(join_group, os.path.join(self._folder, "store"), backend, backend_config.timeout_s,
-                             secrets.randbelow(2**16))  # fmt: skip
+        worker_group.execute(
+            join_group, os.path.join(self._folder, "store"), backend_config.backend or ("nccl" if gpus else "gloo"),
+            backend_config.timeout_s, secrets.randbelow(2**16),
+        )  # fmt: skip
 
-    def on_shutdown(self, worker_group: Any, backend_config: Any) -> None:
+    def on_shutdown(self, worker_group: Any, backend_config: LocalTorchConfig) -> None:
         try:
-            super().on_shutdown(worker_group, backend_config)
+            if len(worker_group) > 1:
+                ray.get(worker_group.execute_async(leave_group), timeout=_LEAVE_SECONDS)
+        except GetTimeoutError:
+            pass
         finally:
             self._remove_folder()
 
@@ -48,10 +58,28 @@ class _LocalBackend(_TorchBackend):
 
 def join_group(store: str, backend: str, timeout_s: int, port: int) -> None:
     """What each worker does: join the process group by the file ``store``, with connections inside this machine."""
-    _set_torch_distributed_env_vars()
-    # Nothing listens there: DeepSpeed names its shared memory after the two.
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    import torch.distributed
+    from ray.train.torch import get_device
+
+    own = ray.train.get_context()
+    os.environ |= {
+        "RANK": str(own.get_world_rank()), "WORLD_SIZE": str(own.get_world_size()),
+        "LOCAL_RANK": str(own.get_local_rank()), "LOCAL_WORLD_SIZE": str(own.get_local_world_size()),
+        "NODE_RANK": str(own.get_node_rank()), "ACCELERATE_TORCH_DEVICE": str(get_device()),
+        # Nothing listens there: DeepSpeed names its shared memory after the two.
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+    }  # fmt: skip
     for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
         os.environ.setdefault(name, "lo0" if sys.platform == "darwin" else "lo")
-    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    _setup_torch_process_group(backend, rank, world_size, f"file://{store}", timeout_s)
+    torch.distributed.init_process_group(
+        backend, init_method=f"file://{store}", rank=own.get_world_rank(), world_size=own.get_world_size(),
+        timeout=timedelta(seconds=timeout_s),
+    )  # fmt: skip
+
+
+def leave_group() -> None:
+    """What each worker does at the end."""
+    import torch.distributed
+
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
