@@ -10,7 +10,9 @@ import logging
 import os
 import signal
 import sys
+import traceback
 from collections.abc import Sequence
+from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from rayswift.console import printable
@@ -65,6 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     log_to_stderr()
     if argv is None:  # this process is the command's own
         signal.signal(signal.SIGTERM, _end_as_after_ctrl_c)
+        sys.excepthook = show_crash
         hide_from_process_lists()
     command = ""
     try:
@@ -101,6 +104,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _end_as_after_ctrl_c(*_: Any) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a second one ends at once
     raise Terminated
+
+
+def show_crash(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """The traceback of what should not happen, which may quote secrets and what strangers wrote."""
+    sys.stderr.write(printable(redact_text("".join(traceback.format_exception(kind, error, trace)))))
 
 
 class _Formatter(logging.Formatter):

@@ -152,7 +152,7 @@ SFT = "sft --model m --dataset d"
             "--task_type embedding takes adapters with vLLM only: --infer_backend vllm",
         ),
         (
-            'deploy --model m --vllm_engine_kwargs {"hf_token":"X"}',
+            'deploy --model m --vllm_engine_kwargs \'{"hf_token":"X"}\'',
             "--vllm_engine_kwargs holds a secret, which Ray Serve would show with the deployment's settings: set it in "
             "the environment of the nodes, for example HF_TOKEN",
         ),

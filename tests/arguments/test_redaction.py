@@ -183,3 +183,20 @@ def test_a_secret_does_not_stand_in_the_list_of_processes() -> None:
     assert "sft --hub_token ***" in listed
     assert "--seed=7" in listed
     assert argv == str(["-c", *words])
+
+
+def test_what_a_server_says_of_a_key_does_not_hold_it() -> None:
+    """Answers that failed are in result files and on the page."""
+    import httpx
+    import openai
+
+    from rayswift.generate.endpoint import explain
+
+    client = openai.OpenAI(base_url="http://u:hunter2-x@h/v1", api_key="k")
+    make_arguments("infer", model="m", base_url="http://u:hunter2-x@h/v1", api_key=SECRET)
+    response = httpx.Response(400, request=httpx.Request("POST", "http://h"))
+    error = openai.BadRequestError("x", response=response, body={"message": f"Incorrect key provided: {SECRET}"})
+    assert str(explain(error, client, "m")) == "Incorrect key provided: ***"
+    assert str(explain(error, client, None)) == "--base_url http://***@h/v1: Incorrect key provided: ***"
+    lost = openai.APIConnectionError(request=httpx.Request("POST", "http://h"))
+    assert "hunter2" not in str(explain(lost, client, "m"))

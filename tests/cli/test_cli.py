@@ -186,7 +186,7 @@ def jobs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Jobs:
 
 
 def test_submit_from_python_sends_the_command_line(jobs: Jobs, monkeypatch: pytest.MonkeyPatch) -> None:
-    settings = {
+    settings: dict[str, Any] = {
         "model": "org/m", "dataset": ["a.jsonl", "b c.jsonl#5"], "num_workers": (1, 4), "packing": True, "seed": 7,
         "storage_path": "s3://b",
         "model_kwargs": {"x": [1, "two words"]}, "max_length": None, "hub_token": "not-to-be-seen", "weight_decay": 0.0,

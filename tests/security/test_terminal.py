@@ -53,6 +53,12 @@ def test_logs_and_errors_of_a_command(capsys: pytest.CaptureFixture[str]) -> Non
     assert told == [f"warning: row says {SPELLED}", f"rayswift sft: error: a.jsonl:1: {SPELLED}"]
 
 
+def test_a_crash(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(redaction, "_spellings", ["long-secret"])
+    main.show_crash(OSError, OSError(f"{EVIL} long-secret https://u:pw@h/"), None)
+    assert capsys.readouterr().err == f"OSError: {SPELLED} *** https://***@h/\n"
+
+
 def test_a_rows_query_and_the_models_answer(capsys: pytest.CaptureFixture[str]) -> None:
     engine: Any = SimpleNamespace(stream=lambda *_: iter([EVIL, "!"]), last_stream=Answer(EVIL))
     source = run.shown(engine, SamplingParams())

@@ -21,6 +21,7 @@ from rayswift.data.preview.words import (
     source_line,
 )
 from rayswift.data.tokens.row_index import DropReport
+from rayswift.redaction import mask_known
 
 _BOLD, _DIM, _TRAINED = "1", "2", "1;32"
 _ROLE_COLOURS = {"system": "35", "user": "36", "assistant": "32", "tool": "33"}
@@ -48,7 +49,7 @@ class _Paint:
 def print_preview(shown: DatasetPreview, stream: TextIO) -> None:
     """Print one dataset's preview. Colours are used on a terminal, unless ``NO_COLOR`` is set."""
     paint = _Paint(stream.isatty() and not os.environ.get("NO_COLOR"))
-    text = "\n".join(_lines(shown, paint)) + "\n\n"
+    text = mask_known("\n".join(_lines(shown, paint))) + "\n\n"
     # A terminal that cannot show a character shows its number.
     stream.write(text.encode(stream.encoding or "utf-8", "backslashreplace").decode(stream.encoding or "utf-8"))
 
