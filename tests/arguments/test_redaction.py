@@ -194,9 +194,10 @@ def test_what_a_server_says_of_a_key_does_not_hold_it() -> None:
 
     client = openai.OpenAI(base_url="http://u:hunter2-x@h/v1", api_key="k")
     make_arguments("infer", model="m", base_url="http://u:hunter2-x@h/v1", api_key=SECRET)
-    response = httpx.Response(400, request=httpx.Request("POST", "http://h"))
+    request: Any = httpx.Request("POST", "http://h")
+    response: Any = httpx.Response(400, request=request)
     error = openai.BadRequestError("x", response=response, body={"message": f"Incorrect key provided: {SECRET}"})
     assert str(explain(error, client, "m")) == "Incorrect key provided: ***"
     assert str(explain(error, client, None)) == "--base_url http://***@h/v1: Incorrect key provided: ***"
-    lost = openai.APIConnectionError(request=httpx.Request("POST", "http://h"))
+    lost = openai.APIConnectionError(request=request)
     assert "hunter2" not in str(explain(lost, client, "m"))

@@ -52,15 +52,16 @@ def test_nothing_of_a_command_listens_beyond_this_machine(
     seen: dict[tuple[str, int], str] = {}
 
     def ended() -> bool:
+        shown = bool(page) and "The page is at" in log.read_text(errors="replace")
         running = psutil.Process(process.pid)
         seen.update(listening([running, *running.children(recursive=True)]))
-        if page and "The page is at" in log.read_text(errors="replace"):
+        if shown:
             process.send_signal(signal.SIGTERM)
             process.wait(90)
         return process.poll() is not None
 
     try:
-        wait_for(ended, 540, "the end")
+        wait_for(ended, 900, "the end")
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
