@@ -21,7 +21,7 @@ from rayswift.arguments.commands import (
 )
 from rayswift.arguments.help import format_help
 from rayswift.arguments.parsing import make_arguments, parse_arguments, take_over
-from rayswift.arguments.redaction import redact, redact_argv, redact_text
+from rayswift.redaction import redact, redact_argv, redact_text
 
 __all__ = [
     "COMMANDS",

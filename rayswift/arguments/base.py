@@ -13,9 +13,9 @@ from typing import Any, ClassVar, Self
 
 import rayswift
 from rayswift.arguments.fields import Spec, convert, is_unset, specs_of
-from rayswift.arguments.redaction import REDACTED, redact
 from rayswift.errors import UserError
 from rayswift.files import parse_json, write_whole
+from rayswift.redaction import REDACTED, redact, remember
 
 logger = logging.getLogger("rayswift.arguments")
 
@@ -69,6 +69,12 @@ class Arguments:
                 setattr(self, declared.name, declared.default_factory())
         if values:
             raise TypeError(f"{type(self).__name__} has no setting {', '.join(values)}")
+        remember(self.__dict__)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # A worker that gets its settings by pickle keeps their secrets out of its logs too.
+        self.__dict__.update(state)
+        remember(state)
 
     def finish(self) -> Self:
         """Check every group, then work out the defaults that depend on other settings. Raises UserError."""

@@ -10,9 +10,9 @@ from typing import Any
 from rayswift.arguments.commands import arguments_class, flags_of
 from rayswift.arguments.effects import sometimes, why_never
 from rayswift.arguments.fields import Spec
-from rayswift.arguments.redaction import REDACTED, is_secret, redact_text
 from rayswift.arguments.training_args import TOPIC
 from rayswift.errors import UserError
+from rayswift.redaction import REDACTED, is_secret, redact_text
 
 MISSING = "\0missing"  # what argparse puts where a flag stands without its value
 

@@ -15,10 +15,10 @@ from rayswift.arguments.commands import COMMANDS, arguments_class, flags_of
 from rayswift.arguments.effects import no_effect_lines
 from rayswift.arguments.fields import Spec, convert, is_unset, specs_of
 from rayswift.arguments.help import MISSING, format_help, make_parser
-from rayswift.arguments.redaction import REDACTED, SECRET_FLAGS, redact_text
 from rayswift.arguments.swift import asks_for_nothing, is_swifts, swift_table
 from rayswift.errors import UserError
-from rayswift.files import parse_json
+from rayswift.files import parse_json, parse_yaml
+from rayswift.redaction import REDACTED, SECRET_FLAGS, redact_text
 
 logger = logging.getLogger("rayswift.arguments")
 
@@ -188,7 +188,7 @@ class _Reader:
         cls = arguments_class(self.command)
         for name in set(SECRET_FLAGS) & set(self.flags) - set(self.values):
             if value := os.environ.get(f"RAYSWIFT_{name.upper()}"):
-                self.values[name] = value.split() if self.flags[name].is_list else value
+                self.values[name] = value.splitlines() if self.flags[name].is_list else value  # a key may hold spaces
         typed: dict[str, Any] = {"training_args": {}}
         failed: list[str] = []
         declared = specs_of(cls)
@@ -277,7 +277,9 @@ def read_config(path: str) -> dict[str, Any]:
         import yaml
 
         try:
-            content = yaml.safe_load(text)
+            content = parse_yaml(text)
+        except ValueError as error:
+            raise UserError(f"{path}: not valid YAML ({error})") from None
         except yaml.YAMLError as error:
             mark = getattr(error, "problem_mark", None)
             line = f":{mark.line + 1}" if mark else ""

@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 from rayswift.arguments.base import Arguments
 from rayswift.arguments.fields import arg, arg_like
 from rayswift.arguments.groups import SERVED_ELSEWHERE
+from rayswift.redaction import redact
 
 
 @dataclass(init=False, repr=False, eq=False)
@@ -94,6 +95,10 @@ class ServerArguments(Arguments):
     def problems(self) -> Iterator[str]:
         if not all(key.strip() for key in self.api_key):
             yield "--api_key is empty (a variable that is not set?): give a key, or leave the flag out for none"
+        for name in ("vllm_engine_kwargs", "vllm_speculative_config"):
+            if redact(given := getattr(self, name, {})) != given:
+                yield (f"--{name} holds a secret, which Ray Serve would show with the deployment's settings: set it in "
+                       "the environment of the nodes, for example HF_TOKEN")  # fmt: skip
         if self.max_replicas is not None and self.max_replicas < self.min_replicas:
             yield f"--max_replicas {self.max_replicas} is below --min_replicas {self.min_replicas}: change one"
         for name, flags in self.models.items():

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from rayswift.arguments.help import Parser
+from rayswift.console import say
 from rayswift.errors import UserError
 
 _DEFAULT_URL = "http://127.0.0.1:8000/v1"
@@ -22,7 +23,7 @@ def adapters(argv: Sequence[str]) -> int:
     key = options.api_key or os.environ.get("OPENAI_API_KEY")
     if options.word == "list":
         for card in _call(options.base_url, "/adapters", key)["data"]:
-            print(f"{card['id']}  (of {card['model']})")
+            say(f"{card['id']}  (of {card['model']})")
         return 0
     body = {"lora_name": options.name, "model": options.model}
     if options.word == "load":
@@ -30,7 +31,7 @@ def adapters(argv: Sequence[str]) -> int:
     done = _call(
         options.base_url, f"/{options.word}_lora_adapter", key, {k: v for k, v in body.items() if v is not None}
     )
-    print(f"{options.word}ed {done['id']}")
+    say(f"{options.word}ed {done['id']}")
     return 0
 
 

@@ -20,6 +20,7 @@ import openai
 from rayswift.errors import UserError
 from rayswift.generate.openai_chat import DEFAULT_AGENT, sent_messages, sent_tools, text_of, why_empty, with_calls
 from rayswift.generate.types import Answer, EngineUnusable, Messages, SamplingParams
+from rayswift.redaction import redact_text
 
 Key = TypeVar("Key")
 Result = TypeVar("Result")
@@ -326,7 +327,7 @@ def translated(client: openai.OpenAI, model: str | None) -> Iterator[None]:
 
 def explain(error: openai.OpenAIError, client: openai.OpenAI, model: str | None) -> UserError:
     """What the user should know and do about an error of the client."""
-    where = f"--base_url {str(client.base_url).rstrip('/')}"
+    where = redact_text(f"--base_url {str(client.base_url).rstrip('/')}")
     if isinstance(error, openai.APITimeoutError):
         return EngineUnusable(f"{where}: no answer in time; the server is overloaded or stuck")
     if isinstance(error, openai.APIConnectionError):
@@ -341,7 +342,8 @@ def explain(error: openai.OpenAIError, client: openai.OpenAI, model: str | None)
     # The server's own message; OpenAI's shape, SWIFT's (``message`` at the top) or plain text.
     body = getattr(error, "body", None)
     message = body.get("message") if isinstance(body, dict) else None
-    text = " ".join(str(message or getattr(error, "message", None) or error).split())[:500]
+    # It goes into result files and to the visitors of the page, and servers repeat the key that they do not like.
+    text = redact_text(" ".join(str(message or getattr(error, "message", None) or error).split()))[:500]
     if isinstance(error, openai.RateLimitError) or getattr(error, "status_code", None) in (502, 503, 504):
         return EngineUnusable(f"{where}: the server has no capacity now ({text}); try again later")
     return EngineUnusable(f"{where}: {text}") if model is None else UserError(text)

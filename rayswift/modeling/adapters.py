@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import re
 from bisect import bisect
 from collections.abc import Iterator
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -317,7 +318,49 @@ def read_adapter_config(adapter_dir: str) -> dict[str, Any]:
         raise UserError(f"{path}: cannot be read ({error})") from None
     if not isinstance(config, dict):
         raise UserError(f"{path}: not a PEFT configuration (no peft_type)")
+    _check_patterns(path, config)
     return config
+
+
+#: Characters of a module's name, and steps over all patterns for one name: a second for a large model.
+_NAME_LENGTH, _MOST_STEPS = 60, 200_000
+
+
+def _check_patterns(path: Path, config: dict[str, Any]) -> None:
+    """Raises UserError for regular expressions that could take for ever: PEFT tries a stranger's on every module."""
+    steps = 0.0
+    for name in ("rank_pattern", "alpha_pattern", "modules_to_save", "layers_pattern", "target_modules",
+                 "exclude_modules"):  # fmt: skip
+        given = config.get(name)
+        if isinstance(given, list) and name in ("target_modules", "exclude_modules"):
+            continue  # names, compared as they are
+        for pattern in [given] if isinstance(given, str) else given if isinstance(given, (list, dict)) else []:
+            # To the keys PEFT adds "whatever stands before".
+            steps += _most_steps(str(pattern), 0 if isinstance(given, str) else 1)
+            if steps > _MOST_STEPS:
+                raise UserError(f"{path}: {name} has patterns that may take for ever ({str(pattern)[:60]!r}); "
+                                "write them as names, or with fewer * + ? and |")  # fmt: skip
+
+
+def _most_steps(pattern: str, repeats: int) -> float:
+    """At most so many steps does a pattern take on a name, for which ``repeats`` more parts of any length are counted;
+    endless where a group is repeated, or flags change what the pattern says."""
+    if re.search(r"\(\?[aiLmsux-]", pattern):
+        return math.inf
+    # Of names none of which begins another (q_proj|k_proj) one at most fits: they are as good as one.
+    bare = re.sub(r"\((?:\?:)?((?:[\w-]|\\\W)+(?:\|(?:[\w-]|\\\W)+)*)\)", _one_of_names, pattern)
+    bare = re.sub(r"\\.|\[\^?\]?[^\]]*\]", "x", bare, flags=re.DOTALL).replace("(?", "(")
+    if re.search(r"\)[*+{]", bare):
+        return math.inf
+    repeats += len(re.findall(r"[*+?}][?+]?", bare))
+    groups, choices = bare.count("(") or 1, bare.count("|")
+    ways = (choices / groups + 1) ** min(groups, choices)
+    return ways * _NAME_LENGTH**repeats / math.factorial(repeats) if repeats < 10 else math.inf
+
+
+def _one_of_names(found: re.Match[str]) -> str:
+    names = sorted(found[1].split("|"))
+    return found[0] if any(other.startswith(name) for name, other in pairwise(names)) else "x"
 
 
 def lora_rank(adapter_dir: str) -> int:

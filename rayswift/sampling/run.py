@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from rayswift.arguments import deciding_settings
+from rayswift.console import say
 from rayswift.data.plugins import PluginFile
 from rayswift.errors import UserError
 from rayswift.generate.media import has_media
@@ -165,11 +166,11 @@ def report(args: SampleArguments, files: Files, counts: SampleStats, tally: Thro
     it counts.
     """
     if args.sampler_engine != "no":
-        print(tally.statistics(counts.prompts))
-    print(counts.describe())
-    print(f"The rows are in {files.result}")
+        say(tally.statistics(counts.prompts))
+    say(counts.describe())
+    say(f"The rows are in {files.result}")
     if counts.rows:
-        print(f"Next: rayswift sft --model MODEL --dataset {files.result}")
+        say(f"Next: rayswift sft --model MODEL --dataset {files.result}")
     tokens = {name: getattr(tally, name) for name in ("num_prompt_tokens", "num_generated_tokens")}
     rate = round(tally.engine_tokens_per_second, 4)
     return {"output_file": str(files.result), **counts.to_dict(), **tokens, "tokens/s": rate}

@@ -31,7 +31,7 @@ from rayswift.train.reporters import open_reporters, reporter_names
 from rayswift.train.resume import Resume, find_resume
 from rayswift.train.run_directory import RunDirectory, check_writable
 from rayswift.train.schedule import StepSchedule, plan_steps
-from rayswift.train.start import make_trainer
+from rayswift.train.start import make_trainer, torch_config
 from rayswift.train.start.warm_workers import start_warm_workers
 
 if TYPE_CHECKING:
@@ -287,7 +287,6 @@ def _fit(
 
 def _torch_trainer(config: WorkerConfig, machines: Machines, run: RunDirectory) -> Any:
     from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchConfig
 
     from rayswift.train.worker import train_loop
 
@@ -300,7 +299,7 @@ def _torch_trainer(config: WorkerConfig, machines: Machines, run: RunDirectory) 
         alone=config.data.stream is None,
         warm=machines.warm,
         train_loop_config={"config": config},
-        torch_config=TorchConfig(backend=None if workers.use_gpu else "gloo"),
+        torch_config=torch_config(None if workers.use_gpu else "gloo", embedded=machines.embedded),
         scaling_config=ScalingConfig(
             num_workers=workers.num_workers,
             use_gpu=workers.use_gpu,

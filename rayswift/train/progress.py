@@ -13,6 +13,8 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from rayswift.console import say
+
 if TYPE_CHECKING:
     from rayswift.train.run_directory import RunDirectory
     from rayswift.train.schedule import StepSchedule
@@ -175,8 +177,8 @@ class Progress:
         return formatted
 
     def _say(self, line: str) -> None:
-        self._bar.write(line, file=sys.stdout)
-        sys.stdout.flush()
+        with self._bar.external_write_mode(file=sys.stdout):
+            say(line)
 
 
 def read_log(run: RunDirectory) -> list[dict[str, Any]]:

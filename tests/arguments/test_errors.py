@@ -170,6 +170,11 @@ SFT = "sft --model m --dataset d"
             "--task_type embedding takes adapters with vLLM only: --infer_backend vllm",
         ),
         (
+            'deploy --model m --vllm_engine_kwargs \'{"hf_token":"X"}\'',
+            "--vllm_engine_kwargs holds a secret, which Ray Serve would show with the deployment's settings: set it in "
+            "the environment of the nodes, for example HF_TOKEN",
+        ),
+        (
             "deploy --model m --allowed_origins https://a.example.com/chat",
             "--allowed_origins https://a.example.com/chat: expected * or scheme://host[:port] without a path",
         ),

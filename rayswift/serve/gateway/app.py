@@ -92,7 +92,7 @@ class Gateway:
             ``ssl_certfile``; None: through Serve's proxy.
         api_keys: SHA-256 digests (hex) of the keys of which a client must send one; empty: none is needed.
         queue_timeout: seconds a request may wait for a replica.
-        allowed_origins: web pages whose scripts may ask (``*`` for every one); browsers refuse the others.
+        allowed_origins: web pages whose scripts may ask (``*`` for every one); the others are refused.
         shared: the application that keeps what several gateways share; None for a gateway that is alone.
     """
 
@@ -108,7 +108,7 @@ class Gateway:
     ) -> None:
         keep_replica_ports_inside()
         self.counters = Counters()
-        self._origins = allowed_origins or []
+        self._origins, self._host = allowed_origins or [], (listen or {}).get("host")
         self._keys = [bytes.fromhex(digest) for digest in api_keys or []]
         self._session = aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(limit=0, force_close=False),
@@ -152,7 +152,7 @@ class Gateway:
             elif scope["type"] == "lifespan":
                 await self._own(scope, receive, send)
 
-        return allow_origins(app, self._origins)
+        return allow_origins(app, self._origins, self._host)
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         status, failed = 0, False
