@@ -50,7 +50,7 @@ class VllmServing:
         await self._server.start()
         client = private.engine_client(self._server)
         client.generate = resuming(client.generate, client)
-        private.name_adapters(self._server, lambda adapter: adapter.lora_name.rpartition("#")[0])
+        private.name_adapters(self._server, served_name)
         self.app, online_renderer = await private.openai_app(self._server)
         if online_renderer is not None:
             private.correct_token_bytes(self.app, partial(token_bytes, client.renderer.tokenizer))
@@ -112,6 +112,11 @@ class VllmServing:
         """As `adapter_book.Engine`."""
         await asyncio.sleep(UNLOAD_SECONDS)
         await private.engine_client(self._server).remove_lora(handle.lora_int_id)
+
+
+def served_name(adapter: LoRARequest) -> str:
+    """The name of an adapter for clients."""
+    return adapter.lora_name.rpartition("#")[0]
 
 
 def resuming(generate: Any, client: Any) -> Any:
