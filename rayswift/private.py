@@ -16,7 +16,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from rayswift.errors import RunFailedError, one_line
 
@@ -382,25 +382,18 @@ def correct_token_bytes(app: Any, token_bytes: Callable[[int], bytes]) -> None:
     chat._create_chat_logprobs = creating
 
 
-async def load_adapter(server: Any, name: str, folder: str, number: int) -> None:
-    """Have a started ``LLMServer`` answer for the model ``name`` with an adapter. Raises ValueError with the reason."""
-    with needed("the adapters of ray.serve.llm"):
-        from ray.llm._internal.serve.core.configs.llm_config import DiskMultiplexConfig
-
-        load = server.engine.resolve_lora
-        adapter = DiskMultiplexConfig(
-            model_id=name, max_total_tokens=None, local_path=folder, lora_assigned_int_id=number
-        )
-    await load(adapter)
-
-
-async def unload_adapter(server: Any, name: str) -> None:
-    """Have it forget an adapter; requests that are running finish."""
+def adapters_by_name(server: Any) -> dict[str, Any]:
+    """The ``LoRARequest`` by the name that requests ask for, as the app of a started ``LLMServer`` looks it up."""
     with needed("the adapters of vLLM's server"):
-        from vllm.entrypoints.serve.lora.protocol import UnloadLoRAAdapterRequest
+        return cast("dict[str, Any]", server.engine._oai_models.lora_requests)
 
-        unload = server.engine._oai_models.unload_lora_adapter
-    await unload(UnloadLoRAAdapterRequest(lora_name=name))
+
+def name_adapters(server: Any, name_of: Callable[[Any], str]) -> None:
+    """Have its answers say for an adapter what ``name_of`` its ``LoRARequest`` is, which vLLM's own name is not."""
+    with needed("the adapters of vLLM's server"):
+        models = server.engine._oai_models
+        own = models.model_name
+    models.model_name = lambda lora_request=None: own() if lora_request is None else name_of(lora_request)
 
 
 # --- PyTorch, DeepSpeed and PEFT ----------------------------------------------------------------------------------

@@ -27,7 +27,7 @@ def adapters(argv: Sequence[str]) -> int:
         return 0
     body = {"lora_name": options.name, "model": options.model}
     if options.word == "load":
-        body["lora_path"] = options.path or options.name
+        body |= {"lora_path": options.path, "load_inplace": options.load_inplace or None}
     done = _call(
         options.base_url, f"/{options.word}_lora_adapter", key, {k: v for k, v in body.items() if v is not None}
     )
@@ -48,7 +48,8 @@ def adapters_parser() -> argparse.ArgumentParser:
         if word != "list":
             one.add_argument("name", help="name of the adapter for clients")
         if word == "load":
-            one.add_argument("path", nargs="?", help="its folder below --adapter_root (default: the name)")
+            one.add_argument("path", nargs="?", help="its folder below --adapter_root (default: what the name means)")
+            one.add_argument("--load_inplace", action="store_true", help="replace what has the name")
         one.add_argument("--base_url", default=_DEFAULT_URL, metavar="URL", help=f"the endpoint ({_DEFAULT_URL})")
         one.add_argument("--api_key", metavar="KEY", help="its key (default: OPENAI_API_KEY)")
         one.add_argument("--model", metavar="NAME", help="the model, where the endpoint has several")

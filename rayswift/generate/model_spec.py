@@ -119,7 +119,8 @@ class ModelSpec:
             kwargs.setdefault("max_model_len", self.max_model_len)
         lora = {"enable_lora": True, "max_lora_rank": self.max_lora_rank, "max_loras": min(4, self.max_adapters)}
         if self.takes_adapters:
-            kwargs = {**lora, "max_cpu_loras": max(self.max_adapters, lora["max_loras"]), **kwargs}
+            # Twice: those that are replaced leave when their last request has ended.
+            kwargs = {**lora, "max_cpu_loras": 2 * self.max_adapters + lora["max_loras"], **kwargs}
         return {
             "model_loading_config": {"model_id": self.name, "model_source": model_dir},
             "engine_kwargs": kwargs,
@@ -142,7 +143,7 @@ def model_specs(args: DeployArguments) -> list[ModelSpec]:
         UserError: a model, adapter or engine that is not there, or that this machine cannot run.
     """
     if not args.models:
-        return [model_spec(resolve_model(args))]
+        return _names_differ([model_spec(resolve_model(args))])
     shared = {name: getattr(args, name) for name in args.given if name not in ("models", "model", "adapters")}
     specs = []
     for name, flags in args.models.items():
@@ -151,6 +152,14 @@ def model_specs(args: DeployArguments) -> list[ModelSpec]:
             specs.append(model_spec(resolve_model(one)))
         except UserError as error:
             raise UserError("\n".join(f"--models {name}: {line}" for line in str(error).split("\n"))) from None
+    return _names_differ(specs)
+
+
+def _names_differ(specs: list[ModelSpec]) -> list[ModelSpec]:
+    """``specs``. UserError when an adapter is called like a model: who asks for that name means the model."""
+    served = {spec.name for spec in specs}
+    for name in (name for spec in specs for name in spec.adapters if name in served):
+        raise UserError(f"--adapters {name}=...: a model is served as {name}; choose another name for the adapter")
     return specs
 
 
@@ -182,6 +191,9 @@ def model_spec(model: ResolvedModel, replicas: tuple[int, int] | None = None) ->
         if not Path(root).is_dir():
             raise UserError(f"--adapter_root {root}: no such folder")
         root = str(Path(root).resolve())
+    name, adapters, default = args.served_model_name or model.name, dict(model.adapters), model.default_adapter
+    if default == name:  # it answers for the model, whose name no adapter can have
+        adapters = {(default := f"{name}-adapter"): adapters[name]}
     rank = max([args.vllm_max_lora_rank, *map(lora_rank, model.adapters.values())])
     same = {f.name: getattr(args, f.name) for f in fields(ModelSpec) if hasattr(args, f.name)}
     name = args.served_model_name or model.name
@@ -197,8 +209,8 @@ def model_spec(model: ResolvedModel, replicas: tuple[int, int] | None = None) ->
         "sampling": sampling_defaults(args),
         "fingerprints": fingerprints(name, folder, model),
         "template": encoder_settings(args),
-        "adapters": dict(model.adapters),
-        "default_adapter": model.default_adapter,
+        "adapters": adapters,
+        "default_adapter": default,
         "adapter_root": root,
         "max_adapters": max(args.max_adapters, len(model.adapters)),
         # The engine's: more than asked for where an adapter given at start has more.

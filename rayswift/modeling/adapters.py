@@ -260,6 +260,15 @@ def add_adapter(model: Any, adapter_dir: str, name: str) -> Any:
     return peft_model.eval()
 
 
+def remove_adapter(model: Any, name: str) -> Any:
+    """Take an adapter off that :func:`add_adapter` put on; returns the model. Without the last one it is the base model
+    again: a ``PeftModel`` that has none cannot compute."""
+    if list(model.peft_config) == [name]:
+        return model.unload()
+    model.delete_adapter(name)
+    return model
+
+
 @contextlib.contextmanager
 def _adapter_errors(adapter_dir: str) -> Iterator[None]:
     """What PEFT says about an adapter that does not fit, as the user's error."""

@@ -116,6 +116,7 @@ def serve_config(plans: list[ModelSpec], args: DeployArguments, *, listen: bool)
                 "max_queued_requests": plan.max_queued_requests,
             }
             | {key: getattr(plan, key) for key in optional if getattr(plan, key)}
+            | ({} if plan.min_replicas else {"may_sleep": True})
             for plan in plans
         ],
         "api_keys": [hashlib.sha256(key.encode()).hexdigest() for key in args.api_key],
