@@ -14,6 +14,7 @@ from typing import Any
 from ray import serve
 
 from rayswift.generate.model_spec import ModelSpec
+from rayswift.serve.connections import MAX_REPLICA_HEAD_BYTES
 from rayswift.serve.lease import LeaseBook, LeaseMiddleware
 from rayswift.serve.node_address import keep_replica_ports_inside, node_ip
 from rayswift.serve.ports import bind, run_http
@@ -65,7 +66,8 @@ class LLMServer:
         self._load = serve.multiplexed(max_num_models_per_replica=self.plan.max_adapters)(load)
         self._socket = bind("127.0.0.1" if self.plan.local else node_ip())
         self.url = "http://{}:{}".format(*self._socket.getsockname()[:2])
-        self._http = await run_http(LeaseMiddleware(self.serving.app, self.leases), self._socket)
+        app = LeaseMiddleware(self.serving.app, self.leases)
+        self._http = await run_http(app, self._socket, max_head_bytes=MAX_REPLICA_HEAD_BYTES)
 
     async def lease(self) -> AsyncIterator[dict[str, Any]]:
         """Where requests go and the token of a new lease; then nothing until the lease has ended.
