@@ -41,18 +41,20 @@ _RENAMED = {
     "guided_choice": 'structured_outputs: {"choice": …}', "guided_grammar": 'structured_outputs: {"grammar": …}',
     "functions": "tools", "function_call": "tool_choice",
 }  # fmt: skip
+#: Which tool is called, where there is none to choose; OpenAI's way and Anthropic's.
+_FREE_CHOICES = (None, "auto", "none", {"type": "auto"}, {"type": "none"})
 _ROLES = ("system", "developer", "user", "assistant", "tool", "function", "tool_call", "tool_response")
 
 
 async def read_object(scope: Scope, receive: Receive) -> tuple[bytes, dict[str, Any]]:
-    """The body's bytes and the JSON object in it.
+    """The body's bytes and the JSON object in it; an empty list of ``tools`` is as none.
 
     Raises:
         ApiError: not a JSON object (400), too large (413), nested too deeply or with text that is no Unicode (400).
         ClientDisconnect: the client left before the end.
     """
     raw = await _read(scope, receive)
-    return raw, await aside(len(raw), lambda: _parse(raw))
+    return await aside(len(raw), lambda: _parse(raw))
 
 
 async def aside(size: int, work: Callable[[], T]) -> T:
@@ -62,7 +64,7 @@ async def aside(size: int, work: Callable[[], T]) -> T:
     return await asyncio.get_running_loop().run_in_executor(_worker, work)
 
 
-def _parse(raw: bytes) -> dict[str, Any]:
+def _parse(raw: bytes) -> tuple[bytes, dict[str, Any]]:
     if len(raw) >= LARGE_BYTES:
         for what, count, limit in (
             ("values", raw.count(b",") + raw.count(b"[") + raw.count(b"{"), MAX_VALUES),
@@ -80,13 +82,18 @@ def _parse(raw: bytes) -> dict[str, Any]:
         raise ApiError(400, "the body must be a JSON object")
     _check(body, 0)
     for name, instead in _RENAMED.items():
-        if body.get(name) is not None:
+        if body.get(name) not in (None, []):
             raise ApiError(400, f"{name} is no longer known: use {instead}", param=name)
     for name, limit in _LIMITS.items():
         if _number(body.get(name)) > limit:
             raise ApiError(400, f"{name}: {body[name]} is above the limit of {limit}", param=name)
     _check_work(body)
-    return body
+    if body.get("tools") == []:  # many clients send it always; engines differ about what it is
+        del body["tools"]
+        if body.get("tool_choice") in _FREE_CHOICES:
+            body.pop("tool_choice", None)
+        raw = json.dumps(body).encode()
+    return raw, body
 
 
 def _check_work(body: dict[str, Any]) -> None:

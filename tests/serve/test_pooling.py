@@ -149,3 +149,18 @@ def test_which_tokens_make_the_vector_is_what_the_folder_says(tiny_dir: str, tmp
 def test_an_encoder_is_read_at_its_first_token(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"architectures": ["BertModel"], "model_type": "bert"}))
     assert pooling_of(str(tmp_path)) == ("cls", True)
+
+
+def test_a_text_that_can_never_fit_is_refused_before_it_is_tokenised(
+    vectors: TestClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers import PreTrainedTokenizerBase
+
+    monkeypatch.setattr(PreTrainedTokenizerBase, "__call__", lambda *_, **__: pytest.fail("tokenised"))
+    for path, body in (
+        ("/v1/embeddings", {"input": ["a " * 2**20]}),
+        ("/v1/score", {"text_1": "a", "text_2": "a " * 2**20}),
+        ("/v1/rerank", {"query": "a " * 2**20, "documents": ["a"]}),
+    ):
+        answer = vectors.post(path, json=body)
+        assert (answer.status_code, answer.json()["error"]["code"]) == (400, "context_length_exceeded")

@@ -100,6 +100,17 @@ def test_much_work_in_one_request_is_not_too_much(body: dict[str, Any]) -> None:
     assert read(raw)[1] == body
 
 
+@pytest.mark.parametrize("choice", [None, "auto", "none", {"type": "auto"}])
+def test_an_empty_list_of_tools_is_as_none(choice: Any) -> None:
+    """What clients send with every request; it must not come to an engine."""
+    same = {"messages": [{"role": "user", "content": "数"}], "functions": []}
+    given = same | {"tools": []} | ({} if choice is None else {"tool_choice": choice})
+    raw, body = read(json.dumps(given).encode())
+    assert json.loads(raw) == body == same
+    kept = {"tools": [], "tool_choice": "required"}
+    assert read(json.dumps(kept).encode())[1] == {"tool_choice": "required"}  # the engine says what is missing
+
+
 def test_large_bodies_leave_the_server_free(monkeypatch: pytest.MonkeyPatch) -> None:
     """The loop goes on while a large body is parsed: what parses it waits for what runs there."""
     loop_runs, parse = threading.Event(), request_body._parse
