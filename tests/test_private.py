@@ -325,7 +325,7 @@ def test_vllm_is_as_its_patches_need_it() -> None:
         "initial_text_offset", "return_as_token_id",
     ]  # fmt: skip
     base = methods("vllm", "entrypoints/generate/base/serving.py", "GenerateBaseServing")
-    assert base["_get_decoded_token"][:4] == ["self", "logprob", "token_id", "tokenizer"]
+    assert base["_get_decoded_token"][:3] == ["logprob", "token_id", "tokenizer"]
 
 
 def test_rays_server_of_vllm_is_as_the_replica_needs_it() -> None:

@@ -44,7 +44,8 @@ def token_names(tokenizer: Any, tokens: Iterable[tuple[int, str]]) -> list[str]:
         if not (text and text.isascii()):
             raw = token_bytes(tokenizer, token)
             try:
-                raw.decode()
+                own = raw.decode()
+                name = text or own
             except UnicodeDecodeError:
                 name = "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
         names.append(f"token_id:{token}" if name in names else name)

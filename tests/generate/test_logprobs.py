@@ -35,6 +35,12 @@ def byte_fallback() -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>")
 
 
+def halves_of(tokenizer: Any) -> list[int]:
+    """Two tokens that are parts of characters."""
+    ids = dict.fromkeys(tokenizer.encode("🦙Ü\N{SNOWMAN}", add_special_tokens=False))
+    return [token for token in ids if REPLACEMENT in tokenizer.decode([token])][:2]
+
+
 def test_the_bytes_of_tokens_add_up_to_the_text(byte_level: Any) -> None:
     ids = byte_level.encode(TEXT, add_special_tokens=False)
     halves = [token for token in ids if "\N{REPLACEMENT CHARACTER}" in byte_level.decode([token])]
@@ -77,7 +83,7 @@ def test_vllms_server_gives_them_too(byte_level: Any) -> None:
 
 def test_tokens_of_one_place_have_names_of_their_own(byte_level: Any, byte_fallback: Any) -> None:
     """Names are keys of an object: two tokens with one text must not be one entry."""
-    halves = [byte_level.encode(text, add_special_tokens=False)[0] for text in ("数", "🦙")]
+    halves = halves_of(byte_level)
     own = ["bytes:" + "".join(f"\\x{byte:02x}" for byte in token_bytes(byte_level, half)) for half in halves]
     assert len(set(own)) == 2
     assert token_names(byte_level, [(halves[0], ""), (halves[1], REPLACEMENT), (33, "1"), (34, "1")]) == [
@@ -94,7 +100,7 @@ def test_completions_keep_every_alternative_and_the_chosen_tokens_own_value(byte
     """The token that was chosen is not the likeliest, and another with its text is less likely still."""
     from rayswift.serve.replica.openai_answers import Shape
 
-    half, other = (byte_level.encode(text, add_special_tokens=False)[0] for text in ("数", "🦙"))
+    half, other = halves_of(byte_level)
     place = [(half, -2.0), (33, -0.5), (other, -4.0), (34, -5.0)]
     shape = Shape("m", False, byte_level, [[1]], tokens_as_ids=as_ids)
     found = shape._logprobs(0, [place, place])
@@ -109,7 +115,7 @@ def test_completions_keep_every_alternative_and_the_chosen_tokens_own_value(byte
 def test_vllms_completions_keep_them_too(byte_level: Any) -> None:
     from rayswift import private
 
-    half, other = (byte_level.encode(text, add_special_tokens=False)[0] for text in ("数", "🦙"))
+    half, other = halves_of(byte_level)
 
     def create(token_ids: list[int], top_logprobs: list[Any], **options: Any) -> Any:
         return SimpleNamespace(tokens=[""] * len(token_ids), top_logprobs=[None] * len(token_ids))

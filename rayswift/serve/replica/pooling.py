@@ -137,11 +137,10 @@ class PoolingServing:
 
     def read(self, text: str | list[int], other: str | None) -> dict[str, list[int]]:
         """A text, or a pair, as the model's input. Raises ApiError (400) for one that is too long."""
+        characters = 0 if isinstance(text, list) else len(text + (other or ""))
         try:
-            check_characters(
-                self.tokenizer, self.context_length, 0 if isinstance(text, list) else len(text + (other or ""))
-            )
-        except TooLong as error:
+            check_characters(self.tokenizer, self.context_length, characters)
+        except ValueError as error:
             raise ApiError(400, str(error), code="context_length_exceeded", param="input") from None
         if isinstance(text, list):
             if max(text) >= self.engine.model.config.vocab_size:
