@@ -14,7 +14,7 @@ import inspect
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, cast
 
@@ -380,6 +380,45 @@ def correct_token_bytes(app: Any, token_bytes: Callable[[int], bytes]) -> None:
         return found
 
     chat._create_chat_logprobs = creating
+
+
+def name_completion_tokens(app: Any, token_names: Callable[[Iterable[tuple[int, str]]], list[str]]) -> None:
+    """Have the log probabilities of vLLM's completions call tokens so: where two have one text, it loses one of them,
+    and the token that was chosen may get the other's value."""
+    try:
+        completion = app.state.openai_serving_completion
+        create, decoded = completion._create_completion_logprobs, completion._get_decoded_token
+        wanted = {"token_ids", "top_logprobs", "num_output_top_logprobs", "tokenizer", "logprob_token_ids",
+                  "return_as_token_id"} <= set(inspect.signature(create).parameters)  # fmt: skip
+    except MOVED:
+        wanted = False
+    if not wanted:
+        report("vLLM's _create_completion_logprobs", "top_logprobs loses tokens that have the same text")
+        return
+
+    def creating(
+        token_ids: Any, top_logprobs: Any, num_output_top_logprobs: int, tokenizer: Any,
+        logprob_token_ids: Any = None, return_as_token_id: bool | None = None, **options: Any,
+    ) -> Any:  # fmt: skip
+        found = create(
+            token_ids=token_ids, top_logprobs=top_logprobs, num_output_top_logprobs=num_output_top_logprobs,
+            tokenizer=tokenizer, logprob_token_ids=logprob_token_ids, return_as_token_id=return_as_token_id, **options,
+        )  # fmt: skip
+        if return_as_token_id or (return_as_token_id is None and completion.return_tokens_as_token_ids):
+            return found
+        most = None if logprob_token_ids or num_output_top_logprobs == -1 else num_output_top_logprobs + 1
+        for place, (token, step) in enumerate(zip(token_ids, top_logprobs, strict=True)):
+            if step is None:
+                found.tokens[place] = token_names([(token, found.tokens[place])])[0]
+                continue
+            likely = [(token, step[token]), *((other, one) for other, one in step.items() if other != token)][:most]
+            names = token_names([(other, decoded(one, other, tokenizer)) for other, one in likely])
+            found.tokens[place] = names[0]
+            values = (max(one.logprob, -9999.0) for _, one in likely)
+            found.top_logprobs[place] = dict(zip(names, values, strict=True))
+        return found
+
+    completion._create_completion_logprobs = creating
 
 
 def adapters_by_name(server: Any) -> dict[str, Any]:

@@ -319,6 +319,13 @@ def test_vllm_is_as_its_patches_need_it() -> None:
     ]  # fmt: skip
     chat = methods("vllm", "entrypoints/openai/chat_completion/serving.py", "OpenAIServingChat")
     assert chat["_create_chat_logprobs"][:3] == ["self", "token_ids", "top_logprobs"]
+    completion = methods("vllm", "entrypoints/openai/completion/serving.py", "OpenAIServingCompletion")
+    assert completion["_create_completion_logprobs"] == [
+        "self", "token_ids", "top_logprobs", "num_output_top_logprobs", "tokenizer", "logprob_token_ids",
+        "initial_text_offset", "return_as_token_id",
+    ]  # fmt: skip
+    base = methods("vllm", "entrypoints/generate/base/serving.py", "GenerateBaseServing")
+    assert base["_get_decoded_token"][:3] == ["logprob", "token_id", "tokenizer"]
 
 
 def test_rays_server_of_vllm_is_as_the_replica_needs_it() -> None:

@@ -32,6 +32,26 @@ def token_bytes(tokenizer: Any, token: int) -> bytes:
     return bytes(known[letter] for letter in piece) if all(letter in known for letter in piece) else text.encode()
 
 
+def token_names(tokenizer: Any, tokens: Iterable[tuple[int, str]]) -> list[str]:
+    """What OpenAI's completions call the tokens of one place, of which each comes with its text.
+
+    That is the text, or ``bytes:\\xe4`` for bytes that are no characters by themselves. They are the keys of an object:
+    of those with the same text the first keeps it, and the others are called ``token_id:N``, as vLLM calls tokens.
+    """
+    names: list[str] = []
+    for token, text in tokens:
+        name = text
+        if not (text and text.isascii()):
+            raw = token_bytes(tokenizer, token)
+            try:
+                own = raw.decode()
+                name = text or own
+            except UnicodeDecodeError:
+                name = "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
+        names.append(f"token_id:{token}" if name in names else name)
+    return names
+
+
 @functools.cache
 def _byte_letters() -> dict[str, int]:
     """The letters that byte-level tokenizers (GPT-2's and all after it) write bytes with."""

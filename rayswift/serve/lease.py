@@ -22,6 +22,8 @@ from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from rayswift.serve.connections import admit
+
 LEASE_HEADER = "x-rayswift-lease"
 RESUME_HEADER = "x-rayswift-resume"  # token ids that were generated elsewhere, comma-separated
 FULL_HEADER = "x-rayswift-full"  # of an answer: every place of the replica is taken
@@ -197,6 +199,7 @@ class LeaseMiddleware:
             await send({"type": "http.response.start", "status": NO_LEASE, "headers": []})
             await send({"type": "http.response.body", "body": b"no lease"})
             return
+        admit(scope)
         resume = headers.get(RESUME_HEADER.encode(), b"").decode("latin-1")
         notes = TokenNotes([int(one) for one in resume.split(",") if one])
         is_stream = is_whole = False

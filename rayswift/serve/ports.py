@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import socket
 from typing import Any
 
@@ -72,15 +73,23 @@ def bind(host: str, port: int = 0, *, shared: bool = False) -> socket.socket:
     return sock
 
 
-async def run_http(app: Any, sock: socket.socket, **options: Any) -> Any:
-    """Serve ``app`` on ``sock`` in this event loop until the returned server's ``should_exit`` is set."""
+async def run_http(app: Any, sock: socket.socket, *, max_head_bytes: int | None = None, **options: Any) -> Any:
+    """Serve ``app`` on ``sock`` in this event loop until the returned server's ``should_exit`` is set.
+
+    Args:
+        max_head_bytes: of a request's line and headers; None: as much as clients need.
+    """
     import uvicorn
 
+    from rayswift.serve.connections import MAX_HEAD_BYTES, BoundedServer
+
+    # Anybody can send what it warns of, as often as he likes.
+    logging.getLogger("uvicorn.error").setLevel(logging.ERROR)
     config = uvicorn.Config(
         app, log_config=None, access_log=False, server_header=False, date_header=False, lifespan="off", ws="none",
-        timeout_keep_alive=75, h11_max_incomplete_event_size=256 * 1024, **options,
+        timeout_keep_alive=75, **options,
     )  # fmt: skip
-    server = uvicorn.Server(config)
+    server = BoundedServer(config, max_head_bytes or MAX_HEAD_BYTES)
     task = asyncio.ensure_future(server.serve(sockets=[sock]))
     while not server.started and not task.done():
         await asyncio.sleep(0.01)

@@ -33,6 +33,7 @@ from rayswift.train.run_directory import RunDirectory, check_writable
 from rayswift.train.schedule import StepSchedule, plan_steps
 from rayswift.train.start import make_trainer, torch_config
 from rayswift.train.start.warm_workers import start_warm_workers
+from rayswift.train.stopping import end_if_asked, saved_on_sigterm
 
 if TYPE_CHECKING:
     from rayswift.cluster import Workers
@@ -267,12 +268,16 @@ def _fit(
     trainer = _torch_trainer(config, machines, run)
     progress = Progress(events, schedule, run, open_reporters(args, run))
     try:
-        with progress:
+        with progress, saved_on_sigterm(events) as ending:
             result = _run_trainer(trainer)
+        end_if_asked(ending, (result.return_value or {}).get("global_step") == schedule.max_steps)
         outcome = _outcome(run, result)
         # SWIFT's closing row.
         lengths = {name: length_line(rows.lengths) for name, rows in data.token_parts.items()}
-        run.append_jsonl("logging.jsonl", {**lengths, "model_parameter_info": progress.parameter_info, **outcome})
+        try:
+            run.append_jsonl("logging.jsonl", {**lengths, "model_parameter_info": progress.parameter_info, **outcome})
+        except OSError as error:
+            say(f"{run.uri}: its log cannot be written ({error.strerror})")
     except (KeyboardInterrupt, RunFailedError):
         if progress.last_step:
             say(f"stopped; checkpoint-{progress.last_step} in {run.uri} is whole. Go on with the same command and "

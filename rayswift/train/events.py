@@ -2,7 +2,7 @@
 
 Events are plain dicts with an ``event`` key: ``start`` (model facts), ``resume`` (step, and the rows
 logged before it), ``step`` (one optimiser step done), ``log`` (a row for logging.jsonl), ``checkpoint`` (a checkpoint
-became whole), ``drops`` (rows a stream dropped).
+became whole), ``drops`` (rows a stream dropped), ``note`` (a line for the person). The other way goes one word: `stop`.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ class EventQueue:
 
     def __init__(self) -> None:
         self._events: list[dict[str, Any]] = []
+        self._stopping = False
 
     def push(self, event: dict[str, Any]) -> None:
         """Add one event; callers do not wait for it."""
@@ -28,6 +29,14 @@ class EventQueue:
         """All events since the last call."""
         events, self._events = self._events, []
         return events
+
+    def stop(self) -> None:
+        """Have the workers stop after the step that they are at."""
+        self._stopping = True
+
+    def is_stopping(self) -> bool:
+        """Whether they shall."""
+        return self._stopping
 
 
 def start_event_queue() -> Any:

@@ -55,6 +55,7 @@ class Progress:
         self._started = time.monotonic()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._loop, name="rayswift-progress", daemon=True)
+        self._behind = False  # the log lacks rows
         self._bar: Any = None
         self._reporters = reporters
 
@@ -69,9 +70,12 @@ class Progress:
         self._stop.set()
         self._thread.join(timeout=30)
         self._bar.close()
-        for reporter in self._reporters:
-            reporter.close()
-        plot_rows(self.rows, self.run)
+        try:
+            for reporter in self._reporters:
+                reporter.close()
+            plot_rows(self.rows, self.run)
+        except OSError as error:
+            self._say(f"{self.run.uri}: no pictures of this run ({error.strerror})")
 
     def _loop(self) -> None:
         import ray
@@ -80,13 +84,21 @@ class Progress:
             stopping = self._stop.is_set()
             try:
                 for event in ray.get(self.queue.drain.remote()):
-                    getattr(self, f"_on_{event['event']}")(event)
+                    self._take(event)
             except ray.exceptions.RayError as error:
                 logger.debug("no events: %s", error)
                 return
             if stopping:
                 return
             self._stop.wait(POLL_SECONDS)
+
+    def _take(self, event: dict[str, Any]) -> None:
+        try:
+            getattr(self, f"_on_{event['event']}")(event)
+        except OSError as error:  # a full disk ends no training
+            if not self._behind:
+                self._say(f"{self.run.uri}: its log cannot be written ({error.strerror}); training goes on")
+            self._behind = True
 
     # --- one method per event ---
 
@@ -124,7 +136,6 @@ class Progress:
         row = event["row"]
         formatted = self._format(row)
         self.rows.append(formatted)
-        self.run.append_jsonl("logging.jsonl", formatted)
         self._say(str(formatted))
         if "loss" in row:
             accuracy = row["rewards/accuracies"] if "rewards/accuracies" in row else row["token_acc"]
@@ -133,6 +144,11 @@ class Progress:
                 f"loss={row['loss']:.4f} acc={accuracy:.3f} {grad_norm}lr={row['learning_rate']:.2e} "
                 f"tok/s={row['tokens/s']:.0f} mem={row['memory(GiB)']:.2f}GiB"
             )
+        if self._behind:
+            self.run.write_jsonl("logging.jsonl", self.rows)
+            self._behind = False
+        else:
+            self.run.append_jsonl("logging.jsonl", formatted)
         prefix = "eval" if "eval_loss" in row else "train"
         values = {
             f"{prefix}/{name.removeprefix('eval_').removeprefix('train_')}": value
@@ -146,6 +162,9 @@ class Progress:
         self.last_step, self.best_step = event["step"], event["best"]
         self._say(f"saved checkpoint-{event['step']}")
         self.run.sync()
+
+    def _on_note(self, event: dict[str, Any]) -> None:
+        self._say(event["line"])
 
     def _on_drops(self, event: dict[str, Any]) -> None:
         for line in event["lines"]:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from rayswift.data.files import filesystem_of
 from rayswift.errors import UserError
+from rayswift.files import write_whole
 from rayswift.train.checkpoints.manifest import run_versions
 
 if TYPE_CHECKING:
@@ -67,7 +68,7 @@ class RunDirectory:
     def write_jsonl(self, name: str, rows: list[dict[str, Any]]) -> None:
         """Write rows as one JSON object a line."""
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        (self.local / name).write_text(text, encoding="utf-8")
+        write_whole(self.local / name, text)
 
     def append_jsonl(self, name: str, row: dict[str, Any]) -> None:
         """Add one line, complete or not at all."""

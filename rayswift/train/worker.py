@@ -16,6 +16,7 @@ from rayswift.train.checkpoints.store import CheckpointStore
 from rayswift.train.collate import Collate, Collator, PairCollator
 from rayswift.train.config import WorkerConfig
 from rayswift.train.loader import EpochLoader, Rank, StreamLoader
+from rayswift.train.stopping import Notices
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -124,8 +125,8 @@ def _build_trainer(
         "rank": rank,
         "push": push,
         "kept": store.kept_steps(),
-        "begin": store.begin,
-        "commit": store.commit,
+        "save": store.save,
+        "wish": Notices(config.events, rank).wish,
         "collate": collate,
     }
     if encoder.preference:

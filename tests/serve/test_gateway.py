@@ -172,6 +172,36 @@ def test_nothing_is_answered_without_the_key(make: Callable[..., tuple[Gateway, 
     assert (gateway.counters.errors, gateway.counters.requests, gateway.counters.running) == (25, 28, 0)
 
 
+def test_a_connection_is_known_once_it_has_shown_a_key(make: Callable[..., tuple[Gateway, TestClient]]) -> None:
+    gateway, _ = make(api_keys=[hashlib.sha256(KEY.encode()).hexdigest()], allowed_origins=["*"])
+    known: list[str] = []
+
+    class Stranger:
+        def __init__(self, key: str) -> None:
+            self.admit = lambda: known.append(key)
+
+    async def ask() -> None:
+        app = await gateway.__serve_build_asgi_app__()
+        for key in ("", "guess", KEY):
+            scope = {
+                "type": "http",
+                "method": "GET",
+                "path": "/health",
+                "query_string": b"",
+                "root_path": "",
+                "headers": [(b"api-key", key.encode())],
+                "extensions": {"rayswift.connection": Stranger(key)},
+            }
+
+            async def send(message: Any) -> None:
+                pass
+
+            await app(scope, asyncio.Event().wait, send)  # type: ignore[arg-type]
+
+    asyncio.run(ask())
+    assert known == [KEY]
+
+
 def test_models_and_adapters_are_listed_and_found(client: TestClient) -> None:
     cards = client.get("/v1/models").json()["data"]
     assert [card["id"] for card in cards] == ["m", "one", "run/checkpoint-10", "start"]

@@ -18,6 +18,7 @@ from rayswift.data.tokens.encoder import Encoder
 from rayswift.errors import UserError
 from rayswift.generate.model_spec import ModelSpec
 from rayswift.serve.replica.pooling import PoolingServing, pooling_of
+from rayswift.serve.replica.prompt_length import most_characters
 
 TEXTS = ["The capital of France is Paris.", "Paris!", "def add(a, b): return a + b"]
 
@@ -149,3 +150,20 @@ def test_which_tokens_make_the_vector_is_what_the_folder_says(tiny_dir: str, tmp
 def test_an_encoder_is_read_at_its_first_token(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"architectures": ["BertModel"], "model_type": "bert"}))
     assert pooling_of(str(tmp_path)) == ("cls", True)
+
+
+def test_a_text_that_can_never_fit_is_refused_before_it_is_tokenised(
+    tiny_dir: str, vectors: TestClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+    limit = vectors.get("/v1/models").json()["data"][0]["max_model_len"]
+    long = "a" * (most_characters(AutoTokenizer.from_pretrained(tiny_dir), limit) + 1)
+    monkeypatch.setattr(PreTrainedTokenizerBase, "__call__", lambda *_, **__: pytest.fail("tokenised"))
+    for path, body in (
+        ("/v1/embeddings", {"input": [long]}),
+        ("/v1/score", {"text_1": "a", "text_2": long}),
+        ("/v1/rerank", {"query": long, "documents": ["a"]}),
+    ):
+        answer = vectors.post(path, json=body)
+        assert (answer.status_code, answer.json()["error"]["code"]) == (400, "context_length_exceeded")

@@ -21,6 +21,7 @@ from rayswift.generate.transformers import TransformersEngine
 from rayswift.generate.types import SamplingParams
 from rayswift.serve.lease import RESUME_HEADER
 from rayswift.serve.ports import bind
+from rayswift.serve.replica.prompt_length import most_characters
 from rayswift.serve.replica.transformers import TransformersServing
 
 ASK = [{"role": "user", "content": "What is the capital of France?"}]
@@ -514,7 +515,7 @@ BAD_BODIES: list[tuple[str, Any]] = [
         {"chat_template": "{{ 1 }}"}, {"chat_template_kwargs": {"enable_thinking": "maybe"}},
         {"chat_template_kwargs": []}, {"add_generation_prompt": True, "continue_final_message": True},
         {"model": 42}, {"use_beam_search": True}, {"truncate_prompt_tokens": -5}, {"guided_json": {}},
-        {"tools": []}, {"tool_choice": "required"}, {"temperature": 2.1}, {"allowed_token_ids": []},
+        {"tool_choice": "required"}, {"temperature": 2.1}, {"allowed_token_ids": []},
         {"min_tokens": 300}, {"min_tokens": 3, "max_tokens": 2},
     )),
     *((PLAIN, body) for body in (
@@ -554,3 +555,45 @@ def test_wrong_paths_methods_and_sizes_are_refused_in_openais_shape(http: TestCl
     assert http.post(CHAT, content=b"x" * (33 * 2**20)).status_code == 413
     assert http.post(CHAT, content=b"q=1", headers={"content-type": "text/plain"}).status_code == 400
     assert http.get("/health").status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        (PLAIN, {"prompt": "$long"}),
+        (PLAIN, {"prompt": ["$long", "a"]}),
+        ("/tokenize", {"prompt": "$long"}),
+        (CHAT, {"messages": [{"role": "user", "content": "$long"}]}),
+        (CHAT, {"messages": [{"role": "system", "content": [{"type": "text", "text": "$long"}]}, *ASK]}),
+        ("/tokenize", {"messages": [{"role": "user", "content": "$long"}]}),
+        ("/v1/responses", {"input": "$long"}),
+        ("/v1/messages", {"messages": [{"role": "user", "content": "$long"}], "max_tokens": 3}),
+    ],
+)
+def test_a_prompt_that_can_never_fit_is_refused_before_it_is_tokenised(
+    http: TestClient, serving: TransformersServing, monkeypatch: pytest.MonkeyPatch, path: str, body: dict[str, Any]
+) -> None:
+    tokenizer = serving.engine.encoder.tokenizer
+    text = "x " * (most_characters(tokenizer, serving.context_length) // 2 + 1)
+    monkeypatch.setattr(type(tokenizer), "encode", lambda *_, **__: pytest.fail("tokenised"))
+    monkeypatch.setattr("rayswift.serve.replica.transformers.chat_prompt_ids", lambda *_: pytest.fail("laid out"))
+    answer = http.post(path, json=json.loads(json.dumps(body).replace("$long", text)))
+    assert answer.status_code == 400
+    assert "characters" in answer.json()["error"]["message"]
+
+
+def test_the_end_of_a_long_text_is_enough_for_its_last_tokens(
+    http: TestClient, serving: TransformersServing, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer = serving.engine.encoder.tokenizer
+    most, encode, read = most_characters(tokenizer, serving.context_length), type(tokenizer).encode, list[str]()
+
+    def reading(self: Any, text: str, **options: Any) -> Any:
+        read.append(text)
+        return encode(self, text, **options)
+
+    monkeypatch.setattr(type(tokenizer), "encode", reading)
+    text = "x y z " * (most // 6 + 10)
+    found = http.post("/tokenize", json={"prompt": text, "truncate_prompt_tokens": 5}).json()["tokens"]
+    assert found == encode(tokenizer, text)[-5:]
+    assert [len(one) for one in read] == [most]

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import shlex
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -17,6 +20,8 @@ SFT = [
     "sft", "--dataset", "identity", "--model_name", "swift-robot", "--model_author", "swift", "--num_workers", "2",
     "--max_steps", str(STEPS), "--save_steps", "2", "--learning_rate", "1e-3", "--split_dataset_ratio", "0", *QUICK,
 ]  # fmt: skip
+#: Of one checkpoint of these runs, once there is one.
+CHECKPOINT_BYTES: list[int] = []
 #: The same operations on the same data in the same order: only what gloo's reduction may round differently.
 TOLERANCE = 1e-4
 
@@ -26,6 +31,8 @@ def undisturbed(smollm2_dir: str, tmp_path_factory: pytest.TempPathFactory) -> d
     """Losses of a run that nothing disturbs."""
     folder = tmp_path_factory.mktemp("undisturbed")
     run(*SFT, "--model", smollm2_dir, "--output_dir", str(folder / "out"), log=folder / "log")
+    files = (run_directory(folder / "out") / "checkpoint-2").rglob("*")
+    CHECKPOINT_BYTES.append(sum(path.stat().st_size for path in files))
     found = losses(run_directory(folder / "out"))
     assert list(found) == list(range(1, STEPS + 1))
     assert found[STEPS] < found[1]
@@ -68,16 +75,67 @@ def test_a_killed_driver_resumes_in_its_run_directory_with_the_same_losses(
     assert read_rows(killed)[-1]["last_model_checkpoint"] == f"{killed}/checkpoint-{STEPS}"
 
 
-def test_sigterm_ends_a_run_as_ctrl_c_does(smollm2_dir: str, tmp_path: Path) -> None:
+def test_sigterm_saves_what_was_trained_and_the_run_goes_on_from_there(
+    smollm2_dir: str, undisturbed: dict[int, float], tmp_path: Path
+) -> None:
+    """Two workers, which stop at the same step; no checkpoint of the schedule is near."""
     output, log = tmp_path / "out", tmp_path / "log"
-    driver = start(*SFT, "--model", smollm2_dir, "--output_dir", str(output), log=log)
-    wait_for(lambda: any(output.glob("v*/checkpoint-2/manifest.json")), 400, "the first checkpoint")
+    command = [*SFT, "--save_steps", "100", "--model", smollm2_dir, "--output_dir", str(output)]
+    driver = start(*command, log=log)
+    wait_for(lambda: any(output.glob("v*")) and len(losses(run_directory(output))) >= 2, 400, "step 2")
     os.kill(driver.pid, signal.SIGTERM)
-    assert driver.wait(30) == 143, log.read_text()[-4000:]
+    assert driver.wait(60) == 143, log.read_text()[-4000:]
     printed = log.read_text()
+    (saved,) = run_directory(output).glob("checkpoint-*/manifest.json")
+    name = saved.parent.name
+    assert 2 <= int(name.removeprefix("checkpoint-")) < STEPS
+    assert "SIGTERM: the workers stop after this step and save it" in printed
+    assert f"stopped; {name} in " in printed
     assert "is whole. Go on with the same command and --resume_from_checkpoint true" in printed
     assert printed.rstrip().endswith("rayswift sft: stopped")
     assert "Traceback" not in printed
+    run(*command, "--resume_from_checkpoint", "true", log=tmp_path / "resumed.log")
+    assert losses(run_directory(output)) == pytest.approx(undisturbed, rel=TOLERANCE)
+
+
+def test_a_second_sigterm_waits_for_no_step(smollm2_dir: str, tmp_path: Path) -> None:
+    output, log = tmp_path / "out", tmp_path / "log"
+    slow = ["--max_steps", "4", "--gradient_accumulation_steps", "512"]
+    driver = start(*SFT, *slow, "--model", smollm2_dir, "--output_dir", str(output), log=log)
+    wait_for(lambda: "model_parameter_info" in log.read_text(), 400, "the first step")
+    os.kill(driver.pid, signal.SIGTERM)
+    wait_for(lambda: "SIGTERM: the workers stop" in log.read_text(), 20, "the first signal's line")
+    os.kill(driver.pid, signal.SIGTERM)
+    assert driver.wait(15) == 143, log.read_text()[-4000:]  # before the time that the workers have
+    assert "stopped before the first checkpoint" in log.read_text()
+
+
+@pytest.mark.parametrize(("room", "kept"), [(0.7, []), (1.5, ["checkpoint-2"])])
+def test_a_full_disk_ends_no_training(
+    smollm2_dir: str, undisturbed: dict[int, float], tmp_path: Path, room: float, kept: list[str]
+) -> None:
+    """A file system of its own, with room for that many checkpoints."""
+    if subprocess.run(["unshare", "-m", "true"], capture_output=True, check=False).returncode:
+        pytest.skip("this machine lets nobody mount")
+    size = CHECKPOINT_BYTES[0]
+    output = tmp_path / "small"
+    output.mkdir()
+    command = [sys.executable, "-m", "rayswift", *SFT, "--model", smollm2_dir, "--output_dir", str(output)]
+    mounted = f"mount -t tmpfs -o size={int(room * size) + 2**20} none {output} && {shlex.join(command)}; " \
+              f"echo status $?; find {output}"  # fmt: skip
+    done = subprocess.run(["unshare", "-m", "sh", "-c", mounted], capture_output=True, text=True, check=False)
+    assert "status 0" in done.stdout, done.stdout[-4000:] + done.stderr[-4000:]
+    assert "Traceback" not in done.stdout + done.stderr
+    last = kept[-1] if kept else "there is none yet"
+    for step in (4, 6, 8):
+        line = f"checkpoint-{step} was not saved (No space left on device); training goes on, the last whole "
+        assert f"{line}checkpoint: {last}" in done.stdout
+    assert f"'global_step/max_steps': '{STEPS}/{STEPS}'" in done.stdout
+    found = done.stdout.partition("status 0")[2]
+    assert [
+        name for name in ("checkpoint-2", "checkpoint-4", "checkpoint-8") if f"{name}/manifest.json" in found
+    ] == kept
+    assert "/checkpoint-8" not in found  # nothing half-done stays
 
 
 #: A packed stream, four packs a step, without dropout: its random numbers would differ with the number of workers.

@@ -20,6 +20,7 @@ from rayswift.train.collate import PairCollator
 from rayswift.train.hf_arguments import hf_training_arguments
 from rayswift.train.loader import Rank
 from rayswift.train.schedule import StepSchedule
+from rayswift.train.stopping import Wish
 
 BETA = 0.3
 PAIR = PairCollator(0)
@@ -87,8 +88,8 @@ class Run:
             val_rows=val,
             rank=Rank(0, 1),
             push=events.append,
-            begin=lambda _: None,
-            commit=lambda _: None,
+            save=lambda _, write: write() is None,
+            wish=lambda: Wish.NOTHING,
             collate=PAIR,
         )
         self.trainer.train()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -169,6 +171,34 @@ def test_rows_that_a_killed_driver_did_not_write_come_from_the_checkpoint(run: R
     watch(run, [{"event": "resume", "step": 10, "history": history}, log(15, 1.25)])
     found = [(row["global_step/max_steps"], row.get("loss"), row.get("eval_loss")) for row in read_log(run)]
     assert found == [("5/40", 3.0, None), ("10/40", 2.0, None), ("10/40", None, 1.5), ("15/40", 1.25, None)]
+
+
+def test_a_log_that_cannot_be_written_is_said_once_and_made_whole_later(
+    run: RunDirectory, watch: Watch, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    append, room = RunDirectory.append_jsonl, iter([True, False, False, True])
+
+    def appending(self: RunDirectory, name: str, row: dict[str, Any]) -> None:
+        append(self, name, row)
+        if not next(room):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    write = RunDirectory.write_jsonl
+
+    def writing(self: RunDirectory, name: str, rows: list[dict[str, Any]]) -> None:
+        if not next(room):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        write(self, name, rows)
+
+    monkeypatch.setattr(RunDirectory, "append_jsonl", appending)
+    monkeypatch.setattr(RunDirectory, "write_jsonl", writing)
+    progress = watch(run, [*(log(step, 1.0) for step in (1, 2, 3, 4)), {"event": "checkpoint", "step": 4, "best": 4},
+                           {"event": "note", "line": "a line"}])  # fmt: skip
+    printed = capsys.readouterr().out
+    assert printed.count("its log cannot be written (No space left on device); training goes on") == 1
+    assert "a line" in printed
+    assert progress.last_step == 4
+    assert [row["global_step/max_steps"].split("/")[0] for row in read_log(run)] == ["1", "2", "3", "4"]
 
 
 def test_only_the_newest_of_waiting_steps_is_kept_and_nothing_else_is_lost(ray_cluster: None) -> None:

@@ -29,6 +29,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from rayswift import __version__
+from rayswift.serve.connections import admit
 from rayswift.serve.gateway.adapters import AdapterRegistry
 from rayswift.serve.gateway.cross_origin import allow_origins
 from rayswift.serve.gateway.forwarding import Forwarder, GatewayRequest
@@ -40,7 +41,7 @@ from rayswift.serve.node_address import keep_replica_ports_inside
 from rayswift.serve.openai_errors import ApiError, Refusal, add_error_handlers
 from rayswift.serve.ports import bind, run_http
 from rayswift.serve.replica.adapters import AdapterKey
-from rayswift.serve.request_body import check_roles, client_left, read_object
+from rayswift.serve.request_body import aside, check_roles, client_left, read_object
 
 logger = logging.getLogger("rayswift.serve.gateway.app")
 
@@ -173,6 +174,7 @@ class Gateway:
         path, method = scope["path"].rstrip("/") or "/", scope["method"]
         try:
             self._check_key(scope)
+            admit(scope)
             if method == "POST" and path in FORWARDED:
                 await self._forward(path, scope, receive, counting)
             else:
@@ -207,12 +209,12 @@ class Gateway:
 
     async def _forward(self, path: str, scope: Scope, receive: Receive, send: Send) -> None:
         raw, body = await read_object(scope, receive)
-        check_roles(body)
+        await aside(len(raw), lambda: check_roles(body))
         model, adapter = await self._find(body.get("model"))
         wanted = adapter.name if adapter else model.name
         if body.get("model") != wanted:
             body["model"] = wanted
-            raw = json.dumps(body, ensure_ascii=True).encode()
+            raw = await aside(len(raw), lambda: json.dumps(body, ensure_ascii=True).encode())
         request_id = dict(scope["headers"]).get(b"x-request-id", b"").decode("latin-1")[:100]
         request = GatewayRequest("POST", path, raw, body, str(adapter or ""), request_id)
         sending = asyncio.ensure_future(self._relay(model.forwarder, request, send))

@@ -15,7 +15,7 @@ from starlette.types import Receive, Scope, Send
 
 from rayswift import __version__
 from rayswift.generate.continuous_batching import Sequence, TokenDelta
-from rayswift.generate.logprobs import logprob_entry
+from rayswift.generate.logprobs import logprob_entry, token_names
 from rayswift.serve.openai_errors import ApiError
 from rayswift.serve.replica.tool_calls import CallReader
 
@@ -175,12 +175,15 @@ class Shape:
     def _columns(
         self, index: int, tokens: Iterable[tuple[int, float | None, dict[int, float] | None]]
     ) -> dict[str, Any]:
+        """Tokens with their log probabilities and those of the likeliest, of which the token itself is the first."""
         columns: dict[str, Any] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
         for token, logprob, likely in tokens:
-            text, offset = self._token(token), self._offsets.get(index, 0)
-            self._offsets[index] = offset + len(text)
-            top = None if likely is None else {self._token(other): _finite(value) for other, value in likely.items()}
-            values = (text, None if logprob is None else _finite(logprob), top, offset)
+            scores, offset = likely or {token: None}, self._offsets.get(index, 0)
+            texts = [self._token(other) for other in scores]
+            names = texts if self.tokens_as_ids else token_names(self.tokenizer, zip(scores, texts, strict=True))
+            self._offsets[index] = offset + len(texts[0])
+            top = None if likely is None else dict(zip(names, map(_finite, likely.values()), strict=True))
+            values = (names[0], None if logprob is None else _finite(logprob), top, offset)
             for column, value in zip(columns.values(), values, strict=True):
                 column.append(value)
         return columns

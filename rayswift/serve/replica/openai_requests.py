@@ -225,8 +225,6 @@ class ChatRequest(GenerationRequest):
 
     def check(self) -> None:
         super().check()
-        if self.tools is not None and not self.tools:
-            raise ApiError(400, "tools is empty: leave it out or name a tool", param="tools")
         if self.tool_choice not in (None, "none") and not self.tools:
             raise ApiError(400, "tool_choice needs tools", param="tool_choice")
         if isinstance(self.tool_choice, ToolChoice) and not self.forced_tools:

@@ -26,6 +26,7 @@ from rayswift.modeling.loading import read_config
 from rayswift.serve.model_cards import model_cards
 from rayswift.serve.openai_errors import ApiError, add_error_handlers
 from rayswift.serve.replica.conversion import Body
+from rayswift.serve.replica.prompt_length import check_characters
 
 #: Texts that are computed together.
 _BATCH = 32
@@ -139,6 +140,11 @@ class PoolingServing:
 
     def read(self, text: str | list[int], other: str | None) -> dict[str, list[int]]:
         """A text, or a pair, as the model's input. Raises ApiError (400) for one that is too long."""
+        characters = 0 if isinstance(text, list) else len(text + (other or ""))
+        try:
+            check_characters(self.tokenizer, self.context_length, characters)
+        except ValueError as error:
+            raise ApiError(400, str(error), code="context_length_exceeded", param="input") from None
         if isinstance(text, list):
             if max(text) >= self.engine.model.config.vocab_size:
                 raise ApiError(400, f"token id {max(text)} is out of the vocabulary", param="input")

@@ -16,6 +16,7 @@ from ray import serve
 
 from rayswift import private
 from rayswift.generate.model_spec import ModelSpec, hub_token
+from rayswift.serve.connections import MAX_REPLICA_HEAD_BYTES
 from rayswift.serve.lease import LeaseBook, LeaseMiddleware
 from rayswift.serve.node_address import keep_replica_ports_inside, node_ip
 from rayswift.serve.ports import bind, run_http
@@ -67,7 +68,8 @@ class LLMServer:
         self.adapters = AdapterBook(self.serving, self._fetch, self.encoders, self.plan.max_adapters)
         self._socket = bind(host)
         self.url = "http://{}:{}".format(*self._socket.getsockname()[:2])
-        self._http = await run_http(LeaseMiddleware(self.serving.app, self.leases), self._socket)
+        app = LeaseMiddleware(self.serving.app, self.leases)
+        self._http = await run_http(app, self._socket, max_head_bytes=MAX_REPLICA_HEAD_BYTES)
 
     async def lease(self, only_prepare: bool = False) -> AsyncIterator[dict[str, Any]]:
         """Where requests go and the token of a new lease; then nothing until the lease has ended.

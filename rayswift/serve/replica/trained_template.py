@@ -24,6 +24,7 @@ from rayswift.data.rows.media import Unusable
 from rayswift.data.rows.messages import read_messages
 from rayswift.data.tokens.encoder import Encoder
 from rayswift.errors import UserError
+from rayswift.serve.replica.prompt_length import characters_of, check_characters
 
 logger = logging.getLogger("rayswift.serve.replica.trained_template")
 
@@ -197,6 +198,8 @@ def use_trained_templates(online_renderer: Any, encoder_of: EncoderOf) -> None:
     def lay_out(encoder: Encoder, asked: Mapping[str, Any]) -> list[int] | None:
         if reason := needs_engine(encoder, asked):
             _say_engine_renders(reason)
+        else:
+            check_characters(encoder.tokenizer, config.max_model_len, characters_of(asked["messages"]))
         return chat_prompt_ids(encoder, asked)
 
     async def preprocess(request: Any, messages: list[Any], **settings: Any) -> Any:

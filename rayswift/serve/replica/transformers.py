@@ -38,6 +38,7 @@ from rayswift.serve.replica.openai_requests import (
     ToolChoice,
 )
 from rayswift.serve.replica.own_rendering import rendered_prompt_ids
+from rayswift.serve.replica.prompt_length import characters_of, check_characters, most_characters
 from rayswift.serve.replica.request_sampling import check_ids, rows_of
 from rayswift.serve.replica.tool_calls import CallReader, agent_of
 from rayswift.serve.replica.trained_template import chat_prompt_ids
@@ -177,6 +178,8 @@ class TransformersServing:
         if isinstance(choice := asked.get("tool_choice"), ToolChoice):
             asked["tool_choice"] = choice.model_dump()
 
+        self._check_characters(encoder.tokenizer, characters_of(body.messages), "messages")
+
         def lay_out() -> list[int]:
             ids = chat_prompt_ids(encoder, asked)
             return rendered_prompt_ids(encoder, asked) if ids is None else ids
@@ -194,10 +197,19 @@ class TransformersServing:
         tokenizer = self.engine.encoder.tokenizer
         if isinstance(prompt, str):
             special = body.add_special_tokens is not False
-            ids = await asyncio.to_thread(tokenizer.encode, prompt, add_special_tokens=special)
+            if getattr(body, "truncate_prompt_tokens", None) is None:
+                self._check_characters(tokenizer, len(prompt), "prompt")
+            last = prompt[-most_characters(tokenizer, self.context_length) :]
+            ids = await asyncio.to_thread(tokenizer.encode, last, add_special_tokens=special)
             return Prompt(_last_of(ids, body), prompt)
         check_ids(prompt, self.engine.vocabulary, "prompt")
         return Prompt(_last_of(prompt, body), tokenizer.decode(prompt))
+
+    def _check_characters(self, tokenizer: Any, characters: int, param: str) -> None:
+        try:
+            check_characters(tokenizer, self.context_length, characters)
+        except ValueError as error:
+            raise ApiError(400, str(error), code="context_length_exceeded", param=param) from None
 
     # --- answers ------------------------------------------------------------------------------------------------
 

@@ -23,7 +23,7 @@ from vllm.v1.engine.exceptions import EngineDeadError
 from rayswift import private
 from rayswift.data.tokens.encoder import Encoder
 from rayswift.errors import one_line
-from rayswift.generate.logprobs import token_bytes
+from rayswift.generate.logprobs import token_bytes, token_names
 from rayswift.serve.lease import TokenNotes, current_notes
 from rayswift.serve.replica.trained_template import keeping_tools, use_trained_templates
 
@@ -54,6 +54,7 @@ class VllmServing:
         self.app, online_renderer = await private.openai_app(self._server)
         if online_renderer is not None:
             private.correct_token_bytes(self.app, partial(token_bytes, client.renderer.tokenizer))
+            private.name_completion_tokens(self.app, partial(token_names, client.renderer.tokenizer))
             use_trained_templates(online_renderer, lambda name: self.encoders.get(name or ""))
             self.app = keeping_tools(self.app)
         self._watch = asyncio.ensure_future(self._end_with_engine(client))

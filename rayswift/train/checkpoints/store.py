@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
+import re
 import shutil
 import tempfile
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from rayswift.data.files import filesystem_of
 from rayswift.data.flow.cache import code_hash
@@ -17,6 +20,25 @@ if TYPE_CHECKING:
     from rayswift.train.config import WorkerConfig
     from rayswift.train.loader import Rank
     from rayswift.train.trainers.step import StepTraining
+
+T = TypeVar("T")
+
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+#: How the writers of safetensors (an error of Rust's) and of torch (which has no reason to give) say it.
+_SAYS_NO_ROOM = re.compile(
+    rf"os error ({'|'.join(map(str, _NO_ROOM))})\b|PytorchStreamWriter failed writing|unexpected pos \d+ vs"
+)
+
+
+def no_room(error: BaseException | None) -> str:
+    """In a few words that a disk was full, where that is what an error came from; else ``""``."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in _NO_ROOM:
+            return os.strerror(error.errno)
+        if found := _SAYS_NO_ROOM.search(str(error)):
+            return os.strerror(int(found[1])) if found[1] else os.strerror(errno.ENOSPC)
+        error = error.__cause__ or error.__context__
+    return ""
 
 
 class CheckpointStore:
@@ -33,6 +55,7 @@ class CheckpointStore:
         self.filesystem, self.run_path = filesystem_of(config.run_uri)
         name = os.path.basename(config.run_uri)
         self.local_dir = os.path.join(tempfile.gettempdir(), f"rayswift-{name}") if self.remote else self.run_path
+        self._size = 0  # bytes of the checkpoint before
         os.makedirs(self.local_dir, exist_ok=True)
 
     def resume_from(self) -> tuple[str | None, int]:
@@ -89,34 +112,93 @@ class CheckpointStore:
             rows = json.load(file)["log_history"]
         return [row for row in rows if "global_step" in row]
 
-    def begin(self, trainer: StepTraining) -> None:
-        """Before the first file of a checkpoint is written."""
-        if self.rank.rank == 0:
-            name = f"checkpoint-{trainer.state.global_step}"
-            checkpoints.begin_checkpoint(self.filesystem, self.run_path, name)
+    def save(self, trainer: StepTraining, write: Callable[[], None]) -> bool:
+        """Have ``write`` write the files of this step's checkpoint, on every worker, and make it whole.
 
-    def commit(self, trainer: StepTraining) -> None:
-        """Make the checkpoint of this step whole: hash, report, then the manifest; then remove surplus ones."""
-        import ray.train
-        import torch
-        from ray.train import Checkpoint, CheckpointUploadMode
-
+        Where the disk has no room for it (or a quota, or a limit of the system) training goes on without it: what was
+        written of it is deleted, those before it stay, one line says so, and False is returned on every worker.
+        """
         step = trainer.state.global_step
         name = f"checkpoint-{step}"
         local = os.path.join(self.local_dir, name)
+        share: dict[str, dict[str, Any]] = {}
+
+        def hash_share() -> None:
+            sync = not self.remote
+            share.update(checkpoints.hash_files(local, self.local_rank, self.local_world_size, sync=sync))
+
+        def finish() -> None:
+            if self.rank.rank == 0:
+                self._finish(name, step, {file: entry for one in shares for file, entry in one.items()})
+
+        for part in (lambda: self._begin(name), write, lambda: self._describe(trainer, local), hash_share):
+            if reason := self._attempt(part):
+                return self._give_up(name, local, reason)
+        shares = self._of_all(share)
+        self._report(name, local, step)
+        if reason := self._attempt(finish):
+            return self._give_up(name, local, reason)
+        if self.rank.rank == 0:
+            self._tidy(trainer.state)
+        if self.remote and self.local_rank == 0:
+            shutil.rmtree(local, ignore_errors=True)
+        return True
+
+    def _attempt(self, part: Callable[[], None]) -> str:
+        """Do a part of the work; why it had no room on one of the workers, else ``""``. They wait for each other."""
+        reason = ""
+        try:
+            part()
+        except Exception as error:
+            if not (reason := no_room(error)):
+                raise
+        return next(filter(None, self._of_all(reason)), "")
+
+    def _of_all(self, value: T) -> list[T]:
+        """The values of all workers, by rank."""
+        import torch
+
+        found: list[Any] = [value] * self.rank.world_size
+        if self.rank.world_size > 1:
+            torch.distributed.all_gather_object(found, value)
+        return found
+
+    def _give_up(self, name: str, local: str, reason: str) -> bool:
+        if self.rank.rank == 0:
+            with contextlib.suppress(OSError):
+                checkpoints.delete_checkpoint(self.filesystem, f"{self.run_path}/{name}")
+            with contextlib.suppress(OSError):
+                checkpoints.end_checkpoint(self.filesystem, self.run_path, name)
+            whole = checkpoints.list_checkpoints(self.filesystem, self.run_path)
+            last = os.path.basename(whole[-1].path) if whole else "there is none yet"
+            line = f"{name} was not saved ({reason}); training goes on, the last whole checkpoint: {last}"
+            self.config.events.push.remote({"event": "note", "line": line})
+        if self.local_rank == 0:
+            shutil.rmtree(local, ignore_errors=True)
+        self._of_all(None)  # nobody begins the next one before this is gone
+        return False
+
+    def _begin(self, name: str) -> None:
+        """Rank 0, before the first file is written. A checkpoint is about as large as the one before it."""
+        if self.rank.rank == 0:
+            if not self.remote and shutil.disk_usage(self.run_path).free < self._size:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            checkpoints.begin_checkpoint(self.filesystem, self.run_path, name)
+
+    def _describe(self, trainer: StepTraining, local: str) -> None:
+        """Rank 0: what is beside the Trainer's files."""
         if self.rank.rank == 0:
             self.config.args.save(os.path.join(local, "args.json"))
-            stream = trainer.loader.stream_places(step)
+            stream = trainer.loader.stream_places(trainer.state.global_step)
             batch = self.config.schedule.global_batch_size
             data, model = self.config.data.fingerprint, self.config.model_fingerprint
             checkpoints.Position(batch, data, stream, code_hash(), model).write(local)
-        if self.rank.world_size > 1:
-            torch.distributed.barrier()
-        shares = [checkpoints.hash_files(local, self.local_rank, self.local_world_size, sync=not self.remote)]
-        if self.rank.world_size > 1:
-            gathered: list[Any] = [None] * self.rank.world_size
-            torch.distributed.all_gather_object(gathered, shares[0])
-            shares = gathered
+
+    def _report(self, name: str, local: str, step: int) -> None:
+        """Tell Ray Train, which brings a bucket's files there."""
+        import ray.train
+        from ray.train import Checkpoint, CheckpointUploadMode
+
         # One worker per node uploads the node's folder; on a shared file system the files are in place already.
         carries = self.local_rank == 0 if self.remote else True
         mode = CheckpointUploadMode.SYNC if self.remote else CheckpointUploadMode.NO_UPLOAD
@@ -127,30 +209,31 @@ class CheckpointStore:
             checkpoint_dir_name=name,
             checkpoint_upload_mode=mode,
         )
-        if self.rank.rank == 0:
-            files = {file: entry for share in shares for file, entry in share.items()}
-            self._finish(name, files, trainer.state)
-        if self.remote and self.local_rank == 0:
-            shutil.rmtree(local, ignore_errors=True)
-        if self.rank.world_size > 1:
-            torch.distributed.barrier()
 
-    def _finish(self, name: str, files: dict[str, dict[str, Any]], state: Any) -> None:
-        """Rank 0, last: the manifest, what it replaces, and the news."""
-        args, step = self.config.args, state.global_step
+    def _finish(self, name: str, step: int, files: dict[str, dict[str, Any]]) -> None:
+        """Rank 0, last: the manifest."""
         if not self.remote:
             checkpoints.sync_folder(self.run_path)
         checkpoints.write_manifest(self.filesystem, f"{self.run_path}/{name}", step, files)
-        checkpoints.end_checkpoint(self.filesystem, self.run_path, name)
+        self._size = sum(entry["size"] for entry in files.values())
+
+    def _tidy(self, state: Any) -> None:
+        """Rank 0, when a checkpoint is whole: remove what it replaces, and tell the news."""
+        args, step = self.config.args, state.global_step
+        checkpoints.end_checkpoint(self.filesystem, self.run_path, f"checkpoint-{step}")
         checkpoints.keep_only(self.filesystem, self.run_path, args.save_total_limit, state.best_model_checkpoint)
         if args.create_checkpoint_symlink and not self.remote:
-            for link, target in (("last", step), ("best", state.best_global_step or step)):
-                temporary = os.path.join(self.run_path, f".{link}")
-                with contextlib.suppress(FileNotFoundError):  # of a run that was killed just here
-                    os.unlink(temporary)
-                os.symlink(f"checkpoint-{target}", temporary)
-                os.replace(temporary, os.path.join(self.run_path, link))
+            with contextlib.suppress(OSError):  # a disk without room for a name
+                self._link(step, state.best_global_step or step)
         self.config.events.push.remote({"event": "checkpoint", "step": step, "best": state.best_global_step})
+
+    def _link(self, last: int, best: int) -> None:
+        for link, target in (("last", last), ("best", best)):
+            temporary = os.path.join(self.run_path, f".{link}")
+            with contextlib.suppress(FileNotFoundError):  # of a run that was killed just here
+                os.unlink(temporary)
+            os.symlink(f"checkpoint-{target}", temporary)
+            os.replace(temporary, os.path.join(self.run_path, link))
 
     def close(self) -> None:
         """Remove this node's staging folder."""

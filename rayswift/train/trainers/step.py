@@ -18,6 +18,7 @@ from rayswift.data.tokens.table import TokenRows
 from rayswift.modeling.part_of_base import read_plain, write_plain
 from rayswift.train.collate import Batch, Collate
 from rayswift.train.loader import Rank, eval_batches
+from rayswift.train.stopping import Wish
 
 if TYPE_CHECKING:
     from rayswift.train.schedule import StepSchedule
@@ -39,8 +40,8 @@ class StepTraining(Trainer):
         val_rows: validation rows, or None.
         rank: this worker's share.
         push: sends an event to the driver.
-        begin: called on every worker before a checkpoint's files are written.
-        commit: called on every worker after a checkpoint's files are written; makes it whole.
+        save: called on every worker with what writes a checkpoint's files; makes it whole, False where it could not.
+        wish: what the workers do after a step beside training on, which all of them agree about.
         collate: validation rows to a batch.
     """
 
@@ -56,16 +57,16 @@ class StepTraining(Trainer):
         val_rows: TokenRows | None,
         rank: Rank,
         push: Push,
-        begin: Callable[[Any], None],
-        commit: Callable[[Any], None],
+        save: Callable[[Any, Callable[[], None]], bool],
+        wish: Callable[[], Wish],
         collate: Collate,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
         self.loader, self.schedule, self.val_rows, self.rank = loader, schedule, val_rows, rank
         self.kept = kept
-        self.push, self.begin, self.commit, self.collate = push, begin, commit, collate
-        self.last_saved_step = -1
+        self.push, self.save, self.wish, self.collate = push, save, wish, collate
+        self.last_saved_step = self._last_tried_step = -1
         # On the device, so that counting never waits for it.
         self._counts = torch.zeros(self.NUM_COUNTS, dtype=torch.float64, device=self.args.device)
         self._logged_at = time.monotonic()
@@ -159,10 +160,10 @@ class StepTraining(Trainer):
         if self.state.best_global_step:
             best = f"checkpoint-{self.state.best_global_step}"
             self.state.best_model_checkpoint = os.path.join(str(self.args.output_dir), best)
-        self.begin(self)
-        super()._save_checkpoint(model, trial)
-        self.commit(self)
-        self.last_saved_step = self.state.global_step
+        self._last_tried_step = self.state.global_step
+        write = super()._save_checkpoint
+        if self.save(self, lambda: write(model, trial)):
+            self.last_saved_step = self.state.global_step
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         """The trained adapter alone, as one that fits the model; of a full model Transformers' way."""
@@ -186,7 +187,7 @@ class StepTraining(Trainer):
 
     def save_final(self) -> None:
         """The last step is always evaluated and saved (SWIFT), also when a stream ended early."""
-        if self.args.save_strategy != "no" and self.last_saved_step != self.state.global_step > 0:
+        if self.args.save_strategy != "no" and self._last_tried_step != self.state.global_step > 0:
             self._save_checkpoint(self.model_wrapped, None)
 
     def load_checkpoint(self, folder: str) -> None:
@@ -200,7 +201,7 @@ class StepTraining(Trainer):
 
 
 class _StepEvents(TrainerCallback):
-    """One event per optimiser step, and SWIFT's rule that the last step is evaluated and saved."""
+    """One event per optimiser step, SWIFT's rule that the last step is evaluated and saved, and an end before it."""
 
     def __init__(self, trainer: StepTraining) -> None:
         self.trainer = trainer
@@ -219,4 +220,8 @@ class _StepEvents(TrainerCallback):
             control.should_log = True
             control.should_evaluate = control.should_evaluate or args.eval_strategy != "no"
             control.should_save = control.should_save or args.save_strategy != "no"
+        elif wish := self.trainer.wish():
+            control.should_save = control.should_save or args.save_strategy != "no"
+            if wish is Wish.STOP:
+                control.should_training_stop, control.should_evaluate = True, False
         return control
