@@ -98,6 +98,223 @@ PHI3 = """\
 {%- for m in messages %}{{- '<|' + m.role + '|>\\n' + m.content + '<|end|>\\n' }}{%- endfor %}
 {%- if add_generation_prompt %}{{- '<|assistant|>\\n' }}{%- endif %}"""
 
+GLM4 = """\
+[gMASK]<sop>
+{%- if tools -%}
+<|system|>
+# 可用工具
+{%- for tool in tools %}
+    {%- set function = tool.function if tool.get("function") else tool %}
+
+## {{ function.name }}
+
+{{ function | tojson(indent=4, ensure_ascii=False) }}
+在调用上述函数时，请使用 Json 格式表示调用的参数。
+{%- endfor %}
+{%- endif -%}
+
+{%- for msg in messages %}
+    {%- if msg.role == 'system' %}
+<|system|>
+{{ msg.content }}
+    {%- endif %}
+{%- endfor %}
+
+{%- for message in messages if message.role != 'system' %}
+    {%- set role = message['role'] %}
+    {%- set content = message['content'] %}
+    {%- set meta = message.get("metadata", "") %}
+
+    {%- if role == 'user' %}
+<|user|>
+{{ content }}
+    {%- elif role == 'assistant' and not meta %}
+<|assistant|>
+{{ content }}
+    {%- elif role == 'assistant' and meta %}
+<|assistant|>{{ meta }}
+{{ content }}
+    {%- elif role == 'observation' %}
+<|observation|>
+{{ content }}
+    {%- endif %}
+{%- endfor %}
+{% if add_generation_prompt %}<|assistant|>{% endif %}"""
+
+CHATGLM4 = (
+    "[gMASK]<sop>{% for item in messages %}{% if item['tools'] is defined %}<|system|>\n"
+    "你是一个名为 GLM-4 的人工智能助手。你是基于智谱AI训练的语言模型 GLM-4 模型开发的，"
+    "你的任务是针对用户的问题和要求提供适当的答复和支持。\n\n# 可用工具"
+    "{% set tools = item['tools'] %}{% for tool in tools %}{% if tool['type'] == 'function' %}\n\n"
+    "## {{ tool['function']['name'] }}\n\n{{ tool['function'] | tojson(indent=4) }}\n"
+    "在调用上述函数时，请使用 Json 格式表示调用的参数。{% endif %}{% endfor %}{% endif %}"
+    "{% if item['content'] %}<|{{ item['role'] }}|>{{ item['metadata'] }}\n{{ item['content'] }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+DEEPSEEK_V3_1 = """\
+{%- if not thinking is defined %}{% set thinking = false %}{% endif %}
+{%- set ns = namespace(is_first=false, is_tool=false, system='', is_last_user=false) %}
+{%- for m in messages if m.role == 'system' %}{%- set ns.system = ns.system + m.content %}{%- endfor %}
+{{- bos_token + ns.system }}
+{%- for m in messages %}
+{%- if m.role == 'user' %}
+{%- set ns.is_tool = false %}{%- set ns.is_first = false %}{%- set ns.is_last_user = true %}
+{{- '<｜User｜>' + m.content }}
+{%- elif m.role == 'assistant' and m.tool_calls %}
+{%- if ns.is_last_user %}{{- '<｜Assistant｜></think>' }}{%- endif %}
+{%- set ns.is_last_user = false %}{%- set ns.is_first = false %}{%- set ns.is_tool = false %}
+{%- for tool in m.tool_calls %}
+{%- if not ns.is_first %}{{- (m.content or '') + '<｜tool▁calls▁begin｜>' }}{%- set ns.is_first = true %}{%- endif %}
+{{- '<｜tool▁call▁begin｜>' + tool.function.name + '<｜tool▁sep｜>' + tool.function.arguments + '<｜tool▁call▁end｜>' }}
+{%- endfor %}
+{{- '<｜tool▁calls▁end｜><｜end▁of▁sentence｜>' }}
+{%- elif m.role == 'assistant' %}
+{%- if ns.is_last_user %}{{- '<｜Assistant｜>' }}
+{%- if m.prefix is defined and m.prefix and thinking %}{{- '<think>' }}{%- else %}{{- '</think>' }}{%- endif %}
+{%- endif %}
+{%- set ns.is_last_user = false %}
+{%- set content = m.content %}
+{%- if not ns.is_tool and '</think>' in content %}{%- set content = content.split('</think>', 1)[1] %}{%- endif %}
+{%- set ns.is_tool = false %}
+{{- content + '<｜end▁of▁sentence｜>' }}
+{%- elif m.role == 'tool' %}
+{%- set ns.is_last_user = false %}{%- set ns.is_tool = true %}
+{{- '<｜tool▁output▁begin｜>' + m.content + '<｜tool▁output▁end｜>' }}
+{%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt and ns.is_last_user and not ns.is_tool %}
+{{- '<｜Assistant｜>' }}{%- if not thinking %}{{- '</think>' }}{%- else %}{{- '<think>' }}{%- endif %}
+{%- endif %}"""
+
+DEEPSEEK_V2 = (
+    "{{ bos_token }}{% for message in messages %}{% if message['role'] == 'user' %}{{ 'User: ' + message['content'] + "
+    "'\n\n' }}{% elif message['role'] == 'assistant' %}{{ 'Assistant: ' + message['content'] + eos_token }}{% elif "
+    "message['role'] == 'system' %}{{ message['content'] + '\n\n' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"
+)
+
+#: With the system text, which :data:`LLAMA2` leaves out.
+LLAMA2_SYSTEM = (
+    "{% if messages[0]['role'] == 'system' %}{% set loop_messages = messages[1:] %}"
+    "{% set system_message = messages[0]['content'] %}{% else %}{% set loop_messages = messages %}"
+    "{% set system_message = false %}{% endif %}{% for message in loop_messages %}"
+    "{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('Conversation roles must alternate') }}{% endif %}{% if loop.index0 == 0 and system_message != false %}"
+    "{% set content = '<<SYS>>\\n' + system_message + '\\n<</SYS>>\\n\\n' + message['content'] %}{% else %}"
+    "{% set content = message['content'] %}{% endif %}{% if message['role'] == 'user' %}{{ bos_token + '[INST] ' + "
+    "content.strip() + ' [/INST]' }}{% elif message['role'] == 'assistant' %}{{ ' '  + content.strip() + ' ' + "
+    "eos_token }}{% endif %}{% endfor %}"
+)
+
+PHI4 = (
+    "{% for message in messages %}{% if (message['role'] == 'system') %}{{'<|im_start|>system<|im_sep|>' + "
+    "message['content'] + '<|im_end|>'}}{% elif (message['role'] == 'user') %}{{'<|im_start|>user<|im_sep|>' + "
+    "message['content'] + '<|im_end|>'}}{% elif (message['role'] == 'assistant') %}{{'<|im_start|>assistant<|im_sep|>' "
+    "+ message['content'] + '<|im_end|>'}}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant<|im_sep|>' }}{% endif %}"
+)
+
+MISTRAL_2501 = """\
+{%- set today = strftime_now("%Y-%m-%d") %}
+{%- set default_system_message = "You are Mistral Small 3, a Large Language Model (LLM) created by Mistral AI, a \
+French startup headquartered in Paris.\\nYour knowledge base was last updated on 2023-10-01. The current date is " + today + \
+".\\n\\nWhen you're not sure about some information, you say that you don't have the information and don't make up \
+anything.\\nIf the user's question is not clear, ambiguous, or does not provide enough context for you to accurately \
+answer the question, you do not try to answer it right away and you rather ask the user to clarify their request (e.g. \
+\\"What are some good restaurants around me?\\" => \\"Where are you?\\" or \\"When is the next flight to Tokyo\\" => \
+\\"Where do you travel from?\\")" %}
+{{- bos_token }}
+{%- if messages[0]['role'] == 'system' %}
+    {%- set system_message = messages[0]['content'] %}{%- set loop_messages = messages[1:] %}
+{%- else %}
+    {%- set system_message = default_system_message %}{%- set loop_messages = messages %}
+{%- endif %}
+{{- '[SYSTEM_PROMPT]' + system_message + '[/SYSTEM_PROMPT]' }}
+{%- for message in loop_messages %}
+{%- if message['role'] == 'user' %}{{- '[INST]' + message['content'] + '[/INST]' }}
+{%- elif message['role'] == 'assistant' %}{{- message['content'] + eos_token }}
+{%- else %}{{- raise_exception('Only user, system and assistant roles are supported!') }}{%- endif %}
+{%- endfor %}"""
+
+_CODER_FORMAT = (
+    "</tools>\\n\\nIf you choose to call a function ONLY reply in the following format with NO "
+    "suffix:\\n\\n<tool_call>\\n<function=example_function_name>\\n<parameter=example_parameter_1>\\nvalue_1\\n</parameter>\\n<parameter=example_parameter_2>\\nThis "
+    "is the value for the second parameter\\nthat can span\\nmultiple "
+    "lines\\n</parameter>\\n</function>\\n</tool_call>\\n\\n<IMPORTANT>\\nReminder:\\n- Function calls MUST follow "
+    "the specified format: an inner <function=...></function> block must be nested within <tool_call></tool_call> "
+    "XML tags\\n- Required parameters MUST be specified\\n- You may provide optional reasoning for your function "
+    "call in natural language BEFORE the function call, but NOT after\\n- If there is no function call available, "
+    "answer the question like normal with your current knowledge and do not tell the user about function "
+    "calls\\n</IMPORTANT>"
+)
+QWEN3_CODER = (
+    """\
+{%- macro extra(fields, handled) %}
+{%- for key in fields if key not in handled %}
+{%- if fields[key] is mapping or (fields[key] is sequence and fields[key] is not string) %}
+{{- '\\n<' ~ key ~ '>' ~ (fields[key] | tojson | safe) ~ '</' ~ key ~ '>' }}
+{%- else %}{{- '\\n<' ~ key ~ '>' ~ (fields[key] | string) ~ '</' ~ key ~ '>' }}{%- endif %}
+{%- endfor %}
+{%- endmacro %}
+{%- if messages[0].role == 'system' %}
+{%- set system = messages[0].content %}{%- set turns = messages[1:] %}
+{%- else %}
+{%- set turns = messages %}
+{%- if tools %}
+{%- set system = 'You are Qwen, a helpful AI assistant that can interact with a computer to solve tasks.' %}
+{%- endif %}
+{%- endif %}
+{%- if system is defined %}{{- '<|im_start|>system\\n' + system }}{%- endif %}
+{%- if tools %}
+{{- '\\n\\n# Tools\\n\\nYou have access to the following functions:\\n\\n<tools>' }}
+{%- for tool in tools %}
+{%- set tool = tool.function %}
+{{- '\\n<function>\\n<name>' ~ tool.name ~ '</name>' }}
+{%- if tool.description is defined %}
+{{- '\\n<description>' ~ (tool.description | trim) ~ '</description>' }}
+{%- endif %}
+{{- '\\n<parameters>' }}
+{%- for name, fields in tool.parameters.properties | items %}
+{{- '\\n<parameter>\\n<name>' ~ name ~ '</name>' }}
+{%- if fields.type is defined %}{{- '\\n<type>' ~ (fields.type | string) ~ '</type>' }}{%- endif %}
+{%- if fields.description is defined %}
+{{- '\\n<description>' ~ (fields.description | trim) ~ '</description>' }}
+{%- endif %}
+{{- extra(fields, ['name', 'type', 'description']) ~ '\\n</parameter>' }}
+{%- endfor %}
+{{- extra(tool.parameters, ['type', 'properties']) ~ '\\n</parameters>' }}
+{{- extra(tool, ['type', 'name', 'description', 'parameters']) ~ '\\n</function>' }}
+{%- endfor %}
+{{- '\\n"""
+    + _CODER_FORMAT
+    + """' }}
+{%- endif %}
+{%- if system is defined %}{{- '<|im_end|>\\n' }}{%- endif %}
+{%- for m in turns %}
+{%- if m.role == 'assistant' and m.tool_calls %}
+{{- '<|im_start|>assistant' }}
+{%- if m.content is string and m.content | trim %}{{- '\\n' + m.content | trim + '\\n' }}{%- endif %}
+{%- for call in m.tool_calls %}
+{{- '\\n<tool_call>\\n<function=' + call.function.name + '>\\n' }}
+{%- for name, value in call.function.arguments | items %}
+{{- '<parameter=' + name + '>\\n' }}
+{{- value | tojson | safe if value is mapping or (value is sequence and value is not string) else value | string }}
+{{- '\\n</parameter>\\n' }}
+{%- endfor %}
+{{- '</function>\\n</tool_call>' }}
+{%- endfor %}
+{{- '<|im_end|>\\n' }}
+{%- elif m.role == 'tool' %}
+{%- if loop.previtem and loop.previtem.role != 'tool' %}{{- '<|im_start|>user\\n' }}{%- endif %}
+{{- '<tool_response>\\n' + m.content + '\\n</tool_response>\\n' }}
+{%- if loop.last or loop.nextitem.role != 'tool' %}{{- '<|im_end|>\\n' }}{%- endif %}
+{%- else %}{{- '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>\\n' }}
+{%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}"""
+)
+
 OPEN_ENDED = """\
 {%- for m in messages %}{{- '\\n' + m.role + ': ' + m.content }}{%- endfor %}
 {%- if add_generation_prompt %}{{- '\\nassistant: ' }}{%- endif %}"""

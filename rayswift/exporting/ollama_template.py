@@ -160,7 +160,8 @@ class _Loop:
             thoughts,
             _literal(_after(ended, given, _REPLIES[0])),
             _by_thinking([_literal(text.partition(given)[2]) for text in running]),
-            "{{ if .ToolCalls }}{{ if .Content }}\n{{ end }}{{ range $n, $_ := .ToolCalls }}"
+            f"{{{{ if .ToolCalls }}}}{_if('.Content', _literal(agent.text_separator), '')}"
+            "{{ range $n, $_ := .ToolCalls }}"
             f"{_if('$n', separator, start)}{call_text}{{{{ end }}}}{_literal(agent.calls_end)}{{{{ end }}}}",
             f"{_if(_AFTER_RESULT, apart, _literal(gap))}{_literal(before)}{{{{ .Content }}}}{_literal(after)}",
         )

@@ -74,18 +74,18 @@ LLAMA = "<|start_header_id|>{}<|end_header_id|>\n\n"
             "llama3",
             "llama3",
             f"<|begin_of_text|>{LLAMA.format('user')}Q<|eot_id|>{LLAMA.format('assistant')}▮{LLAMA_CALL}<|eot_id|>▮"
-            f"{LLAMA.format('tool')}sunny<|eot_id|>{LLAMA.format('assistant')}▮R<|eot_id|>▮",
+            f'{LLAMA.format("ipython")}"sunny"<|eot_id|>{LLAMA.format("assistant")}▮R<|eot_id|>▮',
             f"<|begin_of_text|>{LLAMA.format('user')}Q<|eot_id|>{LLAMA.format('assistant')}▮{LLAMA_CALL}\n{LLAMA_CALL}"
-            f"<|eot_id|>▮{LLAMA.format('tool')}sunny<|eot_id|>{LLAMA.format('tool')}rain<|eot_id|>"
+            f'<|eot_id|>▮{LLAMA.format("ipython")}"sunny"<|eot_id|>{LLAMA.format("ipython")}"rain"<|eot_id|>'
             f"{LLAMA.format('assistant')}▮R<|eot_id|>▮",
         ),
         (
             "glm4",
             "glm4",
-            '[gMASK]<sop><|user|>\nQ<|assistant|>\n▮weather\n{"city": "北京"}<|observation|>▮\nsunny<|assistant|>\n'
-            "▮R<|user|>▮",
-            '[gMASK]<sop><|user|>\nQ<|assistant|>\n▮weather\n{"city": "北京"}<|assistant|>weather\n{"city": "北京"}'
-            "<|observation|>▮\nsunny<|observation|>\nrain<|assistant|>\n▮R<|user|>▮",
+            '[gMASK]<sop><|user|>\nQ<|assistant|>▮weather\n{"city": "北京"}<|observation|>▮\nsunny<|assistant|>▮\n'
+            "R<|user|>▮",
+            '[gMASK]<sop><|user|>\nQ<|assistant|>▮weather\n{"city": "北京"}<|assistant|>weather\n{"city": "北京"}'
+            "<|observation|>▮\nsunny<|observation|>\nrain<|assistant|>▮\nR<|user|>▮",
         ),
         (
             "deepseek_v3_1",
@@ -111,7 +111,7 @@ def test_the_prompt_after_a_tool_result_is_the_start_of_the_trained_text(family:
     options = RenderOptions(loss_scale="last_round", add_non_thinking_prefix=bool(template.history_prefix))
     trained = text_of(template.render(read_conversation(LOOP, [WEATHER], agent), options))
     text = text_of(asked)
-    assert trained == text + "R" + template.suffix
+    assert trained == text + template.reply_prefix + "R" + template.suffix
 
 
 def test_tools_stand_where_each_format_wants_them() -> None:
@@ -138,13 +138,21 @@ def test_tools_stand_where_each_format_wants_them() -> None:
     assert "user<|end_header_id|>\n\nGiven the following functions" in llama
     assert f"Do not use variables.\n\n{listed}\n\n{listed}\n\nQ<|eot_id|>" in llama
     glm = layout("glm4", "glm4", chat((U, "Q"), (A, "R")), [WEATHER])
-    assert glm.startswith(f"[gMASK]<sop><|system|>\n# 可用工具\n\n## weather\n\n{listed}\n在调用上述函数时")
+    assert glm.startswith(f"[gMASK]<sop><|system|>\n# 可用工具\n## weather\n\n{listed}\n在调用上述函数时")
+    assert "Json 格式表示调用的参数。<|system|>\nSYS<|user|>\nQ" in layout("glm4", "glm4", asked, [WEATHER])
     described = (
         "<function>\n<name>weather</name>\n<description>Weather of a city</description>\n<parameters>\n<parameter>\n"
         "<name>city</name>\n<type>string</type>\n</parameter>\n"
         '<required>["city"]</required>\n</parameters>\n</function>'
     )
     assert f"<tools>\n{described}\n</tools>" in layout("qwen3_coder", "qwen3_coder", asked, [WEATHER])
+    coder = layout("qwen3_coder", "qwen3_coder", chat((U, "Q"), (A, "R")), [WEATHER])
+    assert (
+        "system\nYou are Qwen, a helpful AI assistant that can interact with a computer to solve tasks.\n\n# T" in coder
+    )
+    assert layout("qwen3_coder", "qwen3_coder", chat((U, "Q"), (A, "R"))) == f"{CHATML_ASKED}▮R<|im_end|>▮"
+    assert "\n\nEnvironment: ipython\nCutting Knowledge" in layout("llama3_2", "llama3", asked, [WEATHER])
+    assert "Environment" not in layout("llama3_2", "llama3", asked)
 
 
 def test_a_user_who_writes_after_a_tool_result_has_a_turn_of_his_own() -> None:
@@ -153,7 +161,7 @@ def test_a_user_who_writes_after_a_tool_result_has_a_turn_of_his_own() -> None:
         "</tool_response><|im_end|>\n<|im_start|>user\nand?<|im_end|>\n<|im_start|>assistant\n▮R<|im_end|>▮"
     )
     assert layout("llama3", "llama3", messages).endswith(
-        f"sunny<|eot_id|>{LLAMA.format('user')}and?<|eot_id|>{LLAMA.format('assistant')}▮R<|eot_id|>▮"
+        f'"sunny"<|eot_id|>{LLAMA.format("user")}and?<|eot_id|>{LLAMA.format("assistant")}▮R<|eot_id|>▮'
     )
 
 

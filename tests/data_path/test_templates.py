@@ -80,6 +80,7 @@ LLAMA3_TWO = (
     f"▮r1<|eot_id|>▮{LLAMA3_TURN.format(U)}q2<|eot_id|>{LLAMA3_TURN.format(A)}▮r2<|eot_id|>▮"
 )
 LLAMA3_DATE = "Cutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\n"
+MISTRAL_SYSTEM = str(bound("mistral_2501").default_system)
 DEEPSEEK_TWO = "<bos>SYS<｜User｜>q1<｜Assistant｜>▮r1<eos>▮<｜User｜>q2<｜Assistant｜>▮r2<eos>▮"
 
 
@@ -112,8 +113,8 @@ LAYOUTS: list[tuple[str, str, str | None]] = [
     ),
     (
         "deepseek",
-        "<bos>User: Q\n\nAssistant:▮R<eos>▮",
-        "<bos>SYS\n\nUser: q1\n\nAssistant:▮r1<eos>▮User: q2\n\nAssistant:▮r2<eos>▮",
+        "<bos>User: Q\n\nAssistant:▮ R<eos>▮",
+        "<bos>SYS\n\nUser: q1\n\nAssistant:▮ r1<eos>▮User: q2\n\nAssistant:▮ r2<eos>▮",
     ),
     ("deepseek_v2_5", "<bos><｜User｜>Q<｜Assistant｜>▮R<eos>▮", DEEPSEEK_TWO),
     ("deepseek_r1", "<bos><｜User｜>Q<｜Assistant｜>▮R<eos>▮", DEEPSEEK_TWO),
@@ -131,12 +132,12 @@ LAYOUTS: list[tuple[str, str, str | None]] = [
     ("qwen3_coder", CHATML_ONE, CHATML_TWO),
     (
         "llama",
-        f"<s>[INST] <<SYS>>\n{get_template('llama').default_system}\n<</SYS>>\n\nQ [/INST]▮R</s>▮",
-        "<s>[INST] <<SYS>>\nSYS\n<</SYS>>\n\nq1 [/INST]▮r1</s>▮<s>[INST] q2 [/INST]▮r2</s>▮",
+        "<s>[INST] Q [/INST]▮ R </s>▮",
+        "<s>[INST] <<SYS>>\nSYS\n<</SYS>>\n\nq1 [/INST]▮ r1 </s>▮<s>[INST] q2 [/INST]▮ r2 </s>▮",
     ),
     (
         "mistral_2501",
-        "<s>[INST]Q[/INST]▮R</s>▮",
+        f"<s>[SYSTEM_PROMPT]{MISTRAL_SYSTEM}[/SYSTEM_PROMPT][INST]Q[/INST]▮R</s>▮",
         "<s>[SYSTEM_PROMPT]SYS[/SYSTEM_PROMPT][INST]q1[/INST]▮r1</s>▮[INST]q2[/INST]▮r2</s>▮",
     ),
     (
@@ -153,13 +154,13 @@ LAYOUTS: list[tuple[str, str, str | None]] = [
     ),
     (
         "chatglm4",
-        "<|user|>\nQ<|assistant|>\n▮R<|user|>▮",
-        "<|system|>\nSYS<|user|>\nq1<|assistant|>\n▮r1<|user|>▮\nq2<|assistant|>\n▮r2<|user|>▮",
+        "[gMASK]<sop><|user|>\nQ<|assistant|>▮\nR<|user|>▮",
+        "[gMASK]<sop><|system|>\nSYS<|user|>\nq1<|assistant|>▮\nr1<|user|>▮\nq2<|assistant|>▮\nr2<|user|>▮",
     ),
     (
         "glm4",
-        "[gMASK]<sop><|user|>\nQ<|assistant|>\n▮R<|user|>▮",
-        "[gMASK]<sop><|system|>\nSYS<|user|>\nq1<|assistant|>\n▮r1<|user|>▮\nq2<|assistant|>\n▮r2<|user|>▮",
+        "[gMASK]<sop><|user|>\nQ<|assistant|>▮\nR<|user|>▮",
+        "[gMASK]<sop><|system|>\nSYS<|user|>\nq1<|assistant|>▮\nr1<|user|>▮\nq2<|assistant|>▮\nr2<|user|>▮",
     ),
     (
         "deepseek_v3_1",
@@ -171,7 +172,7 @@ LAYOUTS: list[tuple[str, str, str | None]] = [
 
 
 @pytest.mark.parametrize(("name", "one", "two"), LAYOUTS)
-def test_every_family_lays_out_one_and_two_rounds_as_swift_does(name: str, one: str, two: str | None) -> None:
+def test_every_family_lays_out_one_and_two_rounds_as_written_down(name: str, one: str, two: str | None) -> None:
     assert layout(name, ONE) == one
     if two is not None:
         assert layout(name, TWO) == two
@@ -231,9 +232,9 @@ def test_the_system_text_of_the_row_comes_before_the_flag_and_the_flag_before_th
         ("chatml", "<|im_start|>assistant\n▮R<|im_end|>▮"),
         ("llama3", f"<|begin_of_text|>{LLAMA3_TURN.format(A)}▮R<|eot_id|>▮"),
         ("deepseek_r1", "<bos><｜Assistant｜>▮R<eos>▮"),
-        ("glm4", "[gMASK]<sop><|assistant|>\n▮R<|user|>▮"),
+        ("glm4", "[gMASK]<sop><|assistant|>▮\nR<|user|>▮"),
         ("dummy", "▮R<eos>▮"),
-        ("mistral_2501", "<s>[INST][/INST]▮R</s>▮"),  # [INST] cannot be left out
+        ("llama", "<s>[INST]  [/INST]▮ R </s>▮"),  # [INST] cannot be left out
     ],
 )
 def test_a_conversation_that_starts_with_the_assistant_gets_no_query(name: str, expected: str) -> None:

@@ -7,6 +7,7 @@ arguments as a Python literal or leaves out the row's own system text, here they
 from __future__ import annotations
 
 import ast
+import difflib
 import functools
 import json
 import re
@@ -39,12 +40,16 @@ class AgentFormat:
 
     tools / tool / tool_separator: the text around `{{TOOLS}}`, each tool in it, and what stands between two.
     tools_place: `after_system` (a paragraph after the system text), `instead_of_default` (the same, and the template's
-    default system text is left out) or `before_query` (in front of the first user text).
-    calls_start / call / call_separator / calls_end: an assistant turn that calls tools. call_ends_turn: the model stops
-    at calls_end, and the tools answer without an end-of-turn token in between.
+    default system text is left out), `before_system` (a paragraph before it), `own_block` (a system block of their own
+    before that of the system text) or `before_query` (in front of the first user text). default_system: the system
+    text where tools are given and neither row, flag nor template has one.
+    calls_start / call / call_separator / calls_end: an assistant turn that calls tools; text_separator: between what it
+    says and its calls, trims_text: without white space around what it says. argument: one argument of a call in
+    `{{ARGUMENT_LIST}}`. call_ends_turn: the model stops at calls_end, and the tools answer without an end-of-turn token
+    in between.
     result / result_separator / results_end: what the tools answer. result_place: `query` (a user turn), `reply` (the
     same assistant turn goes on, the result in it is not trained) or `turn` (a turn of its own with special tokens, up
-    to where the reply starts).
+    to where the reply starts). note: where the models' own chat templates are followed and not SWIFT.
     """
 
     name: str
@@ -54,6 +59,10 @@ class AgentFormat:
     result: str
     tool_separator: str = "\n"
     tools_place: str = "after_system"
+    default_system: str | None = None
+    text_separator: str = "\n"
+    trims_text: bool = False
+    argument: str = ""
     calls_start: str = ""
     call_separator: str = ""
     calls_end: str = ""
@@ -61,6 +70,7 @@ class AgentFormat:
     result_place: str = "query"
     result_separator: str = ""
     results_end: str = ""
+    note: str = ""
 
     def describe_tools(self, tools: Any) -> list[Span]:
         """The text that tells the model of its tools (a list of definitions, or JSON text); empty if there are none.
@@ -75,27 +85,45 @@ class AgentFormat:
         described = self.tool_separator.join("".join(part.text for part in _fill(self.tool, each)) for each in marks)
         return _fill(self.tools, {"TOOLS": described, "NAMES": ",".join(each["NAME"] for each in marks)})
 
-    def write_call(self, text: str, *, first: bool, last: bool) -> list[Span]:
-        """One call (a JSON object with name and arguments) of a row of calls, as the model writes it.
+    def write_call(self, text: str, *, first: bool, last: bool, after_text: bool = False) -> list[Span]:
+        """One call (a JSON object with name and arguments) of a row of calls, as the model writes it; `after_text`: it
+        said something first.
 
         Raises:
             BadTool: the text is no such object.
         """
-        start = self.calls_start if first else self.call_separator
-        marks = {"CALL_TEXT": text} if "{{CALL_TEXT}}" in self.call else _call_marks(text)
+        start = (self.text_separator if after_text else "") + self.calls_start if first else self.call_separator
+        marks = {"CALL_TEXT": text} if "{{CALL_TEXT}}" in self.call else self._call_marks(text)
         return _fill(start + self.call + (self.calls_end if last else ""), marks)
 
     def write_result(self, text: str, *, first: bool) -> list[Span]:
         """One tool result of a row of results, without :attr:`results_end`."""
         if self.result.endswith("{{RESULT}}\n"):
             text = text.removesuffix("\n")
-        return _fill(("" if first else self.result_separator) + self.result, {"RESULT": text})
+        marks = {"RESULT": text, "RESULT_JSON": _json(text)}
+        return _fill(("" if first else self.result_separator) + self.result, marks)
+
+    def _call_marks(self, text: str) -> dict[str, str]:
+        name, arguments = read_call(text)
+        listed = ""
+        for key, value in arguments.items() if isinstance(arguments, dict) else ():
+            # Chat templates print what is no object and no list with Jinja's `string`, or with `tojson`.
+            plain = str(value) if not isinstance(value, (dict, list)) else _json(value)
+            marks = {"KEY": key, "TEXT": plain, "VALUE": value if isinstance(value, str) else _json(value)}
+            listed += "".join(part.text for part in _fill(self.argument, marks))
+        return {
+            "NAME": name,
+            "NAME_JSON": _json(name),
+            "ARGUMENTS": _json(arguments),
+            "ARGUMENT_LIST": listed,
+            "CALL_JSON": _json({"name": name, "arguments": arguments}),
+        }
 
     @property
     def literals(self) -> tuple[str, ...]:
         """All texts of the record in which special tokens count."""
-        texts = (self.tools, self.calls_start, self.call, self.call_separator, self.calls_end, self.result,
-                 self.result_separator, self.results_end)  # fmt: skip
+        texts = (self.tools, self.text_separator, self.calls_start, self.call, self.call_separator, self.calls_end,
+                 self.result, self.result_separator, self.results_end)  # fmt: skip
         return tuple(text for text in texts if _SPECIAL.search(text))
 
 
@@ -189,22 +217,8 @@ def _function_xml(function: dict[str, Any]) -> str:
 
 
 def _other_xml(record: dict[str, Any], written: tuple[str, ...]) -> list[str]:
-    return [f"<{key}>{_json(value)}</{key}>" for key, value in record.items() if key not in written]
-
-
-def _call_marks(text: str) -> dict[str, str]:
-    name, arguments = read_call(text)
-    xml = ""  # as Qwen3-Coder writes them
-    for key, value in arguments.items() if isinstance(arguments, dict) else ():
-        plain = isinstance(value, (str, int, float)) and not isinstance(value, bool)
-        xml += f"<parameter={key}>\n{value if plain else _json(value)}\n</parameter>\n"
-    return {
-        "NAME": name,
-        "NAME_JSON": _json(name),
-        "ARGUMENTS": _json(arguments),
-        "ARGUMENTS_XML": xml,
-        "CALL_JSON": _json({"name": name, "arguments": arguments}),
-    }
+    texts = {key: _json(value) if isinstance(value, (dict, list)) else str(value) for key, value in record.items()}
+    return [f"<{key}>{text}</{key}>" for key, text in texts.items() if key not in written]
 
 
 def _json(value: Any, indent: int | None = None) -> str:
@@ -237,7 +251,10 @@ def get_agent_format(name: str) -> AgentFormat:
     try:
         return load_agent_formats()[name]
     except KeyError:
-        raise UserError(f"--agent_template {name}: unknown; choose one of {', '.join(load_agent_formats())}") from None
+        names = [*load_agent_formats()]
+        near = ", ".join(difflib.get_close_matches(name, names))
+        listed = ", ".join(names) + (f"; nearest: {near}" if near else "")
+        raise UserError(f"--agent_template {name}: unknown; choose one of {listed}") from None
 
 
 def read_records(file: str) -> dict[str, dict[str, Any]]:

@@ -42,13 +42,14 @@ class Round:
 
     `query` is None where the conversation starts with a reply; `reply` is None where a query is not answered (at the
     end, or a user who writes after a tool result). `follows_user` is False for a round that continues a tool call.
-    `results`: tool results in a turn of their own, instead of a query.
+    `results`: tool results in a turn of their own, instead of a query. `calls`: the reply begins with a tool call.
     """
 
     query: str | None
     reply: list[ReplyPart] | None = None
     follows_user: bool = True
     results: list[Span] | None = None
+    calls: bool = False
 
 
 @dataclass(slots=True)
@@ -94,7 +95,7 @@ class Conversation:
 
 
 def read_conversation(
-    messages: Sequence[Message], tools: Any = None, agent: AgentFormat | None = None, think: str = "<think>\n"
+    messages: Sequence[Message], tools: Any = None, agent: AgentFormat | None = None, think: str | None = "<think>\n"
 ) -> Conversation:
     """Read `messages` of a standard row.
 
@@ -102,7 +103,8 @@ def read_conversation(
         messages: roles system (first only), user, assistant, tool_call, tool_response, tool.
         tools: the row's tool definitions (list or JSON text), or None.
         agent: how tools and tool messages become text; None: they are not supported.
-        think: what opens the think block that the `reasoning_content` of an answer becomes.
+        think: what opens the think block that the `reasoning_content` of an answer becomes; None: the template knows
+            no thoughts, those in a text are text like any other.
 
     Raises:
         DropRow: no messages, content that is not text, a system message in the middle, tools without an agent format,
@@ -126,7 +128,7 @@ def read_conversation(
         if role == "user":
             _add_query(rounds, text)
         elif role == "assistant":
-            text = with_thoughts(message, think) if "reasoning_content" in message else text
+            text = with_thoughts(message, think or "<think>\n") if "reasoning_content" in message else text
             _add_reply(rounds, ReplyPart(text, message.get("loss"), message.get("loss_scale")))
         elif role == "system":
             if number:
@@ -135,7 +137,7 @@ def read_conversation(
         elif agent is None:
             raise DropRow("the template has no format for tool messages (--agent_template names one)")
         elif role == "tool_call":
-            _add_call(rounds, messages, number, agent)
+            _add_call(rounds, messages, number, agent, think)
         else:
             _add_result(rounds, text, agent, first=not number or messages[number - 1]["role"] not in _RESULTS)
     return conversation
@@ -161,7 +163,7 @@ def _add_query(rounds: list[Round], text: str) -> None:
         rounds.append(Round(text))
 
 
-def _add_reply(rounds: list[Round], part: ReplyPart, separator: str = "") -> None:
+def _add_reply(rounds: list[Round], part: ReplyPart) -> None:
     """Append to the reply of the open round; parts stay apart only where their flags differ."""
     if not rounds:
         rounds.append(Round(None))
@@ -170,15 +172,15 @@ def _add_reply(rounds: list[Round], part: ReplyPart, separator: str = "") -> Non
         rounds[-1].reply = [part]
         return
     last = reply[-1]
-    if separator and last.text and not last.given:
-        part = part._replace(text=separator + part.text)
     if last[1:] == part[1:]:
         reply[-1] = part._replace(text=last.text + part.text)
     else:
         reply.append(part)
 
 
-def _add_call(rounds: list[Round], messages: Sequence[Message], number: int, agent: AgentFormat) -> None:
+def _add_call(
+    rounds: list[Round], messages: Sequence[Message], number: int, agent: AgentFormat, think: str | None
+) -> None:
     """Append a call; of consecutive calls the first one's flags count, as in SWIFT."""
     first = number == 0 or messages[number - 1]["role"] != "tool_call"
     last = number + 1 == len(messages) or messages[number + 1]["role"] != "tool_call"
@@ -186,13 +188,31 @@ def _add_call(rounds: list[Round], messages: Sequence[Message], number: int, age
     while flagged and messages[flagged - 1]["role"] == "tool_call":
         flagged -= 1
     loss, loss_scale = messages[flagged].get("loss"), messages[flagged].get("loss_scale")
+    after_text = first and bool(rounds) and _close_text(rounds[-1], agent, think)
     try:
-        spans = agent.write_call(messages[number]["content"], first=first, last=last)
+        spans = agent.write_call(messages[number]["content"], first=first, last=last, after_text=after_text)
     except BadTool as bad:
         raise DropRow(str(bad)) from None
-    for place, (text, literal) in enumerate(spans):
-        # A thought and the call that follows it are two lines of one turn.
-        _add_reply(rounds, ReplyPart(text, loss, loss_scale, literal=literal), "\n" if first and not place else "")
+    for text, literal in spans:
+        _add_reply(rounds, ReplyPart(text, loss, loss_scale, literal=literal))
+
+
+def _close_text(round_: Round, agent: AgentFormat, think: str | None) -> bool:
+    """Whether the turn that goes on with calls says something first, which is made ready for them; a thought alone is
+    nothing said, and ends as the think block does."""
+    said = round_.reply[-1] if round_.reply else None
+    if said is None or not said.text:
+        round_.calls = True
+        return False
+    if said.given:
+        return False
+    thought, end, answer = said.text.rpartition("</think>") if think else ("", "", said.text)
+    if end and not answer.strip():
+        answer = "\n\n" if think and think.endswith("\n") else ""
+    elif agent.trims_text:
+        answer = answer.strip()
+    round_.reply = [*(round_.reply or ())[:-1], said._replace(text=thought + end + answer)]
+    return bool(answer.strip())
 
 
 def _add_result(rounds: list[Round], text: str, agent: AgentFormat, *, first: bool) -> None:

@@ -31,7 +31,7 @@ OWN_TEMPLATES = (
     "minimax_m2", "kimi_k2", "seed_oss", "gpt_oss", "internlm3", "hunyuan", "step", "ernie", "granite",
 )  # fmt: skip
 _EMPTY_THINK = re.compile(r"(?:<think>\s*)?</think>\s*")
-_THOUGHTS = re.compile(r"^.*</think>\s*", re.DOTALL)
+_THOUGHTS = re.compile(r"^.*</think>(\s*)", re.DOTALL)
 
 
 class TextSpan(NamedTuple):
@@ -86,17 +86,20 @@ class RenderOptions:
 
 @dataclass(frozen=True, slots=True)
 class Template:
-    """One family. Texts may hold `{{SYSTEM}}`, `{{QUERY}}`, `{{BOS}}`, `{{EOS}}`, `{{DATE}}`.
+    """One family. Texts may hold `{{SYSTEM}}`, `{{QUERY}}`, `{{BOS}}`, `{{EOS}}`, `{{DATE}}`, `{{ISO_DATE}}`.
 
     prefix / system_prefix: start without / with a system text (system_prefix None: no system text possible).
     prompt: around the query, up to where the reply starts; next_prompt: the same after an earlier round, where it
     differs. reply_start: the end of `prompt` that opens the reply, enough where a conversation starts with a reply
-    (None: such a conversation gets an empty query). chat_sep: after the reply of an earlier round.
+    (None: such a conversation gets an empty query). reply_prefix: what the model writes in front of an answer (not of a
+    call) after that. chat_sep: after the reply of an earlier round.
     suffix: after the last reply; trained, and what the model stops at. default_system: used when none is given.
     thinking: None, `hybrid` (may think; non_thinking_prefix says no) or `always` (a prompt opens the think block).
     thinking_prefix: what opens a thought in a prompt. history_prefix: what earlier replies start with whose thoughts
-    are left out. agent: name of the agent template (None: tools are refused). auto_add_bos: start with the bos token if
-    the tokenizer adds one by itself. own_prompt: prompts for generation are those of the tokenizer's own chat template.
+    are left out; history_space: the white space behind those stays. agent: name of the agent template (None: tools are
+    refused). environment: what `{{ENVIRONMENT}}` in the start is where there are tools. auto_add_bos: start with the
+    bos token if the tokenizer adds one by itself. own_prompt: prompts for generation are those of the tokenizer's own
+    chat template. note: where the models' own chat templates are followed and not SWIFT.
     """
 
     name: str
@@ -107,15 +110,19 @@ class Template:
     system_prefix: str | None = None
     next_prompt: str | None = None
     reply_start: str | None = None
+    reply_prefix: str = ""
     default_system: str | None = None
     stop_words: tuple[str, ...] = ()
     thinking: str | None = None
     thinking_prefix: str = ""
     non_thinking_prefix: str = "<think>\n\n</think>\n\n"
     history_prefix: str = ""
+    history_space: bool = False
     agent: str | None = None
+    environment: str = ""
     auto_add_bos: bool = False
     own_prompt: bool = False
+    note: str = ""
 
     def bind(self, bos: str | None, eos: str | None, adds_bos: bool, day: date = FIXED_DATE) -> Template:
         """The template with the tokenizer's own bos and eos and a day filled in.
@@ -129,7 +136,7 @@ class Template:
 
         def fill(text: str) -> str:
             text = text.replace("{{BOS}}", bos or "").replace("{{EOS}}", eos or "")
-            return text.replace("{{DATE}}", day.strftime("%d %b %Y"))
+            return text.replace("{{DATE}}", day.strftime("%d %b %Y")).replace("{{ISO_DATE}}", day.isoformat())
 
         return replace(
             self,
@@ -137,6 +144,7 @@ class Template:
             system_prefix=None if self.system_prefix is None else start + fill(self.system_prefix),
             chat_sep=fill(self.chat_sep),
             suffix=fill(self.suffix),
+            default_system=None if self.default_system is None else fill(self.default_system),
         )
 
     @property
@@ -170,13 +178,12 @@ class Template:
         for index in range(end):
             spans += self._round(conversation, index, options, index >= last_round)
         spans += self._query(conversation, end, 0.0)
-        reply = conversation.rounds[-1].reply
-        if reply is None:
+        if conversation.rounds[-1].reply is None:
             # After a tool result in a turn of its own the reply goes on: no think mark, as in training.
             goes_on = conversation.rounds[-1].results is not None and options.response_prefix is None
             spans.append(TextSpan("" if goes_on else self.opening(options), True))
         else:
-            spans += [TextSpan(part.text, part.literal, hard=True) for part in reply]
+            spans += [TextSpan(part.text, part.literal, hard=True) for part in self._written(conversation.rounds[-1])]
         return spans
 
     def opening(self, options: RenderOptions) -> str:
@@ -191,22 +198,26 @@ class Template:
 
     def _start(self, conversation: Conversation, options: RenderOptions) -> list[TextSpan]:
         weight, tools, agent = options.prompt_weight, conversation.tools, conversation.agent
-        in_system = tools and agent is not None and agent.tools_place != "before_query"
-        default = None if in_system and agent and agent.tools_place == "instead_of_default" else self.default_system
+        place = agent.tools_place if tools and agent is not None else ""
+        in_system = place not in ("", "before_query")
+        default = None if place == "instead_of_default" else self.default_system
+        if in_system and agent is not None:
+            default = default or agent.default_system
         system = choose_system(conversation.system, options.system, default)
+        environment = self.environment if tools else ""
         if not system and not in_system:
-            return [TextSpan(self.prefix, True, weight)] if self.prefix else []
+            prefix = self.prefix.replace("{{ENVIRONMENT}}", environment)
+            return [TextSpan(prefix, True, weight)] if prefix else []
         if self.system_prefix is None:
             raise DropRow(f"template {self.name} has no place for a system message")
-        before, after = _around(self.system_prefix, "{{SYSTEM}}")
-        spans = [TextSpan(before, True, weight)]
-        if system:
-            spans.append(TextSpan(system, False, weight))
-        if in_system:
-            spans.append(TextSpan("\n\n" if system else "", False, weight))
-            spans += [TextSpan(text, literal, weight) for text, literal in tools]
-        spans.append(TextSpan(after, True, weight))
-        return spans
+        before, after = _around(self.system_prefix.replace("{{ENVIRONMENT}}", environment), "{{SYSTEM}}")
+        told = [TextSpan(text, literal, weight) for text, literal in tools if in_system]
+        said = [TextSpan(system, False, weight)] if system else []
+        gap = [TextSpan("\n\n", False, weight)] if told and said else []
+        if gap and place == "own_block":
+            gap = [TextSpan(after + before.removeprefix(self.prefix), True, weight)]
+        parts = [*told, *gap, *said] if place in ("own_block", "before_system") else [*said, *gap, *told]
+        return [TextSpan(before, True, weight), *parts, TextSpan(after, True, weight)]
 
     def _round(
         self, conversation: Conversation, index: int, options: RenderOptions, in_last_round: bool
@@ -216,9 +227,9 @@ class Template:
         spans, reply = self._query(conversation, index, prompt_weight), rounds[index].reply
         if reply is None:
             return spans
-        spans += self._reply(rounds[index], options, in_last_round)
-        last_part = reply[-1]
         is_end = index == len(rounds) - 1
+        spans += self._reply(rounds[index], options, in_last_round, is_end=is_end)
+        last_part = reply[-1]
         called = agent is not None and agent.call_ends_turn and last_part.literal and last_part.text == agent.calls_end
         if called and (is_end or rounds[index + 1].results is not None):
             return spans
@@ -253,21 +264,32 @@ class Template:
         spans.append(TextSpan(after if answered else self.chat_sep, True, weight))
         return spans
 
-    def _reply(self, round_: Round, options: RenderOptions, in_last_round: bool) -> list[TextSpan]:
-        reply, spans = round_.reply or [], []
+    def _written(self, round_: Round) -> list[ReplyPart]:
+        """The reply of a round with what the model writes in front of it."""
+        reply = round_.reply or []
+        if not self.reply_prefix or round_.calls or not reply or reply[0].text.startswith(self.reply_prefix):
+            return reply
+        return [reply[0]._replace(text=self.reply_prefix + reply[0].text), *reply[1:]]
+
+    def _reply(self, round_: Round, options: RenderOptions, in_last_round: bool, *, is_end: bool) -> list[TextSpan]:
+        reply, spans = self._written(round_), []
         if self.thinking is not None:
             if options.scale.base == "last_round" and not in_last_round:
-                reply = [part._replace(text=_THOUGHTS.sub("", part.text)) for part in reply]
+                space = r"\1" if self.history_space else ""
+                reply = [part._replace(text=_THOUGHTS.sub(space, part.text)) for part in reply]
                 if self.history_prefix:
                     spans.append(TextSpan(self.history_prefix, True, 0.0))
-            opening, reply = self._think_block(reply, options, in_last_round, after_results=round_.results is not None)
+            # In prompts no reply but the one they ask for is marked, unless the template marks its history, too.
+            marks = options.scale.base != "last_round" or (in_last_round and (is_end or bool(self.history_prefix)))
+            marks = marks and round_.results is None
+            opening, reply = self._think_block(reply, options, marks=marks)
             spans += opening
         for part in reply:
             spans += options.weigh(part, in_last_round, round_.query or "")
         return spans
 
     def _think_block(
-        self, reply: list[ReplyPart], options: RenderOptions, in_last_round: bool, *, after_results: bool
+        self, reply: list[ReplyPart], options: RenderOptions, *, marks: bool
     ) -> tuple[list[TextSpan], list[ReplyPart]]:
         """Split off the start of a reply that is not trained, or at whose end a prompt for generation would stop."""
         first, rest = reply[0], reply[1:]
@@ -277,12 +299,11 @@ class Template:
                 answer = first._replace(text=first.text[empty.end() :])
                 return [TextSpan(empty.group(), False, 0.0, True)], [answer, *rest]
             wanted = options.add_non_thinking_prefix and (not options.enable_thinking or bool(self.history_prefix))
-            wanted = wanted and (in_last_round or options.scale.base != "last_round")
-            if wanted and not after_results and not first.text.lstrip().startswith("<think>"):
+            if wanted and marks and not first.text.lstrip().startswith("<think>"):
                 return [TextSpan(self.non_thinking_prefix, True, 0.0)], reply
-        elif self.thinking_prefix and first.text.startswith(self.thinking_prefix):
-            opening = options.weigh(first._replace(text=self.thinking_prefix), in_last_round, "")
-            return opening, [first._replace(text=first.text[len(self.thinking_prefix) :]), *rest]
+        if self.thinking_prefix and first.text.startswith(self.thinking_prefix):  # it stands in the prompt
+            opened = TextSpan(self.thinking_prefix, True, options.prompt_weight, True)
+            return [opened], [first._replace(text=first.text[len(self.thinking_prefix) :]), *rest]
         return [], reply
 
 

@@ -183,7 +183,7 @@ class LoadedTemplate:
     @property
     def ends(self) -> tuple[str, ...]:
         """The stop words, and what ends a trained reply."""
-        suffix = self.template.suffix if isinstance(self.template, Template) else ""
+        suffix = self.template.suffix.strip() if isinstance(self.template, Template) else ""
         own = self.tools_template.stop_words if self.tools_template else ()
         return tuple(dict.fromkeys([*self.stop_words, *filter(None, [suffix]), *own]))
 
@@ -217,8 +217,11 @@ class LoadedTemplate:
         Raises:
             DropRow: as :func:`read_conversation`.
         """
-        think = self.template.thinking_prefix if isinstance(self.template, Template) else ""
-        return read_conversation(messages, tools, self.agent, think or "<think>\n")
+        template = self.template
+        think = (
+            template.thinking_prefix or "<think>\n" if isinstance(template, Template) and template.thinking else None
+        )
+        return read_conversation(messages, tools, self.agent, think)
 
     def options_of(self, row: Mapping[str, Any]) -> RenderOptions:
         """The options for a row, whose ``chat_template_kwargs`` come before the flags."""
@@ -324,7 +327,7 @@ def _choose_template(settings: TemplateSettings, tokenizer: Any) -> Template | J
             "%s has no chat template: using template `default` (--template sets another)", settings.model_dir
         )
         return get_template("default").bind(bos, eos, adds_bos(tokenizer), day)
-    matched = match_template(tokenizer, day)
+    matched = match_template(tokenizer, day, _shape(settings.model_dir, settings.template_date, tokenizer))
     if matched is None:
         logger.info("no template family fits the model's chat template: using that chat template itself")
         return _jinja(settings, tokenizer)
@@ -364,12 +367,17 @@ def _own_tools(
 
 
 def _jinja(settings: TemplateSettings, tokenizer: Any) -> JinjaTemplate:
+    return JinjaTemplate(_shape(settings.model_dir, settings.template_date, tokenizer))
+
+
+@functools.lru_cache(maxsize=16)
+def _shape(model_dir: str, template_date: str | None, tokenizer: Any) -> TemplateShape:
+    """What is found out about the tokenizer's own chat template, once."""
     added = {number: str(token) for number, token in tokenizer.added_tokens_decoder.items()}
     specials = tuple(token for token in added.values() if not CONTENT_TAG.fullmatch(token))
-    stops = tuple(added.get(number, "") for number in _stop_ids(settings.model_dir))
-    chat = ChatTemplate(tokenizer, read_date(settings.template_date))
-    bos, eos = tokenizer.bos_token or "", tokenizer.eos_token or ""
-    return JinjaTemplate(TemplateShape(chat, specials, bos, eos, stops))
+    stops = tuple(added.get(number, "") for number in _stop_ids(model_dir))
+    chat = ChatTemplate(tokenizer, read_date(template_date))
+    return TemplateShape(chat, specials, tokenizer.bos_token or "", tokenizer.eos_token or "", stops)
 
 
 def _stop_ids(model_dir: str) -> list[int]:

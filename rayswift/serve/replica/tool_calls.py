@@ -171,7 +171,7 @@ def read_call(record: list[str], text: str, types: Mapping[str, Mapping[str, str
                     raise NoCall
                 return call
             call, place = Call(text[place:end].strip()), end
-        elif part == "ARGUMENTS_XML":
+        elif part == "ARGUMENT_LIST":
             end = text.find(record[number + 1].split()[0], place)
             if end < 0:
                 return call
@@ -260,7 +260,7 @@ def _typed(text: str, kind: str | None) -> Any:
     try:
         return json.loads(text)
     except ValueError:
-        return text
+        return {"True": True, "False": False, "None": None}.get(text, text)  # as Jinja writes them
 
 
 # --- grammar ----------------------------------------------------------------------------------------------------
@@ -295,13 +295,14 @@ def _mark(mark: str, function: dict[str, Any]) -> Iterator[str]:
         yield quoted(json.dumps(name, ensure_ascii=False))
     elif mark == "ARGUMENTS":
         yield _json_rule(schema)
-    elif mark == "ARGUMENTS_XML":
+    elif mark == "ARGUMENT_LIST":
         for key, wanted in (schema.get("properties") or {}).items():
             texts = wanted.get("enum") or ()
             if texts and all(isinstance(text, str) for text in texts):
                 value = f"({' | '.join(map(quoted, texts))}) {quoted(_XML_END)}"
             else:
-                value = "xml_text" if wanted.get("type") == "string" else f"{_json_rule(wanted)} {quoted(_XML_END)}"
+                plain = '("True" | "False")' if wanted.get("type") == "boolean" else _json_rule(wanted)
+                value = "xml_text" if wanted.get("type") == "string" else f"{plain} {quoted(_XML_END)}"
             whole = f"{quoted(f'<parameter={key}>' + chr(10))} {value}"
             yield whole if key in schema.get("required", ()) else f"({whole})?"
     else:
