@@ -77,9 +77,8 @@ def test_the_seeds_training_reads_what_has_an_effect(
     ours = ["--model", model, "--dataset", rows_file(tmp_path, ROW, 60), "--output_dir", str(tmp_path / "out")]
     less = ["--max_steps", "1", "--gradient_accumulation_steps", "1", "--torch_dtype", "float32", "--report_to", "none"]
     args = parse_arguments("sft", [*words, *ours, *less])
-    assert [text.partition(" has")[0] for text in caplog.messages if " no effect here" in text] == [
-        "--dataloader_num_workers", "--num_train_epochs"
-    ]  # fmt: skip
+    told = {text.partition(" has")[0] for text in caplog.messages if " no effect here" in text}
+    assert told == {"--dataloader_num_workers", "--num_train_epochs"}
     with training_here(), recorded() as read:
         train.sft(args)
     assert silent(args, read | ELSEWHERE) == []

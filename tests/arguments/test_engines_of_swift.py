@@ -36,7 +36,9 @@ ROWS = {"dataset": ["d"]}
             {"infer_backend": "lmdeploy", "eval_dataset": ["ARC_c"], "lmdeploy_tp": 2, "vllm_tensor_parallel_size": 1,
              "lmdeploy_quant_policy": 8},
             {"vllm_tensor_parallel_size": 1},
-            ["--lmdeploy_quant_policy: no effect, vLLM has no such setting", "--infer_backend lmdeploy: vLLM runs"],
+            ["--infer_backend lmdeploy: vLLM runs",
+             "--lmdeploy_tp has no effect here: only in place of --vllm_tensor_parallel_size",
+             "--lmdeploy_quant_policy has no effect here: vLLM runs in its place and has no such setting"],
         ),
         (
             "sample",
@@ -48,7 +50,7 @@ ROWS = {"dataset": ["d"]}
             "deploy",
             {"infer_backend": "vllm", "sglang_tp_size": 2},
             {"vllm_tensor_parallel_size": 1},
-            ["--sglang_tp_size: no effect without --infer_backend sglang"],
+            ["--sglang_tp_size has no effect here: only in place of --vllm_tensor_parallel_size, with --infer_backend sglang"],
         ),
     ],
 )  # fmt: skip
@@ -64,7 +66,7 @@ def test_vllm_runs_in_their_place(
         assert seen.infer_backend == "vllm"
         here = {name: value for name, value in effect.items() if hasattr(seen, name)}
         assert {name: getattr(seen, name) for name in here} == here
-    assert (args._resolved().infer_backend, caplog.text) == ("vllm", "")
+    assert (args.resolved().infer_backend, caplog.text) == ("vllm", "")
 
 
 def test_a_stream_does_not_end_by_the_stopping_strategy(caplog: pytest.LogCaptureFixture) -> None:
@@ -72,4 +74,4 @@ def test_a_stream_does_not_end_by_the_stopping_strategy(caplog: pytest.LogCaptur
     make_arguments("sft", **mixed)
     assert not caplog.text
     make_arguments("sft", **mixed, streaming=True, max_steps=3)
-    assert "--stopping_strategy: no effect with --streaming true" in caplog.text
+    assert "--stopping_strategy has no effect here: a stream's datasets begin again" in caplog.text

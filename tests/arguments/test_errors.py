@@ -32,8 +32,8 @@ SFT = "sft --model m --dataset d"
         (f"{SFT} --use_galore true", "--use_galore is SWIFT's; RaySwift does not have it yet"),
         (f"{SFT} --lisa_activated_layers 2", "--lisa_activated_layers is SWIFT's; RaySwift does not have it yet"),
         (
-            f"{SFT} --group_by_length true",
-            "--group_by_length is SWIFT's; in RaySwift use --train_sampling_strategy group_by_length",
+            f"{SFT} --no_cuda true",
+            "--no_cuda is SWIFT's; in RaySwift use --use_gpu false",
         ),
         (f"{SFT} --rlhf_type dpo", "--rlhf_type is no flag of rayswift sft, but of rayswift rlhf"),
         (f"{SFT} --seed 1 stray", "unexpected 'stray': a value with spaces needs quotes"),
@@ -230,10 +230,6 @@ def test_harmless_settings_are_warned_about(words: str, warning: str, caplog: py
     [
         ("--loss_scale last_round+hermes", "--loss_scale last_round+hermes: answers are compared whole"),
         ("--loss_scale last_round+ignore_empty_think", ""),
-        (
-            "--label_smoothing_factor 0.1",
-            "--label_smoothing_factor: no effect with rlhf; --label_smoothing is for pairs",
-        ),
     ],
 )
 def test_what_pairs_do_not_have_is_said(words: str, warning: str, caplog: pytest.LogCaptureFixture) -> None:

@@ -181,7 +181,7 @@ def test_a_system_prompt_is_sent_where_the_conversation_has_none(endpoint: Endpo
 
 def test_flags_that_the_server_decides_are_named(caplog: pytest.LogCaptureFixture) -> None:
     make_arguments("infer", base_url="http://h/v1", template="qwen", infer_backend="vllm", system="s", api_key="k")
-    assert "--infer_backend, --template: no effect with --base_url" in caplog.text
+    assert "--infer_backend, --template have no effect here: the server at --base_url decides" in caplog.text
     with pytest.raises(UserError, match="--base_url h:1: expected an address"):
         make_arguments("infer", base_url="h:1")
     with pytest.raises(UserError, match="--adapters"):

@@ -106,7 +106,9 @@ def test_a_command_speaks_http_to_a_deployment_that_does(
             shown = f"[{host}]" if ":" in host else host
             assert endpoint.base_url == f"http://{shown}:{started[-1].port}/v1"
             assert (started[-1].host, started[-1].ssl_certfile, started[-1].ssl_keyfile) == (host, None, None)
-    assert ("--ssl_certfile: no effect, only this command asks" in caplog.text) == (command == "eval")
+    assert ("--ssl_certfile, --ssl_keyfile have no effect here: only this command asks" in caplog.text) == (
+        command == "eval"
+    )
 
 
 def test_the_page_has_the_certificate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
