@@ -85,8 +85,21 @@ class RlhfArguments(RlhfRules, SftArguments):
                 yield f"--{flag} true: pairs are padded; drop --{flag}"
         if self.ref_model and self.train_type != "full":
             yield "--ref_model needs --train_type full: adapters are compared with the model without them"
+        if self.train_type == "lora":
+            yield from self._adapters_without_reference()
         if self.ref_adapters and self.ref_adapters != self.adapters:
             yield "--ref_adapters: training starts from its reference; give the same as --adapters, or drop it"
+
+    def _adapters_without_reference(self) -> Iterator[str]:
+        """What cannot be switched off, or is not read, where the model is compared with itself before training."""
+        if self.adapters:
+            return
+        if self.lora_bias == "all":
+            yield "--lora_bias all: with rlhf the reference would get the trained biases too; drop it"
+        for name in {"lm_head", "embed_out"} & set(self.target_modules):
+            yield f"--target_modules {name}: rlhf reads the output head's own weights; use --modules_to_save {name}"
+        if self.init_weights.lower() == "false":
+            yield "--init_weights false: the reference would be the model with random changes; drop it"
 
     def remarks(self) -> Iterator[str]:
         if set(self.loss_scale.split("+")) - set(_UNWEIGHTED):

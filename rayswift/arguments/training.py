@@ -16,8 +16,10 @@ DEEPSPEED_PRESETS = ("zero0", "zero1", "zero2", "zero3", "zero2_offload", "zero3
 #: What says which weights an adapter, or full training, has and what they mean.
 LORA_WEIGHTS = (
     "lora_rank", "lora_alpha", "lora_bias", "target_modules", "target_regex", "modules_to_save", "use_rslora",
-    "use_dora",
+    "use_dora", "init_weights",
 )  # fmt: skip
+#: Targets that are embeddings, or may share weights with them.
+_EMBEDDINGS = {"all-embedding", "embed_tokens", "wte", "word_embeddings", "embed_in", "lm_head", "embed_out"}
 FULL_WEIGHTS = ("freeze_parameters", "freeze_parameters_ratio", "trainable_parameters")
 
 
@@ -46,7 +48,10 @@ class TunerArguments(Arguments):
     modules_to_save: list[str] = arg([], "modules trained whole and saved with the adapter")
     use_rslora: bool = arg(False, "rank-stabilised LoRA")
     use_dora: bool = arg(False, "weight-decomposed LoRA")
-    init_weights: str = arg("true", "how the adapter starts: true, false, gaussian, pissa, pissa_niter_N, olora")
+    init_weights: str = arg(
+        "true", "how the adapter starts: true, false, gaussian, orthogonal, pissa, pissa_niter_N, olora",
+        parse=lambda raw: str(raw).lower(),
+    )  # fmt: skip
     freeze_parameters: list[str] = arg([], "full: name prefixes of weights to freeze")
     freeze_parameters_ratio: float = arg(0.0, "full: share of weights to freeze, from the bottom", ge=0, le=1)
     trainable_parameters: list[str] = arg([], "full: name prefixes to train; wins over freezing")
@@ -59,12 +64,25 @@ class TunerArguments(Arguments):
             yield "--adapters: training goes on with one adapter; merge the others into --model first"
 
     def remarks(self) -> Iterator[str]:
-        lora = (*LORA_WEIGHTS, "lora_dropout", "lora_dtype", "init_weights")
+        lora = (*LORA_WEIGHTS, "lora_dropout", "lora_dtype")
         names = lora if self.train_type == "full" else FULL_WEIGHTS
         if flags := self._given(names):
             yield f"{flags}: no effect with --train_type {self.train_type}"
-        if self.train_type == "lora" and getattr(self, "adapters", None) and (flags := self._given(lora)):
-            yield f"{flags}: no effect with --adapters, whose own settings stay"
+        if self.train_type == "lora" and getattr(self, "adapters", None):
+            flags = self._given((*lora, "init_weights"))
+            yield from [f"{flags}: no effect with --adapters, whose own settings stay"] if flags else []
+        elif self.train_type == "lora":
+            parts = {
+                "--lora_bias all": self.lora_bias == "all", "--use_dora true": self.use_dora,
+                "--modules_to_save": bool(self.modules_to_save),
+                "--new_special_tokens": bool(getattr(self, "new_special_tokens", None)),
+                "--target_modules with embeddings": not _EMBEDDINGS.isdisjoint(self.target_modules),
+            }  # fmt: skip
+            if beyond := [flag for flag, used in parts.items() if used]:
+                yield (f"{', '.join(beyond)}: no engine applies such an adapter beside its base; it is served merged "
+                       "(rayswift deploy --merge_lora true, or rayswift export --merge_lora true)")  # fmt: skip
+            if self.init_weights.lower() == "false":
+                yield "--init_weights false: the adapter starts at random values, so training starts from another model"
 
     def _given(self, names: Iterable[str]) -> str:
         return ", ".join(f"--{name}" for name in names if name in self.given)
@@ -159,12 +177,18 @@ class OptimizerArguments(Arguments):
         return int(self.deepspeed[4]) if self.deepspeed else None
 
     def remarks(self) -> Iterator[str]:
+        if self.deepspeed == "zero0":
+            yield "--deepspeed zero0: shards nothing, so this is plain data parallel training, without DeepSpeed"
         for prefix, why in (("dataloader_", "rows come from RaySwift's own loader, each once an epoch"),
                             ("hub_", "training pushes nothing (rayswift export --push_to_hub true does)")):  # fmt: skip
             if flags := ", ".join(f"--{name}" for name in self.training_args if name.startswith(prefix)):
                 yield f"{flags}: no effect, {why}"
 
     def resolve(self) -> None:
+        # In bfloat16 DeepSpeed's ZeRO-0 optimiser begins with a step of zero gradients: its first updates are too small
+        # by a quarter (DeepSpeed#7839).
+        if self.deepspeed == "zero0":
+            self.deepspeed = None
         if not self.is_set("learning_rate"):
             self.learning_rate = 1e-5 if getattr(self, "train_type", "lora") == "full" else 1e-4
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import os
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +20,8 @@ from rayswift.cluster import address_of, cpu_count
 from rayswift.errors import UserError
 from rayswift.generate.preflight import check_engine, check_model, cpu_cache_gib, wants_gpu
 from rayswift.generate.vllm_plugin import SWITCH
-from rayswift.modeling.adapters import lora_rank
+from rayswift.modeling.adapter_kinds import only_merged
+from rayswift.modeling.adapters import check_adapter, lora_rank, read_adapter_config
 from rayswift.modeling.loading import resolve_dtype
 from rayswift.modeling.resolved import ResolvedModel, resolve_model
 
@@ -147,12 +149,14 @@ def model_spec(model: ResolvedModel, replicas: tuple[int, int] | None = None) ->
     Raises:
         UserError: as :func:`model_specs`.
     """
-    args = serving_settings(model.args)
+    args, command = serving_settings(model.args), model.args.command
     if replicas is not None:
         args.min_replicas, args.max_replicas = replicas
     check_engine(args.infer_backend)
     use_gpu, is_local = wants_gpu(args), address_of(args) is None
     model = replace(model, args=args).merged()
+    if args.infer_backend == "vllm" or command not in ("infer", "sample"):
+        check_served(model.adapters)
     args, folder = model.args, model.args.model
     if is_local or os.path.isdir(folder):
         folder = model.folder()
@@ -194,6 +198,14 @@ def model_spec(model: ResolvedModel, replicas: tuple[int, int] | None = None) ->
         "env_vars": environment(args, use_gpu, max_replicas),
         "local": is_local,
     })  # fmt: skip
+
+
+def check_served(adapters: Mapping[str, str]) -> None:
+    """UserError for an adapter (name → folder) that can be served merged only. The Transformers engine of `infer` and
+    `sample`, which answers with one adapter, takes them all."""
+    for folder in adapters.values():
+        if reason := only_merged(read_adapter_config(folder), check_adapter(folder)):
+            raise UserError(f"--adapters {folder}: {reason}, or add --merge_lora true")
 
 
 def serving_settings(args: Any) -> Any:

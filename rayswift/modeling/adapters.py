@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from rayswift.errors import UserError, one_line
 from rayswift.files import parse_json
+from rayswift.modeling.adapter_kinds import has_no_base, not_trainable, only_merged
 from rayswift.modeling.loading import read_safetensors_header
 
 if TYPE_CHECKING:
@@ -167,10 +168,13 @@ def find_modules_to_save(model: Any, modules_to_save: list[str]) -> list[str]:
 
 
 def init_lora_weights(init_weights: str) -> Any:
-    """``--init_weights`` as PEFT takes it. UserError for what needs more than the model to start from."""
+    """``--init_weights`` as PEFT takes it; plain for those that :mod:`rayswift.modeling.part_of_base` begins. UserError
+    for what needs more than the model to start from."""
     if init_weights.lower() in ("true", "false"):
         return init_weights.lower() == "true"
-    if init_weights in ("gaussian", "pissa", "olora", "orthogonal") or re.fullmatch(r"pissa_niter_\d+", init_weights):
+    if init_weights in ("pissa", "olora") or re.fullmatch(r"pissa_niter_\d+", init_weights):
+        return True
+    if init_weights in ("gaussian", "orthogonal"):
         return init_weights
     raise UserError(
         f"--init_weights {init_weights}: not built; choose true, false, gaussian, orthogonal, olora or pissa(_niter_N)"
@@ -217,6 +221,8 @@ def load_adapter(model: Any, adapter_dir: str, *, is_trainable: bool = False) ->
     from peft import PeftModel
 
     saved_keys = check_adapter(adapter_dir)
+    if is_trainable and (problem := not_trainable(read_adapter_config(adapter_dir))):
+        raise UserError(f"--adapters {adapter_dir}: {problem}")
     with _adapter_errors(adapter_dir):
         peft_model = PeftModel.from_pretrained(model, adapter_dir, is_trainable=is_trainable)
     _refuse_absent_weights(peft_model, "default", adapter_dir, saved_keys)
@@ -229,11 +235,13 @@ def add_adapter(model: Any, adapter_dir: str, name: str) -> Any:
     The adapter is not made the active one. After an error the model is as it was.
 
     Raises:
-        UserError: as :func:`load_adapter`.
+        UserError: as :func:`load_adapter`, or it cannot be applied beside others (:func:`only_merged`).
     """
     from peft import PeftConfig, PeftModel, get_peft_model
 
     saved_keys = check_adapter(adapter_dir)
+    if reason := only_merged(read_adapter_config(adapter_dir), saved_keys):
+        raise UserError(f"--adapters {adapter_dir}: {reason}")
     is_first = not isinstance(model, PeftModel)
     with _adapter_errors(adapter_dir):
         config = PeftConfig.from_pretrained(adapter_dir)
@@ -280,8 +288,11 @@ def check_adapter(adapter_dir: str) -> list[str]:
     folder = Path(adapter_dir)
     if not folder.is_dir():
         raise UserError(f"--adapters {adapter_dir}: no such folder; give a checkpoint-N folder of a run")
-    if "peft_type" not in read_adapter_config(adapter_dir):
+    config = read_adapter_config(adapter_dir)
+    if "peft_type" not in config:
         raise UserError(f"{folder / ADAPTER_CONFIG}: not a PEFT configuration (no peft_type)")
+    if problem := has_no_base(config):
+        raise UserError(f"--adapters {adapter_dir}: {problem}")
     weights = folder / ADAPTER_WEIGHTS
     if not weights.is_file():
         found = (

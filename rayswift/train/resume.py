@@ -71,6 +71,12 @@ class Resume:
                 "that one, or --adapters CHECKPOINT to begin a new run on this one"
             )
         saved, given = self._saved_arguments(), args.to_dict()
+        if "deepspeed" in saved and bool(saved["deepspeed"]) != bool(given["deepspeed"]):
+            raise UserError(
+                f"--deepspeed {given['deepspeed'] or 'left out'}: the checkpoint was trained with "
+                f"{saved['deepspeed'] or 'none'}, and its optimiser cannot be taken over; give that, or begin a new "
+                "run on what it trained"
+            )
         for name in ("train_type", "optim", *(LORA_WEIGHTS if args.train_type == "lora" else FULL_WEIGHTS)):
             if name in saved and saved[name] != given[name]:
                 raise UserError(

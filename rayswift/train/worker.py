@@ -41,7 +41,7 @@ def train_loop(loop_config: dict[str, Any]) -> dict[str, Any]:
     if position is not None and position.stream is not None and position.data == config.data.fingerprint:
         places = tuple(StreamPosition(*place) for place in position.stream)
     try:
-        trainer = _build_trainer(config, rank, store, start_step, places)
+        trainer = _build_trainer(config, rank, store, resume, start_step, places)
     except Exception as error:
         # What fails before the first step fails again: restarting the group would only cost minutes.
         logger.exception("the trainer could not be built")
@@ -80,7 +80,12 @@ def _prepare_process(config: WorkerConfig, local_world_size: int) -> None:
 
 
 def _build_trainer(
-    config: WorkerConfig, rank: Rank, store: CheckpointStore, start_step: int, places: StreamPlaces
+    config: WorkerConfig,
+    rank: Rank,
+    store: CheckpointStore,
+    resume: str | None,
+    start_step: int,
+    places: StreamPlaces,
 ) -> StepTraining:
     from rayswift.hub import resolve_model
     from rayswift.modeling.adapters import parameter_info
@@ -98,7 +103,7 @@ def _build_trainer(
     encoder = replace(data.encoder, model_dir=model_dir)
     tokenizer = load_tokenizer(model_dir, trust_remote_code=args.trust_remote_code)
     tokenizer.add_tokens(args.new_special_tokens, special_tokens=True)
-    model = build_model(args, model_dir, config.dtype, config.packing)
+    model = build_model(args, model_dir, config.dtype, config.packing, resume)
     pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
 
     def push(event: dict[str, Any]) -> None:

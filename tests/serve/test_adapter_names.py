@@ -112,6 +112,9 @@ def test_what_the_engine_cannot_use_is_refused_with_the_reason(root: Path, loade
     write_adapter(root / "huge", rank=32)
     write_adapter(root / "other", hidden=HIDDEN * 2)
     write_adapter(root / "dora", use_dora=True)
+    write_adapter(root / "pissa", init_lora_weights="pissa")
+    write_adapter(root / "niter", init_lora_weights="pissa_niter_16")
+    write_adapter(root / "biases", bias="all")
     write_adapter(root / "ia3", peft_type="IA3")
     write_adapter(root / "less", r=2)
     write_adapter(root / "text", r="many")
@@ -129,6 +132,9 @@ def test_what_the_engine_cannot_use_is_refused_with_the_reason(root: Path, loade
         ("huge", "rank 32 is above the server's 16"),
         ("other", "another base model"),
         ("dora", "merge it"),
+        ("pissa", "changes the base"),
+        ("niter", "no model fits it"),
+        ("biases", "has biases"),
         ("ia3", "only LoRA"),
         ("less", "says rank 2, its weights have 4"),
         ("text", "r is 'many'"),

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from rayswift import hub, private
 from rayswift.errors import UserError
+from rayswift.modeling.adapter_kinds import only_merged
 from rayswift.modeling.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS, check_adapter, read_adapter_config
 from rayswift.modeling.loading import read_safetensors_header, weight_files
 from rayswift.serve.openai_errors import ApiError
@@ -88,16 +89,17 @@ class AdapterLoader:
             raise AdapterRefused(422, f"adapter {name}: {problem}")
 
     def _problems(self, config: dict[str, Any], shapes: dict[str, dict[str, Any]]) -> Iterator[str]:
-        if config.get("peft_type") != "LORA":
-            yield f"is {config.get('peft_type')}, only LoRA is served; merge it with rayswift export --merge_lora true"
-        if config.get("use_dora") or config.get("modules_to_save"):
-            yield "has DoRA or whole layers (modules_to_save); merge it with rayswift export --merge_lora true"
+        if reason := only_merged(config, shapes):
+            yield reason
         yield from _contradictions(config, shapes)
         ranks = [entry["shape"][0] for key, entry in shapes.items() if ".lora_A" in key]
         if ranks and max(ranks) > self._plan.max_lora_rank:
             yield f"rank {max(ranks)} is above the server's {self._plan.max_lora_rank} (--vllm_max_lora_rank)"
         for key, entry in shapes.items():
             base = self._base_shapes.get(_base_name(key))
+            if base is None and _base_name(key) == "lm_head.weight":
+                yield "has the output head, which shares the embeddings' weights; merge it with rayswift export"
+                return
             side = 1 if ".lora_A" in key else 0
             if base is None or len(base) != 2 or entry["shape"][side] != base[side]:
                 yield f"was trained on another base model ({key.removeprefix('base_model.model.')} does not fit)"

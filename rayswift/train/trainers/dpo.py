@@ -29,6 +29,7 @@ class PreferenceTrainer(StepTraining, DPOTrainer):
         unused = Dataset.from_dict({"prompt_ids": [[0]], "chosen_ids": [[0]], "rejected_ids": [[0]]})
         super().__init__(train_dataset=unused, eval_dataset=unused, **kwargs)
         self._pairs_of_step = 1.0
+        self.precompute_ref_logps = True  # TRL then reads from the batch what `_add_reference` puts there
 
     def _prepare_dataset(self, dataset: Dataset, *_args: Any) -> Dataset:
         """Nothing: rows come encoded."""
@@ -59,6 +60,7 @@ class PreferenceTrainer(StepTraining, DPOTrainer):
         tokens = int(inputs["attention_mask"].sum()) if pairs else 0
         gathering, self.accelerator = self.accelerator, _EachForItself(self.accelerator)
         try:
+            self._add_reference(inputs)
             loss = super()._compute_loss(model, inputs, return_outputs=False)
         finally:
             self.accelerator = gathering
@@ -66,6 +68,17 @@ class PreferenceTrainer(StepTraining, DPOTrainer):
         sums = [pairs * value for value in (float(loss.detach()), *(metrics[name][-1] for name in PREFERENCE_METRICS))]
         metrics.clear()
         return loss, pairs, torch.tensor([pairs, tokens, *sums], dtype=torch.float64, device=self._counts.device)
+
+    def _add_reference(self, inputs: Batch) -> None:
+        """The reference's log-probabilities: as it answers, without what training does to the modules that policy and
+        reference share (NEFTune's noise, dropout, a router's jitter). TRL computes them in training mode."""
+        model = self.ref_model or self.model
+        was_training = model.training
+        model.eval()
+        try:
+            inputs["ref_chosen_logps"], inputs["ref_rejected_logps"] = self.compute_ref_log_probs(model, inputs)
+        finally:
+            model.train(was_training)
 
     def train_metrics(self, counts: torch.Tensor, seconds: float, loss: float) -> dict[str, float]:
         """Loss, rewards, log-probabilities and speed."""

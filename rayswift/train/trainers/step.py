@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import os
 import resource
+import shutil
 import time
 from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
+from peft import PeftModel, set_peft_model_state_dict
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from rayswift.data.tokens.table import TokenRows
+from rayswift.modeling.part_of_base import read_plain, write_plain
 from rayswift.train.collate import Batch, Collate
 from rayswift.train.loader import Rank, eval_batches
 
@@ -160,6 +163,26 @@ class StepTraining(Trainer):
         super()._save_checkpoint(model, trial)
         self.commit(self)
         self.last_saved_step = self.state.global_step
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        """The trained adapter alone, as one that fits the model; of a full model Transformers' way."""
+        super()._save(output_dir, state_dict)
+        if isinstance(self.model, PeftModel):
+            folder = output_dir or str(self.args.output_dir)
+            shutil.rmtree(os.path.join(folder, "ref"), ignore_errors=True)  # TRL's copy of the run's first policy
+            if first := getattr(self.model, "first_values", None):
+                write_plain(folder, first)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        """The trained adapter; beside folders of others Transformers would pass it over."""
+        if not isinstance(self.model, PeftModel) or self.is_fsdp_enabled:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        elif getattr(self.model, "first_values", None):
+            set_peft_model_state_dict(
+                self.model, read_plain(resume_from_checkpoint, self.model.peft_config["default"].r)[0]
+            )
+        else:
+            self.model.load_adapter(resume_from_checkpoint, "default", is_trainable=True)
 
     def save_final(self) -> None:
         """The last step is always evaluated and saved (SWIFT), also when a stream ended early."""
