@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from rayswift.errors import UserError
-from rayswift.train.deepspeed import check_precision, deepspeed_config
+from rayswift.train.deepspeed import check_precision, deepspeed_config, zero_stage
 
 if TYPE_CHECKING:
     from rayswift.train.config import PackedPlan
@@ -45,8 +45,8 @@ def compute_dtype(args: Any, model_dir: str, use_gpu: bool) -> str:
     return dtype
 
 
-def build_model(args: Any, model_dir: str, dtype: str, packing: PackedPlan | None) -> Any:
-    """The model to train, with its adapter if it gets one."""
+def build_model(args: Any, model_dir: str, dtype: str, packing: PackedPlan | None, checkpointing: bool) -> Any:
+    """The model to train, with its adapter if it gets one; ``checkpointing``: its activations are computed twice."""
     from rayswift.modeling.adapters import add_lora, freeze_for_full, load_adapter
 
     if packing is None:
@@ -63,7 +63,11 @@ def build_model(args: Any, model_dir: str, dtype: str, packing: PackedPlan | Non
         model = load_adapter(model, args.adapters[0], is_trainable=True)
     else:
         model = add_lora(model, args)
-    if args.gradient_checkpointing:
+    if args.train_type != "full" and zero_stage(deepspeed_config(args.deepspeed)) != 3:
+        from rayswift.train.fused_lora import fuse_lora
+
+        fuse_lora(model)
+    if checkpointing:
         # Frozen embeddings give inputs without gradients, and recomputed layers would then have none either.
         model.enable_input_require_grads()
     return model
