@@ -89,7 +89,7 @@ def join_rows(
     """Short rows of a step in fewer forward passes, where the model trains them as alone (``--packing`` unset).
 
     Every step trains the rows it would train anyway, with the same weights: what changes is how many of its micro-
-    batches are computed at once. A pass holds no more tokens than ``--max_length`` lets a row have.
+    batches are computed at once.
 
     Args:
         lengths: tokens of the rows.
@@ -101,7 +101,8 @@ def join_rows(
         are not worth it or not exact.
     """
     size, accumulation = schedule.per_device_batch_size, schedule.accumulation(workers.largest)
-    most = min(JOINED_TOKENS_GPU if workers.use_gpu else JOINED_TOKENS, args.max_length or JOINED_TOKENS)
+    # An accelerator's memory was planned for rows of --max_length.
+    most = min(JOINED_TOKENS_GPU, args.max_length or JOINED_TOKENS_GPU) if workers.use_gpu else JOINED_TOKENS
     mean, spread = float(lengths.mean()), float(lengths.std())
     fitting = [
         count for count in range(2, accumulation + 1)
