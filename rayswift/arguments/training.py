@@ -147,7 +147,9 @@ class OptimizerArguments(Arguments):
     adam_beta2: float = arg(0.95, "Adam's decay of the variance", ge=0, lt=1)
     adam_epsilon: float = arg(1e-8, "Adam's term against division by zero", gt=0)
     max_grad_norm: float = arg(1.0, "gradients are clipped to this norm; 0 for never", ge=0)
-    gradient_checkpointing: bool = arg(True, "compute activations twice to save memory")
+    gradient_checkpointing: bool | None = arg(
+        None, "compute activations twice to save memory", shown="true where they would not fit"
+    )
     gradient_checkpointing_kwargs: dict[str, Any] = arg({}, "settings of gradient checkpointing, as JSON")
     seed: int = arg(42, "seed of training", ge=0)
     deepspeed: str | dict[str, Any] | None = arg(
@@ -227,10 +229,15 @@ class BatchingArguments(Arguments):
         no_effect="rows are encoded by Ray on all cores",
     )
     lazy_tokenize: bool | None = arg(None, "encode rows when they are needed instead of before", shown="false")
-    packing: bool = arg(False, "fill each sequence with several rows")
+    packing: bool | None = arg(
+        None,
+        "fill each sequence with several rows; false: never join rows; unset: join the rows of a step to fewer forward "
+        "passes where they are short and the model trains each as if alone",
+        shown="rows of a step are joined where that changes nothing",
+    )
     packing_length: int | None = arg(
         None, "length of a packed sequence", ge=1, shown="--max_length",
-        no_effect={"packing=false": "only with --packing true"},
+        no_effect={"packing!=true": "only with --packing true"},
     )  # fmt: skip
     padding_free: bool = arg(
         False, "join the rows of a batch instead of padding them",

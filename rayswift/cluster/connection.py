@@ -69,6 +69,8 @@ def connect(args: Any) -> Cluster:
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     # A busy machine may take longer than Ray's 30 s to start its own processes.
     os.environ.setdefault("RAY_raylet_start_wait_time_s", "120")
+    # Ray's workers would be the first to wait for whatever else runs on this machine.
+    os.environ.setdefault("RAY_worker_niceness", "0")
     # RaySwift shows progress itself; Ray Data's full log stays in its file.
     os.environ.setdefault("RAY_DATA_LOG_LEVEL", "ERROR")
     import ray

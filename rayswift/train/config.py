@@ -69,6 +69,7 @@ class WorkerConfig:
         use_gpu: whether workers have accelerators.
         data: what is trained.
         packing: how joined rows are trained; None where none are joined.
+        largest_pass: tokens of a worker's largest forward pass, padding included; None where that is not known.
         schedule: the run's steps.
         run_uri: the run directory, a local path or a URI.
         resume: the checkpoint to start from, or None.
@@ -82,6 +83,7 @@ class WorkerConfig:
     use_gpu: bool
     data: RunData
     packing: PackedPlan | None
+    largest_pass: int | None
     schedule: StepSchedule
     run_uri: str
     resume: str | None

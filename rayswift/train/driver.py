@@ -26,7 +26,7 @@ from rayswift.train.checkpoints.manifest import list_checkpoints
 from rayswift.train.config import PackedPlan, RunData, WorkerConfig
 from rayswift.train.hf_arguments import best_is_last
 from rayswift.train.model import compute_dtype, find_model
-from rayswift.train.packing import packing_plan
+from rayswift.train.packing import join_rows, packing_plan
 from rayswift.train.reporters import open_reporters, reporter_names
 from rayswift.train.resume import Resume, find_resume
 from rayswift.train.run_directory import RunDirectory, check_writable
@@ -94,10 +94,15 @@ def train(args: Any) -> dict[str, Any]:
         resume.check_data(data.fingerprint)
     # A run that goes on keeps the batch of its checkpoint.
     saved = resume.position.global_batch_size if resume.position else None
-    planned = functools.partial(plan_steps, args, machines.workers.largest, data.num_items, packed=args.packing)
+    planned = functools.partial(plan_steps, args, machines.workers.largest, data.num_items, packed=bool(args.packing))
     schedule = planned(global_batch_size=saved)
     if line := resume.kept_line(args, planned().global_batch_size):
         say(line)
+    if packing is None and args.packing is None and args.command != "rlhf" and "train_dataset" in data.token_parts:
+        lengths = data.token_parts["train_dataset"].lengths
+        packing, schedule = join_rows(
+            args, inputs.model_dir, machines.dtype, machines.workers, lengths, schedule, machines.warm
+        )
     _say_data(inputs, machines, loaded, data, schedule, first_row)
 
     run = _open_run(inputs, loaded)
@@ -260,6 +265,7 @@ def _fit(
         use_gpu=machines.workers.use_gpu,
         data=data,
         packing=packing,
+        largest_pass=_largest_pass(args, data, packing, schedule),
         schedule=schedule,
         run_uri=run.uri,
         resume=inputs.resume.checkpoint,
@@ -288,6 +294,18 @@ def _fit(
     finally:
         run.close()
     return outcome
+
+
+def _largest_pass(args: Any, data: RunData, packing: PackedPlan | None, schedule: StepSchedule) -> int | None:
+    """Tokens of the largest forward pass of a worker; None where nothing bounds them."""
+    rows = data.token_parts.get("train_dataset")
+    longest = data.encoder.max_length if rows is None else int(rows.lengths.max())
+    if args.packing:
+        longest = args.packing_length or data.encoder.max_length
+    elif packing is not None and rows is not None:  # of joined rows hardly all are the longest
+        size = schedule.per_device_batch_size
+        return int(size * rows.lengths.mean() + 3 * size**0.5 * rows.lengths.std() + longest)
+    return longest and longest * schedule.per_device_batch_size
 
 
 def _torch_trainer(config: WorkerConfig, machines: Machines, run: RunDirectory) -> Any:

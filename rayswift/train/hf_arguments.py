@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 #: Fields with the same name and meaning on both sides.
 _SAME = (
-    "per_device_train_batch_size", "per_device_eval_batch_size", "lr_scheduler_type", "weight_decay", "adam_beta1",
+    "per_device_eval_batch_size", "lr_scheduler_type", "weight_decay", "adam_beta1",
     "adam_beta2", "adam_epsilon", "max_grad_norm", "optim", "seed", "save_only_model", "logging_first_step",
     "metric_for_best_model", "greater_is_better", "eval_on_start", "num_train_epochs",
 )  # fmt: skip
@@ -23,7 +23,14 @@ _OURS = ("use_cpu", "dataloader_", "hub_", "push_to_hub", "fsdp")
 
 
 def hf_training_arguments(
-    args: Any, schedule: StepSchedule, world_size: int, output_dir: str, dtype: str, use_gpu: bool, has_val: bool
+    args: Any,
+    schedule: StepSchedule,
+    world_size: int,
+    output_dir: str,
+    dtype: str,
+    use_gpu: bool,
+    has_val: bool,
+    gradient_checkpointing: bool,
 ) -> TrainingArguments:
     """The Trainer's arguments for one worker.
 
@@ -35,6 +42,7 @@ def hf_training_arguments(
         dtype: ``bfloat16``, ``float16`` or ``float32``: float32 means float32, with no mixed precision.
         use_gpu: whether workers have accelerators.
         has_val: whether there are validation rows.
+        gradient_checkpointing: whether activations are computed twice.
     """
     save_strategy, save_steps = strategy_steps(args.save_strategy, args.save_steps, schedule)
     wanted = eval_strategy(args) if has_val else "no"
@@ -50,9 +58,12 @@ def hf_training_arguments(
         # Transformers 5 reads a fraction in warmup_steps as a ratio, but 1.0 as one step.
         "warmup_steps": args.warmup_steps or math.ceil(args.warmup_ratio * schedule.max_steps),
         "max_steps": schedule.max_steps,
+        "per_device_train_batch_size": schedule.per_device_batch_size,
         "gradient_accumulation_steps": schedule.accumulation(world_size),
-        "gradient_checkpointing": args.gradient_checkpointing,
-        "gradient_checkpointing_kwargs": args.gradient_checkpointing_kwargs or {"use_reentrant": False},
+        "gradient_checkpointing": gradient_checkpointing,
+        # What PyTorch calls reentrant is a little faster and as exact, and goes wrong with wrapped models.
+        "gradient_checkpointing_kwargs": args.gradient_checkpointing_kwargs
+        or {"use_reentrant": world_size == 1 and not deepspeed},
         "bf16": dtype == "bfloat16",
         "fp16": dtype == "float16",
         "use_cpu": not use_gpu,

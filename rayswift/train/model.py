@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from rayswift.errors import UserError
-from rayswift.train.deepspeed import check_precision, deepspeed_config
+from rayswift.train.deepspeed import check_precision, deepspeed_config, zero_stage
 
 if TYPE_CHECKING:
     from rayswift.train.config import PackedPlan
@@ -53,8 +53,15 @@ def compute_dtype(args: Any, model_dir: str, use_gpu: bool) -> str:
     return dtype
 
 
-def build_model(args: Any, model_dir: str, dtype: str, packing: PackedPlan | None, resume: str | None = None) -> Any:
-    """The model to train, with its adapter if it gets one. ``resume``: the checkpoint that the run goes on from."""
+def build_model(
+    args: Any, model_dir: str, dtype: str, packing: PackedPlan | None, checkpointing: bool, resume: str | None = None
+) -> Any:
+    """The model to train, with its adapter if it gets one.
+
+    Args:
+        checkpointing: whether its activations are computed twice.
+        resume: the checkpoint that the run goes on from.
+    """
     from rayswift.modeling.adapters import freeze_for_full, load_adapter
 
     if packing is None:
@@ -71,7 +78,11 @@ def build_model(args: Any, model_dir: str, dtype: str, packing: PackedPlan | Non
         model = load_adapter(model, args.adapters[0], is_trainable=True)
     else:
         model = _with_new_adapter(model, args, resume)
-    if args.gradient_checkpointing:
+    if args.train_type != "full" and zero_stage(deepspeed_config(args.deepspeed)) != 3:
+        from rayswift.train.fused_lora import fuse_lora
+
+        fuse_lora(model)
+    if checkpointing:
         # Frozen embeddings give inputs without gradients, and recomputed layers would then have none either.
         model.enable_input_require_grads()
     return model

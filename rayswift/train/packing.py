@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
+import math
 import os
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,8 +20,13 @@ from rayswift.train.config import PackedPlan
 from rayswift.train.deepspeed import deepspeed_config, zero_stage
 
 if TYPE_CHECKING:
-    from rayswift.cluster import Workers
+    import numpy as np
 
+    from rayswift.cluster import Workers
+    from rayswift.train.schedule import StepSchedule
+
+#: Tokens of a forward pass that joined rows aim at: more gain nothing on CPUs, and take memory.
+JOINED_TOKENS, JOINED_TOKENS_GPU = 1024, 8192
 #: What computes joined rows, beside our own code.
 _LIBRARIES = ("torch", "transformers", "kernels", "flash-attn", "flash-linear-attention", "fla-core", "causal-conv1d",
               "mamba-ssm")  # fmt: skip
@@ -44,9 +50,7 @@ class _Trial:
 
 
 def packing_plan(args: Any, model_dir: str, dtype: str, workers: Workers) -> PackedPlan | None:
-    """How the model trains joined rows; None where none are joined.
-
-    A verdict is kept in this machine's cache. A new one takes seconds, in a process on a machine that trains.
+    """How the model trains joined rows where the user asks for them; None where not.
 
     Raises:
         UserError: it would train them otherwise than alone; says which layers do.
@@ -57,18 +61,8 @@ def packing_plan(args: Any, model_dir: str, dtype: str, workers: Workers) -> Pac
         return None
     row = args.max_length or read_config(model_dir).get("max_position_embeddings")
     packed = args.packing_length if args.packing and args.packing_length else row
-    trial = _Trial(
-        model_dir if os.path.isdir(args.model) else args.model, args.model_revision, args.use_hf,
-        args.trust_remote_code, args.model_kwargs or {}, args.attn_impl, dtype, workers.use_gpu,
-        packed and packed * args.per_device_train_batch_size,
-    )  # fmt: skip
-    kept = Path(default_root()) / "packing" / f"{_key(trial, model_dir)}.json"
-    try:
-        verdict = json.loads(kept.read_text("utf-8"))
-    except (OSError, ValueError):
-        verdict = _tried(trial, workers, args.hub_token)
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(kept, json.dumps(verdict))
+    longest = packed and packed * args.per_device_train_batch_size
+    verdict = _verdict(args, model_dir, dtype, workers, longest, [])
     if "refused" in verdict:
         raise UserError(verdict["refused"])
     plan = PackedPlan(verdict["attention"], tuple(verdict["by_row"]))
@@ -81,6 +75,69 @@ def packing_plan(args: Any, model_dir: str, dtype: str, workers: Workers) -> Pac
     say(f"joined rows: attention {plan.attention}" + (f"; one row at a time in {', '.join(plan.by_row)}" if plan.by_row
                                                       else ""))  # fmt: skip
     return plan
+
+
+def join_rows(
+    args: Any,
+    model_dir: str,
+    dtype: str,
+    workers: Workers,
+    lengths: np.ndarray,
+    schedule: StepSchedule,
+    warm: list[Any],
+) -> tuple[PackedPlan | None, StepSchedule]:
+    """Short rows of a step in fewer forward passes, where the model trains them as alone (``--packing`` unset).
+
+    Every step trains the rows it would train anyway, with the same weights: what changes is how many of its micro-
+    batches are computed at once.
+
+    Args:
+        lengths: tokens of the rows.
+        schedule: the run's steps.
+        warm: workers that have imported what the trial needs.
+
+    Returns:
+        How they are joined, and the schedule whose micro-batches are the joined ones; (None, ``schedule``) where they
+        are not worth it or not exact.
+    """
+    size, accumulation = schedule.per_device_batch_size, schedule.accumulation(workers.largest)
+    # An accelerator's memory was planned for rows of --max_length.
+    most = min(JOINED_TOKENS_GPU, args.max_length or JOINED_TOKENS_GPU) if workers.use_gpu else JOINED_TOKENS
+    mean, spread = float(lengths.mean()), float(lengths.std())
+    fitting = [
+        count for count in range(2, accumulation + 1)
+        if count * size * mean + 2 * (count * size) ** 0.5 * spread <= most * size
+    ]  # fmt: skip
+    if not fitting or args.attn_impl not in (None, "sdpa"):
+        return None, schedule
+    passes = math.ceil(accumulation / fitting[-1])
+    rows = size * math.ceil(accumulation / passes)
+    longest = 1 << int(rows * lengths.max()).bit_length()  # one trial for most datasets
+    verdict = _verdict(args, model_dir, dtype, workers, longest, warm)
+    if "refused" in verdict or verdict["by_row"]:
+        return None, schedule
+    say(f"{rows} rows (about {rows * mean:.0f} tokens) share a forward pass, each trained as if alone; --packing false "
+        f"gives each {size} its own")  # fmt: skip
+    return PackedPlan(verdict["attention"]), replace(schedule, per_device_batch_size=rows)
+
+
+def _verdict(
+    args: Any, model_dir: str, dtype: str, workers: Workers, longest: int | None, warm: list[Any]
+) -> dict[str, Any]:
+    """What a trial found, kept in this machine's cache. A new one takes seconds, in a process on a machine that trains.
+    ``longest``: tokens of a joined sequence."""
+    trial = _Trial(
+        model_dir if os.path.isdir(args.model) else args.model, args.model_revision, args.use_hf,
+        args.trust_remote_code, args.model_kwargs or {}, args.attn_impl, dtype, workers.use_gpu, longest,
+    )  # fmt: skip
+    kept = Path(default_root()) / "packing" / f"{_key(trial, model_dir)}.json"
+    try:
+        return json.loads(kept.read_text("utf-8"))
+    except (OSError, ValueError):
+        verdict = _tried(trial, workers, args.hub_token, warm)
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(kept, json.dumps(verdict))
+        return verdict
 
 
 def _key(trial: _Trial, model_dir: str) -> str:
@@ -102,16 +159,19 @@ def _versions() -> Iterator[str]:
             continue
 
 
-def _tried(trial: _Trial, workers: Workers, hub_token: str | None) -> dict[str, Any]:
+def _tried(trial: _Trial, workers: Workers, hub_token: str | None, warm: list[Any]) -> dict[str, Any]:
     import ray
 
+    if warm:
+        return ray.get(warm[0].try_packing.remote(trial, hub_token))
     resources = dict(workers.resources_per_worker)
     options = {"num_cpus": resources.pop("CPU", 0), "num_gpus": resources.pop("GPU", 0), "resources": resources}
     return ray.get(ray.remote(**options, max_calls=1)(try_packing).remote(trial, hub_token))
 
 
 def try_packing(trial: _Trial, hub_token: str | None = None) -> dict[str, Any]:
-    """The plan as a dict, or ``{"refused": why}``. For a process of its own: it leaves PyTorch with one thread."""
+    """The plan as a dict, or ``{"refused": why}``. For a process that trains nothing meanwhile: it leaves PyTorch with
+    one thread."""
     import torch
     from transformers import AutoConfig
     from transformers.utils import is_flash_attn_2_available

@@ -105,6 +105,7 @@ class Progress:
     def _on_start(self, event: dict[str, Any]) -> None:
         if self.parameter_info is None:
             self._say(f"model_parameter_info: {event['parameter_info']}")
+            self._say(f"activations are {event['activations']} (--gradient_checkpointing)")
         self.parameter_info = event["parameter_info"]
 
     def _on_resume(self, event: dict[str, Any]) -> None:

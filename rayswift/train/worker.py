@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("rayswift.train")
 
+#: The share of a worker's memory that estimates may fill.
+ROOM = 0.8
+
 
 def train_loop(loop_config: dict[str, Any]) -> dict[str, Any]:
     """The ``train_loop_per_worker`` of Ray Train; every rank returns the run's outcome."""
@@ -34,15 +37,16 @@ def train_loop(loop_config: dict[str, Any]) -> dict[str, Any]:
     config: WorkerConfig = loop_config["config"]
     context = ray.train.get_context()
     rank = Rank(context.get_world_rank(), context.get_world_size())
-    _prepare_process(config, context.get_local_world_size())
-    store = CheckpointStore(config, rank, context.get_local_rank(), context.get_local_world_size())
+    _prepare_process(config, rank, context.get_local_world_size())
+    local_world_size = context.get_local_world_size()
+    store = CheckpointStore(config, rank, context.get_local_rank(), local_world_size)
     resume, start_step = store.resume_from()
     position, streams = store.position(resume), config.data.stream
     places: StreamPlaces = () if streams is None else streams.start()  # also after --ignore_data_skip
     if position is not None and position.stream is not None and position.data == config.data.fingerprint:
         places = tuple(StreamPosition(*place) for place in position.stream)
     try:
-        trainer = _build_trainer(config, rank, store, resume, start_step, places)
+        trainer = _build_trainer(config, rank, local_world_size, store, resume, start_step, places)
     except Exception as error:
         # What fails before the first step fails again: restarting the group would only cost minutes.
         logger.exception("the trainer could not be built")
@@ -64,7 +68,7 @@ def train_loop(loop_config: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _prepare_process(config: WorkerConfig, local_world_size: int) -> None:
+def _prepare_process(config: WorkerConfig, rank: Rank, local_world_size: int) -> None:
     """Threads, DeepSpeed and seeds, before any model is loaded."""
     import torch
     from transformers import set_seed
@@ -77,12 +81,35 @@ def _prepare_process(config: WorkerConfig, local_world_size: int) -> None:
         from rayswift.train.deepspeed import prepare_deepspeed
 
         prepare_deepspeed(config.use_gpu, local_world_size)
+    elif rank.world_size == 1:
+        # Accelerate reads it, and would wrap the model for a group of one.
+        os.environ.pop("LOCAL_RANK", None)
     set_seed(config.args.seed)
+
+
+def _needs_checkpointing(config: WorkerConfig, model_dir: str, world_size: int, local_world_size: int) -> bool:
+    """Whether a worker's share of the memory could be too little to keep what a forward pass computes."""
+    from rayswift.modeling.loading import read_config
+    from rayswift.plan.memory import activation_bytes, free_bytes, memory_need
+
+    if config.use_gpu:
+        import torch
+
+        free: float | None = torch.cuda.mem_get_info()[0]
+    else:
+        machine = free_bytes()
+        free = None if machine is None else machine / local_world_size
+    if free is None or config.largest_pass is None:
+        return True
+    need = memory_need(config.args, model_dir, config.dtype, world_size, config.use_gpu)
+    kept = activation_bytes(read_config(model_dir), config.largest_pass, config.dtype)
+    return need.device + kept > ROOM * free
 
 
 def _build_trainer(
     config: WorkerConfig,
     rank: Rank,
+    local_world_size: int,
     store: CheckpointStore,
     resume: str | None,
     start_step: int,
@@ -95,25 +122,30 @@ def _build_trainer(
     from rayswift.train.model import build_model, reference_model
 
     args, data, schedule = config.args, config.data, config.schedule
-    # DeepSpeed's ZeRO-3 shards the model while it loads, and learns of it from these arguments: they come first.
-    hf_arguments = hf_training_arguments(
-        args, schedule, rank.world_size, store.local_dir, config.dtype, config.use_gpu, data.val is not None
-    )
     # What the driver found may be on its machine only.
     model_dir = resolve_model(config.model, revision=args.model_revision, use_hf=args.use_hf, token=args.hub_token)
+    checkpointing = args.gradient_checkpointing
+    if checkpointing is None:
+        checkpointing = _needs_checkpointing(config, model_dir, rank.world_size, local_world_size)
+    # DeepSpeed's ZeRO-3 shards the model while it loads, and learns of it from these arguments: they come first.
+    hf_arguments = hf_training_arguments(
+        args, schedule, rank.world_size, store.local_dir, config.dtype, config.use_gpu, data.val is not None,
+        checkpointing,
+    )  # fmt: skip
     encoder = replace(data.encoder, model_dir=model_dir)
     tokenizer = load_tokenizer(model_dir, trust_remote_code=args.trust_remote_code)
     tokenizer.add_tokens(args.new_special_tokens, special_tokens=True)
-    model = build_model(args, model_dir, config.dtype, config.packing, resume)
+    model = build_model(args, model_dir, config.dtype, config.packing, checkpointing, resume)
     pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
 
     def push(event: dict[str, Any]) -> None:
         config.events.push.remote(event)
 
     if rank.rank == 0:
-        push({"event": "start", "parameter_info": parameter_info(model), "world_size": rank.world_size})
+        kept = "computed twice" if checkpointing else "kept"
+        push({"event": "start", "parameter_info": parameter_info(model), "activations": kept})
     collate = PairCollator(pad_token_id) if encoder.preference else Collator(pad_token_id)
-    train_collate = Collator(pad_token_id, flat=True) if args.packing or args.padding_free else collate
+    train_collate = Collator(pad_token_id, flat=True) if config.packing else collate
     val_rows = TokenRows(data.val) if data.val is not None else None
     settings: dict[str, Any] = {
         "model": model,

@@ -85,7 +85,7 @@ def run(tmp_path: Path) -> RunDirectory:
 
 def test_a_run_as_the_user_sees_it(run: RunDirectory, watch: Watch, capsys: pytest.CaptureFixture[str]) -> None:
     events = [
-        {"event": "start", "parameter_info": "498.4319M Params (4.3991M Trainable [0.8826%])", "world_size": 2},
+        {"event": "start", "parameter_info": "498.4319M Params (4.3991M Trainable [0.8826%])", "activations": "kept"},
         {"event": "resume", "step": 0},
         {"event": "step", "step": 1},
         log(1, 2.123456789),

@@ -32,6 +32,12 @@ class RayTrainWorker:
 
         self._worker = Worker()
 
+    def try_packing(self, *args: Any) -> dict[str, Any]:
+        """See :func:`rayswift.train.packing.try_packing`."""
+        from rayswift.train.packing import try_packing
+
+        return try_packing(*args)
+
 
 def _forwarded(name: str) -> Callable[..., Any]:
     def call(self: RayTrainWorker, *args: Any, **options: Any) -> Any:

@@ -7,8 +7,10 @@ import math
 from typing import Any
 
 import torch
+from transformers.integrations import is_deepspeed_zero3_enabled
 
 from rayswift.train.collate import Batch
+from rayswift.train.loss import find_loss_head
 from rayswift.train.trainers.step import StepTraining
 
 
@@ -18,13 +20,33 @@ class SftTrainer(StepTraining):
     #: Right tokens, trained tokens, all tokens, steps, steps that train any token.
     NUM_COUNTS = 5
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        # Liger has a loss of its own; ZeRO-3 gathers the head's weights where the head is called as it was built.
+        own = self.args.use_liger_kernel or self.is_fsdp_enabled or is_deepspeed_zero3_enabled()
+        with self.accelerator.autocast():
+            self.loss_head = None if own else find_loss_head(self.model, self.args.label_smoothing_factor)
+        if self.loss_head is not None:
+            # The Trainer counts the trained tokens of a step only for losses that ask for them.
+            self.model_accepts_loss_kwargs = self.loss_is_scaled_for_ga = True
+
     def compute_loss(
         self, model: Any, inputs: Batch, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """The model's own loss, or ours where tokens have weights or are smoothed; counts right, trained and all tokens
+        """The mean over the step's trained tokens, each times its weight; counts right, trained and all tokens
         (no synchronisation)."""
         labels, mask, weights = inputs["labels"], inputs.get("attention_mask"), inputs.pop("loss_scale", None)
         tokens = torch.tensor(labels.numel()) if mask is None else mask.sum()
+        if self.loss_head is not None:
+            del inputs["labels"]
+            with self.loss_head.scoring(labels, weights) as found:
+                outputs = model(**inputs)
+            trained = (labels[:, 1:] != -100).sum()
+            loss = found[0].loss / (trained.clamp(min=1) if num_items_in_batch is None else num_items_in_batch)
+            if num_items_in_batch is not None and self.args.average_tokens_across_devices:
+                loss *= self.accelerator.num_processes  # the count is that of all workers
+            self._counts[:3] += torch.stack([found[0].right, trained, tokens.to(trained)]).to(self._counts)
+            return (loss, outputs) if return_outputs else loss
         smoothing = self.args.label_smoothing_factor
         plain = weights is None and not smoothing
         self.compute_loss_func = None if plain else functools.partial(token_loss, weights=weights, smoothing=smoothing)
@@ -61,6 +83,11 @@ class SftTrainer(StepTraining):
         """Summed loss, right tokens, trained tokens."""
         labels = batch.pop("labels")
         batch.pop("loss_scale", None)
+        if self.loss_head is not None:
+            with self.accelerator.autocast(), self.loss_head.scoring(labels, smoothing=0.0) as found:
+                self.model_wrapped(**batch)
+            trained = (labels[:, 1:] != -100).sum()
+            return torch.stack([found[0].loss, found[0].right, trained]).to(self._counts)
         with self.accelerator.autocast():
             logits = self.model_wrapped(**batch).logits
         loss = torch.nn.functional.cross_entropy(

@@ -1,0 +1,102 @@
+"""LoRA on linear layers as one operation, for training: fewer passes over memory, and a third of what is kept.
+
+PEFT's layer keeps a dropped copy of its input for the adapter of every layer, and adds the adapter's part to the
+result in passes of its own. Here the input is kept once, whichever layers share it, and a mask of one byte a value
+beside it. On CPUs, where drawing a random float for each value takes a quarter of a training step, a mask takes 16
+random bits a value.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from peft.tuners.lora.layer import Linear
+from torch import nn
+
+#: Values that 16 random bits have.
+_VALUES = 2**16
+
+
+def fuse_lora(model: Any) -> None:
+    """Train the plain LoRA layers of ``model`` (one adapter on an ``nn.Linear``, no variant such as DoRA) as one
+    operation each. In evaluation, with adapters switched off or merged they stay PEFT's."""
+    for layer in model.modules():
+        if type(layer) is Linear and type(layer.base_layer) is nn.Linear and len(layer.lora_A) == 1:
+            name = next(iter(layer.lora_A))
+            is_plain = name not in layer.lora_variant and layer.lora_B[name].bias is None and not layer.fan_in_fan_out
+            if is_plain:
+                layer.forward = partial(_forward, layer, name, layer.forward)  # type: ignore[method-assign]
+
+
+def _forward(layer: Any, name: str, peft_forward: Any, values: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    if args or kwargs or not layer.training or layer.merged or layer.disable_adapters:
+        return peft_forward(values, *args, **kwargs)
+    if layer.active_adapters != [name]:
+        return peft_forward(values)
+    base, dropout = layer.base_layer, layer.lora_dropout[name]
+    p = dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
+    return _LoraLinear.apply(
+        values, base.weight, base.bias, layer.lora_A[name].weight, layer.lora_B[name].weight, layer.scaling[name], p
+    )
+
+
+class _LoraLinear(torch.autograd.Function):
+    """``values @ weight.T + bias + scaling · dropout(values) @ a.T @ b.T``; the frozen weight gets no gradient."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        values: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        a: torch.Tensor,
+        b: torch.Tensor,
+        scaling: float,
+        p: float,
+    ) -> torch.Tensor:
+        device = values.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+        with torch.autocast(device, enabled=False):
+            flat = values.reshape(-1, values.shape[-1]).to(dtype)
+            down, up = a.to(dtype), b.to(dtype)
+            matrix = weight.to(dtype)
+            keep, kept_share = _mask(flat, p)
+            scale = scaling / kept_share
+            inner = (flat if keep is None else flat * keep) @ down.t()
+            result = flat @ matrix.t() if bias is None else torch.addmm(bias.to(dtype), flat, matrix.t())
+            result.addmm_(inner, up.t(), alpha=scale)
+        ctx.save_for_backward(flat, keep, inner, weight, down, up)
+        ctx.scale, ctx.dtypes = scale, (values.dtype, a.dtype, b.dtype)
+        return result.view(*values.shape[:-1], -1)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[Any, ...]:
+        flat, keep, inner, weight, down, up = ctx.saved_tensors
+        of_values, of_a, of_b = ctx.dtypes
+        gradient = grads[0].reshape(-1, grads[0].shape[-1]).to(flat.dtype)
+        of_inner = (gradient @ up).mul_(ctx.scale)
+        grad_b = (gradient.t() @ inner).to(of_b).mul_(ctx.scale)
+        grad_a = (of_inner.t() @ (flat if keep is None else flat * keep)).to(of_a)
+        grad_values = None
+        if ctx.needs_input_grad[0]:
+            grad_values = gradient @ weight.to(flat.dtype)
+            if keep is None:
+                grad_values.addmm_(of_inner, down)
+            else:
+                grad_values.addcmul_(of_inner @ down, keep.to(flat.dtype))
+            grad_values = grad_values.view(*grads[0].shape[:-1], -1).to(of_values)
+        return grad_values, None, None, grad_a, grad_b, None, None
+
+
+def _mask(values: torch.Tensor, p: float) -> tuple[torch.Tensor | None, float]:
+    """Which values are kept (bool; None for all), and the share of them that is kept in the long run."""
+    if p == 0:
+        return None, 1.0
+    if values.device.type != "cpu":
+        return torch.rand(values.shape, device=values.device) >= p, 1 - p
+    dropped = min(round(p * _VALUES), _VALUES - 1)
+    count = values.numel()
+    random = torch.randint(-(2**63), 2**63 - 1, ((count + 3) // 4,)).view(torch.int16)[:count]
+    return random.view(values.shape) >= dropped - _VALUES // 2, (_VALUES - dropped) / _VALUES
