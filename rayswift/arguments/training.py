@@ -139,6 +139,12 @@ class OptimizerArguments(Arguments):
             yield "--deepspeed contradicts --fsdp: both shard the model, give one of the two"
         if self.zero_hpz_partition_size and self.zero_stage != 3:
             yield "--zero_hpz_partition_size needs --deepspeed zero3"
+        if self.zero_stage == 3 and isinstance(self.deepspeed, dict):
+            init = str(getattr(self, "init_weights", "true"))
+            gathers = self.deepspeed["zero_optimization"].get("stage3_gather_16bit_weights_on_model_save")
+            if init.startswith(("pissa", "olora")) and not gathers:
+                yield (f"--init_weights {init} needs stage3_gather_16bit_weights_on_model_save in --deepspeed: what it "
+                       "took off the model is saved with the adapter")  # fmt: skip
         fp16, bf16 = self.training_args.get("fp16"), self.training_args.get("bf16")
         dtype = getattr(self, "torch_dtype", None)
         if fp16 and bf16:
