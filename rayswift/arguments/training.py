@@ -175,6 +175,12 @@ class OptimizerArguments(Arguments):
         for flag, mend in _NOT_BUILT.items():
             if self.training_args.get(flag) and not (flag == "fsdp" and self.deepspeed):
                 yield f"--{flag}: {mend}"
+        if self.zero_stage == 3 and isinstance(self.deepspeed, dict):
+            init = str(getattr(self, "init_weights", "true"))
+            gathers = self.deepspeed["zero_optimization"].get("stage3_gather_16bit_weights_on_model_save")
+            if init.startswith(("pissa", "olora")) and not gathers:
+                yield (f"--init_weights {init} needs stage3_gather_16bit_weights_on_model_save in --deepspeed: what it "
+                       "took off the model is saved with the adapter")  # fmt: skip
         fp16, bf16 = self.training_args.get("fp16"), self.training_args.get("bf16")
         dtype = getattr(self, "torch_dtype", None)
         if fp16 and bf16:

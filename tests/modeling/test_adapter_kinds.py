@@ -147,3 +147,11 @@ def test_an_adapter_with_biases_is_no_beginning_for_rlhf(base: str, tmp_path: Pa
     adapter, _ = saved_by_peft(base, tmp_path / "adapter", bias="all")
     with pytest.raises(UserError, match=r"--adapters .*biases"):
         find_model(make_arguments("rlhf", model=base, dataset=["d"], adapters=[adapter]))
+
+
+def test_an_adapter_of_shards_alone_cannot_begin_as_a_part_of_the_base() -> None:
+    config: dict[str, Any] = {"zero_optimization": {"stage": 3}}
+    with pytest.raises(UserError, match="--init_weights olora needs stage3_gather_16bit"):
+        make_arguments("sft", model="m/m", dataset=["d"], init_weights="olora", deepspeed=config)
+    config["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"] = True
+    make_arguments("sft", model="m/m", dataset=["d"], init_weights="olora", deepspeed=config)

@@ -104,3 +104,15 @@ def test_a_preset_updates_as_plain_training_and_goes_on_from_its_shards(
     printed = run(*command, "--max_steps", "4", "--resume_from_checkpoint", "true", log=tmp_path / "second.log")
     assert "training goes on from step 3" in printed
     assert list(losses(run_directory(tmp_path / "out"))) == [1, 2, 3, 4]
+
+
+def test_an_adapter_that_begins_as_a_part_of_the_base_is_the_same_in_shards(tiny: Path, tmp_path: Path) -> None:
+    found = {}
+    for name, flags in (("plain", []), ("zero3", ["--deepspeed", "zero3"])):
+        command = ["sft", "--model", str(tiny / "model"), *TINY, "--init_weights", "olora", "--max_steps", "2", *flags]
+        run(*command, "--output_dir", str(tmp_path / name), log=tmp_path / f"{name}.log")
+        found[name] = load_file(run_directory(tmp_path / name) / "checkpoint-2" / "adapter_model.safetensors")
+    assert found["plain"].keys() == found["zero3"].keys()
+    for name, tensor in found["plain"].items():
+        assert tensor.shape == found["zero3"][name].shape
+        assert torch.nn.functional.cosine_similarity(tensor.flatten(), found["zero3"][name].flatten(), 0) > 0.99, name
