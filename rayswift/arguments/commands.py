@@ -177,12 +177,20 @@ class AppArguments(WebPageArguments, DeployArguments):
 
     command: ClassVar[str] = "app"
 
-    ssl_keyfile: str | None = arg_like(ServerArguments, "ssl_keyfile", None, help="key of the page's TLS certificate")
-    ssl_certfile: str | None = arg_like(ServerArguments, "ssl_certfile", None, help="TLS certificate of the page")
+    ssl_keyfile: str | None = arg_like(
+        ServerArguments, "ssl_keyfile", None, help="key of the page's TLS certificate", topic=WebPageArguments.topic
+    )
+    ssl_certfile: str | None = arg_like(
+        ServerArguments, "ssl_certfile", None, help="TLS certificate of the page", topic=WebPageArguments.topic
+    )
 
     task_type: str = arg_like(ModelArguments, "task_type", "causal_lm")
 
     stream: bool | None = arg_like(GenerationArguments, "stream", True)
+
+    def remarks(self) -> Iterator[str]:
+        if self.ssl_certfile and "host" in self.given:
+            yield "--host: no effect with --ssl_certfile: the page has TLS, and what answers it stays on 127.0.0.1"
 
 
 @dataclass(init=False, repr=False, eq=False)

@@ -229,7 +229,7 @@ class EndpointEngine:
     def _answer_of(self, choice: Any) -> Answer:
         logprobs = choice.logprobs.model_dump(include={"content"}) if choice.logprobs else None
         said, thoughts = choice.message, thoughts_of(choice.message)
-        named = [call.function for call in said.tool_calls or [] if call.function] or [said.function_call]
+        named = [getattr(call, "function", None) for call in said.tool_calls or []] or [said.function_call]
         try:
             calls = ((one.name, one.arguments or "") for one in named if one)
             text = with_calls(text_of(said.content), calls, self.agent_template)

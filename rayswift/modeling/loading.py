@@ -27,7 +27,9 @@ SAFETENSORS_ITEM_BYTES = {
     "I8": 1, "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1,
 }  # fmt: skip
 MAX_HEADER_BYTES = 100_000_000  # the safetensors format's own limit
-_PLACES = 8  # of a tensor that `folder_fingerprint` looks at
+# What `folder_fingerprint` reads of a tensor, and about how much in all: a mixture of experts has 100,000 tensors, and
+# each place costs a round trip on network storage.
+_PLACES, _ALL_PLACES = 8, 8192
 EMBEDDING_MULTIPLE = 64  # resized embeddings keep a row count that tensor cores and vLLM's sharding like
 
 
@@ -265,10 +267,14 @@ def folder_fingerprint(folder: str) -> str:
     Milliseconds for any size: a change of a few rows of a large tensor alone may go unnoticed.
     """
     known: dict[str, Any] = {}
+    weights = [path for path in Path(folder).iterdir() if path.suffix == ".safetensors"]
+    for path in weights:
+        share = _ALL_PLACES // len(weights) // max(1, len(read_safetensors_header(path)))
+        known |= _tensor_samples(path, max(1, min(share, _PLACES)))
     for path in Path(folder).iterdir():
-        if path.suffix == ".safetensors":
-            known |= _tensor_samples(path, _PLACES)
-        elif path.suffix in (".bin", ".gguf"):  # the directory at the end of PyTorch's file has checksums of the rest
+        if path in weights:
+            continue
+        if path.suffix in (".bin", ".gguf"):  # the directory at the end of PyTorch's file has checksums of the rest
             with path.open("rb") as file:
                 size = file.seek(0, os.SEEK_END)
                 file.seek(max(0, size - 2**20))

@@ -111,7 +111,9 @@ def test_a_command_speaks_http_to_a_deployment_that_does(
     )
 
 
-def test_the_page_has_the_certificate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_page_has_the_certificate(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     launched: dict[str, Any] = {}
 
     class Page:
@@ -126,6 +128,10 @@ def test_the_page_has_the_certificate(tmp_path: Path, monkeypatch: pytest.Monkey
     tls = certificate(tmp_path)
     chat_page.serve(Page(), make_arguments("app", model="m", **tls))
     assert launched.items() >= {**tls, "ssl_verify": False}.items()
+    make_arguments("app", base_url="http://h/v1", **tls)
+    assert not caplog.text
+    make_arguments("app", model="m", host="0.0.0.0", api_key=["k"], **tls)
+    assert "--host: no effect with --ssl_certfile" in caplog.text
 
 
 def test_the_hubs_token_reaches_the_replicas_of_a_cluster_and_no_configuration(
