@@ -50,7 +50,7 @@ ROWS = {"dataset": ["d"]}
             "deploy",
             {"infer_backend": "vllm", "sglang_tp_size": 2},
             {"vllm_tensor_parallel_size": 1},
-            ["--sglang_tp_size has no effect here: only in place of --vllm_tensor_parallel_size, with --infer_backend sglang"],
+            ["--sglang_tp_size has no effect here: only in place of --vllm_tensor_parallel_size, with"],
         ),
     ],
 )  # fmt: skip
