@@ -9,6 +9,7 @@ import signal
 import threading
 from typing import TYPE_CHECKING, Any
 
+from rayswift import private
 from rayswift.errors import UserError
 from rayswift.generate.media import media_of
 from rayswift.generate.types import SamplingParams
@@ -20,6 +21,9 @@ if TYPE_CHECKING:
 #: The browser then asks no other server: neither for a picture that an answer names, nor to share an upload.
 _SOURCES = "'self' 'unsafe-inline' 'unsafe-eval' data: blob:"
 ONLY_THIS_SERVER = f'<meta http-equiv="Content-Security-Policy" content="default-src {_SOURCES}">'
+
+#: Of one uploaded file.
+MAX_UPLOAD_BYTES = 100 * 2**20
 
 logger = logging.getLogger("rayswift.chat_page")
 
@@ -74,6 +78,7 @@ def serve(page: Any, args: AppArguments) -> None:
     """Show the page until Ctrl-C or SIGTERM."""
     stopped = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: stopped.set())
+    private.replace_http_protocol("rayswift.serve.connections:KeylessConnection")
     _, address, public = page.launch(
         server_name=args.server_name,
         server_port=args.server_port,
@@ -82,6 +87,7 @@ def serve(page: Any, args: AppArguments) -> None:
         prevent_thread_lock=True,
         quiet=True,
         show_error=True,
+        max_file_size=MAX_UPLOAD_BYTES,
         footer_links=[],
         head=ONLY_THIS_SERVER,
     )
