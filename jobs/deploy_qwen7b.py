@@ -1,7 +1,9 @@
 """Serve Qwen2.5-7B-Instruct with vLLM on 1 to 4 replicas of one GPU each, scaled by load, with LoRA adapters by name.
 
 python jobs/deploy_qwen7b.py --api_key KEY
-ray job submit --no-wait -- python jobs/deploy_qwen7b.py --host 0.0.0.0 --api_key KEY     # on a cluster
+ray job submit --no-wait -- python jobs/deploy_qwen7b.py --host 0.0.0.0     # on a cluster
+
+Ray shows a job's command line to everyone on the cluster: with a key, `rayswift submit deploy ... --api_key KEY`.
 """
 
 import sys

@@ -28,9 +28,11 @@ def _run(command: str, overrides: Sequence[str] | None, settings: dict[str, Any]
     from rayswift.arguments import make_arguments, parse_arguments
     from rayswift.cli.main import log_to_stderr, report, run_command
     from rayswift.errors import UserError
+    from rayswift.redaction import hide_from_process_lists
 
     if overrides is None:
         return run_command(make_arguments(command, **settings))
+    hide_from_process_lists()
     log_to_stderr()  # the script is a command line: what `rayswift` says while it works is said here too
     program = os.path.basename(sys.argv[0]) or f"rayswift {command}"
     try:

@@ -27,6 +27,19 @@ def parse_json(text: str | bytes) -> Any:
         raise ValueError("nested too deep") from None
 
 
+def parse_yaml(text: str) -> Any:
+    """``yaml.safe_load`` whose every refusal is a ``YAMLError`` or a ValueError: also of text that is nested too deep,
+    and of what its tags say that it is and is not."""
+    import yaml
+
+    try:
+        return yaml.safe_load(text)
+    except RecursionError:
+        raise ValueError("nested too deep") from None
+    except (AttributeError, LookupError, OverflowError, TypeError) as error:
+        raise ValueError(f"a value is not what its tag says ({error})") from None
+
+
 @contextmanager
 def atomic_file(path: str | os.PathLike[str]) -> Iterator[Path]:
     """A path to write a file to; at the end of the block it replaces ``path``, after an exception nothing is changed.

@@ -1,6 +1,9 @@
 """What lets a killed run go on where it stopped: its identity, and records on disk that are there once each.
 
 The identity is a digest of all that decides a run's answers; a run goes on with the records of its own identity alone.
+Beside it stand the *sources*: for each path or endpoint that decides them (``--model DIR``) a mark of what lay behind
+it then. A run goes on where the marks are the same; one that is not known on both sides (a file of an earlier version,
+an endpoint that does not answer now) does not count.
 
 - :func:`open_results` (``rayswift infer``): rows in order, at the end of a file that keeps the rows of other runs.
 - :func:`open_journal` (``rayswift sample``): records by number, in any order, in a file that the finished run removes.
@@ -38,6 +41,16 @@ def run_identity(settings: Mapping[str, Any], rows: Sequence[Record]) -> str:
     for row in rows:
         digest.update(json.dumps(row, sort_keys=True, ensure_ascii=False, default=str).encode())
     return digest.hexdigest()
+
+
+def changed_sources(earlier: Record, sources: Mapping[str, str]) -> list[str]:
+    """The sources behind which something else lies now than when the run of this state was begun."""
+    known = earlier.get("sources") or {}
+    return [name for name, mark in sources.items() if known.get(name, mark) != mark]
+
+
+def _run_state(identity: str, sources: Mapping[str, str]) -> Record:
+    return {"run": identity} | ({"sources": dict(sources)} if sources else {})
 
 
 def drop_half_row(file: BinaryIO) -> None:
@@ -128,10 +141,11 @@ class ResultFile:
 
 
 @contextlib.contextmanager
-def open_results(path: Path, identity: str) -> Iterator[ResultFile]:
+def open_results(path: Path, identity: str, sources: Mapping[str, str] | None = None) -> Iterator[ResultFile]:
     """Open (or make) the file to append the rows of the run ``identity``; another run's rows before them stay.
 
     A small file beside it (``.NAME.run.json``) says which run the last rows belong to, and where they begin.
+    ``sources``: marks of what lies behind its paths and endpoints; where one has changed, the run begins again.
 
     Raises:
         UserError: the file or its folder cannot be written, or another process writes it.
@@ -141,11 +155,17 @@ def open_results(path: Path, identity: str) -> Iterator[ResultFile]:
         if file is None:
             raise UserError(f"--result_path {path}: another rayswift infer is writing it; give another name")
         state, end = path.with_name(f".{path.name}.run.json"), file.tell()
-        earlier = _state(state)
+        earlier, sources = _state(state), sources or {}
         start = earlier.get("start") if earlier.get("run") == identity else None
         if not isinstance(start, int) or start >= end:
-            start = end
-            write_whole(state, json.dumps({"run": identity, "start": start}))
+            start, earlier = end, {}
+        elif changed := changed_sources(earlier, sources):
+            start, earlier = end, {}
+            logger.warning("%s: %s is not what it was when these rows were answered: all are asked again, and their "
+                           "answers follow behind", path, ", ".join(changed))  # fmt: skip
+        known = {**(earlier.get("sources") or {}), **sources}
+        if (new := _run_state(identity, known) | {"start": start}) != earlier:
+            write_whole(state, json.dumps(new))
     with file:
         file.seek(start)
         yield ResultFile(path, [json.loads(line) for line in file.read().splitlines()], file)
@@ -164,10 +184,12 @@ class Journal:
         self._file = file
         self._places: dict[int, int] = {}
         file.seek(0)
-        self.run = _parsed(file.readline()).get("run")
+        self.state = _parsed(file.readline())
         self._end = file.tell()
         for line in file:
             record = _parsed(line)
+            if "sources" in record:  # what was known later
+                self.state["sources"] = {**(self.state.get("sources") or {}), **record["sources"]}
             if "number" in record:
                 self._places.setdefault(int(record["number"]), self._end)
             self._end += len(line)
@@ -192,17 +214,41 @@ class Journal:
         self._file.seek(self._places[number])
         return _parsed(self._file.readline())
 
-    def start(self, identity: str) -> None:
+    @property
+    def run(self) -> str | None:
+        """The identity of the run that it belongs to."""
+        return self.state.get("run")
+
+    def start(self, identity: str, sources: Mapping[str, str]) -> None:
         """Empty it, for the run of that identity."""
-        self.run, self._places = identity, {}
+        self.state, self._places = _run_state(identity, sources), {}
         self._file.seek(0)
         self._file.truncate()
-        self._end = _append(self._file, {"run": identity})
+        self._end = _append(self._file, self.state)
+
+    def note_sources(self, sources: Mapping[str, str]) -> None:
+        """Keep the marks that it lacks: it is an earlier version's, or an endpoint did not answer."""
+        known = self.state.get("sources") or {}
+        if new := {name: mark for name, mark in sources.items() if name not in known}:
+            self.state["sources"] = {**known, **new}
+            self._file.seek(self._end)
+            self._end += _append(self._file, {"sources": new})
+
+
+def is_of_run(path: Path, identity: str, sources: Mapping[str, str]) -> bool:
+    """Whether the journal there was begun by that run."""
+    with path.open("rb") as file:
+        journal = Journal(file)
+    return journal.run == identity and not changed_sources(journal.state, sources)
 
 
 @contextlib.contextmanager
-def open_journal(path: Path, identity: str, *, override: bool) -> Iterator[Journal]:
+def open_journal(
+    path: Path, identity: str, *, override: bool, sources: Mapping[str, str] | None = None
+) -> Iterator[Journal]:
     """Open (or make) the journal of a run; with ``override`` another run's is emptied. One that stays empty goes again.
+
+    ``sources``: marks of what lies behind its paths and endpoints; where one has changed, it is another run's.
 
     Raises:
         UserError: it cannot be written, another process writes it, or it is another run's.
@@ -213,14 +259,17 @@ def open_journal(path: Path, identity: str, *, override: bool) -> Iterator[Journ
     if file is None:
         raise UserError(f"--output_file: another rayswift sample is writing {path}; give another name")
     with file:
-        journal = Journal(file)
-        if journal.run not in (None, identity) and not override and len(journal):
+        journal, sources = Journal(file), sources or {}
+        changed = changed_sources(journal.state, sources) if journal.run == identity else ["other settings"]
+        if journal.run is not None and changed and not override and len(journal):
+            why = "with other settings" if journal.run != identity else f"of what {', '.join(changed)} was before"
             raise UserError(
-                f"--output_file: {path} has {len(journal)} answers of an unfinished run with other settings; give "
+                f"--output_file: {path} has {len(journal)} answers of an unfinished run {why}; give "
                 "another --output_file, or --override_exist_file true to drop them"
             )
-        if journal.run != identity:
-            journal.start(identity)
+        if changed:
+            journal.start(identity, sources)
+        journal.note_sources(sources)
         try:
             yield journal
         finally:
@@ -240,28 +289,35 @@ class RunFolder:
 
     path: Path
     identity: str
+    sources: Mapping[str, str]
     resumed: bool = True
 
     def mark(self, *, finished: bool) -> None:
         """Note whose it is. After a finished one the same command starts anew."""
-        write_whole(self.path / "run.json", json.dumps({"run": self.identity, "finished": finished}, indent=2) + "\n")
+        state = _run_state(self.identity, self.sources) | {"finished": finished}
+        write_whole(self.path / "run.json", json.dumps(state, indent=2) + "\n")
 
 
 @contextlib.contextmanager
-def open_run(root: Path, identity: str) -> Iterator[RunFolder]:
+def open_run(root: Path, identity: str, sources: Mapping[str, str] | None = None) -> Iterator[RunFolder]:
     """The newest folder below ``root`` of an unfinished run of that identity that no other process works in, else a
-    new one, named after the time.
+    new one, named after the time. ``sources``: as for :func:`open_results`.
 
     Raises:
         UserError: it cannot be written.
     """
     with _writable(f"--eval_output_dir {root}"):
         root.mkdir(parents=True, exist_ok=True)
-        lock = None
+        lock, sources = None, sources or {}
         for folder in sorted(root.iterdir(), reverse=True):
             state = _state(folder / "run.json")
-            if state.get("run") == identity and not state.get("finished") and (lock := _claim(folder / "run.lock")):
-                run = RunFolder(folder, identity)
+            if state.get("run") != identity or state.get("finished"):
+                continue
+            if changed := changed_sources(state, sources):
+                logger.warning("%s is left as it is: %s is not what it was then", folder, ", ".join(changed))
+            elif lock := _claim(folder / "run.lock"):
+                run = RunFolder(folder, identity, {**(state.get("sources") or {}), **sources})
+                run.mark(finished=False)
                 for path in folder.rglob("*.jsonl"):
                     with path.open("r+b") as rows:
                         drop_half_row(rows)
@@ -274,7 +330,7 @@ def open_run(root: Path, identity: str) -> Iterator[RunFolder]:
                     folder.mkdir()
                     break
             lock = _claim(folder / "run.lock")
-            run = RunFolder(folder, identity, resumed=False)
+            run = RunFolder(folder, identity, sources, resumed=False)
             run.mark(finished=False)
     try:
         yield run

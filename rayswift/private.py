@@ -16,7 +16,7 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from rayswift.errors import RunFailedError, one_line
 
@@ -104,6 +104,30 @@ def autoscaler_nodes() -> list[dict[str, float]]:
     except MOVED:
         report("Ray's table of the autoscaler", "only nodes that run already are counted")
         return []
+
+
+def keep_secret(name: str, value: str | None) -> None:
+    """Keep a text in the memory of the cluster's head, where no page and no list shows it; None forgets it."""
+    try:
+        from ray.experimental import internal_kv
+
+        if value is None:
+            internal_kv._internal_kv_del(name, namespace=b"rayswift")
+        else:
+            internal_kv._internal_kv_put(name, value, overwrite=True, namespace=b"rayswift")
+    except MOVED:
+        report("Ray's store of keys and values", "replicas take the hub's token of their node's environment")
+
+
+def kept_secret(name: str) -> str | None:
+    """What `keep_secret` kept under this name."""
+    try:
+        from ray.experimental import internal_kv
+
+        value = internal_kv._internal_kv_get(name, namespace=b"rayswift")
+    except MOVED:
+        return None
+    return None if value is None else value.decode()
 
 
 def in_ray_job() -> bool:
@@ -407,25 +431,18 @@ def name_completion_tokens(app: Any, token_names: Callable[[Iterable[tuple[int, 
     completion._create_completion_logprobs = creating
 
 
-async def load_adapter(server: Any, name: str, folder: str, number: int) -> None:
-    """Have a started ``LLMServer`` answer for the model ``name`` with an adapter. Raises ValueError with the reason."""
-    with needed("the adapters of ray.serve.llm"):
-        from ray.llm._internal.serve.core.configs.llm_config import DiskMultiplexConfig
-
-        load = server.engine.resolve_lora
-        adapter = DiskMultiplexConfig(
-            model_id=name, max_total_tokens=None, local_path=folder, lora_assigned_int_id=number
-        )
-    await load(adapter)
-
-
-async def unload_adapter(server: Any, name: str) -> None:
-    """Have it forget an adapter; requests that are running finish."""
+def adapters_by_name(server: Any) -> dict[str, Any]:
+    """The ``LoRARequest`` by the name that requests ask for, as the app of a started ``LLMServer`` looks it up."""
     with needed("the adapters of vLLM's server"):
-        from vllm.entrypoints.serve.lora.protocol import UnloadLoRAAdapterRequest
+        return cast("dict[str, Any]", server.engine._oai_models.lora_requests)
 
-        unload = server.engine._oai_models.unload_lora_adapter
-    await unload(UnloadLoRAAdapterRequest(lora_name=name))
+
+def name_adapters(server: Any, name_of: Callable[[Any], str]) -> None:
+    """Have its answers say for an adapter what ``name_of`` its ``LoRARequest`` is, which vLLM's own name is not."""
+    with needed("the adapters of vLLM's server"):
+        models = server.engine._oai_models
+        own = models.model_name
+    models.model_name = lambda lora_request=None: own() if lora_request is None else name_of(lora_request)
 
 
 # --- PyTorch, DeepSpeed and PEFT ----------------------------------------------------------------------------------

@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,10 +23,11 @@ DASHBOARD = "http://127.0.0.1:8271"
 
 
 class Head(NamedTuple):
-    """Where a cluster's Jobs API listens, and the environment that lets a client in."""
+    """Where a cluster's Jobs API listens, the environment that lets a client in, and where Ray keeps its files."""
 
     address: str
     environment: dict[str, str]
+    folder: Path
 
 
 @contextlib.contextmanager
@@ -38,7 +41,9 @@ def ray_head(num_cpus: int, log: Path) -> Iterator[Head]:
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": secrets.token_hex(32),
     }
+    folder = Path(tempfile.mkdtemp(prefix="ray"))  # a short path: sockets lie in it
     command = [f"{binaries}/ray", "start", "--head", *PORTS, "--num-cpus", str(num_cpus), "--block"]
+    command += ["--temp-dir", str(folder)]
     with log.open("w") as output:
         head = subprocess.Popen(command, stdout=output, stderr=output, env=environment, start_new_session=True)
     try:
@@ -47,7 +52,8 @@ def ray_head(num_cpus: int, log: Path) -> Iterator[Head]:
             assert head.poll() is None, log.read_text()
             assert time.monotonic() < deadline, log.read_text()
             time.sleep(0.5)
-        yield Head(DASHBOARD, environment)
+        yield Head(DASHBOARD, environment, folder)
     finally:
         os.killpg(head.pid, signal.SIGTERM)
         head.wait(60)
+        shutil.rmtree(folder, ignore_errors=True)

@@ -380,8 +380,8 @@ def test_a_replica_says_in_one_line_what_it_misses() -> None:
         lambda: private.engine_client(SimpleNamespace(engine=object())),
         lambda: private.rendering(SimpleNamespace(renderer=object())),
         lambda: asyncio.run(private.openai_app(SimpleNamespace(engine=object()))),
-        lambda: asyncio.run(private.load_adapter(SimpleNamespace(engine=object()), "name", "folder", 1)),
-        lambda: asyncio.run(private.unload_adapter(SimpleNamespace(engine=object()), "name")),
+        lambda: private.adapters_by_name(SimpleNamespace(engine=object())),
+        lambda: private.name_adapters(SimpleNamespace(engine=object()), str),
     ):
         with pytest.raises(private.NotAvailable, match="is not as in the version this program was made for") as caught:
             call()

@@ -19,8 +19,9 @@ from rayswift.arguments.commands import (
     SampleArguments,
     SftArguments,
 )
-from rayswift.arguments.parsing import format_help, make_arguments, parse_arguments
-from rayswift.arguments.redaction import redact, redact_argv, redact_text
+from rayswift.arguments.help import format_help
+from rayswift.arguments.parsing import make_arguments, parse_arguments, take_over
+from rayswift.redaction import redact, redact_argv, redact_text
 
 __all__ = [
     "COMMANDS",
@@ -43,4 +44,5 @@ __all__ = [
     "redact",
     "redact_argv",
     "redact_text",
+    "take_over",
 ]

@@ -13,9 +13,9 @@ from typing import Any, ClassVar, Self
 
 import rayswift
 from rayswift.arguments.fields import Spec, convert, is_unset, specs_of
-from rayswift.arguments.redaction import REDACTED, redact
 from rayswift.errors import UserError
 from rayswift.files import parse_json, write_whole
+from rayswift.redaction import REDACTED, redact, remember
 
 logger = logging.getLogger("rayswift.arguments")
 
@@ -32,6 +32,11 @@ _RESTORED = (
 )  # fmt: skip
 # Flags that came later: where they are not given, a run is still the one that an older version began.
 _LATER = ("template_date",)
+# What may name files and folders: an args.json is read in other folders than it was written in.
+_PATHS = (
+    "model", "adapters", "ref_model", "ref_adapters", "reward_model", "dataset", "val_dataset", "cached_dataset",
+    "custom_dataset_info",
+)  # fmt: skip
 # A checkpoint may be a stranger's: what runs code comes from the user's own command line or YAML alone.
 _RUN_CODE = ("external_plugins", "trust_remote_code")
 
@@ -48,6 +53,7 @@ class Arguments:
     command: ClassVar[str] = ""
     topic: ClassVar[str] = ""
     decides: ClassVar[str] = ""  # the default of the group's flags, see `Spec`
+    no_effect: ClassVar[dict[str, str]] = {}  # rules for all flags of the group, see `effects`
 
     given: frozenset[str] = frozenset()  # canonical names of what the user set
     restored: frozenset[str] = frozenset()  # ... and of what a checkpoint's args.json set
@@ -63,6 +69,12 @@ class Arguments:
                 setattr(self, declared.name, declared.default_factory())
         if values:
             raise TypeError(f"{type(self).__name__} has no setting {', '.join(values)}")
+        remember(self.__dict__)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # A worker that gets its settings by pickle keeps their secrets out of its logs too.
+        self.__dict__.update(state)
+        remember(state)
 
     def finish(self) -> Self:
         """Check every group, then work out the defaults that depend on other settings. Raises UserError."""
@@ -70,23 +82,19 @@ class Arguments:
             raise UserError("\n".join(problems))
         for remark in dict.fromkeys(self._each("remarks")):
             logger.warning(remark)
-        return self._resolved()
+        return self.resolved()
 
     def problem_lines(self) -> list[str]:
         """What contradicts what, one line each."""
         return list(dict.fromkeys(self._each("problems")))
-
-    def remarks(self) -> Iterator[str]:
-        for name, spec in specs_of(type(self)).items():
-            if spec.no_effect and name in self.given:
-                yield f"{spec.flag}: no effect, {spec.no_effect}"
 
     def _each(self, hook: str) -> Iterator[str]:
         for cls in reversed(type(self).__mro__):
             if hook in cls.__dict__:
                 yield from cls.__dict__[hook](self)
 
-    def _resolved(self) -> Self:
+    def resolved(self) -> Self:
+        """These arguments, the defaults that depend on other settings worked out."""
         for cls in reversed(type(self).__mro__):
             if "resolve" in cls.__dict__:
                 cls.__dict__["resolve"](self)
@@ -100,6 +108,14 @@ class Arguments:
         """Every setting as JSON-able values, tokens masked."""
         names = [f.name for f in dataclasses.fields(self) if f.name not in ("given", "restored", "config_file")]
         return {name: redact(getattr(self, name), name) for name in names}
+
+    def with_absolute_paths(self) -> Self:
+        """A copy in which files and folders of this machine are named so that they are found from any folder."""
+        result = copy.copy(self)
+        for name in _PATHS:
+            if value := getattr(self, name, None):
+                setattr(result, name, [*map(_absolute, value)] if isinstance(value, list) else _absolute(value))
+        return result
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write `to_dict` to ``path`` (a file, or a folder that gets ``args.json``), whole or not at all."""
@@ -133,10 +149,22 @@ class Arguments:
                 setattr(result, name, value)
                 restored.add(name)
         result.restored = frozenset(restored)
-        return result._resolved()
+        return result.resolved()
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k, v in self.to_dict().items())})"
+
+
+def _absolute(value: str) -> str:
+    """A path, with the ``:SUBSET`` and ``#ROWS`` of a dataset, as an absolute one where there is such a file."""
+    name, rest = value, ""
+    for mark in ("#", ":", ""):
+        if os.path.exists(path := os.path.expanduser(name)):
+            return os.path.abspath(path) + rest
+        if mark and mark in name:
+            name, _, end = name.rpartition(mark)
+            rest = f"{mark}{end}{rest}"
+    return value
 
 
 def deciding_settings(args: Arguments, what: str = "answers") -> dict[str, Any]:
@@ -153,8 +181,6 @@ def _readable(specs: dict[str, Spec], saved: dict[str, Any]) -> dict[str, Any]:
         spec = specs.get(names.get(key, ""))
         if spec is None or is_unset(spec, raw) or raw in (REDACTED, []):
             continue
-        if isinstance(raw, str) and raw.startswith("torch."):  # ms-swift 3.x wrote repr(torch.bfloat16)
-            raw = raw.removeprefix("torch.")
         try:
             values[spec.name] = convert(spec, raw)
         except ValueError as error:

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 from rayswift.arguments.base import Arguments
-from rayswift.arguments.fields import arg, arg_like
+from rayswift.arguments.engines import EngineArguments, GenerationArguments
+from rayswift.arguments.fields import Spec, arg, arg_like, specs_of
 from rayswift.arguments.groups import (
     DatasetArguments,
-    EngineArguments,
-    GenerationArguments,
     ModelArguments,
     RayArguments,
     TemplateArguments,
     WorkerArguments,
 )
-from rayswift.arguments.rlhf import DPO_LOSSES, RlhfRules
+from rayswift.arguments.rlhf import DPO_LOSSES, PREFERENCE_METRICS, RlhfRules
 from rayswift.arguments.serving import (
     BenchmarkArguments,
     EndpointArguments,
@@ -27,8 +27,21 @@ from rayswift.arguments.serving import (
     ServerArguments,
     WebPageArguments,
 )
-from rayswift.arguments.training import BatchingArguments, CheckpointArguments, TrainingRules, TunerArguments
+from rayswift.arguments.training import (
+    BatchingArguments,
+    CheckpointArguments,
+    OptimizerArguments,
+    TrainingRules,
+    TunerArguments,
+)
+from rayswift.arguments.training_args import choices_of, passthrough_specs
 
+_GOING_ON = {"adapters=none": "only with --adapters"}
+_NO_TLS = "only this command asks its deployment, on 127.0.0.1"
+#: Values of --loss_scale that weigh every token 0 or 1.
+_UNWEIGHTED = (
+    "default", "last_round", "all", "ignore_empty_think", "ignore_think_prefix", "last_round_with_ignore_empty_think",
+)  # fmt: skip
 _MODEL_EXAMPLE = "for example --model Qwen/Qwen2.5-7B-Instruct"
 
 
@@ -38,7 +51,12 @@ class SftArguments(TunerArguments, BatchingArguments, CheckpointArguments, Worke
 
     command: ClassVar[str] = "sft"
 
-    load_args: bool = arg_like(ModelArguments, "load_args", False)
+    load_args: bool = arg_like(ModelArguments, "load_args", False, no_effect=_GOING_ON)
+    load_data_args: bool = arg_like(ModelArguments, "load_data_args", False, no_effect=_GOING_ON)
+
+    def resolve(self) -> None:
+        if self.training_args.get("use_cpu"):
+            self.use_gpu = False
 
 
 @dataclass(init=False, repr=False, eq=False)
@@ -57,9 +75,13 @@ class RlhfArguments(RlhfRules, SftArguments):
 
     command: ClassVar[str] = "rlhf"
 
+    METRICS: ClassVar[tuple[str, ...]] = ("loss", *PREFERENCE_METRICS)
+
     loss_scale: str = arg_like(TemplateArguments, "loss_scale", "last_round")
 
     def problems(self) -> Iterator[str]:
+        if self.truncation_strategy == "split":
+            yield "--truncation_strategy split: a pair cannot be split; use delete, left or right"
         if self.rlhf_type != "dpo":
             return
         for name in [name for name in self.loss_type if name not in DPO_LOSSES]:
@@ -68,15 +90,32 @@ class RlhfArguments(RlhfRules, SftArguments):
             yield "--loss_type exo_pair needs --label_smoothing above 0, for example 0.001"
         if "robust" in self.loss_type and self.label_smoothing >= 0.5:
             yield "--loss_type robust needs --label_smoothing below 0.5"
-        for flag in ("packing", "padding_free"):
-            if getattr(self, flag):
-                yield f"--{flag} true: pairs are padded; drop --{flag}"
-        if self.truncation_strategy == "split":
-            yield "--truncation_strategy split: a pair cannot be split; use delete, left or right"
+        if self.packing:
+            yield "--packing true: pairs are padded; drop --packing"
         if self.ref_model and self.train_type != "full":
             yield "--ref_model needs --train_type full: adapters are compared with the model without them"
+        if self.train_type == "lora":
+            yield from self._adapters_without_reference()
         if self.ref_adapters and self.ref_adapters != self.adapters:
             yield "--ref_adapters: training starts from its reference; give the same as --adapters, or drop it"
+
+    def _adapters_without_reference(self) -> Iterator[str]:
+        """What cannot be switched off, or is not read, where the model is compared with itself before training."""
+        if self.adapters:
+            return
+        if self.lora_bias == "all":
+            yield "--lora_bias all: with rlhf the reference would get the trained biases too; drop it"
+        for name in {"lm_head", "embed_out"} & set(self.target_modules):
+            yield f"--target_modules {name}: rlhf reads the output head's own weights; use --modules_to_save {name}"
+        if self.init_weights.lower() == "false":
+            yield "--init_weights false: the reference would be the model with random changes; drop it"
+
+    def resolve(self) -> None:
+        self.padding_free = False  # pairs are padded
+
+    def remarks(self) -> Iterator[str]:
+        if set(self.loss_scale.split("+")) - set(_UNWEIGHTED):
+            yield f"--loss_scale {self.loss_scale}: answers are compared whole; its weights only say what is trained"
 
 
 @dataclass(init=False, repr=False, eq=False)
@@ -124,7 +163,11 @@ class DeployArguments(
     )  # fmt: skip
 
     def problems(self) -> Iterator[str]:
-        if self.task_type != "causal_lm" and self.infer_backend != "vllm" and (self.adapters or self.adapter_root):
+        if (
+            self.task_type != "causal_lm"
+            and self.infer_backend == "transformers"
+            and (self.adapters or self.adapter_root)
+        ):
             yield f"--task_type {self.task_type} takes adapters with vLLM only: --infer_backend vllm"
 
 
@@ -133,6 +176,9 @@ class AppArguments(WebPageArguments, DeployArguments):
     """Chat with a model in the browser."""
 
     command: ClassVar[str] = "app"
+
+    ssl_keyfile: str | None = arg_like(ServerArguments, "ssl_keyfile", None, help="key of the page's TLS certificate")
+    ssl_certfile: str | None = arg_like(ServerArguments, "ssl_certfile", None, help="TLS certificate of the page")
 
     task_type: str = arg_like(ModelArguments, "task_type", "causal_lm")
 
@@ -176,7 +222,7 @@ class SampleArguments(
             yield "--temperature 0: all answers to a prompt will be the same; leave it out, or set it above 0"
 
     def resolve(self) -> None:
-        if self.sampler_engine in ("vllm", "transformers", "lmdeploy"):
+        if self.sampler_engine in ("vllm", "transformers"):
             self.infer_backend = self.sampler_engine
             self.given |= {"infer_backend"}  # the plan of the engines takes over what was given
         if self.min_replicas or self.max_replicas:
@@ -204,6 +250,8 @@ class EvalArguments(BenchmarkArguments, DeployArguments):
     task_type: str = arg_like(ModelArguments, "task_type", "causal_lm")
 
     temperature: float | None = arg_like(GenerationArguments, "temperature", 0.0)
+    ssl_keyfile: str | None = arg_like(ServerArguments, "ssl_keyfile", None, no_effect=_NO_TLS)
+    ssl_certfile: str | None = arg_like(ServerArguments, "ssl_certfile", None, no_effect=_NO_TLS)
 
 
 @dataclass(init=False, repr=False, eq=False)
@@ -258,3 +306,17 @@ TOOLS = {PreviewArguments.command: PreviewArguments}
 def arguments_class(command: str) -> type[Arguments]:
     """The arguments of a command, SWIFT's or our own."""
     return COMMANDS.get(command) or TOOLS[command]
+
+
+@functools.cache
+def flags_of(command: str) -> dict[str, Spec]:
+    """Every flag of a command by canonical name, further TrainingArguments fields included."""
+    cls = arguments_class(command)
+    declared = specs_of(cls)
+    if not issubclass(cls, OptimizerArguments):
+        return declared
+    declared = {
+        name: replace(spec, choices=spec.choices or choices_of(name)) if choices_of(name) else spec
+        for name, spec in declared.items()
+    }
+    return {**declared, **passthrough_specs(set(declared) | {alias for s in declared.values() for alias in s.aliases})}

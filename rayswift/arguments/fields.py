@@ -13,8 +13,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rayswift.arguments.redaction import is_secret, redact_text
 from rayswift.files import parse_json
+from rayswift.redaction import is_secret, redact_text
 
 _TRUE = frozenset({"true", "1", "yes", "y", "t", "on"})
 _FALSE = frozenset({"false", "0", "no", "n", "f", "off"})
@@ -49,7 +49,7 @@ class Spec:
     lt: float | None = None
     parse: Callable[[Any], Any] | None = None  # raises ValueError("expected ...")
     decides: str = ""  # what two runs must agree in to be the same run: "answers" or "scores"; else ""
-    no_effect: str = ""  # why it changes nothing, where it is taken for SWIFT's command lines only
+    no_effect: str | Mapping[str, str] = ""  # where it changes nothing and why, see `rayswift.arguments.effects`
 
     @property
     def flag(self) -> str:
@@ -92,7 +92,8 @@ _SPECS: dict[type, dict[str, Spec]] = {}
 
 
 def specs_of(cls: type) -> dict[str, Spec]:
-    """The flags of an arguments class by name; topic and ``decides`` are those of the group, if not the flag's own."""
+    """The flags of an arguments class by name; topic and ``decides`` are those of the group, if not the flag's own, and
+    the group's rules of ``no_effect`` hold beside the flag's (an empty reason takes one back)."""
     if cls in _SPECS:
         return _SPECS[cls]
     found = {}
@@ -100,8 +101,11 @@ def specs_of(cls: type) -> dict[str, Spec]:
         if "spec" in field.metadata:
             owner = next(base for base in reversed(cls.__mro__) if field.name in inspect.get_annotations(base))
             kind = str(field.type).removesuffix(" | None")
-            group = {name: getattr(owner, name) for name in ("topic", "decides")}  # see base.Arguments
-            found[field.name] = Spec(name=field.name, kind=kind, **{**group, **field.metadata["spec"]})
+            group = {name: getattr(owner, name) for name in ("topic", "decides", "no_effect")}  # see base.Arguments
+            own = dict(field.metadata["spec"])
+            if isinstance(rules := own.get("no_effect"), Mapping):
+                own["no_effect"] = {**group["no_effect"], **rules}
+            found[field.name] = Spec(name=field.name, kind=kind, **{**group, **own})
     _SPECS[cls] = found
     return found
 

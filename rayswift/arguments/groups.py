@@ -1,4 +1,4 @@
-"""The settings that several commands share: model, dataset, template, tuner, Ray, generation, engines."""
+"""The settings that several commands share: model, dataset, template, Ray."""
 
 # ruff: noqa: RUF009 (arg() makes a dataclass field: it is meant to be called in the class body)
 from __future__ import annotations
@@ -9,10 +9,21 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from rayswift.arguments.base import Arguments
-from rayswift.arguments.fields import arg, read_lines, read_text_file, specs_of
+from rayswift.arguments.fields import arg, read_lines, read_text_file
 
-_DTYPES = ("bfloat16", "float16", "float32")
+_ALL_ROWS = "every row is read, once, in its order"
+
+
+DTYPES = ("bfloat16", "float16", "float32")
+#: As the args.json of ms-swift 3 has them.
+DTYPE_NAMES = {f"torch.{name}": name for name in DTYPES}
 _HUB_ENV = "USE_HF"
+_MIXED = {"interleave_prob=none": "only with --interleave_prob", "command=infer|sample": _ALL_ROWS}
+#: Rules for flags about a model of one's own: beside an endpoint, its server has decided.
+SERVED_ELSEWHERE = {
+    "base_url!=none": "the server at --base_url decides",
+    "eval_url!=none": "the server at --eval_url decides",
+}
 
 
 @dataclass(init=False, repr=False, eq=False)
@@ -23,7 +34,9 @@ class ModelArguments(Arguments):
     decides: ClassVar[str] = "answers"
 
     model: str | None = arg(None, "model id on the hub, or a local folder")
-    model_type: str | None = arg(None, "model family", shown="found from the model's config")
+    model_type: str | None = arg(
+        None, "model family", shown="found from the model's config", no_effect="the model's config.json says it"
+    )
     model_revision: str | None = arg(None, "branch, tag or commit on the hub", shown="the hub's default branch")
     task_type: str = arg(
         "causal_lm",
@@ -32,12 +45,25 @@ class ModelArguments(Arguments):
         swift_only=("seq_cls", "embedding", "reranker", "generative_reranker", "decision"),
     )
     torch_dtype: str | None = arg(
-        None, "precision of the loaded weights", choices=_DTYPES, shown="as in the model's config"
-    )
+        None, "precision of the loaded weights", choices=DTYPES, value_aliases=DTYPE_NAMES,
+        shown="as in the model's config",
+    )  # fmt: skip
     attn_impl: str | None = arg(
         None, "attention implementation", shown="Transformers' choice",
         value_aliases={"flash_attn": "flash_attention_2", "flash_attention": "flash_attention_2"},
         choices=("sdpa", "eager", "flash_attention_2", "flash_attention_3", "flash_attention_4", "flex_attention"),
+        no_effect={
+            "command=export": "weights are converted, whatever attends",
+            "engine=vllm command=infer|sample|deploy|app|eval": "vLLM takes its own",
+        },
+    )  # fmt: skip
+    experts_impl: str | None = arg(
+        None, "how the experts of a mixture are computed", shown="Transformers' choice",
+        choices=("eager", "batched_mm", "grouped_mm"), decides="",
+        no_effect={
+            "command=export": "weights are converted, whatever computes",
+            "engine=vllm command=infer|sample|deploy|app|eval": "vLLM takes its own",
+        },
     )  # fmt: skip
     new_special_tokens: list[str] = arg(
         [], "tokens to add to the vocabulary, or a .txt file with one per line", parse=read_lines
@@ -50,8 +76,9 @@ class ModelArguments(Arguments):
     hub_token: str | None = arg(None, "access token for the hub", example="TOKEN", decides="")
     trust_remote_code: bool = arg(False, "run Python code that comes with a model")
     external_plugins: list[str] = arg(
-        [], "Python files to import first (they register models, templates, ...)", aliases=("custom_register_path",)
-    )
+        [], "Python files to import first (they register datasets and rewards)", aliases=("custom_register_path",),
+        no_effect={"command=deploy|app|eval": "they register datasets and rewards, and a server has none"},
+    )  # fmt: skip
 
     def problems(self) -> Iterator[str]:
         for path in self.external_plugins:
@@ -61,6 +88,8 @@ class ModelArguments(Arguments):
     def resolve(self) -> None:
         if not self.is_set("use_hf"):
             self.use_hf = os.environ.get(_HUB_ENV, "").strip().lower() in ("1", "true", "yes")
+        if self.experts_impl:  # Transformers' name for it, where the model is loaded
+            self.model_kwargs = {**self.model_kwargs, "experts_implementation": self.experts_impl}
 
     @property
     def model_suffix(self) -> str:
@@ -77,19 +106,51 @@ class DatasetArguments(Arguments):
     decides: ClassVar[str] = "answers"
 
     dataset: list[str] = arg(
-        [], "dataset ids, files or folders, each [HF::|MS::]NAME[:SUBSET][#ROWS]", example="train.jsonl"
-    )
+        [], "dataset ids, files or folders, each [HF::|MS::]NAME[:SUBSET][#ROWS]", example="train.jsonl",
+        no_effect={"command=infer val_dataset!=none": "the rows of --val_dataset are answered"},
+    )  # fmt: skip
     cached_dataset: list[str] = arg(
-        [], "folders of encoded rows (rayswift export --to_cached_dataset true)", example="cached_dataset"
-    )
+        [], "folders of encoded rows (rayswift export --to_cached_dataset true)", example="cached_dataset",
+        no_effect={"command=infer|sample": "its rows are token ids, which cannot be asked"},
+    )  # fmt: skip
     val_dataset: list[str] = arg([], "validation datasets, written like --dataset", example="val.jsonl")
-    split_dataset_ratio: float = arg(0.01, "share of --dataset held out where no --val_dataset is given", ge=0, lt=1)
-    dataset_shuffle: bool = arg(True, "shuffle the training rows")
+    split_dataset_ratio: float = arg(
+        0.01, "share of --dataset held out where no --val_dataset is given", ge=0, lt=1,
+        no_effect={
+            "val_dataset!=none": "only without --val_dataset",
+            "streaming=true": "a stream holds nothing out: give --val_dataset",
+            "command=infer|sample": _ALL_ROWS,
+        },
+    )  # fmt: skip
+    dataset_shuffle: bool = arg(
+        True, "shuffle the training rows",
+        no_effect={
+            "interleave_prob!=none streaming=false": "the mix of --interleave_prob has an order of its own",
+            "command=infer": "answers keep the order of the rows; see --val_dataset_shuffle",
+        },
+    )  # fmt: skip
     val_dataset_shuffle: bool = arg(False, "shuffle the validation rows")
-    data_seed: int = arg(42, "seed of sampling, splitting and shuffling")
-    dataset_num_proc: int = arg(1, "processes that preprocess rows", ge=1, decides="", no_effect="all cores are used")
-    streaming: bool = arg(False, "read the dataset as a stream; needs --max_steps")
-    shuffle_buffer_size: int = arg(1000, "rows held for shuffling a stream", ge=1)
+    data_seed: int = arg(
+        42, "seed of sampling, splitting and shuffling",
+        no_effect={"command=infer val_dataset_shuffle=false": "only with --val_dataset_shuffle true"},
+    )  # fmt: skip
+    dataset_num_proc: int = arg(
+        1, "processes that preprocess rows", ge=1, decides="", no_effect="rows are encoded by Ray on all cores"
+    )
+    streaming: bool = arg(
+        False,
+        "read the dataset as a stream; needs --max_steps",
+        no_effect={
+            "command=infer|sample": _ALL_ROWS,
+            "command=export to_cached_dataset=true": "the whole dataset is encoded once",
+        },
+    )
+    shuffle_buffer_size: int = arg(
+        1000,
+        "rows held for shuffling a stream",
+        ge=1,
+        no_effect={"streaming=false": "only with --streaming true", "command=infer|sample": _ALL_ROWS},
+    )
     interleave_prob: list[float] | None = arg(
         None,
         "mix the datasets with these probabilities, one each",
@@ -97,9 +158,16 @@ class DatasetArguments(Arguments):
         le=1,
         shown="one after the other",
         example="0.7 0.3",
+        no_effect={"command=infer|sample": _ALL_ROWS},
     )
-    stopping_strategy: str = arg("first_exhausted", "when mixing ends", choices=("first_exhausted", "all_exhausted"))
-    interleave_by: str = arg("rows", "what --interleave_prob is a share of", choices=("rows", "tokens"))
+    stopping_strategy: str = arg(
+        "first_exhausted",
+        "when mixing ends",
+        choices=("first_exhausted", "all_exhausted"),
+        no_effect={**_MIXED, "streaming=true": "a stream's datasets begin again until --max_steps"},
+    )
+    interleave_by: str = arg("rows", "what --interleave_prob is a share of", choices=("rows", "tokens"),
+                             no_effect=_MIXED)  # fmt: skip
     columns: dict[str, Any] = arg(
         {}, "columns to rename before the row format is recognised, as JSON", example='\'{"text1": "query"}\''
     )
@@ -114,7 +182,11 @@ class DatasetArguments(Arguments):
         no_effect="what changed on the hub is downloaded again, the rest never",
     )
     load_from_cache_file: bool = arg(
-        True, "reuse rows and tokens of unchanged data", aliases=("enable_cache",), decides=""
+        True,
+        "reuse rows and tokens of unchanged data",
+        aliases=("enable_cache",),
+        decides="",
+        no_effect={"command=infer|sample": "rows are read as they are"},
     )
     remove_unused_columns: bool = arg(True, "drop columns that the model does not take")
 
@@ -142,25 +214,32 @@ class TemplateArguments(Arguments):
 
     topic: ClassVar[str] = "Template"
     decides: ClassVar[str] = "answers"
+    no_effect: ClassVar[dict[str, str]] = SERVED_ELSEWHERE
 
     template: str | None = arg(None, "chat template name", shown="found from the model")
     system: str | None = arg(
-        None, "system prompt, or a .txt file that holds it", parse=read_text_file, shown="the template's"
+        None, "system prompt, or a .txt file that holds it", parse=read_text_file, shown="the template's", no_effect=""
     )
     max_length: int | None = arg(None, "longest sequence, in tokens", ge=1, shown="the model's maximum")
     truncation_strategy: str = arg(
-        "delete", "what happens to longer rows", choices=("delete", "left", "right", "split")
+        "delete",
+        "what happens to longer rows",
+        choices=("delete", "left", "right", "split"),
+        no_effect={"command=infer|deploy|app|sample|eval": "a prompt that is too long is refused, never cut"},
     )
     use_chat_template: bool = arg(True, "apply the chat template; false trains on plain text")
     template_backend: str = arg("swift", "template engine", choices=("swift", "jinja"))
     template_date: str | None = arg(
         None, "day (YYYY-MM-DD) that templates with a date in their prompt show", shown="2024-07-26"
     )
-    loss_scale: str = arg("default", "which tokens are trained, and how strongly")
+    loss_scale: str = arg(
+        "default", "which tokens are trained, and how strongly",
+        no_effect={"command=infer|deploy|app|sample|eval": "nothing is trained"},
+    )  # fmt: skip
     enable_thinking: bool | None = arg(None, "thinking mode of the template", shown="the model's")
     add_non_thinking_prefix: bool = arg(True, "add the empty thinking block to answers without one")
     agent_template: str | None = arg(
-        None, "format of tools and tool calls", aliases=("tools_prompt",), shown="the model's"
+        None, "format of tools and tool calls", aliases=("tools_prompt",), shown="the model's", no_effect=""
     )
     response_prefix: str | None = arg(None, "text that every answer starts with", shown="the template's")
     padding_side: str = arg(
@@ -176,6 +255,7 @@ class RayArguments(Arguments):
     """Where the work runs."""
 
     topic: ClassVar[str] = "Ray"
+    no_effect: ClassVar[dict[str, str]] = SERVED_ELSEWHERE
 
     address: str | None = arg(
         None, "Ray cluster to join", shown="this machine, or the cluster of the Ray job", example="auto"
@@ -189,6 +269,7 @@ class RayArguments(Arguments):
         "folder or URI that every node can reach, for results",
         shown="the output folder",
         example="s3://bucket/runs",
+        no_effect={"command=deploy|app": "a server writes no results"},
     )
 
     def problems(self) -> Iterator[str]:
@@ -220,8 +301,14 @@ class WorkerArguments(RayArguments):
         None, "worker processes, N or MIN,MAX (elastic)", parse=read_workers, example="4",
         shown="NPROC_PER_NODE x NNODES if set, else one per GPU, else 1",
     )  # fmt: skip
-    num_nodes: int | None = arg(None, "nodes the workers are spread over", ge=1, shown="NNODES if set")
-    max_failures: int = arg(3, "how often a failed run starts again from its last checkpoint (-1: always)", ge=-1)
+    num_nodes: int | None = arg(
+        None, "nodes the workers are spread over", ge=1, shown="NNODES if set",
+        no_effect={"command=infer|sample num_workers=none": "give --num_workers"},
+    )  # fmt: skip
+    max_failures: int = arg(
+        3, "how often a failed run starts again from its last checkpoint (-1: always)", ge=-1,
+        no_effect={"command=infer|sample": "an engine that dies is started again, and its rows are asked again"},
+    )  # fmt: skip
 
     def resolve(self) -> None:
         nodes, per_node = _count_from_env("NNODES"), _count_from_env("NPROC_PER_NODE")
@@ -234,120 +321,3 @@ class WorkerArguments(RayArguments):
 def _count_from_env(name: str) -> int | None:
     text = os.environ.get(name, "").strip()
     return int(text) if text.isdigit() and int(text) > 0 else None
-
-
-@dataclass(init=False, repr=False, eq=False)
-class GenerationArguments(Arguments):
-    """How answers are sampled."""
-
-    topic: ClassVar[str] = "Generation"
-    decides: ClassVar[str] = "answers"
-
-    max_new_tokens: int | None = arg(None, "longest answer, in tokens", ge=1, shown="until the context is full")
-    temperature: float | None = arg(None, "sampling temperature, 0 for greedy", ge=0, shown="the model's")
-    top_k: int | None = arg(None, "sample among the k likeliest tokens (-1: all)", ge=-1, shown="the model's")
-    top_p: float | None = arg(
-        None, "sample among the likeliest tokens of this joint probability", gt=0, le=1, shown="the model's"
-    )
-    repetition_penalty: float | None = arg(None, "above 1, repeated tokens get less likely", gt=0, shown="the model's")
-    num_beams: int = arg(1, "beams of beam search", ge=1)
-    stop_words: list[str] = arg([], "texts that end an answer")
-    stream: bool | None = arg(
-        None, "show tokens as they come", shown="true in a terminal, false over a dataset", decides=""
-    )
-    seed: int = arg(42, "seed of sampling")
-    logprobs: bool = arg(False, "return the log probabilities of the tokens")
-    top_logprobs: int | None = arg(None, "how many alternatives per token to return with --logprobs", ge=0)
-
-    def problems(self) -> Iterator[str]:
-        if self.top_logprobs and not self.logprobs:
-            yield "--top_logprobs needs --logprobs true"
-
-
-@dataclass(init=False, repr=False, eq=False)
-class VllmArguments(Arguments):
-    """Settings of the vLLM engine."""
-
-    topic: ClassVar[str] = "vLLM"
-
-    vllm_tensor_parallel_size: int = arg(1, "GPUs that share each layer", ge=1, aliases=("tensor_parallel_size", "tp"))
-    vllm_pipeline_parallel_size: int = arg(
-        1, "groups of GPUs that share the layers", ge=1, aliases=("pipeline_parallel_size",)
-    )
-    vllm_data_parallel_size: int = arg(1, "copies of the engine", ge=1, aliases=("data_parallel_size",))
-    vllm_gpu_memory_utilization: float = arg(
-        0.9, "share of GPU memory to use", gt=0, le=1, aliases=("gpu_memory_utilization",)
-    )
-    vllm_max_num_seqs: int = arg(256, "requests run together", ge=1, aliases=("max_num_seqs",))
-    vllm_max_model_len: int | None = arg(
-        None, "longest prompt and answer together", ge=1, aliases=("max_model_len",), shown="the model's"
-    )
-    vllm_enforce_eager: bool = arg(False, "no CUDA graphs", aliases=("enforce_eager",))
-    vllm_disable_custom_all_reduce: bool = arg(True, "no custom all-reduce", aliases=("disable_custom_all_reduce",))
-    vllm_enable_prefix_caching: bool | None = arg(
-        None, "share the cache of common prefixes", aliases=("enable_prefix_caching",), shown="vLLM's"
-    )
-    vllm_enable_expert_parallel: bool = arg(
-        False, "spread the experts of a mixture over the GPUs", aliases=("enable_expert_parallel",)
-    )
-    vllm_max_lora_rank: int = arg(16, "highest rank of an adapter", ge=1, aliases=("max_lora_rank",))
-    vllm_limit_mm_per_prompt: dict[str, Any] = arg(
-        {}, "images, videos and audios per prompt, as JSON", aliases=("limit_mm_per_prompt",)
-    )
-    vllm_quantization: str | None = arg(
-        None, "quantisation of the weights", aliases=("quantization",), shown="as in the model's config"
-    )
-    vllm_speculative_config: dict[str, Any] = arg({}, "speculative decoding, as JSON", aliases=("speculative_config",))
-    vllm_reasoning_parser: str | None = arg(
-        None, "parser that splits thinking from the answer", aliases=("reasoning_parser",)
-    )
-    vllm_use_async_engine: bool | None = arg(
-        None,
-        "asynchronous engine",
-        aliases=("use_async_engine",),
-        shown="as the command needs",
-        no_effect="the command takes the engine that it needs",
-    )
-    vllm_engine_kwargs: dict[str, Any] = arg({}, "any other engine setting, as JSON")
-
-
-@dataclass(init=False, repr=False, eq=False)
-class EngineArguments(VllmArguments):
-    """Which engine generates, and the settings of the other engines."""
-
-    topic: ClassVar[str] = "Engine"
-
-    infer_backend: str = arg(
-        "transformers",
-        "engine that generates",
-        value_aliases={"pt": "transformers"},
-        choices=("transformers", "vllm", "sglang", "lmdeploy"),
-        decides="answers",
-    )
-    max_batch_size: int = arg(1, "rows per batch of the transformers engine (-1: no limit)", ge=-1)
-    merge_lora: bool = arg(False, "merge the adapter into the weights first, into ADAPTER-merged", decides="answers")
-    sglang_tp_size: int = arg(1, "SGLang: GPUs that share each layer", ge=1)
-    sglang_pp_size: int = arg(1, "SGLang: groups of GPUs that share the layers", ge=1)
-    sglang_dp_size: int = arg(1, "SGLang: copies of the engine", ge=1)
-    sglang_context_length: int | None = arg(None, "SGLang: longest sequence", ge=1, shown="the model's")
-    sglang_mem_fraction_static: float | None = arg(None, "SGLang: share of GPU memory", gt=0, le=1, shown="SGLang's")
-    lmdeploy_tp: int = arg(1, "LMDeploy: GPUs that share each layer", ge=1)
-    lmdeploy_session_len: int | None = arg(None, "LMDeploy: longest sequence", ge=1, shown="the model's")
-    lmdeploy_cache_max_entry_count: float = arg(0.8, "LMDeploy: share of free GPU memory for the cache", gt=0, le=1)
-    lmdeploy_quant_policy: int = arg(0, "LMDeploy: bits of the cache, 0 for none", ge=0)
-
-    def problems(self) -> Iterator[str]:
-        if self.max_batch_size == 0:
-            yield "--max_batch_size 0: expected -1 (no limit) or at least 1"
-        if self.merge_lora and not getattr(self, "adapters", None):
-            yield "--merge_lora true needs --adapters: there is nothing to merge"
-
-    def remarks(self) -> Iterator[str]:
-        for prefix, engine in (("vllm_", "vllm"), ("sglang_", "sglang"), ("lmdeploy_", "lmdeploy")):
-            names = (
-                name for name in self.given if name.startswith(prefix) and not specs_of(type(self))[name].no_effect
-            )
-            flags = sorted(f"--{name}" for name in names)
-            flag = "sampler_engine" if hasattr(self, "sampler_engine") else "infer_backend"
-            if flags and getattr(self, flag) != engine:
-                yield f"{', '.join(flags)}: no effect without --{flag} {engine}"

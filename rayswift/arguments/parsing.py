@@ -1,54 +1,31 @@
-"""From a command line, a configuration file and Python keywords to checked arguments; and the help."""
+"""From a command line, a configuration file and Python keywords to checked arguments."""
 
 from __future__ import annotations
 
-import argparse
-import functools
 import json
 import logging
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 from rayswift.arguments.base import Arguments
-from rayswift.arguments.commands import COMMANDS, arguments_class
+from rayswift.arguments.commands import COMMANDS, arguments_class, flags_of
+from rayswift.arguments.effects import no_effect_lines
 from rayswift.arguments.fields import Spec, convert, is_unset, specs_of
-from rayswift.arguments.redaction import REDACTED, SECRET_FLAGS, is_secret, redact_text
-from rayswift.arguments.training import OptimizerArguments
-from rayswift.arguments.training_args import TOPIC, choices_of, passthrough_specs
+from rayswift.arguments.help import MISSING, format_help, make_parser
+from rayswift.arguments.swift import asks_for_nothing, is_swifts, swift_table
 from rayswift.errors import UserError
-from rayswift.files import parse_json
+from rayswift.files import parse_json, parse_yaml
+from rayswift.redaction import REDACTED, SECRET_FLAGS, redact_text
 
 logger = logging.getLogger("rayswift.arguments")
 
 _CONFIG_ENDINGS = (".yaml", ".yml", ".json")
 # Keys of a saved args.json that are no flags.
 _NO_FLAGS = frozenset({"command", "rayswift_version"})
-_MISSING = "\0missing"  # what argparse puts where a flag stands without its value
 _MAX_PROBLEMS = 15
-
-
-@functools.cache
-def flags_of(command: str) -> dict[str, Spec]:
-    """Every flag of a command by canonical name, further TrainingArguments fields included."""
-    cls = arguments_class(command)
-    declared = specs_of(cls)
-    if not issubclass(cls, OptimizerArguments):
-        return declared
-    declared = {
-        name: replace(spec, choices=spec.choices or choices_of(name)) if choices_of(name) else spec
-        for name, spec in declared.items()
-    }
-    return {**declared, **passthrough_specs(set(declared) | {alias for s in declared.values() for alias in s.aliases})}
-
-
-@functools.cache
-def _swift() -> dict[str, Any]:
-    with open(os.path.join(os.path.dirname(__file__), "swift_flags.json"), encoding="utf-8") as file:
-        content: dict[str, Any] = json.load(file)
-    return content
 
 
 @dataclass
@@ -79,7 +56,7 @@ class _Reader:
 
     def put(self, name: str, raw: Any) -> None:
         self.values.pop(name, None)
-        if not is_unset(self.flags[name], raw) and raw != REDACTED:
+        if not is_unset(self.flags[name], raw) and raw not in (REDACTED, f"<{name.upper()}>"):
             self.values[name] = raw
 
     def find(self, name: str) -> tuple[str | None, bool]:
@@ -92,7 +69,7 @@ class _Reader:
         positive = self.names.get(name.removeprefix("no_"))
         if name.startswith("no_") and positive and self.flags[positive].kind == "bool":
             return positive, True
-        if name in _swift()["ignored"] or name in _swift()["flags"]:
+        if is_swifts(name):
             return None, False
         matches = {self.names[known] for known in self.names if known.startswith(name)}
         if len(matches) > 1:
@@ -100,25 +77,25 @@ class _Reader:
         return (next(iter(matches)), False) if len(matches) == 1 else (None, len(matches) > 1)
 
     def unknown(self, name: str, raw: Any = None) -> None:
-        """A flag this command does not have: passed over where it asks for nothing, else a problem that says why."""
-        swift = _swift()
-        if name in swift["ignored"]:
-            logger.warning("--%s is not needed: %s", name, swift["ignored"][name])
-        elif name in swift["flags"] and str(raw).lower() in ("false", "none", "null", "[]", "{}"):
-            logger.debug("--%s %s asks for nothing", name, raw)
+        """A flag this command does not have: passed over where it asks for what happens anyway, said where it changes
+        nothing here, else a problem that says why."""
+        if is_swifts(name) and asks_for_nothing(name, raw, self.command):
+            logger.debug("--%s %s is SWIFT's default", name, raw)
+        elif why := swift_table()["no_effect"].get(name):
+            logger.warning("--%s has no effect here: %s", name, why)
         else:
             self.problems.append(self._why_unknown(name))
 
     def _why_unknown(self, name: str) -> str:
-        swift = _swift()
-        if name in swift["instead"]:
-            return f"--{name} is SWIFT's; in RaySwift use {swift['instead'][name]}"
+        instead = swift_table()["instead"].get(name)
+        if instead:
+            return f"--{name} is SWIFT's; in RaySwift use {instead}"
         others = [other for other in COMMANDS if name in flags_of(other)]
         if others and name not in self.names:
             return (
                 f"--{name} is no flag of rayswift {self.command}, but of {', '.join(f'rayswift {o}' for o in others)}"
             )
-        if name in swift["flags"]:
+        if is_swifts(name):
             return f"--{name} is SWIFT's; RaySwift does not have it yet"
         import difflib
 
@@ -153,15 +130,15 @@ class _Reader:
         flags = [word.partition("=")[0] for word in tokens if _is_flag(word)]
         for flag in sorted({flag for flag in flags if flags.count(flag) > 1}):
             logger.warning("%s is given more than once: the last one counts", flag)
-        parsed, extra = _parser(self.flags, prog=f"rayswift {self.command}").parse_known_args(tokens)
+        parsed, extra = make_parser(self.flags, self.command, prog=f"rayswift {self.command}").parse_known_args(tokens)
         values = vars(parsed)
         if config := values.pop("config", None):
-            if config == _MISSING:
+            if config == MISSING:
                 self.problems.append("--config needs a value, for example --config sft.yaml")
             else:
                 self.take_config(config)
         for name, raw in values.items():
-            if raw == _MISSING or raw == []:
+            if raw == MISSING or raw == []:
                 self.problems.append(f"--{name} needs a value, {self.flags[name].hint}")
             else:
                 self.put(name, raw)
@@ -211,7 +188,7 @@ class _Reader:
         cls = arguments_class(self.command)
         for name in set(SECRET_FLAGS) & set(self.flags) - set(self.values):
             if value := os.environ.get(f"RAYSWIFT_{name.upper()}"):
-                self.values[name] = value.split() if self.flags[name].is_list else value
+                self.values[name] = value.splitlines() if self.flags[name].is_list else value  # a key may hold spaces
         typed: dict[str, Any] = {"training_args": {}}
         failed: list[str] = []
         declared = specs_of(cls)
@@ -225,12 +202,34 @@ class _Reader:
             (typed if name in declared else typed["training_args"])[name] = value
         arguments = cls(**typed, given=frozenset(self.values), config_file=self.config_file)
         if not self.problems:
-            return arguments.finish()
+            arguments.finish()
+            given = arguments.given & set(self.values)
+            asked = (spec for name, spec in self.flags.items() if name in given and not self._at_default(spec))
+            for line in no_effect_lines(arguments, asked):
+                logger.warning(line)
+            return arguments
         if not any("did you mean --help?" in problem for problem in self.problems):
             # A setting that could not be read stands at its default here: what that contradicts is no news.
             self.problems += [p for p in arguments.problem_lines() if not any(f"--{name} " in p for name in failed)]
         more = len(self.problems) - _MAX_PROBLEMS
         raise UserError("\n".join(self.problems[:_MAX_PROBLEMS] + ([f"... and {more} more"] if more > 0 else [])))
+
+    def _at_default(self, spec: Spec) -> bool:
+        """Whether the value is the one that stands without the flag, here or in SWIFT."""
+        raw = self.values[spec.name]
+        return convert(spec, raw) == spec.default or asks_for_nothing(spec.name, raw, self.command)
+
+
+def take_over(command: str, args: Arguments) -> Arguments:
+    """The arguments of another command: what both have, with what was given and restored. Raises UserError."""
+    known = specs_of(arguments_class(command))
+    given = args.given & frozenset(known)
+    values = {name: getattr(args, name) for name in given}
+    typed = {name: convert(known[name], value) for name, value in values.items() if value is not None}
+    taken = arguments_class(command)(**typed, given=given)
+    if problems := taken.problem_lines():
+        raise UserError("\n".join(problems))
+    return taken.resolved()
 
 
 def _is_negative_number(word: str) -> bool:
@@ -278,7 +277,9 @@ def read_config(path: str) -> dict[str, Any]:
         import yaml
 
         try:
-            content = yaml.safe_load(text)
+            content = parse_yaml(text)
+        except ValueError as error:
+            raise UserError(f"{path}: not valid YAML ({error})") from None
         except yaml.YAMLError as error:
             mark = getattr(error, "problem_mark", None)
             line = f":{mark.line + 1}" if mark else ""
@@ -286,80 +287,6 @@ def read_config(path: str) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise UserError(f"{path}: expected settings, one `flag: value` per line")
     return content
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse's, with a mistake as a `UserError`."""
-
-    def error(self, message: str) -> Any:
-        raise UserError(f"{message}; {self.prog} --help explains")
-
-
-def _parser(
-    flags: Mapping[str, Spec], values: Mapping[str, Any] | None = None, **details: Any
-) -> argparse.ArgumentParser:
-    """An argparse parser that takes every value as text.
-
-    With ``values`` it is made for printing help, where they replace the defaults.
-    """
-    parser = Parser(
-        add_help=False, allow_abbrev=False, argument_default=argparse.SUPPRESS,
-        formatter_class=functools.partial(argparse.RawDescriptionHelpFormatter, max_help_position=34), **details,
-    )  # fmt: skip
-    groups: dict[str, Any] = {"": parser.add_argument_group("General")}
-    groups[""].add_argument("--config", nargs="?", const=_MISSING, metavar="FILE",
-                            help="YAML or JSON file of settings; may also stand first, without --config")  # fmt: skip
-    groups[""].add_argument("--help", action="help", help="show this and exit")
-    for spec in flags.values():
-        if spec.topic not in groups:
-            groups[spec.topic] = parser.add_argument_group(spec.topic)
-        options: dict[str, Any] = {"nargs": "?", "const": "true" if spec.kind == "bool" else _MISSING}
-        if spec.is_list:
-            options = {"nargs": "*"}
-        if values is not None:
-            options = {"metavar": _metavar(spec), "help": _help_line(spec, values)}
-        groups[spec.topic].add_argument(spec.flag, **options)
-    return parser
-
-
-def _metavar(spec: Spec) -> str:
-    names = {"bool": "true|false", "int": "INT", "float": "NUMBER", "int | float": "NUMBER", "dict[str, Any]": "JSON"}
-    name = names.get(spec.item_kind, spec.name.rpartition("_")[2].upper())
-    if spec.choices and len(", ".join(spec.choices)) < 100:
-        name = f"{{{','.join(spec.choices)}}}"
-    return f"{name} ..." if spec.is_list else name
-
-
-def _help_line(spec: Spec, values: Mapping[str, Any]) -> str:
-    default = values.get(spec.name, spec.default)
-    if spec.name not in values and (spec.shown or default is None or default == [] or default == {}):
-        text = spec.shown or "unset"
-    elif isinstance(default, bool):
-        text = str(default).lower()
-    else:
-        text = " ".join(map(str, default)) if isinstance(default, (list, tuple)) else str(default)
-    also = f"; also {', '.join(f'--{alias}' for alias in spec.aliases)}" if spec.aliases else ""
-    text = REDACTED if is_secret(spec.name) and spec.name in values else redact_text(text)
-    effect = f"; no effect, {spec.no_effect}" if spec.no_effect else ""
-    return f"{spec.help}{effect} (default: {text}{also})".replace("%", "%%")
-
-
-def format_help(command: str, values: Mapping[str, Any] | None = None, prog: str | None = None) -> str:
-    """The help of a command: every flag by topic, with a line and its default (or that of a script, ``values``)."""
-    cls = arguments_class(command)
-    flags = flags_of(command)
-    topics = list(dict.fromkeys(spec.topic for spec in flags.values()))
-    # The command's own topic first would surprise: model and dataset come first everywhere.
-    order = ["Model", "Dataset", "Template"]
-    topics.sort(key=lambda topic: (order.index(topic) if topic in order else len(order), topic == TOPIC))
-    ordered = {name: spec for topic in topics for name, spec in flags.items() if spec.topic == topic}
-    prog = prog or f"rayswift {command}"
-    parser = _parser(
-        ordered, values or {}, prog=prog, usage=f"{prog} [CONFIG.yaml] [--flag value ...]", description=cls.__doc__,
-        epilog="Booleans: true/false, or --flag and --no_flag. Lists: separated by spaces. null: as if not given.\n"
-        "Flags may be written with - or _, and shortened as long as they stay unique.",
-    )  # fmt: skip
-    return parser.format_help()
 
 
 def parse_arguments(

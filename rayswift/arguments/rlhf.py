@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from rayswift.arguments.base import Arguments
+from rayswift.arguments.engines import VllmArguments
 from rayswift.arguments.fields import arg
-from rayswift.arguments.groups import VllmArguments
 
 RLHF_TYPES = ("dpo", "orpo", "simpo", "kto", "cpo", "rm", "ppo", "grpo", "gkd")
 _SAMPLING_TYPES = ("ppo", "grpo", "gkd")
@@ -18,7 +18,20 @@ DPO_LOSSES = (
     "sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired",
     "apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm",
 )  # fmt: skip
+#: Rules of flags for the methods that sample answers.
+_SAMPLED = {f"rlhf_type!={'|'.join(_SAMPLING_TYPES)}": f"only with --rlhf_type {' or '.join(_SAMPLING_TYPES)}"}
+#: What SWIFT logs of a preference run, by TRL's names; each a mean over pairs.
+PREFERENCE_METRICS = (
+    "rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins",
+    "logps/chosen", "logps/rejected", "logits/chosen", "logits/rejected",
+)  # fmt: skip
 _DEFAULT_BETA = {"simpo": 2.0, "grpo": 0.04, "gkd": 0.5}
+
+
+def _only(rlhf_types: str) -> dict[str, str]:
+    """The rule of a flag for some methods."""
+    names = rlhf_types.split()
+    return {f"rlhf_type!={'|'.join(names)}": f"only with --rlhf_type {' or '.join(names)}"}
 
 
 @dataclass(init=False, repr=False, eq=False)
@@ -33,19 +46,39 @@ class PreferenceArguments(Arguments):
     )
     loss_type: list[str] = arg([], "loss (several: a weighted sum)", shown="the method's")
     loss_weights: list[float] | None = arg(None, "weights of several --loss_type")
-    label_smoothing: float = arg(0.0, "share of wrongly labelled pairs to expect", ge=0, le=0.5)
-    rpo_alpha: float | None = arg(None, "DPO: weight of the likelihood of the chosen answer", ge=0)
-    ld_alpha: float | None = arg(None, "DPO: weight of the tokens beyond the common length", ge=0, le=1)
-    discopop_tau: float = arg(0.05, "DPO: temperature of the discopop loss", gt=0)
-    simpo_gamma: float = arg(1.0, "SimPO: target margin", ge=0)
-    cpo_alpha: float = arg(1.0, "CPO: weight of the likelihood of the chosen answer", ge=0)
-    desirable_weight: float = arg(1.0, "KTO: weight of good answers", ge=0)
-    undesirable_weight: float = arg(1.0, "KTO: weight of bad answers", ge=0)
-    center_rewards_coefficient: float | None = arg(None, "RM: pull rewards towards a mean of zero", ge=0)
+    label_smoothing: float = arg(
+        0.0, "share of wrongly labelled pairs to expect", ge=0, le=0.5,
+        no_effect={"loss_type!=exo_pair|robust|aot|aot_unpaired": "only with --loss_type exo_pair, robust or aot"},
+    )  # fmt: skip
+    rpo_alpha: float | None = arg(
+        None, "DPO: weight of the likelihood of the chosen answer", ge=0, no_effect=_only("dpo")
+    )
+    ld_alpha: float | None = arg(
+        None, "DPO: weight of the tokens beyond the common length", ge=0, le=1, no_effect=_only("dpo")
+    )
+    discopop_tau: float = arg(
+        0.05, "DPO: temperature of the discopop loss", gt=0,
+        no_effect={"loss_type!=discopop": "only with --loss_type discopop"},
+    )  # fmt: skip
+    simpo_gamma: float = arg(1.0, "SimPO: target margin", ge=0, no_effect=_only("simpo"))
+    cpo_alpha: float = arg(
+        1.0, "CPO: weight of the likelihood of the chosen answer", ge=0, no_effect=_only("cpo simpo")
+    )
+    desirable_weight: float = arg(1.0, "KTO: weight of good answers", ge=0, no_effect=_only("kto"))
+    undesirable_weight: float = arg(1.0, "KTO: weight of bad answers", ge=0, no_effect=_only("kto"))
+    center_rewards_coefficient: float | None = arg(
+        None, "RM: pull rewards towards a mean of zero", ge=0, no_effect=_only("rm")
+    )
     ref_model: str | None = arg(None, "reference model", shown="the model before training")
-    ref_model_type: str | None = arg(None, "family of the reference model", shown="found from its config")
-    ref_model_revision: str | None = arg(None, "branch, tag or commit of the reference model")
-    ref_adapters: list[str] = arg([], "adapters of the reference model")
+    ref_model_type: str | None = arg(
+        None, "family of the reference model", shown="found from its config", no_effect="its config.json says it"
+    )
+    ref_model_revision: str | None = arg(
+        None, "branch, tag or commit of the reference model", no_effect={"ref_model=none": "only with --ref_model"}
+    )
+    ref_adapters: list[str] = arg(
+        [], "adapters of the reference model", no_effect="training starts from its reference, --adapters"
+    )
 
     def problems(self) -> Iterator[str]:
         if self.loss_weights is not None and len(self.loss_weights) != len(self.loss_type):
@@ -64,6 +97,7 @@ class RewardArguments(Arguments):
     """What answers are rewarded for."""
 
     topic: ClassVar[str] = "Rewards and teachers"
+    no_effect: ClassVar[dict[str, str]] = _SAMPLED
 
     reward_funcs: list[str] = arg(
         [], "GRPO: reward functions: accuracy, format, cosine, repetition, soft_overlong, ..."
@@ -106,6 +140,7 @@ class RolloutArguments(VllmArguments):
     """How PPO, GRPO and GKD sample answers and learn from them."""
 
     topic: ClassVar[str] = "Roll-out"
+    no_effect: ClassVar[dict[str, str]] = _SAMPLED
 
     max_completion_length: int = arg(
         512, "longest sampled answer, in tokens", ge=1, aliases=("response_length", "max_new_tokens")

@@ -10,7 +10,9 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from rayswift.arguments.base import Arguments
-from rayswift.arguments.fields import arg, arg_like, specs_of
+from rayswift.arguments.fields import arg, arg_like
+from rayswift.arguments.groups import SERVED_ELSEWHERE
+from rayswift.redaction import redact
 
 
 @dataclass(init=False, repr=False, eq=False)
@@ -32,6 +34,7 @@ class ServerArguments(Arguments):
     """An HTTP server with OpenAI's interface, as a Ray Serve application."""
 
     topic: ClassVar[str] = "Server"
+    no_effect: ClassVar[dict[str, str]] = SERVED_ELSEWHERE
 
     host: str = arg("127.0.0.1", "address to listen on; 0.0.0.0 opens it to the network")
     port: int = arg(8000, "port to listen on", ge=1, le=65535)
@@ -39,7 +42,7 @@ class ServerArguments(Arguments):
         None, "processes that take requests in; those on one node share --port", ge=1,
         shown="1; on a cluster with --host 0.0.0.0 one on the head and on each node that has replicas",
     )  # fmt: skip
-    api_key: list[str] = arg([], "keys, one of which clients must send", shown="no key", example="KEY")
+    api_key: list[str] = arg([], "keys, one of which clients must send", shown="no key", example="KEY", no_effect="")
     allowed_origins: list[str] = arg(
         [], "web pages whose scripts may ask (CORS), * for all", shown="none", example="https://chat.example.com"
     )
@@ -75,10 +78,16 @@ class ServerArguments(Arguments):
     drain_timeout: int = arg(600, "seconds that running requests may take when a replica stops", ge=0)
     ssl_keyfile: str | None = arg(None, "key of the TLS certificate")
     ssl_certfile: str | None = arg(None, "TLS certificate")
-    max_logprobs: int = arg(20, "most alternatives per token a client may ask for", ge=0)
+    max_logprobs: int = arg(
+        20, "most alternatives per token a client may ask for", ge=0,
+        no_effect={"engine=transformers": "only with the vLLM engine"},
+    )  # fmt: skip
     log_interval: int = arg(20, "seconds between lines with requests and tokens/s", ge=1)
     log_level: str = arg(
-        "info", "what the server logs", choices=("critical", "error", "warning", "info", "debug", "trace")
+        "info",
+        "what the server logs",
+        choices=("critical", "error", "warning", "info", "debug", "trace"),
+        no_effect="LOG_LEVEL in the environment says what is logged",
     )
     verbose: bool = arg(False, "log each request")
     dry_run: bool = arg(False, "print the Ray Serve configuration and stop")
@@ -86,6 +95,10 @@ class ServerArguments(Arguments):
     def problems(self) -> Iterator[str]:
         if not all(key.strip() for key in self.api_key):
             yield "--api_key is empty (a variable that is not set?): give a key, or leave the flag out for none"
+        for name in ("vllm_engine_kwargs", "vllm_speculative_config"):
+            if redact(given := getattr(self, name, {})) != given:
+                yield (f"--{name} holds a secret, which Ray Serve would show with the deployment's settings: set it in "
+                       "the environment of the nodes, for example HF_TOKEN")  # fmt: skip
         if self.max_replicas is not None and self.max_replicas < self.min_replicas:
             yield f"--max_replicas {self.max_replicas} is below --min_replicas {self.min_replicas}: change one"
         for name, flags in self.models.items():
@@ -121,13 +134,13 @@ class EndpointArguments(Arguments):
     base_url: str | None = arg(
         None, "endpoint to talk to; --model is then a name it serves", shown="none", example="http://127.0.0.1:8000/v1"
     )
-    api_key: str | None = arg(None, "key of the endpoint", shown="OPENAI_API_KEY", example="KEY", decides="")
+    api_key: str | None = arg(
+        None, "key of the endpoint", shown="OPENAI_API_KEY", example="KEY", decides="",
+        no_effect={"base_url=none": "only with --base_url"},
+    )  # fmt: skip
 
     def problems(self) -> Iterator[str]:
         yield from endpoint_problems(self)
-
-    def remarks(self) -> Iterator[str]:
-        yield from endpoint_remarks(self)
 
 
 def endpoint_problems(args: Any) -> Iterator[str]:
@@ -138,16 +151,6 @@ def endpoint_problems(args: Any) -> Iterator[str]:
         yield f"--base_url {args.base_url}: expected an address such as http://127.0.0.1:8000/v1"
     if args.adapters:
         yield "--adapters: an endpoint loads its own adapters; name one of those it serves with --model"
-
-
-def endpoint_remarks(args: Any) -> Iterator[str]:
-    """Flags about a model of one's own beside ``--base_url``: the server has decided."""
-    theirs = ("Template", "Engine", "vLLM", "Server", "Ray")
-    topics = {name: spec.topic for name, spec in specs_of(type(args)).items() if not spec.no_effect}
-    own = args.given - {"system", "api_key"}
-    flags = sorted(f"--{name}" for name in own if topics.get(name) in theirs)
-    if args.base_url and flags:
-        yield f"{', '.join(flags)}: no effect with --base_url, the server decides"
 
 
 @dataclass(init=False, repr=False, eq=False)
@@ -167,9 +170,6 @@ class WebPageArguments(Arguments):
     def problems(self) -> Iterator[str]:
         yield from endpoint_problems(self)
 
-    def remarks(self) -> Iterator[str]:
-        yield from endpoint_remarks(self)
-
 
 @dataclass(init=False, repr=False, eq=False)
 class SamplingArguments(Arguments):
@@ -188,13 +188,21 @@ class SamplingArguments(Arguments):
         decides="answers",
     )
     num_return_sequences: int = arg(64, "answers per prompt", ge=1, decides="answers")
-    n_best_to_keep: int = arg(5, "best answers per prompt to keep", ge=1)
+    n_best_to_keep: int = arg(
+        5, "best answers per prompt to keep", ge=1,
+        no_effect={"orm_model=none prm_model=none": "only with --orm_model or --prm_model: every answer is kept"},
+    )  # fmt: skip
     num_sampling_batch_size: int = arg(1, "prompts per batch", ge=1, decides="answers")
     num_sampling_batches: int | None = arg(None, "batches to sample", ge=1, shown="all", decides="answers")
     orm_model: str | None = arg(None, "outcome reward: accuracy, math, gsm8k, format, ... or a model", decides="scores")
     prm_model: str | None = arg(None, "process reward: a registered name or a model", decides="scores")
-    prm_threshold: float = arg(0.0, "least process reward of an answer to keep")
-    easy_query_threshold: float | None = arg(None, "drop prompts with a larger share of right answers", ge=0, le=1)
+    prm_threshold: float = arg(
+        0.0, "least process reward of an answer to keep", no_effect={"prm_model=none": "only with --prm_model"}
+    )
+    easy_query_threshold: float | None = arg(
+        None, "drop prompts with a larger share of right answers", ge=0, le=1,
+        no_effect={"orm_model=none": "only with --orm_model"},
+    )  # fmt: skip
     data_range: list[int] = arg([], "part I of N of the prompts: --data_range I N, I from 0", ge=0, decides="answers")
     cache_files: list[str] = arg([], "answers sampled before", decides="answers")
     engine_kwargs: dict[str, Any] = arg(
@@ -231,13 +239,6 @@ class SamplingArguments(Arguments):
             yield f"--max_replicas {self.max_replicas} is below --min_replicas {self.min_replicas}: change one"
         if self.prm_model == "client" and not self.judge_base_url:
             yield "--prm_model client needs --judge_base_url, for example --judge_base_url http://127.0.0.1:8000/v1"
-
-    def remarks(self) -> Iterator[str]:
-        needs = {"prm_threshold": "prm_model", "easy_query_threshold": "orm_model"}
-        yield from (f"--{flag}: no effect without --{other}" for flag, other in needs.items()
-                    if flag in self.given and not getattr(self, other))  # fmt: skip
-        if "n_best_to_keep" in self.given and not self.orm_model and not self.prm_model:
-            yield "--n_best_to_keep: no effect without --orm_model or --prm_model, every answer is kept"
 
 
 def read_folder(raw: Any) -> str | None:
@@ -387,5 +388,7 @@ class QuantizeArguments(Arguments):
             yield "--to_cached_dataset true needs --dataset"
 
     def resolve(self) -> None:
+        if self.to_cached_dataset:
+            self.streaming = False
         if self.quant_method and self.quant_bits is None:
             self.quant_bits = self._BITS[self.quant_method][0]

@@ -10,15 +10,26 @@ from typing import Any, ClassVar
 
 from rayswift.arguments.base import Arguments
 from rayswift.arguments.fields import arg, read_json
-from rayswift.arguments.groups import DatasetArguments, ModelArguments, TemplateArguments
+from rayswift.arguments.groups import DTYPE_NAMES, DTYPES, DatasetArguments, ModelArguments, TemplateArguments
 
 DEEPSPEED_PRESETS = ("zero0", "zero1", "zero2", "zero3", "zero2_offload", "zero3_offload")
 #: What says which weights an adapter, or full training, has and what they mean.
 LORA_WEIGHTS = (
     "lora_rank", "lora_alpha", "lora_bias", "target_modules", "target_regex", "modules_to_save", "use_rslora",
-    "use_dora",
+    "use_dora", "init_weights",
 )  # fmt: skip
+#: Targets that are embeddings, or may share weights with them.
+_EMBEDDINGS = {"all-embedding", "embed_tokens", "wte", "word_embeddings", "embed_in", "lm_head", "embed_out"}
 FULL_WEIGHTS = ("freeze_parameters", "freeze_parameters_ratio", "trainable_parameters")
+_FULL = {"train_type=lora": "only with --train_type full"}
+_NEW_LORA = {
+    "train_type=full": "only with --train_type lora",
+    "adapters!=none": "only for a new adapter: that of --adapters keeps its own",
+}
+_EVALUATED = {
+    "val_dataset=none split_dataset_ratio=0": "only with --val_dataset or --split_dataset_ratio",
+    "val_dataset=none streaming=true": "a stream holds nothing out: only with --val_dataset",
+}
 
 
 @dataclass(init=False, repr=False, eq=False)
@@ -34,33 +45,50 @@ class TunerArguments(Arguments):
                     "bone", "ia3"),
     )  # fmt: skip
     tuner_backend: str = arg("peft", "library that makes the adapter", choices=("peft",), swift_only=("unsloth",))
-    lora_rank: int = arg(8, "rank of the adapter", ge=1)
-    lora_alpha: float = arg(32.0, "scale of the adapter", gt=0)
-    lora_dropout: float = arg(0.05, "dropout before the adapter", ge=0, lt=1)
-    lora_bias: str = arg("none", "which biases are trained", choices=("none", "all"))
+    lora_rank: int = arg(8, "rank of the adapter", ge=1, no_effect=_NEW_LORA)
+    lora_alpha: float = arg(32.0, "scale of the adapter", gt=0, no_effect=_NEW_LORA)
+    lora_dropout: float = arg(0.05, "dropout before the adapter", ge=0, lt=1, no_effect=_NEW_LORA)
+    lora_bias: str = arg("none", "which biases are trained", choices=("none", "all"), no_effect=_NEW_LORA)
     lora_dtype: str | None = arg(
-        None, "precision of the adapter", choices=("bfloat16", "float16", "float32"), shown="float32"
+        None, "precision of the adapter", choices=DTYPES, value_aliases=DTYPE_NAMES, shown="float32",
+        no_effect=_NEW_LORA,
+    )  # fmt: skip
+    target_modules: list[str] = arg(["all-linear"], "modules that get an adapter", no_effect=_NEW_LORA)
+    target_regex: str | None = arg(
+        None, "pattern of the modules that get an adapter; wins over --target_modules", no_effect=_NEW_LORA
     )
-    target_modules: list[str] = arg(["all-linear"], "modules that get an adapter")
-    target_regex: str | None = arg(None, "pattern of the modules that get an adapter; wins over --target_modules")
-    modules_to_save: list[str] = arg([], "modules trained whole and saved with the adapter")
-    use_rslora: bool = arg(False, "rank-stabilised LoRA")
-    use_dora: bool = arg(False, "weight-decomposed LoRA")
-    init_weights: str = arg("true", "how the adapter starts: true, false, gaussian, pissa, pissa_niter_N, olora")
-    freeze_parameters: list[str] = arg([], "full: name prefixes of weights to freeze")
-    freeze_parameters_ratio: float = arg(0.0, "full: share of weights to freeze, from the bottom", ge=0, le=1)
-    trainable_parameters: list[str] = arg([], "full: name prefixes to train; wins over freezing")
+    modules_to_save: list[str] = arg([], "modules trained whole and saved with the adapter", no_effect=_NEW_LORA)
+    use_rslora: bool = arg(False, "rank-stabilised LoRA", no_effect=_NEW_LORA)
+    use_dora: bool = arg(False, "weight-decomposed LoRA", no_effect=_NEW_LORA)
+    init_weights: str = arg(
+        "true", "how the adapter starts: true, false, gaussian, orthogonal, pissa, pissa_niter_N, olora",
+        parse=lambda raw: str(raw).lower(), no_effect=_NEW_LORA,
+    )  # fmt: skip
+    freeze_parameters: list[str] = arg([], "full: name prefixes of weights to freeze", no_effect=_FULL)
+    freeze_parameters_ratio: float = arg(
+        0.0, "full: share of weights to freeze, from the bottom", ge=0, le=1, no_effect=_FULL
+    )
+    trainable_parameters: list[str] = arg([], "full: name prefixes to train; wins over freezing", no_effect=_FULL)
 
     def problems(self) -> Iterator[str]:
-        if self.train_type == "full" and getattr(self, "adapters", None):
+        adapters = getattr(self, "adapters", None) or []
+        if self.train_type == "full" and adapters:
             yield "--adapters contradicts --train_type full: give --train_type lora, or merge the adapter first"
+        if len(adapters) > 1:
+            yield "--adapters: training goes on with one adapter; merge the others into --model first"
 
     def remarks(self) -> Iterator[str]:
-        lora = (*LORA_WEIGHTS, "lora_dropout", "lora_dtype", "init_weights")
-        names = lora if self.train_type == "full" else FULL_WEIGHTS
-        flags = [f"--{name}" for name in names if name in self.given]
-        if flags:
-            yield f"{', '.join(flags)}: no effect with --train_type {self.train_type}"
+        if self.train_type == "lora" and not getattr(self, "adapters", None):
+            parts = {
+                "--lora_bias all": self.lora_bias == "all", "--use_dora true": self.use_dora,
+                "--modules_to_save": bool(self.modules_to_save),
+                "--target_modules with embeddings": not _EMBEDDINGS.isdisjoint(self.target_modules),
+            }  # fmt: skip
+            if beyond := [flag for flag, used in parts.items() if used]:
+                yield (f"{', '.join(beyond)}: no engine applies such an adapter beside its base; it is served merged "
+                       "(rayswift deploy --merge_lora true, or rayswift export --merge_lora true)")  # fmt: skip
+            if self.init_weights.lower() == "false":
+                yield "--init_weights false: the adapter starts at random values, so training starts from another model"
 
 
 def read_deepspeed(raw: Any) -> str | dict[str, Any]:
@@ -78,18 +106,33 @@ def read_resume(raw: Any) -> str | None:
     return {"true": "true", "false": None}.get(text.lower(), text)
 
 
+#: Fields of TrainingArguments that would do harm here, and what does it instead.
+_NOT_BUILT = {
+    "fsdp": "not built; --deepspeed zero3 shards the model over the workers",
+    "auto_find_batch_size": "not built; set --per_device_train_batch_size (and --gradient_accumulation_steps)",
+    "push_to_hub": "training pushes nothing; afterwards rayswift export --adapters CHECKPOINT (or --model CHECKPOINT) "
+    "--push_to_hub true --hub_model_id OWNER/NAME does",
+}
+
+
 @dataclass(init=False, repr=False, eq=False)
 class OptimizerArguments(Arguments):
     """How long, how fast and how precisely is trained."""
 
     topic: ClassVar[str] = "Training"
 
-    num_train_epochs: float = arg(3.0, "passes over the dataset", gt=0)
+    num_train_epochs: float = arg(
+        3.0, "passes over the dataset", gt=0, no_effect={"max_steps!=-1": "--max_steps says how long"}
+    )
     max_steps: int = arg(-1, "optimiser steps; above 0 it wins over --num_train_epochs", ge=-1, example="1000")
     per_device_train_batch_size: int = arg(1, "rows per worker and forward pass", ge=1)
     gradient_accumulation_steps: int | None = arg(
         None, "forward passes per optimiser step", ge=1, shown="what makes the global batch at least 16"
     )
+    max_epochs: float | None = arg(
+        None, "most passes over the dataset, also with --max_steps", gt=0, shown="no limit", example="5",
+        no_effect={"streaming=true": "the epochs of a stream are not known: --max_steps says how long"},
+    )  # fmt: skip
     learning_rate: float | None = arg(
         None, "peak learning rate", ge=0, shown="1e-4; 1e-5 with --train_type full", example="1e-4"
     )
@@ -110,7 +153,10 @@ class OptimizerArguments(Arguments):
         None, f"{', '.join(DEEPSPEED_PRESETS)}, JSON, or a .json file", parse=read_deepspeed, example="zero2"
     )
     zero_hpz_partition_size: int | None = arg(
-        None, "ZeRO-3: workers that share one secondary copy of the weights", ge=1
+        None,
+        "ZeRO-3: workers that share one secondary copy of the weights",
+        ge=1,
+        no_effect={"deepspeed=none": "only with --deepspeed zero3"},
     )
 
     def problems(self) -> Iterator[str]:
@@ -123,6 +169,9 @@ class OptimizerArguments(Arguments):
             yield "--deepspeed contradicts --fsdp: both shard the model, give one of the two"
         if self.zero_hpz_partition_size and self.zero_stage != 3:
             yield "--zero_hpz_partition_size needs --deepspeed zero3"
+        for flag, mend in _NOT_BUILT.items():
+            if self.training_args.get(flag) and not (flag == "fsdp" and self.deepspeed):
+                yield f"--{flag}: {mend}"
         fp16, bf16 = self.training_args.get("fp16"), self.training_args.get("bf16")
         dtype = getattr(self, "torch_dtype", None)
         if fp16 and bf16:
@@ -139,9 +188,20 @@ class OptimizerArguments(Arguments):
             return stage if isinstance(stage, int) else None
         return int(self.deepspeed[4]) if self.deepspeed else None
 
+    def remarks(self) -> Iterator[str]:
+        if self.deepspeed == "zero0":
+            yield "--deepspeed zero0: shards nothing, so this is plain data parallel training, without DeepSpeed"
+
     def resolve(self) -> None:
+        # In bfloat16 DeepSpeed's ZeRO-0 optimiser begins with a step of zero gradients: its first updates are too small
+        # by a quarter (DeepSpeed#7839).
+        if self.deepspeed == "zero0":
+            self.deepspeed = None
         if not self.is_set("learning_rate"):
             self.learning_rate = 1e-5 if getattr(self, "train_type", "lora") == "full" else 1e-4
+
+
+SAMPLING_STRATEGIES = ("random", "sequential", "group_by_length")
 
 
 @dataclass(init=False, repr=False, eq=False)
@@ -151,13 +211,30 @@ class BatchingArguments(Arguments):
     topic: ClassVar[str] = "Batches"
 
     train_dataloader_shuffle: bool = arg(True, "shuffle the batches of each epoch")
+    group_by_length: bool = arg(
+        False, "rows of like length in one batch, as --train_sampling_strategy group_by_length",
+        no_effect={
+            "streaming=true": "the lengths of a stream are not known",
+            "packing=true": "packs are of one length",
+        },
+    )  # fmt: skip
     dataloader_num_workers: int | None = arg(
-        None, "processes that feed each worker", ge=0, shown="Ray Data's", no_effect="all cores are used"
+        None,
+        "processes that feed each worker",
+        ge=0,
+        shown="Ray Data's",
+        no_effect="rows are encoded by Ray on all cores",
     )
     lazy_tokenize: bool | None = arg(None, "encode rows when they are needed instead of before", shown="false")
     packing: bool = arg(False, "fill each sequence with several rows")
-    packing_length: int | None = arg(None, "length of a packed sequence", ge=1, shown="--max_length")
-    padding_free: bool = arg(False, "join the rows of a batch instead of padding them")
+    packing_length: int | None = arg(
+        None, "length of a packed sequence", ge=1, shown="--max_length",
+        no_effect={"packing=false": "only with --packing true"},
+    )  # fmt: skip
+    padding_free: bool = arg(
+        False, "join the rows of a batch instead of padding them",
+        no_effect={"packing=true": "--packing joins rows already", "command=rlhf": "pairs are padded"},
+    )  # fmt: skip
 
     def problems(self) -> Iterator[str]:
         if self.packing and self.lazy_tokenize:
@@ -166,16 +243,18 @@ class BatchingArguments(Arguments):
             yield "--lazy_tokenize true contradicts --streaming true: a stream is always encoded late; drop one"
         if self.lazy_tokenize and getattr(self, "cached_dataset", None):
             yield "--lazy_tokenize true contradicts --cached_dataset: its rows are encoded already; drop one"
-        sampling = self.training_args.get("train_sampling_strategy")
+        sampling = "group_by_length" if self.group_by_length else self.training_args.get("train_sampling_strategy")
+        if sampling not in (None, *SAMPLING_STRATEGIES):
+            yield f"--train_sampling_strategy {sampling}: choose from {', '.join(SAMPLING_STRATEGIES)}"
         if self.lazy_tokenize and sampling == "group_by_length":
             yield (
                 "--lazy_tokenize true contradicts --train_sampling_strategy group_by_length: "
                 "it needs every row's length; drop one"
             )
 
-    def remarks(self) -> Iterator[str]:
-        if "packing_length" in self.given and not self.packing:
-            yield "--packing_length: no effect without --packing true"
+    def resolve(self) -> None:
+        if self.group_by_length:
+            self.training_args = {**self.training_args, "train_sampling_strategy": "group_by_length"}
 
 
 @dataclass(init=False, repr=False, eq=False)
@@ -183,6 +262,7 @@ class CheckpointArguments(Arguments):
     """Evaluation, checkpoints, logs."""
 
     topic: ClassVar[str] = "Evaluation, checkpoints and logs"
+    METRICS: ClassVar[tuple[str, ...]] = ("loss", "token_acc")  # what an evaluation measures
 
     output_dir: str | None = arg(None, "folder of the results", shown="output/<model>")
     add_version: bool = arg(True, "put each run into its own v{N}-{date} folder")
@@ -192,10 +272,16 @@ class CheckpointArguments(Arguments):
         choices=("no", "steps", "epoch"),
         aliases=("evaluation_strategy",),
         shown="--save_strategy; no without validation rows",
+        no_effect=_EVALUATED,
     )
-    eval_steps: int | float | None = arg(None, "steps between evaluations", gt=0, shown="--save_steps", example="100")
-    eval_on_start: bool = arg(False, "evaluate before the first step")
-    per_device_eval_batch_size: int = arg(1, "rows per worker and forward pass in evaluation", ge=1)
+    eval_steps: int | float | None = arg(
+        None, "steps between evaluations", gt=0, shown="--save_steps", example="100",
+        no_effect={"eval_strategy=no|epoch": "only with --eval_strategy steps", **_EVALUATED},
+    )  # fmt: skip
+    eval_on_start: bool = arg(False, "evaluate before the first step", no_effect=_EVALUATED)
+    per_device_eval_batch_size: int = arg(
+        1, "rows per worker and forward pass in evaluation", ge=1, no_effect=_EVALUATED
+    )
     eval_metric: str | None = arg(
         None,
         "metric of evaluation",
@@ -205,8 +291,15 @@ class CheckpointArguments(Arguments):
         shown="acc",
         no_effect="token accuracy is always measured",
     )
+    early_stop_interval: int | None = arg(
+        None, "stop after as many evaluations without a better --metric_for_best_model", ge=1, shown="never",
+        example="3", no_effect=_EVALUATED,
+    )  # fmt: skip
     save_strategy: str = arg("steps", "when to save a checkpoint", choices=("no", "steps", "epoch", "best"))
-    save_steps: int | float = arg(500, "steps between checkpoints", gt=0)
+    save_steps: int | float = arg(
+        500, "steps between checkpoints", gt=0,
+        no_effect={"save_strategy!=steps eval_strategy!=steps": "only with --save_strategy steps"},
+    )  # fmt: skip
     save_total_limit: int | None = arg(None, "checkpoints to keep (the best and the newest)", ge=1, shown="all")
     save_only_model: bool = arg(False, "save no optimiser state; such a run cannot be resumed")
     metric_for_best_model: str = arg("loss", "evaluation metric that picks the best checkpoint")
@@ -234,9 +327,16 @@ class CheckpointArguments(Arguments):
             yield (f"--load_best_model_at_end true contradicts --save_steps {self.save_steps} with --eval_steps "
                    f"{self.eval_steps}: the best step would not be saved; make --save_steps a multiple")  # fmt: skip
 
+        metric = self.metric_for_best_model.removeprefix("eval_")
+        if metric not in self.METRICS:
+            yield f"--metric_for_best_model {self.metric_for_best_model}: choose from {', '.join(self.METRICS)}"
+        tokens = self.training_args.get("include_num_input_tokens_seen", "no")
+        if str(tokens).lower() not in ("true", "false", "all", "non_padding", "no"):
+            yield f"--include_num_input_tokens_seen {tokens}: choose from no, all, non_padding"
+
     def remarks(self) -> Iterator[str]:
-        if self.eval_strategy not in (None, "no") and self._no_validation():
-            yield f"--eval_strategy {self.eval_strategy}: no effect without --val_dataset or --split_dataset_ratio"
+        if self.save_strategy == "best" and self._no_validation():
+            yield "--save_strategy best: without validation rows the last step alone is saved"
 
     def _best_may_not_be_saved(self) -> bool:
         by_steps = self.save_strategy == "steps" and self.eval_strategy in (None, "steps")
@@ -245,7 +345,8 @@ class CheckpointArguments(Arguments):
         return by_steps and min(evaluated, self.save_steps) >= 1 and self.save_steps % evaluated != 0
 
     def _no_validation(self) -> bool:
-        return not getattr(self, "val_dataset", None) and getattr(self, "split_dataset_ratio", 0) == 0
+        held_out = 0 if getattr(self, "streaming", False) else getattr(self, "split_dataset_ratio", 0)
+        return not getattr(self, "val_dataset", None) and not held_out
 
     def resolve(self) -> None:
         if not self.is_set("output_dir"):
@@ -263,7 +364,14 @@ class TrainingRules(ModelArguments, DatasetArguments, TemplateArguments, Optimiz
             yield "--model is required, for example --model Qwen/Qwen2.5-7B-Instruct"
         if not self.dataset and not self.cached_dataset:
             yield "--dataset is required, for example --dataset train.jsonl"
+        if self.new_special_tokens and self.zero_stage == 3 and getattr(self, "train_type", "full") == "lora":
+            yield "--new_special_tokens contradicts --deepspeed zero3: its workers hold parts of rows; give zero2"
         if self.streaming and self.cached_dataset:
             yield "--streaming true contradicts --cached_dataset: what is encoded needs no stream; drop one"
         if self.streaming and self.max_steps <= 0:
             yield "--streaming true needs --max_steps: a stream's length is not known, for example --max_steps 1000"
+
+    def resolve(self) -> None:
+        for flag, dtype in (("fp16", "float16"), ("bf16", "bfloat16")):
+            if self.training_args.get(flag) and "torch_dtype" not in self.given:
+                self.torch_dtype = dtype

@@ -16,6 +16,49 @@ from rayswift.arguments.fields import Spec
 
 DATA_FILE = os.path.join(os.path.dirname(__file__), "training_args.json")
 TOPIC = "Further fields of transformers.TrainingArguments"
+_LOADER, _EVALUATION = (
+    "RaySwift's own loader feeds the trainer",
+    "RaySwift evaluates by itself: loss and token accuracy",
+)
+_PUSHED = "training pushes nothing; rayswift export --push_to_hub true does"
+_PROCESS_GROUP = "Ray Train starts the process group"
+_TRACKED = {"report_to!=wandb|swanlab|all": "only with --report_to wandb or swanlab"}
+_LOG = "LOG_LEVEL in the environment says what is logged"
+#: Where a field that RaySwift does not declare itself changes nothing, see `rayswift.arguments.effects`.
+_NO_EFFECT: dict[str, str | dict[str, str]] = {
+    **dict.fromkeys(
+        ("dataloader_drop_last", "dataloader_in_order", "dataloader_multiprocessing_context",
+         "dataloader_persistent_workers", "dataloader_pin_memory", "dataloader_prefetch_factor"), _LOADER,
+    ),
+    **dict.fromkeys(
+        ("prediction_loss_only", "eval_do_concat_batches", "eval_use_gather_object", "eval_accumulation_steps",
+         "include_for_metrics", "batch_eval_metrics", "bf16_full_eval", "fp16_full_eval"), _EVALUATION,
+    ),
+    **dict.fromkeys(("log_level", "log_level_replica", "log_on_each_node"), _LOG),
+    **dict.fromkeys(("ddp_backend", "ddp_timeout"), _PROCESS_GROUP),
+    **dict.fromkeys(
+        ("hub_private_repo", "hub_model_id", "hub_strategy", "hub_always_push", "hub_revision"), _PUSHED
+    ),
+    "run_name": _TRACKED,
+    "project": _TRACKED,
+    **dict.fromkeys(
+        ("trackio_space_id", "trackio_bucket_id", "trackio_static_space_id"), "there is no Trackio here"
+    ),
+    "average_tokens_across_devices": {"command=rlhf": "every pair of a step counts the same"},
+    "label_smoothing_factor": {"command=rlhf": "pairs have --label_smoothing"},
+    "fsdp_config": {"fsdp=none": "only with --fsdp"},
+    "auto_find_batch_size": "the batch is planned before the start",
+    "disable_tqdm": "the bar is the command's own",
+    "label_names": "the template makes the labels",
+    "length_column_name": "lengths are measured",
+    "liger_kernel_config": {"use_liger_kernel!=true": "only with --use_liger_kernel true"},
+    "ignore_data_skip": {"resume_from_checkpoint=none": "only with --resume_from_checkpoint"},
+    "optim_target_modules": {
+        "optim=adamw_torch|adamw_torch_fused": "only with the galore and apollo optimisers of --optim",
+    },
+    "restore_callback_states_from_checkpoint": "no callback here has a state",
+    "skip_memory_metrics": "each row of the log has the memory",
+}  # fmt: skip
 # Ray decides these.
 _NOT_FLAGS = frozenset({"local_rank", "do_train", "do_eval", "do_predict", "parallelism_config"})
 
@@ -37,7 +80,7 @@ def passthrough_specs(declared: set[str]) -> dict[str, Spec]:
     return {
         name: Spec(
             name=name, kind=field["type"], default=field["default"], help="as in Transformers", topic=TOPIC,
-            choices=choices_of(name),
+            choices=choices_of(name), no_effect=_NO_EFFECT.get(name, ""),
         )
         for name, field in _load().items()
         if name not in declared and name not in _NOT_FLAGS

@@ -9,11 +9,15 @@ import signal
 import threading
 from typing import TYPE_CHECKING, Any
 
+from starlette.middleware import Middleware
+
 from rayswift import private
 from rayswift.errors import UserError
 from rayswift.generate.media import media_of
 from rayswift.generate.types import SamplingParams
+from rayswift.serve.gateway.cross_origin import OwnPages
 from rayswift.serve.ports import require_free_port
+from rayswift.serve.request_body import MAX_BODY_BYTES
 
 if TYPE_CHECKING:
     from rayswift.arguments import AppArguments
@@ -21,9 +25,8 @@ if TYPE_CHECKING:
 #: The browser then asks no other server: neither for a picture that an answer names, nor to share an upload.
 _SOURCES = "'self' 'unsafe-inline' 'unsafe-eval' data: blob:"
 ONLY_THIS_SERVER = f'<meta http-equiv="Content-Security-Policy" content="default-src {_SOURCES}">'
-
-#: Of one uploaded file.
-MAX_UPLOAD_BYTES = 100 * 2**20
+#: Bytes of a file, which goes to the model as base64 in a body with the rest of the conversation.
+LARGEST_UPLOAD = MAX_BODY_BYTES * 2 // 3
 
 logger = logging.getLogger("rayswift.chat_page")
 
@@ -79,6 +82,8 @@ def serve(page: Any, args: AppArguments) -> None:
     stopped = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: stopped.set())
     private.replace_http_protocol("rayswift.serve.connections:KeylessConnection")
+    # Gradio's link comes with the link's name.
+    own = Middleware(OwnPages, origins=args.allowed_origins, host=None if args.share else args.server_name)
     _, address, public = page.launch(
         server_name=args.server_name,
         server_port=args.server_port,
@@ -87,9 +92,13 @@ def serve(page: Any, args: AppArguments) -> None:
         prevent_thread_lock=True,
         quiet=True,
         show_error=True,
-        max_file_size=MAX_UPLOAD_BYTES,
         footer_links=[],
         head=ONLY_THIS_SERVER,
+        ssl_certfile=args.ssl_certfile,
+        ssl_keyfile=args.ssl_keyfile,
+        ssl_verify=False,  # Gradio asks its own page whether it is there, by 127.0.0.1: no certificate is for that
+        max_file_size=LARGEST_UPLOAD,
+        app_kwargs={"middleware": [own]},
     )
     logger.info("The page is at %s (Ctrl-C stops it)", public or address)
     try:

@@ -10,7 +10,8 @@ import urllib.request
 from collections.abc import Sequence
 from typing import Any
 
-from rayswift.arguments.parsing import Parser
+from rayswift.arguments.help import Parser
+from rayswift.console import say
 from rayswift.errors import UserError
 
 _DEFAULT_URL = "http://127.0.0.1:8000/v1"
@@ -22,15 +23,15 @@ def adapters(argv: Sequence[str]) -> int:
     key = options.api_key or os.environ.get("OPENAI_API_KEY")
     if options.word == "list":
         for card in _call(options.base_url, "/adapters", key)["data"]:
-            print(f"{card['id']}  (of {card['model']})")
+            say(f"{card['id']}  (of {card['model']})")
         return 0
     body = {"lora_name": options.name, "model": options.model}
     if options.word == "load":
-        body["lora_path"] = options.path or options.name
+        body |= {"lora_path": options.path, "load_inplace": options.load_inplace or None}
     done = _call(
         options.base_url, f"/{options.word}_lora_adapter", key, {k: v for k, v in body.items() if v is not None}
     )
-    print(f"{options.word}ed {done['id']}")
+    say(f"{options.word}ed {done['id']}")
     return 0
 
 
@@ -47,7 +48,8 @@ def adapters_parser() -> argparse.ArgumentParser:
         if word != "list":
             one.add_argument("name", help="name of the adapter for clients")
         if word == "load":
-            one.add_argument("path", nargs="?", help="its folder below --adapter_root (default: the name)")
+            one.add_argument("path", nargs="?", help="its folder below --adapter_root (default: what the name means)")
+            one.add_argument("--load_inplace", action="store_true", help="replace what has the name")
         one.add_argument("--base_url", default=_DEFAULT_URL, metavar="URL", help=f"the endpoint ({_DEFAULT_URL})")
         one.add_argument("--api_key", metavar="KEY", help="its key (default: OPENAI_API_KEY)")
         one.add_argument("--model", metavar="NAME", help="the model, where the endpoint has several")

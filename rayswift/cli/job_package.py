@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator
 from typing import Any
 
 from rayswift import private
+from rayswift.arguments.parsing import read_config
 from rayswift.cluster.results import results_at, results_folder
 from rayswift.errors import UserError
+from rayswift.redaction import redact
+
+logger = logging.getLogger("rayswift.cli.jobs")
 
 #: Settings that name what a job reads.
 _INPUTS = (
@@ -51,11 +56,17 @@ def check_job(args: Any, working_dir: str) -> None:
                         "(shared storage, a bucket, a hub), or give --working_dir none")  # fmt: skip
     for flag, value in _named_inputs(args):
         _check_input(flag, value, working_dir, sizes)
+    if args.config_file and os.path.isfile(args.config_file) and os.stat(args.config_file).st_mode & 0o077:
+        settings = read_config(args.config_file)
+        if redact(settings) != settings:
+            logger.warning("%s: holds secrets, and other users can read it, here and on the nodes: chmod 600 it",
+                           args.config_file)  # fmt: skip
 
 
 def _named_inputs(args: Any) -> Iterator[tuple[str, str]]:
     """Flags and the paths that they may name, as far as these are relative."""
     from rayswift.data.names import parse_spec
+    from rayswift.data.plugins import PluginFile
 
     for name in _INPUTS:
         given = getattr(args, name, None)
@@ -67,6 +78,9 @@ def _named_inputs(args: Any) -> Iterator[tuple[str, str]]:
                 path = path.rpartition("=")[2]
             if path and "://" not in path and not os.path.isabs(os.path.expanduser(path)):
                 yield name, path
+                if name == "external_plugins":
+                    for module, _ in PluginFile.read(path).modules:
+                        yield name, os.path.join(os.path.dirname(path), module)
 
 
 def _check_input(flag: str, path: str, working_dir: str, sent: dict[str, int]) -> None:

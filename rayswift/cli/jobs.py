@@ -7,17 +7,22 @@ import asyncio
 import contextlib
 import json
 import os
+import secrets
 import shlex
 import sys
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from rayswift.arguments.parsing import Parser
+from rayswift.arguments.help import Parser
+from rayswift.cli.main import JOB_WORDS
+from rayswift.console import say
 from rayswift.errors import UserError, one_line
 
 if TYPE_CHECKING:
     from ray.job_submission import JobSubmissionClient
 
+_PACKAGE = "rayswift_job"
 _ADDRESS_HELP = "address of the cluster's dashboard (default: RAY_ADDRESS, else the cluster on this machine)"
 
 
@@ -48,17 +53,23 @@ def submit(argv: Sequence[str]) -> int:
 def submit_job(words: Sequence[str], address: str | None = None, working_dir: str = ".", *, wait: bool = True) -> int:
     """Run ``rayswift WORDS`` as a Ray job and follow its log.
 
-    Returns the job's exit status (0 at once without ``wait``). Secrets travel as environment variables, so that the
-    job's command line, which Ray shows to everyone, does not hold them.
+    Returns the job's exit status (0 at once without ``wait``). Ray shows a job's command line and environment to
+    everyone on the cluster, and logs them: where the words hold secrets, the command line that it is told has them
+    masked, and the whole one travels in a package that only the cluster's own user can read (see `received`).
     """
-    command, rest = _checked(words, working_dir)
-    shown, secrets = take_secrets(rest)
+    from rayswift.redaction import redact_argv
+
+    words = list(_checked(words, working_dir))
+    shown = redact_argv(words)
     client = _client(address)
-    runtime_env: dict[str, Any] = {"env_vars": secrets} if secrets else {}
+    runtime_env: dict[str, Any] = {}
     if working_dir.lower() != "none":
         runtime_env["working_dir"] = working_dir
-    with _as_user_error("the cluster did not take the job"):
-        job = client.submit_job(entrypoint=shlex.join(["rayswift", command, *shown]), runtime_env=runtime_env)
+    with tempfile.TemporaryDirectory() as folder, _as_user_error("the cluster did not take the job"):
+        if shown != words:
+            name = _write_words(folder, shown, words)
+            runtime_env |= {"py_modules": [os.path.join(folder, _PACKAGE)], "env_vars": {JOB_WORDS: name}}
+        job = client.submit_job(entrypoint=shlex.join(["rayswift", *shown]), runtime_env=runtime_env)
     print(f"{job}: submitted. Log: ray job logs -f {job}; stop: ray job stop {job}", file=sys.stderr)
     return _follow(client, job) if wait else 0
 
@@ -78,7 +89,7 @@ def words_of(settings: Mapping[str, Any]) -> list[str]:
     return words
 
 
-def _checked(words: Sequence[str], working_dir: str) -> tuple[str, list[str]]:
+def _checked(words: Sequence[str], working_dir: str) -> list[str]:
     """The command and its flags, parsed here once, as the job will, so that a mistake costs no round trip."""
     from rayswift.arguments import parse_arguments
     from rayswift.cli.main import COMMANDS, find_command
@@ -87,39 +98,46 @@ def _checked(words: Sequence[str], working_dir: str) -> tuple[str, list[str]]:
     if command not in COMMANDS:
         raise UserError(f"{command} cannot be submitted; choose from {', '.join(COMMANDS)}")
     if working_dir.lower() == "none":
-        return command, rest  # the files it names are on the cluster
+        return [command, *rest]  # the files it names are on the cluster
     if not os.path.isdir(working_dir):
         raise UserError(f"--working_dir {working_dir}: no such folder")
     from rayswift.cli.job_package import check_job
 
     with contextlib.chdir(working_dir):
         check_job(parse_arguments(command, rest), ".")
-    return command, rest
+    return [command, *rest]
 
 
-def take_secrets(argv: Sequence[str]) -> tuple[list[str], dict[str, str]]:
-    """Move the secrets of a command line into the environment variables that RaySwift reads them from.
+def _write_words(folder: str, shown: Sequence[str], words: Sequence[str]) -> str:
+    """A package for Ray with a job's command line; the file's path inside it.
 
-    ``["--hub_token", "X", "--seed", "1"]`` gives ``["--seed", "1"]`` and ``{"RAYSWIFT_HUB_TOKEN": "X"}``.
+    Ray names a package by a digest of its content, which it shows: the salt keeps secrets from being guessed by it.
     """
-    from rayswift.arguments.redaction import SECRET_FLAGS
+    name = f"{_PACKAGE}/{secrets.token_hex(16)}.json"
+    os.mkdir(os.path.join(folder, _PACKAGE), 0o700)
+    # Ray keeps the mode of a file where it unpacks it.
+    with open(os.open(os.path.join(folder, name), os.O_CREAT | os.O_WRONLY | os.O_EXCL, 0o600), "w") as file:
+        json.dump({"salt": secrets.token_hex(16), "shown": list(shown), "words": list(words)}, file)
+    return name
 
-    words: list[str] = []
-    secrets: dict[str, str] = {}
-    rest = list(argv)
-    while rest:
-        word = rest.pop(0)
-        name, equals, value = word.removeprefix("--").partition("=")
-        name = name.replace("-", "_")
-        full = [flag for flag in SECRET_FLAGS if flag == name] or [f for f in SECRET_FLAGS if f.startswith(name)]
-        if not word.startswith("--") or len(name) < 4 or len(full) != 1:
-            words.append(word)
-        elif equals or (rest and not rest[0].startswith("--")):
-            values = [value] if equals else []
-            while rest and not rest[0].startswith("--"):  # --api_key takes several
-                values.append(rest.pop(0))
-            secrets[f"RAYSWIFT_{full[0].upper()}"] = " ".join(values)
-    return words, secrets
+
+def received(shown: Sequence[str]) -> list[str]:
+    """The whole command line of the job that this process is, given the one without secrets.
+
+    Another command that a job runs, which has the job's environment too, keeps its own.
+
+    Raises:
+        UserError: the package is not on this node.
+    """
+    name = os.environ[JOB_WORDS]
+    for folder in filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep)):
+        try:
+            with open(os.path.join(folder, name), encoding="utf-8") as file:
+                sent = json.load(file)
+        except OSError:
+            continue
+        return sent["words"] if list(shown) == sent["shown"] else list(shown)
+    raise UserError(f"the job's secrets are not here (no {name} in PYTHONPATH): submit it again")
 
 
 def _client(address: str | None) -> JobSubmissionClient:
@@ -177,7 +195,7 @@ def status(argv: Sequence[str]) -> int:
         nodes = list_nodes(address=client.get_address(), detail=True)
         jobs = client.list_jobs()
     alive = [node for node in nodes if node.state == "ALIVE"]
-    print(f"{len(alive)} nodes alive, {len(nodes) - len(alive)} dead")
+    say(f"{len(alive)} nodes alive, {len(nodes) - len(alive)} dead")
     for node in sorted(alive, key=lambda node: not node.is_head_node):
         role = "head" if node.is_head_node else "worker"
         shown = []
@@ -186,15 +204,15 @@ def status(argv: Sequence[str]) -> int:
                 shown.append(f"memory {amount / 2**30:.0f} GiB")
             elif not name.startswith(("node:", "object_store")):
                 shown.append(f"{name} {amount:g}")
-        print(f"  {node.node_ip:<15} {role:<6} {', '.join(shown)}")
-    print(f"{len(jobs)} jobs")
+        say(f"  {node.node_ip:<15} {role:<6} {', '.join(shown)}")
+    say(f"{len(jobs)} jobs")
     for job in sorted(jobs, key=lambda job: job.start_time or 0):
-        print(f"  {job.submission_id or job.job_id or '-':<26} {job.status.lower():<9} {_entrypoint(job.entrypoint)}")
+        say(f"  {job.submission_id or job.job_id or '-':<26} {job.status.lower():<9} {_entrypoint(job.entrypoint)}")
     return 0
 
 
 def _entrypoint(text: str) -> str:
-    from rayswift.arguments.redaction import redact_argv, redact_text
+    from rayswift.redaction import redact_argv, redact_text
 
     try:
         text = shlex.join(redact_argv(shlex.split(text)))

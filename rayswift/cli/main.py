@@ -10,15 +10,22 @@ import logging
 import os
 import signal
 import sys
+import traceback
 from collections.abc import Sequence
+from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+from rayswift.console import printable
 from rayswift.errors import RunFailedError, Terminated, UserError
+from rayswift.redaction import hide_from_process_lists, redact_text
 
 if TYPE_CHECKING:
     from rayswift.arguments import Arguments
 
 logger = logging.getLogger("rayswift.cli.main")
+
+#: Names the file of a job's whole command line, where that holds secrets (see `rayswift.cli.jobs`).
+JOB_WORDS = "RAYSWIFT_JOB_WORDS"
 
 # command -> (what it does, where its function lives)
 COMMANDS: dict[str, tuple[str, str]] = {
@@ -60,8 +67,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     log_to_stderr()
     if argv is None:  # this process is the command's own
         signal.signal(signal.SIGTERM, _end_as_after_ctrl_c)
+        sys.excepthook = show_crash
+        hide_from_process_lists()
     command = ""
     try:
+        if argv is None and JOB_WORDS in os.environ:
+            words = _load("rayswift.cli.jobs:received")(words)
         if not words or words[0] in ("-h", "--help", "help"):
             print(_overview(), end="")
             return 0
@@ -95,11 +106,16 @@ def _end_as_after_ctrl_c(*_: Any) -> None:
     raise Terminated
 
 
+def show_crash(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """The traceback of what should not happen, which may quote secrets and what strangers wrote."""
+    sys.stderr.write(printable(redact_text("".join(traceback.format_exception(kind, error, trace)))))
+
+
 class _Formatter(logging.Formatter):
     """Information as it is, anything graver with its level in front."""
 
     def format(self, record: logging.LogRecord) -> str:
-        text = super().format(record)
+        text = printable(super().format(record))
         return text if record.levelno <= logging.INFO else f"{record.levelname.lower()}: {text}"
 
 
@@ -116,7 +132,7 @@ def report(error: UserError | RunFailedError, program: str) -> int:
     """Print a mistake or failure, one line each, on standard error; returns exit status 2 or 1."""
     if os.environ.get("RAYSWIFT_DEBUG"):
         raise error
-    for line in str(error).split("\n"):
+    for line in printable(redact_text(str(error))).split("\n"):
         print(f"{program}: error: {line}", file=sys.stderr)
     return 2 if isinstance(error, UserError) else 1
 

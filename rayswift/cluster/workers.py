@@ -11,11 +11,13 @@ from rayswift.errors import UserError
 
 @dataclass(frozen=True)
 class Workers:
-    """The worker group to ask Ray Train for. ``num_workers`` is a count, or (min, max) for an elastic group."""
+    """The worker group to ask Ray Train for. ``num_workers`` is a count, or (min, max) for an elastic group;
+    ``spread``: over nodes in turn, not one node after the other."""
 
     num_workers: int | tuple[int, int]
     use_gpu: bool
     resources_per_worker: dict[str, float]
+    spread: bool = False
 
     @property
     def largest(self) -> int:
@@ -64,4 +66,4 @@ def plan_workers(args: Any, cluster: Cluster) -> Workers:
                 f"--resources_per_worker {resources} for {count} workers needs {needed:g} {name}s and "
                 f"{cluster.describe()}; lower it or --num_workers"
             )
-    return Workers(num_workers, use_gpu, resources)
+    return Workers(num_workers, use_gpu, resources, (args.num_nodes or 1) > 1)

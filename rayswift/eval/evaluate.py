@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from rayswift import arguments
 from rayswift.cluster import results_folder
+from rayswift.console import say
 from rayswift.eval.backends import choose_backend
 from rayswift.eval.backends.base import Backend
 from rayswift.eval.benchmarks import Benchmark, read_benchmarks
@@ -23,6 +24,7 @@ from rayswift.eval.report import page, table
 from rayswift.eval.results import Result, load_result, write_json
 from rayswift.files import write_whole
 from rayswift.journal import RunFolder, open_run, run_identity
+from rayswift.redaction import mask_files, redact
 from rayswift.serve.running import Endpoint
 
 if TYPE_CHECKING:
@@ -51,7 +53,8 @@ def evaluate(args: EvalArguments) -> dict[str, dict[str, float]]:
             backend.check(benchmark, endpoint)
     check_endpoints(endpoints)
     root = results_folder(args, "eval_output_dir", args.eval_output_dir) / backend.folder
-    with open_run(root, run_identity(deciding_settings(args, benchmarks), [])) as run:
+    sources = {name: mark for endpoint in endpoints for name, mark in endpoint.sources().items()}
+    with open_run(root, run_identity(deciding_settings(args, benchmarks), []), sources) as run:
         if run.resumed:
             logger.info("going on with %s", run.path)
         try:
@@ -78,7 +81,10 @@ def _serve_and_ask(
             if result is None:
                 running = running or stack.enter_context(_running(endpoint))
                 logger.info("%s: %s", model.label, benchmark.asked)
-                result = backend.run(benchmark, model, replace(running, model=model.name or running.model), folder)
+                try:
+                    result = backend.run(benchmark, model, replace(running, model=model.name or running.model), folder)
+                finally:
+                    mask_files(folder)  # the backends' libraries write down how they were called
                 result.save(folder)
             yield result
 
@@ -121,13 +127,13 @@ def _report(
     content = {
         "results": [result.summary() for result in results], "time": time.strftime("%Y%m%d-%H%M%S"),
         "eval_backend": args.eval_backend, "eval_limit": args.eval_limit,
-        "eval_generation_config": args.eval_generation_config,
+        "eval_generation_config": redact(args.eval_generation_config),
     }  # fmt: skip
     write_json(folder / "results.json", content)
     title = f"rayswift eval: {', '.join(dict.fromkeys(args.eval_dataset))}"
     write_whole(folder / "report.html", page(results, title))
-    print(table(results), flush=True)
-    print(f"every answer: {folder / 'report.html'}   scores: {folder / 'results.json'}", flush=True)
+    say(table(results))
+    say(f"every answer: {folder / 'report.html'}   scores: {folder / 'results.json'}")
     for model in models:
         own = {result.benchmark: result.scores for result in results if result.model == model.label}
         _append_line(args, model, own, backend, folder)

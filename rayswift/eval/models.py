@@ -51,6 +51,18 @@ class EvalEndpoint:
         """Whether this command starts it."""
         return not self.args.eval_url
 
+    def sources(self) -> dict[str, str]:
+        """Marks of what answers (for `rayswift.journal`)."""
+        if self.is_own:
+            from rayswift.modeling.resolved import resolve_model
+
+            return resolve_model(self.args).sources()
+        from rayswift.generate.endpoint import endpoint_sources
+
+        url = self.args.eval_url
+        found = [endpoint_sources(f"--eval_url {one.label}", url, one.name, api_key(self.args)) for one in self.models]
+        return {name: mark for each in found for name, mark in each.items()}
+
 
 def plan_endpoints(args: EvalArguments) -> list[EvalEndpoint]:
     """What is served for ``args``, in order.

@@ -13,6 +13,7 @@ import os
 from typing import Any
 
 from rayswift.cluster import results_folder
+from rayswift.console import say
 from rayswift.errors import UserError
 from rayswift.private import in_ray_job
 
@@ -51,12 +52,12 @@ def export(args: Any) -> str:
     if destination is not None:
         from rayswift.exporting.publish import publish
 
-        print(f"pushed to {publish(done, destination, args.commit_message, source.checkpoint)}", flush=True)
+        say(f"pushed to {publish(done, destination, args.commit_message, source.checkpoint)}")
     return done
 
 
 def _said(folder: str) -> str:
-    print(f"exported to {folder}", flush=True)
+    say(f"exported to {folder}")
     return folder
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
+from rayswift.console import say
 from rayswift.errors import UserError
 
 
@@ -36,9 +37,9 @@ def export_cached_dataset(args: Any) -> str:
         cache = TokenCache(default_root(), args.load_from_cache_file)
         data = load_train_data(args, datasets, encoder, bars.update, cache)
     for line in data.drops.lines():
-        print(line)
+        say(line)
     assert data.train is not None
     save_cached_dataset(folder, data, encoder)
     held_out = len(data.val) if data.val else 0
-    print(f"{len(data.train)} rows to train on, {held_out} to validate, encoded for {args.model}")
+    say(f"{len(data.train)} rows to train on, {held_out} to validate, encoded for {args.model}")
     return folder

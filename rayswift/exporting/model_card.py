@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import rayswift
-from rayswift.arguments.redaction import redact
 from rayswift.files import parse_json
+from rayswift.redaction import redact
 
 #: In every card that was written here: such a card may be replaced, a person's own is kept.
 _MARK = "<!-- written by rayswift export -->"

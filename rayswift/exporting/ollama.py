@@ -6,7 +6,9 @@ import json
 from pathlib import Path
 
 from rayswift.data.tokens.encoder import Encoder
+from rayswift.errors import UserError
 from rayswift.exporting.ollama_template import ollama_template
+from rayswift.files import parse_json
 
 #: The context is memory that Ollama reserves: what a laptop has left beside a model of some gigabytes.
 LAPTOP_CONTEXT = 8192
@@ -28,16 +30,21 @@ def modelfile(encoder: Encoder, weights: str, context: int | None) -> str:
     system, template = ollama_template(encoder)
     lines = [f"FROM {weights}", f'TEMPLATE """{template}"""']
     text = encoder.system if encoder.system is not None else system
+    # A Modelfile has no way to write them inside a text: what follows would be read as commands.
+    for what, words in (("--system", text), ("its template", template)):
+        if '"""' in (words or ""):
+            raise UserError(f'--to_ollama true: {what} holds """, which ends a text in a Modelfile; write it otherwise')
     if text:
         lines.append(f'SYSTEM """{text}"""')
     stops = [*encoder.stop_words, encoder.tokenizer.eos_token or ""]
     lines += [f"PARAMETER stop {json.dumps(stop, ensure_ascii=False)}" for stop in dict.fromkeys(stops) if stop]
     path = Path(encoder.model_dir) / "generation_config.json"
     try:
-        config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    except (OSError, ValueError):
+        config = dict(parse_json(path.read_text(encoding="utf-8"))) if path.is_file() else {}
+    except (OSError, TypeError, ValueError):
         config = {}
-    lines += [f"PARAMETER {own} {config[name]}" for name, own in _PARAMETERS.items() if config.get(name) is not None]
+    lines += [f"PARAMETER {own} {config[name]}" for name, own in _PARAMETERS.items()
+              if type(config.get(name)) in (int, float)]  # fmt: skip
     if context:
         lines.append(f"PARAMETER num_ctx {context}")
     return "\n".join(lines) + "\n"

@@ -233,6 +233,8 @@ class BatchRunner:
                     self._changed.wait_for(lambda: self._waiting or self._tasks or self._closed)
                     tasks, self._tasks = list(self._tasks), deque()
                 for task, future in tasks:
+                    if not future.set_running_or_notify_cancel():
+                        continue  # who asked has left
                     try:
                         future.set_result(task())
                     except BaseException as error:

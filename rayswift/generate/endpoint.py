@@ -7,6 +7,7 @@ key, no such model) and ends a run; any other ``UserError`` is about one convers
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
@@ -17,7 +18,9 @@ from typing import Any, TypeVar
 import openai
 
 from rayswift.errors import UserError
+from rayswift.generate.openai_chat import DEFAULT_AGENT, sent_messages, sent_tools, text_of, why_empty, with_calls
 from rayswift.generate.types import Answer, EngineUnusable, Messages, SamplingParams
+from rayswift.redaction import redact_text
 
 Key = TypeVar("Key")
 Result = TypeVar("Result")
@@ -28,6 +31,8 @@ CONNECT_SECONDS = 10.0
 READ_SECONDS = 600.0
 RETRIES = 2  # of a request that somebody waits for: about 2 s
 MOST_CHOICES = 128  # OpenAI's limit
+#: What a model's card says of the server's start or state, not of the model.
+_OF_THE_START = ("created", "permission", "max_model_len")
 BATCH_RETRIES = 8  # of one among many: about 40 s, which spans a server's restart
 
 
@@ -39,7 +44,8 @@ class EndpointEngine:
     ``system``: system prompt of conversations that have none; None leaves it to the server.
     ``parallel``: conversations under way at a time. ``with_thoughts``: what the server sends as the model's reasoning
     becomes part of the answer, as ``<think>…</think><answer>…</answer>``. ``turn``: returns when the next request of
-    :meth:`several` may go. ``most_choices``: answers that one request asks for.
+    :meth:`several` may go. ``most_choices``: answers that one request asks for. ``agent_template``: how the calls of
+    an answer are written as its text.
     """
 
     client: openai.OpenAI
@@ -50,6 +56,7 @@ class EndpointEngine:
     with_thoughts: bool = False
     turn: Callable[[], None] = lambda: None
     most_choices: int = MOST_CHOICES
+    agent_template: str = DEFAULT_AGENT
     last_stream: Answer = field(default_factory=Answer)
 
     @classmethod
@@ -61,6 +68,7 @@ class EndpointEngine:
         api_key: str | None = None,
         seed: int | None = None,
         system: str | None = None,
+        agent_template: str | None = None,
     ) -> EndpointEngine:
         """Check that ``base_url`` serves ``model`` (None: the first it lists) and the key is right.
 
@@ -78,7 +86,10 @@ class EndpointEngine:
         names = model_names(client)
         if not names and model is None:
             raise EngineUnusable(f"--base_url {base_url}: it serves no model yet; name one with --model")
-        engine = cls(client.with_options(max_retries=RETRIES), model or names[0], seed, system)
+        engine = cls(
+            client.with_options(max_retries=RETRIES), model or names[0], seed, system,
+            agent_template=agent_template or DEFAULT_AGENT,
+        )  # fmt: skip
         if model is not None and model not in names:
             # Ask for one token: a server may know more models (adapters loaded on demand) than it lists.
             with translated(engine.client, engine.model):
@@ -96,9 +107,14 @@ class EndpointEngine:
     def stream(self, messages: Messages, params: SamplingParams, tools: Any = None) -> Iterator[str]:
         """Answer one conversation in pieces, thoughts that the server sends apart between ``<think>`` and ``</think>``.
 
-        Closing the iterator closes the connection, which stops the model.
+        Closing the iterator closes the connection, which stops the model. Calls come whole, at the end.
+
+        Raises:
+            UserError: the answer is empty.
         """
         self.last_stream = answer = Answer()
+        calls: dict[int, list[str]] = {}
+        reason = refusal = None
         request = {**self.request(messages, params, tools), "stream": True, "stream_options": {"include_usage": True}}
         with translated(self.client, self.model), self.client.chat.completions.create(**request) as chunks:
             for chunk in chunks:
@@ -107,7 +123,13 @@ class EndpointEngine:
                     answer.num_generated_tokens = chunk.usage.completion_tokens
                 if not chunk.choices:
                     continue
-                thought, piece = thoughts_of(chunk.choices[0].delta), chunk.choices[0].delta.content or ""
+                delta, reason = chunk.choices[0].delta, chunk.choices[0].finish_reason or reason
+                thought, piece = thoughts_of(delta), text_of(delta.content)
+                refusal = (refusal or "") + (delta.refusal or "") or None
+                for part in delta.tool_calls or []:
+                    call = calls.setdefault(part.index, ["", ""])
+                    call[0] += (part.function and part.function.name) or ""
+                    call[1] += (part.function and part.function.arguments) or ""
                 opens, closes = not answer.thoughts, bool(answer.thoughts) and not answer.text
                 answer.thoughts += thought
                 answer.text += piece
@@ -115,6 +137,13 @@ class EndpointEngine:
                     yield f"<think>\n{thought}" if opens else thought
                 if piece:
                     yield f"\n</think>\n\n{piece}" if closes or (thought and opens) else piece
+        if calls:
+            told = answer.text
+            answer.text = with_calls(told, ((name, said) for name, said in calls.values()), self.agent_template)
+            yield ("\n</think>\n\n" if answer.thoughts and not told else "") + answer.text.removeprefix(told)
+        if not answer.text.strip():
+            answer.error = why_empty(reason, answer.thoughts, refusal)
+            raise UserError(answer.error)
 
     def generate(
         self, conversations: Sequence[Messages], params: SamplingParams, tools: Sequence[Any] | None = None
@@ -148,12 +177,16 @@ class EndpointEngine:
 
     def complete(self, messages: Messages, params: SamplingParams, tools: Any = None) -> Answer:
         """Answer one conversation, whole. UserError when it cannot be answered."""
-        return self.choices(messages, params, tools)[0]
+        answer = self.choices(messages, params, tools)[0]
+        if answer.error:
+            raise UserError(answer.error)
+        return answer
 
     def choices(self, messages: Messages, params: SamplingParams, tools: Any = None, **fields: Any) -> list[Answer]:
         """The answers of one request; ``fields`` of its body, such as ``n``, go before those of ``params``.
 
-        The tokens of the request count with the first answer. UserError when it cannot be answered.
+        The tokens of the request count with the first answer. UserError when it cannot be answered; a choice with
+        neither text nor calls has an ``error``.
         """
         body = self.request(messages, params, tools)
         body["extra_body"] = {**body.get("extra_body", {}), **fields}  # the client refuses fields that OpenAI lacks
@@ -195,7 +228,15 @@ class EndpointEngine:
 
     def _answer_of(self, choice: Any) -> Answer:
         logprobs = choice.logprobs.model_dump(include={"content"}) if choice.logprobs else None
-        text, thoughts = choice.message.content or "", thoughts_of(choice.message)
+        said, thoughts = choice.message, thoughts_of(choice.message)
+        named = [call.function for call in said.tool_calls or [] if call.function] or [said.function_call]
+        try:
+            calls = ((one.name, one.arguments or "") for one in named if one)
+            text = with_calls(text_of(said.content), calls, self.agent_template)
+        except UserError as error:
+            return Answer(error=str(error))
+        if not text.strip():
+            return Answer(error=why_empty(choice.finish_reason, thoughts, said.refusal))
         if self.with_thoughts and thoughts:
             text, thoughts = f"<think>{thoughts}</think>\n\n<answer>{text}</answer>", ""
         return Answer(text, logprobs=logprobs, thoughts=thoughts)
@@ -208,8 +249,8 @@ class EndpointEngine:
         has_own = not messages or messages[0]["role"] == "system" or self.system is None
         body = {
             "model": self.model,
-            "messages": [*([] if has_own else [{"role": "system", "content": self.system}]), *messages],
-            "tools": tools,
+            "messages": [*([] if has_own else [{"role": "system", "content": self.system}]), *sent_messages(messages)],
+            "tools": sent_tools(tools),
             "max_tokens": params.max_new_tokens,
             "temperature": params.temperature,
             "top_p": params.top_p,
@@ -248,6 +289,24 @@ def thoughts_of(message: Any) -> str:
     return getattr(message, "reasoning", None) or getattr(message, "reasoning_content", None) or ""
 
 
+def endpoint_sources(flag: str, base_url: str | None, model: str | None, api_key: str | None) -> dict[str, str]:
+    """What an endpoint says of its model in ``/v1/models``, under the flag that names it, as a mark for
+    `rayswift.journal`; empty where it does not answer now, or lists no such model."""
+    if not base_url:
+        return {}
+    client = openai.OpenAI(
+        base_url=base_url, api_key=api_key or os.environ.get("OPENAI_API_KEY") or NO_KEY, timeout=CONNECT_SECONDS,
+        max_retries=0,
+    )  # fmt: skip
+    try:
+        cards = [card.model_dump() for card in client.models.list()]
+    except openai.OpenAIError:
+        return {}
+    card = next((card for card in cards if model in (None, card["id"])), {})
+    said = {name: value for name, value in card.items() if name not in _OF_THE_START and value is not None}
+    return {f"{flag} {base_url}": json.dumps(said, sort_keys=True, default=str)} if said else {}
+
+
 def model_names(client: openai.OpenAI) -> list[str]:
     """What ``/v1/models`` lists."""
     with translated(client, None):
@@ -268,7 +327,7 @@ def translated(client: openai.OpenAI, model: str | None) -> Iterator[None]:
 
 def explain(error: openai.OpenAIError, client: openai.OpenAI, model: str | None) -> UserError:
     """What the user should know and do about an error of the client."""
-    where = f"--base_url {str(client.base_url).rstrip('/')}"
+    where = redact_text(f"--base_url {str(client.base_url).rstrip('/')}")
     if isinstance(error, openai.APITimeoutError):
         return EngineUnusable(f"{where}: no answer in time; the server is overloaded or stuck")
     if isinstance(error, openai.APIConnectionError):
@@ -283,7 +342,8 @@ def explain(error: openai.OpenAIError, client: openai.OpenAI, model: str | None)
     # The server's own message; OpenAI's shape, SWIFT's (``message`` at the top) or plain text.
     body = getattr(error, "body", None)
     message = body.get("message") if isinstance(body, dict) else None
-    text = " ".join(str(message or getattr(error, "message", None) or error).split())[:500]
+    # It goes into result files and to the visitors of the page, and servers repeat the key that they do not like.
+    text = redact_text(" ".join(str(message or getattr(error, "message", None) or error).split()))[:500]
     if isinstance(error, openai.RateLimitError) or getattr(error, "status_code", None) in (502, 503, 504):
         return EngineUnusable(f"{where}: the server has no capacity now ({text}); try again later")
     return EngineUnusable(f"{where}: {text}") if model is None else UserError(text)

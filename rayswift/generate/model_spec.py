@@ -8,19 +8,21 @@ from __future__ import annotations
 
 import copy
 import os
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rayswift import hub
-from rayswift.arguments import DeployArguments, make_arguments, read_saved_arguments
+from rayswift.arguments import DeployArguments, make_arguments, read_saved_arguments, take_over
 from rayswift.arguments.fields import specs_of
 from rayswift.cluster import address_of, cpu_count
 from rayswift.errors import UserError
 from rayswift.generate.preflight import check_engine, check_model, cpu_cache_gib, wants_gpu
 from rayswift.generate.vllm_plugin import SWITCH
-from rayswift.modeling.adapters import lora_rank
-from rayswift.modeling.loading import resolve_dtype
+from rayswift.modeling.adapter_kinds import only_merged
+from rayswift.modeling.adapters import check_adapter, lora_rank, read_adapter_config
+from rayswift.modeling.loading import folder_fingerprint, resolve_dtype
 from rayswift.modeling.resolved import ResolvedModel, resolve_model
 
 if TYPE_CHECKING:
@@ -38,6 +40,9 @@ class ModelSpec:
     ``model``: folder, id or URI. ``engine_kwargs``: vLLM's. ``adapters``: name → folder, given at start;
     ``default_adapter`` answers for the model's own name. ``template``: fields of :class:`Encoder`. ``bundles``: Ray
     resources of a replica, the first with the replica itself. ``local``: gateway and replicas share this machine.
+    ``sampling``: what requests that do not say so get (the flags' names; ``max_new_tokens`` is also their limit).
+    ``fingerprints``: served name → what tells the weights behind it from others: with other weights in the same folder
+    deploying again replaces the replicas, and ``/v1/models`` tells clients.
     """
 
     name: str
@@ -52,6 +57,9 @@ class ModelSpec:
     max_model_len: int | None = None
     engine_kwargs: dict[str, Any] = field(default_factory=dict)
     model_kwargs: dict[str, Any] = field(default_factory=dict)
+    sampling: dict[str, Any] = field(default_factory=dict)
+    seed: int = 42
+    fingerprints: dict[str, str] = field(default_factory=dict)
     template: dict[str, Any] = field(default_factory=dict)
     adapters: dict[str, str] = field(default_factory=dict)
     default_adapter: str | None = None
@@ -80,9 +88,9 @@ class ModelSpec:
         default = ModelSpec(self.name, self.model, self.engine)
         return {k: v for k, v in asdict(self).items() if k in ("name", "model", "engine") or v != getattr(default, k)}
 
-    def resolve_model(self) -> str:
-        """The model's local folder on this node; downloads it."""
-        return hub.resolve_model(self.model, revision=self.revision, use_hf=self.use_hf)
+    def resolve_model(self, token: str | None = None) -> str:
+        """The model's local folder on this node; downloads it, with the token of ``--hub_token``."""
+        return hub.resolve_model(self.model, revision=self.revision, use_hf=self.use_hf, token=token)
 
     def encoders(self, model_dir: str) -> dict[str, Encoder]:
         """How prompts are laid out: under ``""`` and the served name for the model itself."""
@@ -111,7 +119,8 @@ class ModelSpec:
             kwargs.setdefault("max_model_len", self.max_model_len)
         lora = {"enable_lora": True, "max_lora_rank": self.max_lora_rank, "max_loras": min(4, self.max_adapters)}
         if self.takes_adapters:
-            kwargs = {**lora, "max_cpu_loras": max(self.max_adapters, lora["max_loras"]), **kwargs}
+            # Twice: those that are replaced leave when their last request has ended.
+            kwargs = {**lora, "max_cpu_loras": 2 * self.max_adapters + lora["max_loras"], **kwargs}
         return {
             "model_loading_config": {"model_id": self.name, "model_source": model_dir},
             "engine_kwargs": kwargs,
@@ -122,6 +131,11 @@ class ModelSpec:
         }
 
 
+def hub_token(app: str) -> str:
+    """Name under which a cluster keeps the hub's token for the replicas of a model's Serve application."""
+    return f"hub_token/{app}"
+
+
 def model_specs(args: DeployArguments) -> list[ModelSpec]:
     """The models of one ``rayswift deploy``: ``--models``, or the one of ``--model``/``--adapters``.
 
@@ -129,7 +143,7 @@ def model_specs(args: DeployArguments) -> list[ModelSpec]:
         UserError: a model, adapter or engine that is not there, or that this machine cannot run.
     """
     if not args.models:
-        return [model_spec(resolve_model(args))]
+        return _names_differ([model_spec(resolve_model(args))])
     shared = {name: getattr(args, name) for name in args.given if name not in ("models", "model", "adapters")}
     specs = []
     for name, flags in args.models.items():
@@ -138,6 +152,14 @@ def model_specs(args: DeployArguments) -> list[ModelSpec]:
             specs.append(model_spec(resolve_model(one)))
         except UserError as error:
             raise UserError("\n".join(f"--models {name}: {line}" for line in str(error).split("\n"))) from None
+    return _names_differ(specs)
+
+
+def _names_differ(specs: list[ModelSpec]) -> list[ModelSpec]:
+    """``specs``. UserError when an adapter is called like a model: who asks for that name means the model."""
+    served = {spec.name for spec in specs}
+    for name in (name for spec in specs for name in spec.adapters if name in served):
+        raise UserError(f"--adapters {name}=...: a model is served as {name}; choose another name for the adapter")
     return specs
 
 
@@ -147,12 +169,14 @@ def model_spec(model: ResolvedModel, replicas: tuple[int, int] | None = None) ->
     Raises:
         UserError: as :func:`model_specs`.
     """
-    args = serving_settings(model.args)
+    args, command = serving_settings(model.args), model.args.command
     if replicas is not None:
         args.min_replicas, args.max_replicas = replicas
     check_engine(args.infer_backend)
     use_gpu, is_local = wants_gpu(args), address_of(args) is None
     model = replace(model, args=args).merged()
+    if args.infer_backend == "vllm" or command not in ("infer", "sample"):
+        check_served(model.adapters)
     args, folder = model.args, model.args.model
     if is_local or os.path.isdir(folder):
         folder = model.folder()
@@ -167,20 +191,26 @@ def model_spec(model: ResolvedModel, replicas: tuple[int, int] | None = None) ->
         if not Path(root).is_dir():
             raise UserError(f"--adapter_root {root}: no such folder")
         root = str(Path(root).resolve())
+    name, adapters, default = args.served_model_name or model.name, dict(model.adapters), model.default_adapter
+    if default == name:  # it answers for the model, whose name no adapter can have
+        adapters = {(default := f"{name}-adapter"): adapters[name]}
     rank = max([args.vllm_max_lora_rank, *map(lora_rank, model.adapters.values())])
     same = {f.name: getattr(args, f.name) for f in fields(ModelSpec) if hasattr(args, f.name)}
+    name = args.served_model_name or model.name
     return ModelSpec(**{
         **same,
-        "name": args.served_model_name or model.name,
+        "name": name,
         "model": folder,
         "engine": args.infer_backend,
         "revision": args.model_revision,
         "use_gpu": use_gpu,
         "max_model_len": args.vllm_max_model_len or args.max_length,
         "engine_kwargs": engine_kwargs(args, use_gpu),
+        "sampling": sampling_defaults(args),
+        "fingerprints": fingerprints(name, folder, model),
         "template": encoder_settings(args),
-        "adapters": dict(model.adapters),
-        "default_adapter": model.default_adapter,
+        "adapters": adapters,
+        "default_adapter": default,
         "adapter_root": root,
         "max_adapters": max(args.max_adapters, len(model.adapters)),
         # The engine's: more than asked for where an adapter given at start has more.
@@ -196,12 +226,20 @@ def model_spec(model: ResolvedModel, replicas: tuple[int, int] | None = None) ->
     })  # fmt: skip
 
 
+def check_served(adapters: Mapping[str, str]) -> None:
+    """UserError for an adapter (name → folder) that can be served merged only. The Transformers engine of `infer` and
+    `sample`, which answers with one adapter, takes them all."""
+    for folder in adapters.values():
+        if reason := only_merged(read_adapter_config(folder), check_adapter(folder)):
+            raise UserError(f"--adapters {folder}: {reason}, or add --merge_lora true")
+
+
 def serving_settings(args: Any) -> Any:
     """A copy of ``args`` as the arguments of ``rayswift deploy``: what both commands have is taken over."""
     if isinstance(args, DeployArguments):
         return copy.copy(args)
     known = specs_of(DeployArguments)
-    settings = make_arguments("deploy", **{name: getattr(args, name) for name in args.given if name in known})
+    settings = take_over("deploy", args)
     settings.restored = args.restored & frozenset(known)
     for name in (*settings.restored, "model", "adapters"):
         setattr(settings, name, getattr(args, name))
@@ -219,6 +257,21 @@ def encoder_settings(args: DeployArguments) -> dict[str, Any]:
     return {name: getattr(args, name) for name in names if args.is_set(name) and hasattr(args, name)}
 
 
+def sampling_defaults(args: DeployArguments) -> dict[str, Any]:
+    """The settings of generation that flags set."""
+    names = ("temperature", "top_p", "top_k", "repetition_penalty", "max_new_tokens")
+    return {name: getattr(args, name) for name in names if getattr(args, name) is not None and args.is_set(name)}
+
+
+def fingerprints(name: str, folder: str, model: ResolvedModel) -> dict[str, str]:
+    """`ModelSpec.fingerprints` of what lies on this machine."""
+    found = {known: folder_fingerprint(path) for known, path in model.adapters.items() if os.path.isdir(path)}
+    if os.path.isdir(folder):
+        marks = [folder_fingerprint(folder), *([found[model.default_adapter]] if model.default_adapter else [])]
+        found[name] = "-".join(marks)
+    return found
+
+
 #: How vLLM runs a model that gives vectors or scores instead of text, by ``--task_type``.
 _POOLING = {
     "embedding": {"runner": "pooling", "convert": "embed"},
@@ -231,11 +284,6 @@ def engine_kwargs(args: DeployArguments, use_gpu: bool) -> dict[str, Any]:
     """vLLM's settings from the ``--vllm_*`` flags, ``--vllm_engine_kwargs`` last."""
     if args.infer_backend != "vllm":
         return {}
-    sampling = {
-        "temperature": args.temperature, "top_p": args.top_p, "top_k": args.top_k,
-        "repetition_penalty": args.repetition_penalty, "max_new_tokens": args.max_new_tokens,
-    }  # fmt: skip
-    defaults = {name: value for name, value in sampling.items() if value is not None and args.is_set(name)}
     kwargs: dict[str, Any] = {
         "enforce_eager": args.vllm_enforce_eager,
         "max_num_seqs": args.vllm_max_num_seqs,
@@ -265,7 +313,7 @@ def engine_kwargs(args: DeployArguments, use_gpu: bool) -> dict[str, Any]:
         "speculative_config": args.vllm_speculative_config or None,
         "reasoning_parser": args.vllm_reasoning_parser,
         "enable_expert_parallel": args.vllm_enable_expert_parallel or None,
-        "override_generation_config": defaults or None,
+        "override_generation_config": sampling_defaults(args) or None,
     }
     kwargs |= {name: value for name, value in optional.items() if value is not None}
     return {**kwargs, **args.vllm_engine_kwargs}

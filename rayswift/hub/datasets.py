@@ -6,15 +6,17 @@ downloaded here, and a loading script is never run.
 
 from __future__ import annotations
 
+import fnmatch
 import json
 import logging
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from rayswift.errors import UserError
+from rayswift.files import parse_yaml
 
 logger = logging.getLogger("rayswift.hub")
 
@@ -100,16 +102,18 @@ def _front_matter_configs(label: str, readme: str) -> list[_Config]:
 
     match = re.match(r"\s*---[ \t]*\r?\n(.*?)\r?\n---[ \t]*(\r?\n|$)", readme, re.DOTALL)
     try:
-        listed = (yaml.safe_load(match[1]) or {}).get("configs") if match else None
-    except (yaml.YAMLError, AttributeError):
+        listed = (parse_yaml(match[1]) or {}).get("configs") if match else None
+    except (yaml.YAMLError, AttributeError, ValueError):
         logger.warning("%s: the YAML at the head of its README.md is broken; going by file names", label)
         return []
     configs = []
     for entry in listed if isinstance(listed, list) else []:
         if not isinstance(entry, dict) or not (entry.get("data_files") or entry.get("data_dir")):
             continue
-        folder = str(entry.get("data_dir") or "").removeprefix("./").rstrip("/")
-        config = _Config(str(entry.get("config_name", "default")), bool(entry.get("default")), folder and folder + "/")
+        folder = _name(entry.get("data_dir")).removeprefix("./").rstrip("/")
+        config = _Config(
+            _name(entry.get("config_name", "default")), bool(entry.get("default")), folder and folder + "/"
+        )
         for given_split, path in _split_items(entry.get("data_files")):
             config.splits = config.splits or {}
             config.splits.setdefault(given_split, []).append(config.folder + path.removeprefix("./"))
@@ -124,7 +128,12 @@ def _split_items(data_files: Any) -> Iterator[tuple[str, str]]:
     for item in data_files if isinstance(data_files, list) else [data_files] if data_files else []:
         path = item.get("path") if isinstance(item, dict) else item
         for pattern in path if isinstance(path, list) else [path]:
-            yield str(item.get("split", "train")) if isinstance(item, dict) else "train", str(pattern)
+            yield _name(item.get("split", "train")) if isinstance(item, dict) else "train", _name(pattern)
+
+
+def _name(value: Any) -> str:
+    """A name or pattern of the YAML; empty for what is none (a list of lists of aliases has no end as a text)."""
+    return str(value) if isinstance(value, (str, int, float)) else ""
 
 
 def _structure_configs(text: str) -> list[_Config]:
@@ -155,8 +164,7 @@ def _declared_files(label: str, config: _Config, data: list[str], split: str, on
         split = next(iter(config.splits))
     if split not in config.splits:
         raise UserError(f"{label}: subset {config.name!r} has no split {split!r}; there are {', '.join(config.splits)}")
-    patterns = [_glob_regex(pattern) for pattern in config.splits[split]]
-    found = [path for path in data if any(pattern.fullmatch(path) for pattern in patterns)]
+    found = [path for path in data if any(_is_meant(path, pattern.rstrip("/")) for pattern in config.splits[split])]
     if not found:
         raise UserError(
             f"{label}: {', '.join(config.splits[split])} of subset {config.name!r} are not in the repository as"
@@ -165,13 +173,34 @@ def _declared_files(label: str, config: _Config, data: list[str], split: str, on
     return found
 
 
-def _glob_regex(pattern: str) -> re.Pattern[str]:
-    """Hub globs: ``*`` stays in a folder, ``**`` does not, a folder means everything in it."""
-    parts = re.findall(r"\*\*/|\*\*|\*|\?|\[[^\]]+\]|.", pattern.rstrip("/"))
-    known = {"**/": "(?:.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}
-    regex = "".join(known.get(part) or (part if len(part) > 1 else re.escape(part)) for part in parts)
-    is_folder = not set(pattern.rpartition("/")[2]) & set("*?[")
-    return re.compile(regex + "(?:/.*)?" if is_folder else regex)
+def _is_meant(path: str, pattern: str) -> bool:
+    """Hub globs: ``*`` stays in a folder, ``**`` is any number of them, a folder means everything in it.
+
+    Part by part, so that a stranger's pattern of many stars takes no longer than another.
+    """
+    if not set(pattern) & set("*?["):
+        return path == pattern or path.startswith(f"{pattern}/")
+    wanted = pattern.split("/")
+    is_folder = not set(wanted[-1]) & set("*?[")
+
+    def from_here(places: Iterable[int]) -> set[int]:
+        """With those behind a ``**``, which may be no folder at all."""
+        found = set(places)
+        for place in range(min(found, default=len(wanted)), len(wanted)):
+            if place in found and wanted[place] == "**":
+                found.add(place + 1)
+        return found
+
+    places = from_here([0])  # parts of the pattern that may come next
+    for part in path.split("/"):
+        places = from_here(
+            place if wanted[place] == "**" else place + 1
+            for place in places
+            if place < len(wanted) and fnmatch.fnmatchcase(part, wanted[place])
+        )
+        if is_folder and len(wanted) in places:
+            return True
+    return len(wanted) in places
 
 
 def _subset_by_name(label: str, data: list[str], subset: str) -> list[str]:

@@ -16,9 +16,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from rayswift.arguments.redaction import redact_text
 from rayswift.errors import UserError
 from rayswift.hub.clients import HuggingFace, ModelScope, first_line, http_status, is_transient
+from rayswift.redaction import redact_text
 
 #: Never pushed: the state of training, editors' and tools' leftovers, and this machine's manifest of a checkpoint.
 IGNORED = (

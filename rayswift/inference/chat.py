@@ -8,8 +8,10 @@ import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, TextIO
 
+from rayswift.console import say
 from rayswift.errors import Terminated, UserError
 from rayswift.generate.types import Answer, Engine, SamplingParams
 
@@ -146,15 +148,11 @@ def chat(engine: Engine, params: SamplingParams, *, stream: bool = True) -> None
     """Hold a conversation on standard input and output until the user leaves."""
     interactive = sys.stdin.isatty()
 
-    def write(text: str) -> None:
-        sys.stdout.write(text)
-        sys.stdout.flush()
-
     read_line = input if interactive else lambda prompt: read_from(sys.stdin)
     if interactive:
-        write(HELP + "\n" + RULE + "\n")
+        say(f"{HELP}\n{RULE}")
     with line_history(interactive):
-        Chat(engine, params, read_line, write, stream=stream, interactive=interactive).run()
+        Chat(engine, params, read_line, partial(say, end=""), stream=stream, interactive=interactive).run()
 
 
 def read_from(stream: TextIO) -> str:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from rayswift.arguments import deciding_settings
 from rayswift.cluster import results_folder
 from rayswift.generate.media import has_media
-from rayswift.generate.sources import AnswerJob, open_answers, open_engine
+from rayswift.generate.sources import AnswerJob, open_answers, open_engine, sources_of
 from rayswift.generate.types import JsonRow, SamplingParams
 from rayswift.inference.chat import chat
 from rayswift.inference.rows import BAD_ROW, media_check, read_rows, resolve_asked
@@ -57,10 +57,13 @@ def answer_dataset(job: AnswerJob) -> list[JsonRow]:
     rows = [row if BAD_ROW in row or not (why := why_refused(row)) else {**row, BAD_ROW: why}
             for row in read_rows(job.datasets, args)]  # fmt: skip
     job = replace(job, has_media=any(has_media(row) and BAD_ROW not in row for row in rows))
+    sources = sources_of(args, job.model)
     # Opened before the model loads: a path that cannot be written must not cost the answers.
-    with open_results(path, run_identity(deciding, rows)) as results:
+    with open_results(path, run_identity(deciding, rows), sources) as results:
         try:
             if len(results.rows) == len(rows):  # an earlier start has answered them all: no engine is needed
+                logger.info("%s is finished: its %d rows are answered already, and nothing has changed; another "
+                            "--result_path, or removing the file, begins again", path, len(rows))  # fmt: skip
                 return answer_rows(lambda _: (), rows, results, args)
             with open_answers(job, running_deployment, shown if args.stream else None) as source:
                 return answer_rows(source, rows, results, args)

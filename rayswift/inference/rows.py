@@ -6,6 +6,7 @@ import functools
 import itertools
 import random
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rayswift.data.files import Position, locate
@@ -21,18 +22,38 @@ from rayswift.modeling.resolved import ResolvedModel
 if TYPE_CHECKING:
     from rayswift.arguments import InferArguments
 
+HELD_OUT = "val_dataset.jsonl"  # of a run directory
 BAD_ROW = "error"  # key of a row that could not be read or answered: why
 
 
 def resolve_asked(args: InferArguments) -> list[ResolvedDataset]:
-    """The files of ``--val_dataset`` (else ``--dataset``); none in a conversation."""
+    """The files of ``--val_dataset`` (else ``--dataset``); none in a conversation.
+
+    With ``--load_data_args true`` those of the checkpoint's run: its ``--val_dataset``, else what it held out.
+    """
     found = []
-    for text in args.val_dataset or args.dataset:
+    from_run = "dataset" in args.restored and not args.val_dataset
+    for text in [held_out_rows(args)] if from_run else args.val_dataset or args.dataset:
         try:
             found.append(resolve_dataset_files(text, args))
         except UserError as error:  # it speaks of --dataset whichever flag named the data
             raise UserError(str(error).replace("--dataset", asking_flag(args), 1)) from None
     return found
+
+
+def held_out_rows(args: InferArguments) -> str:
+    """The file of the rows that the run of ``--adapters`` or ``--model`` held out of its training data.
+
+    Raises:
+        UserError: there is none.
+    """
+    checkpoint = Path(args.adapters[0] if args.adapters else args.model or "")
+    folders = [checkpoint, *([checkpoint.parent] if checkpoint.name.startswith("checkpoint-") else [])]
+    for path in (folder / HELD_OUT for folder in folders):
+        if path.is_file():
+            return str(path)
+    raise UserError(f"--load_data_args true: no {HELD_OUT} in {folders[-1]}, so its run held no rows out of what it "
+                    "trained; name the rows with --val_dataset")  # fmt: skip
 
 
 def asking_flag(args: InferArguments) -> str:

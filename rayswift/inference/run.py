@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import logging
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from rayswift.console import say
 from rayswift.errors import UserError
 from rayswift.generate.types import (
     Answer,
@@ -37,7 +37,7 @@ def answer_rows(
 ) -> list[JsonRow]:
     """Answer the rows that the result file lacks and write them to it in order; returns all rows of this run."""
     kept = len(results.rows)
-    if kept:
+    if 0 < kept < len(rows):
         logger.info("%d of %d rows are in %s already: they are kept", kept, len(rows), results.path)
     missing = list(enumerate(rows))[kept:]
     # Answers that came before those of earlier rows wait here; rows that could not be read need no engine.
@@ -121,11 +121,11 @@ def report(results: ResultFile, metric: str | None, statistics: JsonRow) -> None
     rows = results.rows
     failed = [row for row in rows if BAD_ROW in row]
     if metric is not None:
-        print(score(rows, metric))
-    print(statistics)
+        say(score(rows, metric))
+    say(statistics)
     if failed:
         logger.warning("%d of %d rows have no answer, the first: %s", len(failed), len(rows), failed[0][BAD_ROW])
-    print(f"The answers are in {results.path}")
+    say(f"The answers are in {results.path}")
 
 
 def shown(engine: Engine, params: SamplingParams) -> AnswerSource:
@@ -133,17 +133,16 @@ def shown(engine: Engine, params: SamplingParams) -> AnswerSource:
 
     def answer(row: JsonRow) -> Answer:
         asked = split_reference(row["messages"])[0]
-        sys.stdout.write(f"[QUERY] {asked[-1]['content'] if asked else ''}\n[RESPONSE] ")
+        say(f"[QUERY] {asked[-1]['content'] if asked else ''}\n[RESPONSE] ", end="")
         try:
             for piece in engine.stream(prompt_of(row), params, row.get("tools")):
-                sys.stdout.write(piece)
-                sys.stdout.flush()
+                say(piece, end="")
         except EngineUnusable:
             raise
         except (UserError, RuntimeError, ValueError, IndexError) as error:
             return Answer(error=str(error))
         finally:
-            sys.stdout.write(f"\n{RULE}\n")
+            say(f"\n{RULE}")
         return engine.last_stream
 
     return lambda requests: ((request.numbers[0], answer(request.row)) for request in requests)

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import re
 from bisect import bisect
 from collections.abc import Iterator
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rayswift.errors import UserError, one_line
 from rayswift.files import parse_json
+from rayswift.modeling.adapter_kinds import has_no_base, not_trainable, only_merged
 from rayswift.modeling.loading import read_safetensors_header
 
 if TYPE_CHECKING:
@@ -28,8 +30,8 @@ def add_lora(model: Any, args: Any) -> Any:
     """Put a LoRA on ``model`` as the tuner arguments say and return the ``PeftModel``.
 
     Reads ``lora_rank, lora_alpha, lora_dropout, lora_bias, lora_dtype, target_modules, target_regex, modules_to_save,
-    use_rslora, use_dora, init_weights``. Only the adapter (and ``modules_to_save``) stays trainable. Adapter weights
-    are float32 beside half-precision base weights unless ``--lora_dtype`` says otherwise.
+    use_rslora, use_dora, init_weights``. Only the adapter (and ``modules_to_save``, and the rows of new tokens) stays
+    trainable. Adapter weights are float32 beside half-precision base weights unless ``--lora_dtype`` says otherwise.
 
     Raises:
         UserError: a target that matches no layer, a rank that no target layer can use, an unknown initialisation.
@@ -47,6 +49,7 @@ def add_lora(model: Any, args: Any) -> Any:
         bias=args.lora_bias,
         target_modules=targets,
         modules_to_save=find_modules_to_save(model, args.modules_to_save) or None,
+        trainable_token_indices=_new_rows(model, targets, args.modules_to_save),
         use_rslora=args.use_rslora,
         use_dora=args.use_dora,
         init_lora_weights=init_lora_weights(args.init_weights),
@@ -63,6 +66,17 @@ def add_lora(model: Any, args: Any) -> Any:
                 parameter.data = parameter.data.to(getattr(torch, args.lora_dtype))
     logger.info("lora_config: %s", config)
     return peft_model
+
+
+def _new_rows(model: Any, targets: list[str] | str, modules_to_save: list[str]) -> dict[str, list[int]] | None:
+    """What PEFT trains of ``--new_special_tokens``: their rows in the embeddings, and in an output head of its own;
+    not of layers that the adapter, or the user, trains whole."""
+    ids = getattr(model, "new_token_ids", None)
+    inputs, head = model.get_input_embeddings(), model.get_output_embeddings()
+    layers = [inputs] if head is None or head.weight is inputs.weight else [inputs, head]
+    names = {name.rpartition(".")[2] for name, module in model.named_modules() if any(module is one for one in layers)}
+    whole = {*find_modules_to_save(model, modules_to_save), *(targets if isinstance(targets, list) else ())}
+    return {name: list(ids) for name in sorted(names - whole)} or None if ids else None
 
 
 def find_targets(model: Any, target_modules: list[str], target_regex: str | None) -> list[str] | str:
@@ -155,10 +169,13 @@ def find_modules_to_save(model: Any, modules_to_save: list[str]) -> list[str]:
 
 
 def init_lora_weights(init_weights: str) -> Any:
-    """``--init_weights`` as PEFT takes it. UserError for what needs more than the model to start from."""
+    """``--init_weights`` as PEFT takes it; plain for those that :mod:`rayswift.modeling.part_of_base` begins. UserError
+    for what needs more than the model to start from."""
     if init_weights.lower() in ("true", "false"):
         return init_weights.lower() == "true"
-    if init_weights in ("gaussian", "pissa", "olora", "orthogonal") or re.fullmatch(r"pissa_niter_\d+", init_weights):
+    if init_weights in ("pissa", "olora") or re.fullmatch(r"pissa_niter_\d+", init_weights):
+        return True
+    if init_weights in ("gaussian", "orthogonal"):
         return init_weights
     raise UserError(
         f"--init_weights {init_weights}: not built; choose true, false, gaussian, orthogonal, olora or pissa(_niter_N)"
@@ -205,6 +222,8 @@ def load_adapter(model: Any, adapter_dir: str, *, is_trainable: bool = False) ->
     from peft import PeftModel
 
     saved_keys = check_adapter(adapter_dir)
+    if is_trainable and (problem := not_trainable(read_adapter_config(adapter_dir))):
+        raise UserError(f"--adapters {adapter_dir}: {problem}")
     with _adapter_errors(adapter_dir):
         peft_model = PeftModel.from_pretrained(model, adapter_dir, is_trainable=is_trainable)
     _refuse_absent_weights(peft_model, "default", adapter_dir, saved_keys)
@@ -217,11 +236,13 @@ def add_adapter(model: Any, adapter_dir: str, name: str) -> Any:
     The adapter is not made the active one. After an error the model is as it was.
 
     Raises:
-        UserError: as :func:`load_adapter`.
+        UserError: as :func:`load_adapter`, or it cannot be applied beside others (:func:`only_merged`).
     """
     from peft import PeftConfig, PeftModel, get_peft_model
 
     saved_keys = check_adapter(adapter_dir)
+    if reason := only_merged(read_adapter_config(adapter_dir), saved_keys):
+        raise UserError(f"--adapters {adapter_dir}: {reason}")
     is_first = not isinstance(model, PeftModel)
     with _adapter_errors(adapter_dir):
         config = PeftConfig.from_pretrained(adapter_dir)
@@ -237,6 +258,15 @@ def add_adapter(model: Any, adapter_dir: str, name: str) -> Any:
                 peft_model.delete_adapter(name)
             raise
     return peft_model.eval()
+
+
+def remove_adapter(model: Any, name: str) -> Any:
+    """Take an adapter off that :func:`add_adapter` put on; returns the model. Without the last one it is the base model
+    again: a ``PeftModel`` that has none cannot compute."""
+    if list(model.peft_config) == [name]:
+        return model.unload()
+    model.delete_adapter(name)
+    return model
 
 
 @contextlib.contextmanager
@@ -268,8 +298,11 @@ def check_adapter(adapter_dir: str) -> list[str]:
     folder = Path(adapter_dir)
     if not folder.is_dir():
         raise UserError(f"--adapters {adapter_dir}: no such folder; give a checkpoint-N folder of a run")
-    if "peft_type" not in read_adapter_config(adapter_dir):
+    config = read_adapter_config(adapter_dir)
+    if "peft_type" not in config:
         raise UserError(f"{folder / ADAPTER_CONFIG}: not a PEFT configuration (no peft_type)")
+    if problem := has_no_base(config):
+        raise UserError(f"--adapters {adapter_dir}: {problem}")
     weights = folder / ADAPTER_WEIGHTS
     if not weights.is_file():
         found = (
@@ -294,7 +327,49 @@ def read_adapter_config(adapter_dir: str) -> dict[str, Any]:
         raise UserError(f"{path}: cannot be read ({error})") from None
     if not isinstance(config, dict):
         raise UserError(f"{path}: not a PEFT configuration (no peft_type)")
+    _check_patterns(path, config)
     return config
+
+
+#: Characters of a module's name, and steps over all patterns for one name: a second for a large model.
+_NAME_LENGTH, _MOST_STEPS = 60, 200_000
+
+
+def _check_patterns(path: Path, config: dict[str, Any]) -> None:
+    """Raises UserError for regular expressions that could take for ever: PEFT tries a stranger's on every module."""
+    steps = 0.0
+    for name in ("rank_pattern", "alpha_pattern", "modules_to_save", "layers_pattern", "target_modules",
+                 "exclude_modules"):  # fmt: skip
+        given = config.get(name)
+        if isinstance(given, list) and name in ("target_modules", "exclude_modules"):
+            continue  # names, compared as they are
+        for pattern in [given] if isinstance(given, str) else given if isinstance(given, (list, dict)) else []:
+            # To the keys PEFT adds "whatever stands before".
+            steps += _most_steps(str(pattern), 0 if isinstance(given, str) else 1)
+            if steps > _MOST_STEPS:
+                raise UserError(f"{path}: {name} has patterns that may take for ever ({str(pattern)[:60]!r}); "
+                                "write them as names, or with fewer * + ? and |")  # fmt: skip
+
+
+def _most_steps(pattern: str, repeats: int) -> float:
+    """At most so many steps does a pattern take on a name, for which ``repeats`` more parts of any length are counted;
+    endless where a group is repeated, or flags change what the pattern says."""
+    if re.search(r"\(\?[aiLmsux-]", pattern):
+        return math.inf
+    # Of names none of which begins another (q_proj|k_proj) one at most fits: they are as good as one.
+    bare = re.sub(r"\((?:\?:)?((?:[\w-]|\\\W)+(?:\|(?:[\w-]|\\\W)+)*)\)", _one_of_names, pattern)
+    bare = re.sub(r"\\.|\[\^?\]?[^\]]*\]", "x", bare, flags=re.DOTALL).replace("(?", "(")
+    if re.search(r"\)[*+{]", bare):
+        return math.inf
+    repeats += len(re.findall(r"[*+?}][?+]?", bare))
+    groups, choices = bare.count("(") or 1, bare.count("|")
+    ways = (choices / groups + 1) ** min(groups, choices)
+    return ways * _NAME_LENGTH**repeats / math.factorial(repeats) if repeats < 10 else math.inf
+
+
+def _one_of_names(found: re.Match[str]) -> str:
+    names = sorted(found[1].split("|"))
+    return found[0] if any(other.startswith(name) for name, other in pairwise(names)) else "x"
 
 
 def lora_rank(adapter_dir: str) -> int:

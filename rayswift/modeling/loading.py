@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
 import struct
 import sys
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ SAFETENSORS_ITEM_BYTES = {
     "I8": 1, "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1,
 }  # fmt: skip
 MAX_HEADER_BYTES = 100_000_000  # the safetensors format's own limit
+_PLACES = 8  # of a tensor that `folder_fingerprint` looks at
 EMBEDDING_MULTIPLE = 64  # resized embeddings keep a row count that tensor cores and vLLM's sharding like
 
 
@@ -250,16 +252,51 @@ def model_fingerprint(model_dir: str) -> str:
     """What tells one model's weights from another's of the same shapes: a hash of every tensor's name, type, shape and
     some of its bytes. How the tensors are spread over files does not count. Milliseconds; not proof against forgery.
     """
-    known = {}
+    known: dict[str, Any] = {}
     for path in weight_files(model_dir):
-        header = read_safetensors_header(path)
-        with path.open("rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8))
-            for name, tensor in header.items():
-                start, end = tensor["data_offsets"]
-                file.seek(8 + length + (start + end) // 2)
-                known[name] = (tensor["dtype"], tensor["shape"], file.read(min(64, end - (start + end) // 2)))
-    return hashlib.blake2b(repr(sorted(known.items())).encode(), digest_size=20).hexdigest()
+        known |= _tensor_samples(path, 1)
+    return _digest(sorted(known.items()))
+
+
+def folder_fingerprint(folder: str) -> str:
+    """What tells the model or adapter in a folder from another that lay or will lie there: its tensors, as
+    :func:`model_fingerprint` in more places, and the files beside them (settings, tokenizer, chat template), whole.
+
+    Milliseconds for any size: a change of a few rows of a large tensor alone may go unnoticed.
+    """
+    known: dict[str, Any] = {}
+    for path in Path(folder).iterdir():
+        if path.suffix == ".safetensors":
+            known |= _tensor_samples(path, _PLACES)
+        elif path.suffix in (".bin", ".gguf"):  # the directory at the end of PyTorch's file has checksums of the rest
+            with path.open("rb") as file:
+                size = file.seek(0, os.SEEK_END)
+                file.seek(max(0, size - 2**20))
+                known[path.name] = (size, hashlib.sha256(file.read()).hexdigest())
+        elif path.suffix in (".json", ".jinja", ".txt", ".model", ".tiktoken", ".py") and path.is_file():
+            known[path.name] = hashlib.sha256(path.read_bytes()).hexdigest()
+    return _digest(sorted(known.items()))
+
+
+def _tensor_samples(path: Path, places: int) -> dict[str, Any]:
+    """Type, shape and bytes from some places of each tensor of a safetensors file."""
+    found = {}
+    header = read_safetensors_header(path)
+    with path.open("rb") as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+        for name, tensor in header.items():
+            start, end = tensor["data_offsets"]
+            pieces = b""
+            for place in range(1, places + 1):
+                offset = start + (end - start) * place // (places + 1)
+                file.seek(8 + length + offset)
+                pieces += file.read(min(64, end - offset))
+            found[name] = (tensor["dtype"], tensor["shape"], pieces)
+    return found
+
+
+def _digest(value: Any) -> str:
+    return hashlib.blake2b(repr(value).encode(), digest_size=20).hexdigest()
 
 
 def parameter_counts(model_dir: str) -> ParameterCounts:
@@ -277,10 +314,13 @@ def add_special_tokens(model: Any, tokenizer: Any, new_special_tokens: list[str]
     """Add ``--new_special_tokens`` to the tokenizer, in this order, and make room for them in the embeddings.
 
     Returns the number of tokens that were new to the tokenizer. The new rows start at the mean of the old ones
-    (Transformers' default); LoRA trains them only with ``--modules_to_save embed_tokens lm_head``.
+    (Transformers' default); ``model.new_token_ids`` names them to :func:`~rayswift.modeling.adapters.add_lora`.
     """
+    known = tokenizer.get_vocab()
     added = tokenizer.add_tokens(list(new_special_tokens), special_tokens=True)
     if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
         model.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=EMBEDDING_MULTIPLE)
+    new = [token for token in dict.fromkeys(new_special_tokens) if token not in known]
+    model.new_token_ids = tokenizer.convert_tokens_to_ids(new)
     logger.info("new_special_tokens: %d added, %d tokens now", added, len(tokenizer))
     return int(added)

@@ -97,11 +97,13 @@ def is_current(merged: Path, made_of: dict[str, Any]) -> bool:
 def merged_model(model: Any) -> Any:
     """The plain model of a ``PeftModel``: every layer is merged in float32 and rounded once to the dtype it had.
 
-    PEFT rounds a half-precision adapter's product, and then its sum with the weight.
+    PEFT rounds a half-precision adapter's product, and then its sum with the weight. Embeddings and output head that
+    share their weights are two afterwards where the adapter changes one of them.
     """
     import torch
     from peft.tuners.tuners_utils import BaseTunerLayer
 
+    _part_tied_weights(model.get_base_model())
     for layer in model.modules():
         if not isinstance(layer, BaseTunerLayer):
             continue
@@ -115,7 +117,24 @@ def merged_model(model: Any) -> Any:
             parameter.data = parameter.data.to(dtype)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "All adapters are already merged")
-        return model.merge_and_unload()
+        merged = model.merge_and_unload()
+    head = merged.get_output_embeddings()
+    if head is not None and head.weight is not merged.get_input_embeddings().weight:
+        merged.config.tie_word_embeddings = merged.config.get_text_config().tie_word_embeddings = False
+    return merged
+
+
+def _part_tied_weights(model: Any) -> None:
+    """Give the output head weights of its own where it shares those of the embeddings and one of them has an adapter:
+    merged into both, the adapter would change what it was never trained on."""
+    import torch
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
+    adapted = isinstance(embeddings, BaseTunerLayer) or isinstance(head, BaseTunerLayer)
+    if adapted and head is not None and head.weight is embeddings.weight:
+        own = head.get_base_layer() if isinstance(head, BaseTunerLayer) else head
+        own.weight = torch.nn.Parameter(own.weight.detach().clone(), requires_grad=False)
 
 
 def write_model(model: Any, tokenizer: Any, adapter: Path, folder: Path) -> None:

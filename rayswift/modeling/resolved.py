@@ -13,8 +13,10 @@ from typing import Any
 
 from rayswift import hub
 from rayswift.arguments import read_saved_arguments
+from rayswift.cluster import address_of
 from rayswift.errors import UserError
 from rayswift.modeling.adapters import base_model_of, check_adapter
+from rayswift.modeling.loading import folder_fingerprint
 from rayswift.modeling.merging import merge_adapter
 
 
@@ -48,6 +50,14 @@ class ResolvedModel:
             args.model or "", revision=args.model_revision, use_hf=args.use_hf, token=args.hub_token
         )
 
+    def sources(self) -> dict[str, str]:
+        """Model and adapters as the user knows them (``--model DIR``) → what tells their content from another's, of
+        those on this machine (a cluster's nodes have their own copies of a hub's models)."""
+        folders = {f"--adapters {path}": path for path in self.adapters.values()}
+        if self.args.model and (os.path.isdir(os.path.expanduser(self.args.model)) or address_of(self.args) is None):
+            folders[f"--model {self.args.model}"] = self.folder()
+        return {name: folder_fingerprint(folder) for name, folder in folders.items()}
+
     def merged(self) -> ResolvedModel:
         """With ``--merge_lora true`` the model that base and default adapter make; else this one."""
         if not self.args.merge_lora or self.adapter is None:
@@ -64,12 +74,13 @@ class ResolvedModel:
 def resolve_model(args: Any) -> ResolvedModel:
     """Find what ``--model`` and ``--adapters`` (``DIR`` or ``NAME=DIR``) name; adapters are downloaded and looked at.
 
-    ``infer`` and ``sample`` have one answer to a prompt, and so take one adapter, without a name.
+    Training goes on with one adapter, ``infer`` and ``sample`` have one answer to a prompt: they take one, without a
+    name.
 
     Raises:
         UserError: no such adapter, a broken one, two of one name, none or several where one is needed.
     """
-    takes_one = args.command in ("infer", "sample")
+    takes_one = args.command in ("infer", "sample", "pt", "sft", "rlhf")
     if takes_one and len(args.adapters) > 1:
         raise UserError(f"--adapters: rayswift {args.command} takes one adapter; merge them one after the other first")
     adapters: dict[str, str] = {}
@@ -91,9 +102,16 @@ def resolve_model(args: Any) -> ResolvedModel:
     args = completed(args, os.path.expanduser(where))
     if default is not None:
         args.adapters = [adapters[default]]
-    if args.model is None:
+    # Earlier versions wrote a relative path into args.json as it was typed; PEFT's own file has the absolute one.
+    lost = "model" in args.restored and adapters and _is_path(args.model) and not os.path.exists(args.model)
+    if args.model is None or lost:
         args.model = base_model_of(where)
     return ResolvedModel(args, args.model_suffix, adapters, default)
+
+
+def _is_path(model: str) -> bool:
+    """Whether it is spelled as no hub's id is."""
+    return "://" not in model and (model.startswith((".", "/")) or model.count("/") != 1)
 
 
 def completed(args: Any, folder: str, *, without: str | None = None) -> Any:

@@ -19,8 +19,9 @@ _TIMEOUT = 3
 _MOST_BOXES = 8
 _NUMBER = re.compile(r"(?<![\w.])[-+−]?\$?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)?(?:\.\d+|(?<=\d))(?:/\d+)?", re.ASCII)
 _HASHES = re.compile(r"####[ \t]*(?P<answer>[^\n]+)")
+# No two neighbours of it may share out the same blanks: an answer of 40,000 spaces would take seconds.
 _PHRASES = re.compile(
-    r"(?:(?:final|correct)?\s*answer\s*(?:is|:|=)|答案[是为：:]|^#+\s*answer\s*$)[\s:：]*(?P<answer>[^\n]+)",
+    r"(?:answer\s*(?:is|:|=)|答案[是为：:]|^#+[ \t]*answer[ \t]*$)[\s:：]*(?P<answer>[^\n]+)",
     re.IGNORECASE | re.MULTILINE,
 )
 # Of bounded length: a text with thousands of openings and no end must not cost the square of it.

@@ -10,10 +10,12 @@ from typing import Any
 
 from rayswift.rewards.maths import compare_answers, final_number
 
-_THINK_ANSWER = re.compile(r"\s*<think>.*?</think>\s*<answer>.*?</answer>\s*", re.DOTALL)
-_REACT = re.compile(r"\s*<think>.*?</think>\s*Action:.*?Action Input:.*", re.DOTALL)
-_ACTION = re.compile(r"Action:[ \t]*(?P<name>[^\n]*?)[ \t]*(?:\n|$)", re.DOTALL)
-_INPUT = re.compile(r"Action Input:\s*(?P<input>.*?)\s*(?:Observation:|<\||$)", re.DOTALL)
+# Each of them looks at a text once: a longer pattern tries every end of one part with every end of the next.
+_THOUGHT = "<think>"
+_ANSWER_AFTER_THOUGHT = re.compile(r"</think>\s*<answer>")
+_ACTION_AFTER_THOUGHT = re.compile(r"</think>\s*Action:")
+_ACTION = re.compile(r"Action:(?P<name>[^\n]*)")
+_INPUT = re.compile(r"Action Input:(?P<input>.*?)(?:Observation:|<\||\Z)", re.DOTALL)
 
 
 def math(completions: Sequence[str], solution: Sequence[str | None], **_: Any) -> list[float | None]:
@@ -39,12 +41,23 @@ def gsm8k(completions: Sequence[str], solution: Sequence[str | None], **_: Any) 
 
 def format_reward(completions: Sequence[str], **_: Any) -> list[float]:
     """``<think>…</think><answer>…</answer>`` and nothing else. SWIFT's ``format``."""
-    return [float(bool(_THINK_ANSWER.fullmatch(text))) for text in completions]
+    return [
+        float(
+            text.startswith(_THOUGHT)
+            and text.endswith("</answer>")
+            and _ANSWER_AFTER_THOUGHT.search(text, len(_THOUGHT), len(text) - len("</answer>")) is not None
+        )
+        for text in map(str.strip, completions)
+    ]
 
 
 def react_format(completions: Sequence[str], **_: Any) -> list[float]:
     """``<think>…</think>`` and then an action with its input. SWIFT's ``react_format``."""
-    return [float(bool(_REACT.fullmatch(text))) for text in completions]
+    verdicts = []
+    for text in map(str.strip, completions):
+        action = _ACTION_AFTER_THOUGHT.search(text, len(_THOUGHT)) if text.startswith(_THOUGHT) else None
+        verdicts.append(float(action is not None and "Action Input:" in text[action.end() :]))
+    return verdicts
 
 
 def toolbench(completions: Sequence[str], solution: Sequence[str | None], **_: Any) -> list[float]:
@@ -57,10 +70,10 @@ def toolbench(completions: Sequence[str], solution: Sequence[str | None], **_: A
 def read_action(text: str) -> tuple[str, Any]:
     """The last ``Action:`` of a ReAct text and its ``Action Input:``."""
     actions, inputs = list(_ACTION.finditer(text)), list(_INPUT.finditer(text))
-    given = inputs[-1]["input"] if inputs else "{}"
+    given = inputs[-1]["input"].strip() if inputs else "{}"
     with contextlib.suppress(ValueError):
         given = json.loads(given)
-    return (actions[-1]["name"] if actions else "none"), given
+    return (actions[-1]["name"].strip(" \t") if actions else "none"), given
 
 
 NAMES = {

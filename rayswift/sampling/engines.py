@@ -42,7 +42,10 @@ def open_answers(args: SampleArguments, files: bool = False) -> Iterator[Answers
         return
     from rayswift.generate.endpoint import EndpointEngine
 
-    engine = EndpointEngine.connect(args.base_url or "", model=args.model, api_key=args.api_key, seed=args.seed)
+    engine = EndpointEngine.connect(
+        args.base_url or "", model=args.model, api_key=args.api_key, seed=args.seed,
+        agent_template=args.agent_template,
+    )  # fmt: skip
     engine = replace(
         engine.patient(), parallel=args.max_parallel_requests, with_thoughts=args.sampler_type == "distill",
         turn=RateLimit(args.max_requests_per_minute).wait,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 from collections.abc import Iterable, Iterator
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
     from rayswift.arguments import SampleArguments
     from rayswift.generate.endpoint import EndpointEngine
     from rayswift.sampling.tasks import Task
+
+logger = logging.getLogger("rayswift.sampling")
 
 _DASHSCOPE = "https://dashscope.aliyuncs.com/compatible-mode/v1"
 #: name → what its endpoint, model and key are where the flags do not say.
@@ -34,7 +37,8 @@ _REWARD = re.compile(r"Reward\W*?(?P<number>[-+]?\d*\.?\d+)", re.IGNORECASE)
 
 @dataclass
 class Judge:
-    """Asks for a reward between −1 and 1 for each answer; a judgement without a number counts as 0."""
+    """Asks for a reward between −1 and 1 for each answer; a judgement without a number counts as 0, and an answer for
+    which there is no judgement (refused, empty, too long) has no reward: it is neither kept nor rejected."""
 
     base_url: str
     model: str | None
@@ -58,7 +62,13 @@ class Judge:
         return cls(base_url, args.judge_model or own.get("model"), key, args.max_parallel_requests,
                    args.judge_max_tokens)  # fmt: skip
 
-    def score(self, tasks: Iterable[Task]) -> Iterator[tuple[int, list[float]]]:
+    def sources(self) -> dict[str, str]:
+        """What the judge's endpoint says of itself."""
+        from rayswift.generate.endpoint import endpoint_sources
+
+        return endpoint_sources("--judge_base_url", self.base_url, self.model, self.api_key)
+
+    def score(self, tasks: Iterable[Task]) -> Iterator[tuple[int, list[float | None]]]:
         """Judge every answer of the tasks, several tasks at a time."""
         from rayswift.generate.endpoint import EndpointEngine, in_parallel
 
@@ -70,12 +80,12 @@ class Judge:
             renamed = re.sub(r"--(base_url|model|api_key)\b", r"--judge_\1", str(error))
             raise EngineUnusable(renamed) from None
 
-    def judge_task(self, engine: EndpointEngine, task: Task) -> list[float]:
+    def judge_task(self, engine: EndpointEngine, task: Task) -> list[float | None]:
         """The rewards of one prompt's answers."""
         return [self.judge(engine, request["messages"], task.reference) for request in task.requests]
 
-    def judge(self, engine: EndpointEngine, messages: list[dict[str, Any]], reference: str | None) -> float:
-        """The reward of one answer."""
+    def judge(self, engine: EndpointEngine, messages: list[dict[str, Any]], reference: str | None) -> float | None:
+        """The reward of one answer; None where the judge gives none."""
         *before, answer = messages
         said = "\n\n".join(f"[{message['role']}]\n{message['content']}" for message in before)
         question = f"The conversation:\n\n{said}\n\nThe reference answer:\n\n{reference or '(none)'}\n\n"
@@ -86,7 +96,8 @@ class Judge:
             text = engine.complete(asked, settings).text
         except EngineUnusable:
             raise
-        except UserError:  # this answer cannot be judged (too long, refused)
-            return 0.0
+        except UserError as error:
+            logger.warning("an answer has no judgement: %s", error)
+            return None
         found = list(_REWARD.finditer(text))  # the number after the last counts
         return min(1.0, max(-1.0, float(found[-1]["number"]))) if found else 0.0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from rayswift.cluster import results_folder
 from rayswift.errors import UserError
 from rayswift.files import atomic_file
+from rayswift.journal import is_of_run
 
 if TYPE_CHECKING:
     from rayswift.arguments import SampleArguments
@@ -26,16 +27,15 @@ class Files:
     result: Path
 
     @classmethod
-    def of(cls, args: SampleArguments, identity: str) -> Files:
+    def of(cls, args: SampleArguments, identity: str, sources: Mapping[str, str]) -> Files:
         """``--output_file``; with ``--resume true`` that of the newest unfinished run; else one named by the time."""
         folder = results_folder(args, "output_dir", args.output_dir)
         if args.output_file:
             return cls(folder / args.output_file)
         journals = folder.glob(".*.answers") if args.resume else ()
         for journal in sorted(journals, key=lambda path: path.stat().st_mtime, reverse=True):
-            with journal.open("rb") as file:
-                if json.dumps({"run": identity}).encode() == file.readline().strip():
-                    return cls(folder / journal.name.removeprefix(".").removesuffix(".answers"))
+            if is_of_run(journal, identity, sources):
+                return cls(folder / journal.name.removeprefix(".").removesuffix(".answers"))
         return cls(folder / f"{time.strftime('%Y-%m-%d-%H-%M-%S')}.jsonl")
 
     @property

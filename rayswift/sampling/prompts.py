@@ -161,5 +161,6 @@ def read_cache(paths: Sequence[str]) -> dict[str, tuple[Prompt, list[str]]]:
         if row["id"] not in found:
             prompt = replace(make_prompt(row, path, position), id=row["id"], reference=None)
             found[row["id"]] = (prompt, [])
-        found[row["id"]][1].append(str(last.get("content") or ""))
+        if text := str(last.get("content") or "").strip() and str(last["content"]):
+            found[row["id"]][1].append(text)
     return found

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from rayswift import cluster, hub
 from rayswift.data.tokens.encoder import Dropped, Encoder
 from rayswift.errors import UserError, telling_line
-from rayswift.modeling.loading import read_config, resolve_dtype
+from rayswift.modeling.loading import folder_fingerprint, read_config, resolve_dtype
 
 if TYPE_CHECKING:
     from rayswift.arguments import SampleArguments
@@ -33,6 +33,11 @@ class RewardModel:
     def __post_init__(self) -> None:
         if os.path.isdir(self.model):
             self.check(self.model)
+
+    def sources(self) -> dict[str, str]:
+        """What tells the model in the folder from another's."""
+        folder = os.path.expanduser(self.model)
+        return {f"{self.flag} {self.model}": folder_fingerprint(folder)} if os.path.isdir(folder) else {}
 
     def check(self, model_dir: str) -> None:
         """UserError unless the folder holds a reward model."""

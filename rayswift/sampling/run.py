@@ -5,12 +5,15 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from rayswift.arguments import deciding_settings
+from rayswift.console import say
 from rayswift.data.plugins import PluginFile
 from rayswift.errors import UserError
 from rayswift.generate.media import has_media
+from rayswift.generate.sources import sources_of
 from rayswift.generate.types import Request
 from rayswift.inference.run import Throughput, progress_bar
 from rayswift.journal import Journal, open_journal, run_identity
@@ -38,7 +41,7 @@ def sample(args: SampleArguments) -> Row:
     Raises:
         UserError: a dataset, model, endpoint or reward that cannot be used, results that cannot be written.
     """
-    model = resolve_model(args) if args.sampler_engine in ("vllm", "transformers", "lmdeploy") else None
+    model = resolve_model(args) if args.sampler_engine in ("vllm", "transformers") else None
     args = args if model is None else model.args
     for path in args.external_plugins:
         PluginFile.read(path).registered()
@@ -46,18 +49,21 @@ def sample(args: SampleArguments) -> Row:
     prompts = read_prompts(args, model)
     check_references(scorers, prompts)
     identity = run_identity(deciding_settings(args), [{"id": prompt.id, **prompt.row} for prompt in prompts])
-    files = Files.of(args, identity)
+    sources = {} if args.sampler_engine == "no" else sources_of(args, model)
+    files = Files.of(args, identity, sources)
     if files.result.exists() and not args.override_exist_file:
-        logger.info("%s is there already: nothing to do; --override_exist_file true writes it anew", files.result)
+        logger.info("%s is finished, whatever it was made with: nothing to do; --override_exist_file true writes it "
+                    "anew, and another --output_file begins beside it", files.result)  # fmt: skip
         return {"output_file": str(files.result)}
     counts = SampleStats(prompts=len(prompts))
     # What decides the scores: their settings, and the text of the plugins.
-    plugins = [PluginFile.read(path).source for path in args.external_plugins]
+    plugins = [text for path in args.external_plugins for text in PluginFile.read(path).texts]
     scored = run_identity({"plugins": plugins, **deciding_settings(args, "scores")}, [{"of": identity}])
+    rewards = {name: mark for scorer in scorers.values() for name, mark in scorer.sources().items()}
     with (
         told_how_to_resume(files),
-        open_journal(files.answers, identity, override=args.override_exist_file) as journal,
-        open_journal(files.scores, scored, override=True) as scores,
+        open_journal(files.answers, identity, override=args.override_exist_file, sources=sources) as journal,
+        open_journal(files.scores, scored, override=True, sources=sources | rewards) as scores,
     ):
         tally = answer_prompts(args, prompts, journal)
         candidates = Candidates(prompts, journal, args.num_return_sequences)
@@ -86,13 +92,18 @@ class Candidates:
 
     def __getitem__(self, index: int) -> list[str]:
         records = (self.journal.get(number) for number in self.numbers(index))
-        return [*self.prompts[index].cached, *(record["text"] for record in records if record and not record["error"])]
+        return [*self.prompts[index].cached, *(record["text"] for record in records if record and is_answer(record))]
 
     def numbers(self, index: int) -> range:
         """The numbers of the answers that an engine gives to a prompt."""
         cached = len(self.prompts[index].cached)
         first = index * self.per_prompt
         return range(first + min(cached, self.per_prompt), first + self.per_prompt)
+
+
+def is_answer(record: Row) -> bool:
+    """Whether a record of the journal is an answer: an empty one, in those of earlier versions too, is none."""
+    return not record["error"] and bool(record["text"].strip())
 
 
 def answer_prompts(args: SampleArguments, prompts: Sequence[Prompt], journal: Journal) -> Throughput:
@@ -113,6 +124,8 @@ def answer_prompts(args: SampleArguments, prompts: Sequence[Prompt], journal: Jo
     ):
         tally = Throughput()
         for number, answer in answers(requests):
+            if not answer.error and not answer.text.strip():
+                answer = replace(answer, error="the answer is empty")
             journal.add(number, {"text": answer.text, "tokens": answer.num_generated_tokens, "error": answer.error})
             tally.add(answer)
             failed += answer.error is not None
@@ -153,11 +166,11 @@ def report(args: SampleArguments, files: Files, counts: SampleStats, tally: Thro
     it counts.
     """
     if args.sampler_engine != "no":
-        print(tally.statistics(counts.prompts))
-    print(counts.describe())
-    print(f"The rows are in {files.result}")
+        say(tally.statistics(counts.prompts))
+    say(counts.describe())
+    say(f"The rows are in {files.result}")
     if counts.rows:
-        print(f"Next: rayswift sft --model MODEL --dataset {files.result}")
+        say(f"Next: rayswift sft --model MODEL --dataset {files.result}")
     tokens = {name: getattr(tally, name) for name in ("num_prompt_tokens", "num_generated_tokens")}
     rate = round(tally.engine_tokens_per_second, 4)
     return {"output_file": str(files.result), **counts.to_dict(), **tokens, "tokens/s": rate}

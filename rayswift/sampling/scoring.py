@@ -35,6 +35,9 @@ class RuleScorer:
     def needs_reference(self) -> bool:
         return self.reward.needs_reference
 
+    def sources(self) -> dict[str, str]:
+        return {}
+
     def score(self, tasks: Iterable[Task]) -> Iterator[tuple[int, Sequence[float | None]]]:
         """One call for each task."""
         for task in tasks:

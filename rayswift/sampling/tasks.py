@@ -25,5 +25,8 @@ class Scorer(Protocol):
     def needs_reference(self) -> bool:
         """Whether prompts need the dataset's own answer."""
 
+    def sources(self) -> dict[str, str]:
+        """Marks of what lies behind the paths and endpoints that score (for `rayswift.journal`)."""
+
     def score(self, tasks: Iterable[Task]) -> Iterator[tuple[int, Sequence[float | None]]]:
         """Numbers of tasks with the scores of their answers, in any order. UserError when scoring cannot go on."""

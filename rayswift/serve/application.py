@@ -108,7 +108,7 @@ def serve_config(plans: list[ModelSpec], args: DeployArguments, *, listen: bool)
         for plan in plans
     ]
     tls = {key: getattr(args, key) for key in ("ssl_keyfile", "ssl_certfile") if getattr(args, key)}
-    optional = ("adapters", "default_adapter", "adapter_root")
+    optional = ("adapters", "default_adapter", "adapter_root", "fingerprints")
     gateway: dict[str, Any] = {
         "models": [
             {
@@ -116,6 +116,7 @@ def serve_config(plans: list[ModelSpec], args: DeployArguments, *, listen: bool)
                 "max_queued_requests": plan.max_queued_requests,
             }
             | {key: getattr(plan, key) for key in optional if getattr(plan, key)}
+            | ({} if plan.min_replicas else {"may_sleep": True})
             for plan in plans
         ],
         "api_keys": [hashlib.sha256(key.encode()).hexdigest() for key in args.api_key],

@@ -13,8 +13,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from rayswift import private
 from rayswift.errors import UserError
-from rayswift.generate.model_spec import ModelSpec, model_specs
+from rayswift.generate.model_spec import ModelSpec, hub_token, model_specs
 from rayswift.serve.application import GATEWAY, app_name, serve_config
 from rayswift.serve.gateways import Gateways
 from rayswift.serve.ports import require_free_port
@@ -49,6 +50,9 @@ def deploy(args: DeployArguments) -> None:
     if args.dry_run:
         import yaml
 
+        if args.hub_token:
+            logger.warning("--hub_token is not in this configuration, which is no place for it: set HF_TOKEN or "
+                           "MODELSCOPE_API_TOKEN in the environment of the cluster's nodes")  # fmt: skip
         plain = json.loads(json.dumps(serve_config(specs, args, listen=False)))
         print(yaml.safe_dump(plain, sort_keys=False, allow_unicode=True), end="")
         return
@@ -75,6 +79,10 @@ def deployment(args: DeployArguments, specs: list[ModelSpec]) -> Iterator[Gatewa
     sigterm = signal.signal(signal.SIGTERM, signal.default_int_handler) if is_main else None
     serve.start(proxy_location="Disabled", http_options={"host": "127.0.0.1"})
     gateways = Gateways(args, specs)
+    # Replicas of a cluster download for themselves. Serve's configuration, which everybody may read, has no token.
+    tokens = [] if specs[0].local or not args.hub_token else [hub_token(app_name(args.app_name, one)) for one in specs]
+    for name in tokens:
+        private.keep_secret(name, args.hub_token)
     gateways.deploy()
     try:
         wait_until_ready(args, specs, gateways)
@@ -82,6 +90,8 @@ def deployment(args: DeployArguments, specs: list[ModelSpec]) -> Iterator[Gatewa
     finally:
         # What another command has deployed again meanwhile (a rolling update) is not ours to stop.
         if gateways.is_ours():
+            for name in tokens:
+                private.keep_secret(name, None)
             logger.info("stopping: running requests finish first (--drain_timeout %d)", args.drain_timeout)
             stop_applications(gateways.names, args.drain_timeout)
             stop_applications(gateways.others, args.drain_timeout)

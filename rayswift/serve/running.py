@@ -20,6 +20,9 @@ from rayswift.serve.ports import free_port
 def running_deployment(args: Any, specs: list[ModelSpec]) -> Iterator[Endpoint]:
     """Serve ``specs`` on a free port of 127.0.0.1, with what the command's ``args`` say about the server.
 
+    TLS is not for this server: a certificate names the host that people know, and this command asks by number. It stays
+    on 127.0.0.1 then.
+
     Without ``--app_name`` under a name of its own, so that what is deployed on the same cluster stays as it is; the
     same command again gets the same name, and so takes over what a killed one left running.
 
@@ -32,7 +35,10 @@ def running_deployment(args: Any, specs: list[ModelSpec]) -> Iterator[Endpoint]:
         settings.app_name = f"rayswift-{args.command}-{hashlib.sha256(said.encode()).hexdigest()[:8]}"
     if "num_gateways" not in settings.given:
         settings.num_gateways = 1  # for this command alone
+    if settings.ssl_certfile:
+        settings.host, settings.ssl_certfile, settings.ssl_keyfile = "127.0.0.1", None, None
     settings.port = free_port(settings.host, settings.port) or settings.port
     with deployment(settings, specs):
         key = settings.api_key[0] if settings.api_key else None
-        yield Endpoint(f"http://{settings.host}:{settings.port}/v1", key, specs[0].name)
+        host = f"[{settings.host}]" if ":" in settings.host else settings.host
+        yield Endpoint(f"http://{host}:{settings.port}/v1", key, specs[0].name)

@@ -6,6 +6,8 @@ import time
 from dataclasses import dataclass, field
 from typing import Any, TextIO
 
+from rayswift.console import printable
+
 
 @dataclass
 class StatusLine:
@@ -24,7 +26,7 @@ class StatusLine:
         # What counted may have been started again, and counts from none.
         rates = {name: max(0, stats[name] - self._last.get(name, 0)) / seconds for name in ("requests", "tokens")}
         self._last, self._time = stats, now
-        shown = "  ".join(f"{model} {count}" for model, count in replicas.items())
+        shown = "  ".join(f"{printable(model)} {count}" for model, count in replicas.items())
         text = (
             f"replicas {shown} | {rates['requests']:.1f} requests/s  {rates['tokens']:.0f} tokens/s | "
             f"{stats['running']} running  {stats['waiting']} waiting | {stats['requests']} requests  "

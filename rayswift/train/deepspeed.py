@@ -54,7 +54,7 @@ def prepare_deepspeed(use_gpu: bool, local_world_size: int) -> None:
 
 
 def check_precision(config: dict[str, Any] | None, dtype: str) -> None:
-    """Refuse a DeepSpeed file that computes in another precision than ``--torch_dtype``.
+    """Refuse a DeepSpeed file that computes in another precision than ``--torch_dtype``, or wrongly in this one.
 
     Raises:
         UserError: names both.
@@ -64,3 +64,8 @@ def check_precision(config: dict[str, Any] | None, dtype: str) -> None:
         if enabled != "auto" and bool(enabled) != (dtype == meant):
             state = "on" if enabled else "off"
             raise UserError(f"--deepspeed switches {section} {state} but --torch_dtype is {dtype}; make them agree")
+    if config is not None and dtype == "bfloat16" and zero_stage(config) == 0:
+        raise UserError(
+            "--deepspeed: ZeRO stage 0 in bfloat16 begins with a step of zero gradients (DeepSpeed#7839), so its first "
+            "updates are too small; leave --deepspeed out, which is the same training, or set stage 1"
+        )

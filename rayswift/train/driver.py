@@ -3,7 +3,9 @@ resolve, check, build, run."""
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import importlib.util
 import logging
 import os
 from dataclasses import dataclass
@@ -18,15 +20,18 @@ from rayswift.data.names import ResolvedDatasets, resolve_datasets
 from rayswift.data.tokens.encoder import Encoder
 from rayswift.data.tokens.row_index import LazyRows
 from rayswift.errors import RunFailedError, UserError
+from rayswift.modeling.resolved import resolve_model
 from rayswift.plan.memory import memory_need, shortage
 from rayswift.train.checkpoints.manifest import list_checkpoints
 from rayswift.train.config import PackedPlan, RunData, WorkerConfig
+from rayswift.train.hf_arguments import best_is_last
 from rayswift.train.model import compute_dtype, find_model
 from rayswift.train.packing import packing_plan
+from rayswift.train.reporters import open_reporters, reporter_names
 from rayswift.train.resume import Resume, find_resume
 from rayswift.train.run_directory import RunDirectory, check_writable
 from rayswift.train.schedule import StepSchedule, plan_steps
-from rayswift.train.start import make_trainer
+from rayswift.train.start import make_trainer, torch_config
 from rayswift.train.start.warm_workers import start_warm_workers
 from rayswift.train.stopping import end_if_asked, saved_on_sigterm
 
@@ -67,8 +72,13 @@ def train(args: Any) -> dict[str, Any]:
     Raises:
         UserError: bad input; nothing is left half-written.
     """
+    if not private.in_ray_job():  # whose folder goes with it
+        args = args.with_absolute_paths()
+    if args.adapters:
+        args = resolve_model(args).args
     base = ray_cluster.results_at(args, "output_dir", args.output_dir)
     check_writable(base)
+    reporter_names(args)
     resume = find_resume(args.resume_from_checkpoint, base, args.add_version)
     ray_cluster.check_before_start(args)
     inputs = Inputs(args, base, resume, find_model(args), resolve_datasets(args))
@@ -84,7 +94,10 @@ def train(args: Any) -> dict[str, Any]:
         resume.check_data(data.fingerprint)
     # A run that goes on keeps the batch of its checkpoint.
     saved = resume.position.global_batch_size if resume.position else None
-    schedule = plan_steps(args, machines.workers.largest, data.num_items, packed=args.packing, global_batch_size=saved)
+    planned = functools.partial(plan_steps, args, machines.workers.largest, data.num_items, packed=args.packing)
+    schedule = planned(global_batch_size=saved)
+    if line := resume.kept_line(args, planned().global_batch_size):
+        say(line)
     _say_data(inputs, machines, loaded, data, schedule, first_row)
 
     run = _open_run(inputs, loaded)
@@ -104,12 +117,17 @@ def _connect(inputs: Inputs) -> Machines:
     cluster = ray_cluster.connect(args)
     workers = ray_cluster.plan_workers(args, cluster)
     dtype = compute_dtype(args, model_dir, workers.use_gpu)
+    if args.training_args.get("use_liger_kernel") and not (
+        workers.use_gpu and importlib.util.find_spec("liger_kernel")
+    ):
+        raise UserError("--use_liger_kernel true: needs GPUs and the package liger-kernel; leave it out here")
     if dtype == "bfloat16" and not workers.use_gpu and not supports_bfloat16(use_gpu=False):
         say("this CPU has no bfloat16 instructions: --torch_dtype float32 would be many times faster")
     counts, elastic = parameter_counts(model_dir), isinstance(workers.num_workers, tuple)
     count = " to ".join(map(str, workers.num_workers)) if isinstance(workers.num_workers, tuple) else workers.largest
     say(f"model: {args.model} ({counts.parameters / 1e6:.1f}M parameters, {dtype}), {args.train_type} training")
-    say(f"workers: {count} on {'GPU' if workers.use_gpu else 'CPU'}, DeepSpeed {args.deepspeed or 'off'}; "
+    spread = ", spread over nodes" if workers.spread else ""
+    say(f"workers: {count} on {'GPU' if workers.use_gpu else 'CPU'}{spread}, DeepSpeed {args.deepspeed or 'off'}; "
         f"{cluster.describe()}")  # fmt: skip
     need = memory_need(args, model_dir, dtype, workers.largest, workers.use_gpu)
     say(need.line())
@@ -191,11 +209,9 @@ def _say_data(
     if data.packs is not None and data.train is not None:
         filled = data.train.lengths.sum() / len(data.packs)
         say(f"packing: {len(data.packs)} packs, {filled:.0f} tokens on average")
-    items, largest = "packs" if inputs.args.packing else "rows", machines.workers.largest
-    say(
-        f"{schedule.max_steps} steps of {schedule.global_batch_size} {items} ({largest} workers × "
-        f"{schedule.per_device_batch_size} {items} × {schedule.accumulation(largest)} accumulated)"
-    )
+    say(schedule.describe(machines.workers.largest, data.num_items, "packs" if inputs.args.packing else "rows"))
+    if data.val is not None and (line := best_is_last(inputs.args, schedule)):
+        say(line)
 
 
 def length_line(lengths: Any) -> str:
@@ -250,7 +266,7 @@ def _fit(
         events=events,
     )
     trainer = _torch_trainer(config, machines, run)
-    progress = Progress(events, schedule, run, "tensorboard" in args.report_to or "all" in args.report_to)
+    progress = Progress(events, schedule, run, open_reporters(args, run))
     try:
         with progress, saved_on_sigterm(events) as ending:
             result = _run_trainer(trainer)
@@ -276,7 +292,6 @@ def _fit(
 
 def _torch_trainer(config: WorkerConfig, machines: Machines, run: RunDirectory) -> Any:
     from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchConfig
 
     from rayswift.train.worker import train_loop
 
@@ -289,9 +304,12 @@ def _torch_trainer(config: WorkerConfig, machines: Machines, run: RunDirectory) 
         alone=config.data.stream is None,
         warm=machines.warm,
         train_loop_config={"config": config},
-        torch_config=TorchConfig(backend=None if workers.use_gpu else "gloo"),
+        torch_config=torch_config(None if workers.use_gpu else "gloo", embedded=machines.embedded),
         scaling_config=ScalingConfig(
-            num_workers=workers.num_workers, use_gpu=workers.use_gpu, resources_per_worker=workers.resources_per_worker
+            num_workers=workers.num_workers,
+            use_gpu=workers.use_gpu,
+            resources_per_worker=workers.resources_per_worker,
+            placement_strategy="SPREAD" if workers.spread else "PACK",
         ),
         run_config=RunConfig(
             name=name,
@@ -335,13 +353,13 @@ def _outcome(run: RunDirectory, result: Any) -> dict[str, Any]:
         raise RunFailedError(f"training could not start: {returned['error']}")
     found = list_checkpoints(run.filesystem, run.path)
     paths: dict[int | None, str] = {checkpoint.step: f"{run.uri}/checkpoint-{checkpoint.step}" for checkpoint in found}
-    last = found[-1].step if found else None
+    last, best = found[-1].step if found else None, returned.get("best_step")
     return {
         "run_directory": run.uri,
         "global_step": returned.get("global_step"),
         "last_model_checkpoint": paths.get(last),
-        "best_model_checkpoint": paths.get(returned.get("best_step"), paths.get(last)),
-        "best_metric": returned.get("best_metric"),
+        "best_model_checkpoint": paths.get(best, paths.get(last)),
+        "best_metric": returned.get("best_metric") if best in paths else None,
     }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 from rayswift.train.deepspeed import deepspeed_config
@@ -17,6 +18,8 @@ _SAME = (
     "adam_beta2", "adam_epsilon", "max_grad_norm", "optim", "seed", "save_only_model", "logging_first_step",
     "metric_for_best_model", "greater_is_better", "eval_on_start", "num_train_epochs",
 )  # fmt: skip
+#: Further fields that are not passed on: these things are not the Trainer's here.
+_OURS = ("use_cpu", "dataloader_", "hub_", "push_to_hub", "fsdp")
 
 
 def hf_training_arguments(
@@ -34,19 +37,18 @@ def hf_training_arguments(
         has_val: whether there are validation rows.
     """
     save_strategy, save_steps = strategy_steps(args.save_strategy, args.save_steps, schedule)
-    wanted = (args.eval_strategy or args.save_strategy) if has_val else "no"
-    eval_strategy, eval_steps = strategy_steps(wanted, args.eval_steps or args.save_steps, schedule)
+    wanted = eval_strategy(args) if has_val else "no"
+    evaluate, eval_steps = strategy_steps(wanted, args.eval_steps or args.save_steps, schedule)
     deepspeed = deepspeed_config(args.deepspeed)
     if deepspeed and args.zero_hpz_partition_size:
         deepspeed["zero_optimization"]["zero_hpz_partition_size"] = args.zero_hpz_partition_size
     values: dict[str, Any] = {name: getattr(args, name) for name in _SAME}
     values |= {
         "output_dir": output_dir,
-        # SWIFT's defaults.
-        "learning_rate": args.learning_rate or (1e-5 if args.train_type == "full" else 1e-4),
+        "learning_rate": args.learning_rate,
         "lr_scheduler_kwargs": args.lr_scheduler_kwargs or None,
-        # Transformers 5 reads a fraction in warmup_steps as a ratio.
-        "warmup_steps": args.warmup_steps or args.warmup_ratio,
+        # Transformers 5 reads a fraction in warmup_steps as a ratio, but 1.0 as one step.
+        "warmup_steps": args.warmup_steps or math.ceil(args.warmup_ratio * schedule.max_steps),
         "max_steps": schedule.max_steps,
         "gradient_accumulation_steps": schedule.accumulation(world_size),
         "gradient_checkpointing": args.gradient_checkpointing,
@@ -56,7 +58,7 @@ def hf_training_arguments(
         "use_cpu": not use_gpu,
         "save_strategy": save_strategy,
         "save_steps": save_steps,
-        "eval_strategy": eval_strategy,
+        "eval_strategy": evaluate,
         "eval_steps": eval_steps,
         "logging_steps": args.logging_steps,
         "deepspeed": deepspeed,
@@ -67,7 +69,14 @@ def hf_training_arguments(
         "disable_tqdm": True,
         "log_level": "error",
     }
-    values |= args.training_args
+    values |= {name: value for name, value in args.training_args.items() if not name.startswith(_OURS)}
+    if args.training_args.get("logging_strategy") == "epoch":
+        values |= {"logging_strategy": "steps", "logging_steps": schedule.steps_per_epoch or schedule.max_steps}
+    if wanted == "epoch" and "eval_delay" in values:
+        values["eval_delay"] *= schedule.steps_per_epoch or schedule.max_steps
+    if "include_num_input_tokens_seen" in values:
+        tokens = str(values["include_num_input_tokens_seen"]).lower()
+        values["include_num_input_tokens_seen"] = {"true": "all", "false": "no"}.get(tokens, tokens)
     if args.command == "rlhf":
         from trl import DPOConfig
 
@@ -92,6 +101,28 @@ def _preference_values(args: Any) -> dict[str, Any]:
         # Rows come encoded and within --max_length.
         "max_length": None,
     }
+
+
+def best_is_last(args: Any, schedule: StepSchedule) -> str:
+    """One line where no step before the last is both evaluated and saved, so that nothing but it can be the best."""
+    save, save_steps = strategy_steps(args.save_strategy, args.save_steps, schedule)
+    evaluate, eval_steps = strategy_steps(eval_strategy(args), args.eval_steps or args.save_steps, schedule)
+    if save != "steps" or evaluate != "steps":
+        return ""
+    # Shares of the run, as in Transformers.
+    every = [math.ceil(n * schedule.max_steps) if n < 1 else int(n) for n in (save_steps, eval_steps)]
+    if every[0] >= schedule.max_steps or math.lcm(*every) < schedule.max_steps:
+        return ""
+    return (
+        f"no step before the last is both evaluated (every {every[1]}) and saved (every {every[0]}), so the last "
+        "checkpoint will be the best; --save_steps should be a multiple of --eval_steps"
+    )
+
+
+def eval_strategy(args: Any) -> str:
+    """When a run with validation rows evaluates, ``no``, ``steps`` or ``epoch``."""
+    strategy = args.eval_strategy or args.save_strategy
+    return "steps" if strategy == "best" else str(strategy)
 
 
 def strategy_steps(strategy: str, steps: float, schedule: StepSchedule) -> tuple[str, float]:

@@ -10,18 +10,26 @@ from rayswift.train.deepspeed import check_precision, deepspeed_config
 if TYPE_CHECKING:
     from rayswift.train.config import PackedPlan
 
+_ZERO_PRODUCT = ("true", "gaussian", "false")
+
 
 def find_model(args: Any) -> str:
     """The local folder of ``--model``, downloaded if need be.
 
     Raises:
-        UserError: it or ``--ref_model`` is not there, or has no weights.
+        UserError: it or ``--ref_model`` is not there, or has no weights; or training cannot begin with ``--adapters``.
     """
     from rayswift.hub import resolve_model
+    from rayswift.modeling.adapter_kinds import not_trainable
+    from rayswift.modeling.adapters import check_adapter, read_adapter_config
     from rayswift.modeling.loading import weight_files
 
     model_dir = resolve_model(args.model, revision=args.model_revision, use_hf=args.use_hf, token=args.hub_token)
     weight_files(model_dir)
+    for adapter in args.adapters[:1]:
+        check_adapter(adapter)
+        if problem := not_trainable(read_adapter_config(adapter), rlhf=args.command == "rlhf"):
+            raise UserError(f"--adapters {adapter}: {problem}")
     if getattr(args, "ref_model", None):
         try:
             weight_files(_reference_dir(args))
@@ -45,9 +53,9 @@ def compute_dtype(args: Any, model_dir: str, use_gpu: bool) -> str:
     return dtype
 
 
-def build_model(args: Any, model_dir: str, dtype: str, packing: PackedPlan | None) -> Any:
-    """The model to train, with its adapter if it gets one."""
-    from rayswift.modeling.adapters import add_lora, freeze_for_full, load_adapter
+def build_model(args: Any, model_dir: str, dtype: str, packing: PackedPlan | None, resume: str | None = None) -> Any:
+    """The model to train, with its adapter if it gets one. ``resume``: the checkpoint that the run goes on from."""
+    from rayswift.modeling.adapters import freeze_for_full, load_adapter
 
     if packing is None:
         model = _load(args, model_dir, dtype, args.attn_impl)
@@ -62,10 +70,33 @@ def build_model(args: Any, model_dir: str, dtype: str, packing: PackedPlan | Non
     elif args.adapters:
         model = load_adapter(model, args.adapters[0], is_trainable=True)
     else:
-        model = add_lora(model, args)
+        model = _with_new_adapter(model, args, resume)
     if args.gradient_checkpointing:
         # Frozen embeddings give inputs without gradients, and recomputed layers would then have none either.
         model.enable_input_require_grads()
+    return model
+
+
+def _with_new_adapter(model: Any, args: Any, resume: str | None) -> Any:
+    """``model`` with a fresh LoRA, of which is checked that it changes nothing.
+
+    One that begins as a part of the base's weights has its first values as ``first_values`` and is saved as plain LoRA;
+    going on, they are those of the checkpoint.
+    """
+    from rayswift.modeling.adapter_kinds import changes_base
+    from rayswift.modeling.adapters import add_lora
+    from rayswift.modeling.first_policy import check_first_policy, probe_layers
+    from rayswift.modeling.part_of_base import first_values, read_plain, take_off
+
+    way = changes_base({"init_lora_weights": args.init_weights})
+    # `true` and `gaussian` leave B at zero; `false` is another model, as the user was told.
+    before = probe_layers(model) if args.use_dora or args.init_weights.lower() not in _ZERO_PRODUCT else None
+    model = add_lora(model, args)
+    if way:
+        model.first_values = read_plain(resume, args.lora_rank)[1] if resume else first_values(model, way)
+        take_off(model, model.first_values)
+    if before is not None:
+        check_first_policy(model, before, args.init_weights)
     return model
 
 
@@ -89,12 +120,16 @@ def _load(args: Any, model_dir: str, dtype: str, attn_impl: str | None) -> Any:
     Full training keeps float32 master weights: DeepSpeed makes its own from half-precision ones, without it the model
     is loaded in float32 and computes under autocast (bfloat16 weights would lose updates smaller than 1/256).
     """
-    from rayswift.modeling.loading import load_model
+    from rayswift.modeling.loading import add_special_tokens, load_model, load_tokenizer
 
-    return load_model(
+    model = load_model(
         model_dir,
         torch_dtype="float32" if args.train_type == "full" and not args.deepspeed else dtype,
         attn_impl=attn_impl,
         trust_remote_code=args.trust_remote_code,
         model_kwargs=args.model_kwargs,
     )
+    if args.new_special_tokens:
+        tokenizer = load_tokenizer(model_dir, trust_remote_code=args.trust_remote_code)
+        add_special_tokens(model, tokenizer, args.new_special_tokens)
+    return model

@@ -1,4 +1,4 @@
-"""The driver's view of a run: one live progress line, ``logging.jsonl``, TensorBoard and the plots.
+"""The driver's view of a run: one live progress line, ``logging.jsonl``, trackers and the plots.
 
 Events come from the workers' :class:`~rayswift.train.events.EventQueue`, whatever machine they are on.
 """
@@ -10,7 +10,10 @@ import logging
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
+
+from rayswift.console import say
 
 if TYPE_CHECKING:
     from rayswift.train.run_directory import RunDirectory
@@ -39,10 +42,10 @@ class Progress:
         queue: the event queue actor.
         schedule: the run's steps.
         run: where logging.jsonl, runs/ and images/ go.
-        tensorboard: whether to write TensorBoard events.
+        reporters: what else the numbers go to; closed at the end.
     """
 
-    def __init__(self, queue: Any, schedule: StepSchedule, run: RunDirectory, tensorboard: bool) -> None:
+    def __init__(self, queue: Any, schedule: StepSchedule, run: RunDirectory, reporters: Sequence[Any] = ()) -> None:
         self.queue, self.schedule, self.run = queue, schedule, run
         self.rows: list[dict[str, Any]] = []
         self.parameter_info: str | None = None
@@ -54,17 +57,12 @@ class Progress:
         self._thread = threading.Thread(target=self._loop, name="rayswift-progress", daemon=True)
         self._behind = False  # the log lacks rows
         self._bar: Any = None
-        self._writer: Any = None
-        self._tensorboard = tensorboard
+        self._reporters = reporters
 
     def __enter__(self) -> Progress:
         from tqdm import tqdm
 
         self._bar = tqdm(total=self.schedule.max_steps, desc="Train", unit="step", dynamic_ncols=True, file=sys.stderr)
-        if self._tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self._writer = SummaryWriter(str(self.run.local / "runs"))
         self._thread.start()
         return self
 
@@ -73,8 +71,8 @@ class Progress:
         self._thread.join(timeout=30)
         self._bar.close()
         try:
-            if self._writer:
-                self._writer.close()
+            for reporter in self._reporters:
+                reporter.close()
             plot_rows(self.rows, self.run)
         except OSError as error:
             self._say(f"{self.run.uri}: no pictures of this run ({error.strerror})")
@@ -151,13 +149,14 @@ class Progress:
             self._behind = False
         else:
             self.run.append_jsonl("logging.jsonl", formatted)
-        if self._writer:
-            prefix = "eval" if "eval_loss" in row else "train"
-            for name, value in row.items():
-                if isinstance(value, (int, float)) and name != "global_step":
-                    tag = name.removeprefix("eval_").removeprefix("train_")
-                    self._writer.add_scalar(f"{prefix}/{tag}", value, row["global_step"])
-            self._writer.flush()
+        prefix = "eval" if "eval_loss" in row else "train"
+        values = {
+            f"{prefix}/{name.removeprefix('eval_').removeprefix('train_')}": value
+            for name, value in row.items()
+            if isinstance(value, (int, float)) and name != "global_step"
+        }
+        for reporter in self._reporters:
+            reporter.log(values, row["global_step"])
 
     def _on_checkpoint(self, event: dict[str, Any]) -> None:
         self.last_step, self.best_step = event["step"], event["best"]
@@ -197,8 +196,8 @@ class Progress:
         return formatted
 
     def _say(self, line: str) -> None:
-        self._bar.write(line, file=sys.stdout)
-        sys.stdout.flush()
+        with self._bar.external_write_mode(file=sys.stdout):
+            say(line)
 
 
 def read_log(run: RunDirectory) -> list[dict[str, Any]]:

@@ -20,6 +20,10 @@ if TYPE_CHECKING:
     from pyarrow.fs import FileSystem
 
 
+#: What the state of optimiser, schedule and random numbers brings along.
+_KEPT = ("learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "seed")
+
+
 @dataclass(frozen=True)
 class Resume:
     """A checkpoint (its path on its file system, its URI and its position), and the run directory to go on in (None: a
@@ -29,6 +33,17 @@ class Resume:
     run_directory: str | None = None
     position: checkpoints.Position | None = None
     uri: str | None = None
+
+    def kept_line(self, args: Any, rows_per_step: int) -> str:
+        """What the checkpoint decides, whatever is given now, in one line; "" where that is the same."""
+        saved, kept = self._saved_arguments(), []
+        asked = {"per_device_train_batch_size", "gradient_accumulation_steps"} & args.given
+        if self.position is not None and asked and self.position.global_batch_size != rows_per_step:
+            kept.append(f"{self.position.global_batch_size} rows a step (not {rows_per_step})")
+        given = args.to_dict()
+        names = [name for name in _KEPT if name in saved and saved[name] != given[name]]
+        kept += [f"--{name} {saved[name]} (not {given[name]})" for name in names]
+        return f"going on with what the checkpoint has: {', '.join(kept)}" if kept else ""
 
     def check_data(self, fingerprint: str) -> None:
         """Refuse to go on in the middle of other data than the checkpoint's.
@@ -55,19 +70,31 @@ class Resume:
                 f"--model {args.model}: not the model that the checkpoint was trained from (its weights differ); give "
                 "that one, or --adapters CHECKPOINT to begin a new run on this one"
             )
-        filesystem, inner = filesystem_of(self.uri)
-        try:
-            with filesystem.open_input_stream(f"{inner}/args.json") as stream:
-                saved = parse_json(stream.read())
-        except FileNotFoundError:  # another program's checkpoint
-            return
-        given = args.to_dict()
-        for name in ("train_type", *(LORA_WEIGHTS if args.train_type == "lora" else FULL_WEIGHTS)):
+        saved, given = self._saved_arguments(), args.to_dict()
+        if "deepspeed" in saved and bool(saved["deepspeed"]) != bool(given["deepspeed"]):
+            raise UserError(
+                f"--deepspeed {given['deepspeed'] or 'left out'}: the checkpoint was trained with "
+                f"{saved['deepspeed'] or 'none'}, and its optimiser cannot be taken over; give that, or begin a new "
+                "run on what it trained"
+            )
+        for name in ("train_type", "optim", *(LORA_WEIGHTS if args.train_type == "lora" else FULL_WEIGHTS)):
             if name in saved and saved[name] != given[name]:
                 raise UserError(
                     f"--{name} {given[name]}: the checkpoint was trained with {saved[name]}; give that, or "
                     "leave --resume_from_checkpoint out"
                 )
+
+    def _saved_arguments(self) -> dict[str, Any]:
+        """The ``args.json`` of the checkpoint; empty without one, or of another program's."""
+        if self.uri is None:
+            return {}
+        filesystem, inner = filesystem_of(self.uri)
+        try:
+            with filesystem.open_input_stream(f"{inner}/args.json") as stream:
+                saved = parse_json(stream.read())
+        except FileNotFoundError:
+            return {}
+        return saved if isinstance(saved, dict) else {}
 
     def make_way(self) -> None:
         """Set aside what stands in the run's way, and say so."""

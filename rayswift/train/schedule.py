@@ -29,6 +29,21 @@ class StepSchedule:
         """Gradient accumulation that keeps the global batch on this many workers."""
         return math.ceil(self.global_batch_size / (self.per_device_batch_size * world_size))
 
+    def describe(self, workers: int, items: int | None, what: str) -> str:
+        """The steps in one line whose arithmetic holds: ``9060 steps of 16 rows (1 workers × 1 rows × 16
+        accumulated)``; where no product gives the rows of a step, what each forward pass takes at most or at least."""
+        epoch = self.steps_per_epoch
+        rows, larger = divmod(items, epoch) if items and epoch else (self.global_batch_size, 0)
+        size, passes = self.per_device_batch_size, self.accumulation(workers)
+        full = workers * size * passes
+        if rows == full:
+            product = f"{workers} workers × {size} {what} × {passes} accumulated"
+        else:
+            bound = "at least" if rows > full else "at most"
+            product = f"{workers} workers × {passes} forward passes of {bound} {size} {what}"
+        also = f", {larger} of {epoch} with one more" if larger else ""
+        return f"{self.max_steps} steps of {rows} {what} ({product}){also}"
+
     def epoch_of(self, step: int) -> float:
         """The epoch reached after this many steps; for a stream the share of the run that is done."""
         return step / (self.steps_per_epoch or self.max_steps)
@@ -65,4 +80,6 @@ def plan_steps(
         return StepSchedule(global_batch, per_device, args.max_steps, None)
     per_epoch = math.ceil(items / global_batch) if packed else max(1, items // global_batch)
     max_steps = args.max_steps if args.max_steps > 0 else max(1, math.ceil(per_epoch * args.num_train_epochs))
+    if args.max_epochs:
+        max_steps = min(max_steps, max(1, math.ceil(per_epoch * args.max_epochs)))
     return StepSchedule(global_batch, per_device, max_steps, per_epoch)

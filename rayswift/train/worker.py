@@ -42,7 +42,7 @@ def train_loop(loop_config: dict[str, Any]) -> dict[str, Any]:
     if position is not None and position.stream is not None and position.data == config.data.fingerprint:
         places = tuple(StreamPosition(*place) for place in position.stream)
     try:
-        trainer = _build_trainer(config, rank, store, start_step, places)
+        trainer = _build_trainer(config, rank, store, resume, start_step, places)
     except Exception as error:
         # What fails before the first step fails again: restarting the group would only cost minutes.
         logger.exception("the trainer could not be built")
@@ -52,8 +52,10 @@ def train_loop(loop_config: dict[str, Any]) -> dict[str, Any]:
     with private.no_pickled_code():  # a checkpoint may be a stranger's
         trainer.train(resume_from_checkpoint=resume)
     trainer.save_final()
-    store.close()
     state = trainer.state
+    if config.args.load_best_model_at_end and state.best_global_step:
+        trainer.load_checkpoint(store.fetch(f"{store.run_path}/checkpoint-{state.best_global_step}"))
+    store.close()
     return {
         "global_step": state.global_step,
         "best_metric": state.best_metric,
@@ -79,7 +81,12 @@ def _prepare_process(config: WorkerConfig, local_world_size: int) -> None:
 
 
 def _build_trainer(
-    config: WorkerConfig, rank: Rank, store: CheckpointStore, start_step: int, places: StreamPlaces
+    config: WorkerConfig,
+    rank: Rank,
+    store: CheckpointStore,
+    resume: str | None,
+    start_step: int,
+    places: StreamPlaces,
 ) -> StepTraining:
     from rayswift.hub import resolve_model
     from rayswift.modeling.adapters import parameter_info
@@ -96,7 +103,8 @@ def _build_trainer(
     model_dir = resolve_model(config.model, revision=args.model_revision, use_hf=args.use_hf, token=args.hub_token)
     encoder = replace(data.encoder, model_dir=model_dir)
     tokenizer = load_tokenizer(model_dir, trust_remote_code=args.trust_remote_code)
-    model = build_model(args, model_dir, config.dtype, config.packing)
+    tokenizer.add_tokens(args.new_special_tokens, special_tokens=True)
+    model = build_model(args, model_dir, config.dtype, config.packing, resume)
     pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
 
     def push(event: dict[str, Any]) -> None:
@@ -116,6 +124,7 @@ def _build_trainer(
         "val_rows": val_rows,
         "rank": rank,
         "push": push,
+        "kept": store.kept_steps(),
         "save": store.save,
         "wish": Notices(config.events, rank).wish,
         "collate": collate,
@@ -124,10 +133,16 @@ def _build_trainer(
         from rayswift.train.trainers.dpo import PreferenceTrainer
 
         reference = reference_model(args, model_dir, config.dtype)
-        return PreferenceTrainer(ref_model=reference, **settings)
-    from rayswift.train.trainers.sft import SftTrainer
+        trainer: StepTraining = PreferenceTrainer(ref_model=reference, **settings)
+    else:
+        from rayswift.train.trainers.sft import SftTrainer
 
-    return SftTrainer(eval_dataset=val_rows, **settings)
+        trainer = SftTrainer(eval_dataset=val_rows, **settings)
+    if args.early_stop_interval and val_rows is not None:
+        from transformers import EarlyStoppingCallback
+
+        trainer.add_callback(EarlyStoppingCallback(args.early_stop_interval))
+    return trainer
 
 
 def _loader(
@@ -141,8 +156,8 @@ def _loader(
 
         rows = data.train
         items = LazyItems(rows, encoder, report) if isinstance(rows, LazyRows) else TrainItems(rows, data.packs)
-        shuffle = args.train_dataloader_shuffle
-        bucket = args.training_args.get("train_sampling_strategy") == "group_by_length"
+        sampling = args.training_args.get("train_sampling_strategy")
+        shuffle, bucket = args.train_dataloader_shuffle and sampling != "sequential", sampling == "group_by_length"
         return EpochLoader(items, schedule, rank, collate, start_step, args.data_seed, shuffle, bucket)
     from ray.train.collective import broadcast_from_rank_zero
 

@@ -7,7 +7,7 @@ import shlex
 import pytest
 
 from rayswift.arguments import format_help, make_arguments, parse_arguments
-from rayswift.arguments.parsing import flags_of
+from rayswift.arguments.commands import flags_of
 from rayswift.errors import UserError
 
 
@@ -139,6 +139,24 @@ SFT = "sft --model m --dataset d"
             f"{SFT} --use_gpu false --resources_per_worker '{{\"GPU\": 1}}'",
             "--use_gpu false contradicts --resources_per_worker",
         ),
+        (f"{SFT} --adapters a b", "--adapters: training goes on with one adapter"),
+        (f"{SFT} --push_to_hub true --hub_model_id o/m", "--push_to_hub: training pushes nothing; afterwards rayswift"),
+        (f"{SFT} --fsdp full_shard", "--fsdp: not built; --deepspeed zero3 shards the model over the workers"),
+        (f"{SFT} --auto_find_batch_size true", "--auto_find_batch_size: not built; set --per_device_train_batch_size"),
+        (
+            f"{SFT} --train_sampling_strategy group_by_lenght",
+            "--train_sampling_strategy group_by_lenght: choose from random, sequential, group_by_length",
+        ),
+        (f"{SFT} --metric_for_best_model acc", "--metric_for_best_model acc: choose from loss, token_acc"),
+        (
+            "rlhf --model m --dataset d --metric_for_best_model token_acc",
+            "--metric_for_best_model token_acc: choose from loss, rewards/chosen",
+        ),
+        (f"{SFT} --include_num_input_tokens_seen some", "--include_num_input_tokens_seen some: choose from no, all"),
+        (
+            f"{SFT} --streaming true --max_steps 5 --load_best_model_at_end true",
+            "--load_best_model_at_end true contradicts --split_dataset_ratio 0 without --val_dataset",
+        ),
         ("infer --model m --merge_lora true", "--merge_lora true needs --adapters"),
         ("infer --model m --top_logprobs 3", "--top_logprobs needs --logprobs true"),
         ("deploy --model m --api_key=", "--api_key is empty (a variable that is not set?)"),
@@ -150,6 +168,11 @@ SFT = "sft --model m --dataset d"
         (
             "deploy --model m --task_type embedding --adapter_root .",
             "--task_type embedding takes adapters with vLLM only: --infer_backend vllm",
+        ),
+        (
+            'deploy --model m --vllm_engine_kwargs \'{"hf_token":"X"}\'',
+            "--vllm_engine_kwargs holds a secret, which Ray Serve would show with the deployment's settings: set it in "
+            "the environment of the nodes, for example HF_TOKEN",
         ),
         (
             "deploy --model m --allowed_origins https://a.example.com/chat",
@@ -192,20 +215,30 @@ def test_python_keywords_get_the_same_messages() -> None:
 @pytest.mark.parametrize(
     ("words", "warning"),
     [
-        (
-            "--train_type full --lora_rank 4 --use_dora true",
-            "--lora_rank, --use_dora: no effect with --train_type full",
-        ),
-        ("--freeze_parameters_ratio 0.5", "--freeze_parameters_ratio: no effect with --train_type lora"),
-        ("--packing_length 128", "--packing_length: no effect without --packing true"),
-        ("--split_dataset_ratio 0 --eval_strategy steps", "--eval_strategy steps: no effect without --val_dataset"),
-        ("--use_ray true", "--use_ray is not needed: RaySwift always runs on Ray"),
+        ("--save_strategy best --split_dataset_ratio 0", "--save_strategy best: without validation rows the last step"),
         ("--seed 1 --seed 2", "--seed is given more than once: the last one counts"),
         ("...", "ignored ..."),
     ],
 )
 def test_harmless_settings_are_warned_about(words: str, warning: str, caplog: pytest.LogCaptureFixture) -> None:
     parse_arguments("sft", [*SFT.split()[1:], *words.split()])
+    assert warning in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("words", "warning"),
+    [
+        ("--loss_scale last_round+hermes", "--loss_scale last_round+hermes: answers are compared whole"),
+        ("--loss_scale last_round+ignore_empty_think", ""),
+        (
+            "--label_smoothing_factor 0.1",
+            "--label_smoothing_factor: no effect with rlhf; --label_smoothing is for pairs",
+        ),
+    ],
+)
+def test_what_pairs_do_not_have_is_said(words: str, warning: str, caplog: pytest.LogCaptureFixture) -> None:
+    parse_arguments("rlhf", ["--model", "m", "--dataset", "d", *words.split()])
+    assert bool(caplog.messages) == bool(warning)
     assert warning in caplog.text
 
 
@@ -236,10 +269,10 @@ def test_flags_that_change_nothing_say_so_once(
     command, *words = command_line.split()
     parse_arguments(command, words)
     reason = flags_of(command)[flag].no_effect
-    assert reason
-    assert caplog.messages == [f"--{flag}: no effect, {reason}"]
+    assert isinstance(reason, str)
+    assert caplog.messages == [f"--{flag} has no effect here: {reason}"]
     monkeypatch.setenv("COLUMNS", "400")
-    assert f"; no effect, {reason} (default: " in format_help(command)
+    assert f"; no effect here: {reason} (default: " in format_help(command)
 
 
 def test_swift_flags_that_ask_for_nothing_pass() -> None:

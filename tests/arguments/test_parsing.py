@@ -6,12 +6,13 @@ import json
 import os
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from rayswift.arguments import COMMANDS, format_help, make_arguments, parse_arguments
+from rayswift.arguments.commands import flags_of
 from rayswift.arguments.fields import specs_of
-from rayswift.arguments.parsing import flags_of
 from rayswift.errors import UserError
 
 SFT = ["--model", "m", "--dataset", "d"]
@@ -210,6 +211,28 @@ def test_defaults_that_depend_on_other_settings() -> None:
     assert arguments.output_dir == os.path.join("output", "Qwen2.5-0.5B")
 
 
+@pytest.mark.parametrize(
+    ("given", "dtype", "use_gpu"),
+    [
+        ({}, None, None),
+        ({"fp16": True}, "float16", None),
+        ({"bf16": True}, "bfloat16", None),
+        ({"bf16": True, "torch_dtype": "bfloat16"}, "bfloat16", None),
+        ({"fp16": False}, None, None),
+        ({"use_cpu": True}, None, False),
+    ],
+)
+def test_precision_and_device_of_the_trainer_are_our_own_flags(
+    given: dict[str, Any], dtype: str | None, use_gpu: bool | None
+) -> None:
+    arguments = make_arguments("sft", model="m", dataset=["d"], **given)
+    assert (arguments.torch_dtype, arguments.use_gpu) == (dtype, use_gpu)
+
+
+def test_a_rate_of_zero_is_given() -> None:
+    assert make_arguments("sft", model="m", dataset=["d"], learning_rate=0).learning_rate == 0
+
+
 def test_lists_are_not_shared_between_arguments() -> None:
     first, second = make_arguments("sft", model="m", dataset="d"), make_arguments("sft", model="m", dataset="d")
     first.target_modules.append("x")
@@ -237,4 +260,7 @@ def test_scripts_have_their_own_defaults_and_help(capsys: pytest.CaptureFixture[
     assert stop.value.code == 0
     printed = capsys.readouterr().out
     assert "usage: job.py" in printed
-    assert re.search(r"--lora_rank INT +rank of the adapter \(default: 64\)", printed)
+    assert re.search(
+        r"--lora_rank INT +rank of the adapter; only with --train_type lora; .* \(default: 64\)",
+        " ".join(printed.split()),
+    )

@@ -137,8 +137,8 @@ def test_redacted_command_lines(argv: list[str], expected: list[str]) -> None:
 
 
 def test_secrets_can_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("RAYSWIFT_API_KEY", "abc def")
-    assert parse_arguments("deploy", ["--model", "m"]).api_key == ["abc", "def"]
+    monkeypatch.setenv("RAYSWIFT_API_KEY", "correct horse\ndef")  # a key a line: it may hold any character
+    assert parse_arguments("deploy", ["--model", "m"]).api_key == ["correct horse", "def"]
     assert parse_arguments("deploy", ["--model", "m", "--api_key", "k"]).api_key == ["k"]
 
 

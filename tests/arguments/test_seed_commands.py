@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 
 from rayswift.arguments import parse_arguments
+from rayswift.arguments.swift import swift_defaults, swift_table
 
 QWEN = "Qwen/Qwen2.5-7B-Instruct"
 LOCAL = "/root/.cache/modelscope/hub/models/Qwen/Qwen2.5-0.5B-Instruct"
@@ -35,7 +37,7 @@ EXPECTED: list[tuple[str, dict[str, Any]]] = [
     ("deploy", {"model": QWEN, "infer_backend": "vllm", "host": "127.0.0.1", "port": 8000}),
     ("sample", {"model": "LLM-Research/Meta-Llama-3.1-8B-Instruct", "sampler_engine": "transformers",
                 "num_return_sequences": 5, "dataset": [f"{ZH}#5"]}),
-    ("eval", {"model": QWEN, "infer_backend": "lmdeploy", "eval_backend": "OpenCompass", "eval_dataset": ["ARC_c"]}),
+    ("eval", {"model": QWEN, "infer_backend": "vllm", "eval_backend": "OpenCompass", "eval_dataset": ["ARC_c"]}),
     ("export", {"model": QWEN, "quant_bits": 4, "quant_method": "awq", "dataset": [ZH],
                 "output_dir": "Qwen2.5-7B-Instruct-AWQ"}),
     ("export", PUSH),
@@ -91,3 +93,16 @@ def test_strays_of_a_copied_command_are_reported(caplog: pytest.LogCaptureFixtur
     parse_arguments(words[0], words[1:])
     assert "a backslash must be the last character of its line" in caplog.text
     assert "ignored a comment: #" in caplog.text
+
+
+def test_the_arguments_of_the_seeds_run_are_a_configuration(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """All that SWIFT 3 saves of a run: its defaults, masked tokens, and flags that RaySwift does not have."""
+    names = {name for part in ("defaults", "earlier") for name in swift_table()[part]}
+    saved = {name: found[-1] for name in names if (found := swift_defaults(name, "sft"))}
+    own = {"model": LOCAL, "dataset": [ZH], "hub_token": "<HUB_TOKEN>", "swanlab_token": "<SWANLAB_TOKEN>",
+           "torch_dtype": "torch.bfloat16", "logging_dir": "/root/workspace/output/runs"}  # fmt: skip
+    path = tmp_path / "args.json"
+    path.write_text(json.dumps(saved | own))
+    arguments = parse_arguments("sft", [str(path)])
+    assert (arguments.torch_dtype, arguments.hub_token, arguments.lora_rank) == ("bfloat16", None, 8)
+    assert [text.partition(" ")[0] for text in caplog.messages] == ["--logging_dir"]

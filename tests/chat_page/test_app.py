@@ -6,6 +6,7 @@ import base64
 import itertools
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -112,6 +113,40 @@ def test_an_answer_grows_and_an_error_is_a_note(endpoint: EndpointEngine) -> Non
         {"role": "assistant", "content": note.content, "metadata": note.metadata},
     ]
     assert openai_messages(asked, "again") == [{"role": "user", "content": "again"}]
+
+
+def test_the_page_takes_no_large_uploads_and_nothing_of_foreign_pages(endpoint: EndpointEngine) -> None:
+    from gradio.routes import App
+    from starlette.testclient import TestClient
+
+    from rayswift.chat_page.command import LARGEST_UPLOAD, serve
+    from rayswift.chat_page.page import build_page
+
+    page = build_page(endpoint, SamplingParams(), title="Bot", media=["image"])
+    launched: dict[str, Any] = {}
+
+    def launch(**options: Any) -> tuple[None, str, None]:
+        launched.update(options)
+        signal.raise_signal(signal.SIGTERM)
+        return None, "http://127.0.0.1:7860/", None
+
+    page.launch, before = launch, signal.getsignal(signal.SIGTERM)
+    try:
+        serve(page, make_arguments("app", base_url="http://h/v1", allowed_origins=["https://chat.example.com"]))
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    page.max_file_size = launched["max_file_size"]
+    client = TestClient(App.create_app(page, app_kwargs=launched["app_kwargs"]), base_url="http://127.0.0.1:7860")
+    for headers, status in (
+        ({}, 200), ({"Origin": "http://127.0.0.1:7860"}, 200), ({"Host": "evil.example.com"}, 403),
+        ({"Host": "chat.example.com", "Origin": "https://chat.example.com"}, 200),
+        ({"Origin": "http://evil.example.com"}, 403), ({"Origin": "null"}, 403),
+    ):  # fmt: skip
+        assert client.get("/config", headers=headers).status_code == status, headers
+        one = {"files": ("dot.png", PNG)}
+        assert client.post("/gradio_api/upload", files=one, headers=headers).status_code == status, headers
+    large = client.post("/gradio_api/upload", files={"files": ("dot.png", bytes(LARGEST_UPLOAD + 1))})
+    assert large.status_code == 413
 
 
 def test_a_taken_port_is_refused_at_once_with_the_next_free_one() -> None:

@@ -6,6 +6,7 @@ import importlib
 import json
 import pkgutil
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -14,13 +15,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 from ray_head import Head, ray_head
 
 import rayswift
 from rayswift.arguments import COMMANDS as ARGUMENT_CLASSES
 from rayswift.arguments import make_arguments, parse_arguments
-from rayswift.cli.jobs import take_secrets
+from rayswift.cli.jobs import received, submit
 from rayswift.cli.main import COMMANDS, find_command, main
 from rayswift.errors import RunFailedError, UserError
 
@@ -152,28 +154,50 @@ def test_no_room_hides_a_function_of_the_python_api() -> None:
     assert all(isinstance(getattr(rayswift, name), types.FunctionType) for name in rayswift.__all__)
 
 
-def test_submit_from_python_sends_the_command_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    sent: dict[str, Any] = {}
+class Jobs:
+    """Stands for Ray's client: keeps what is sent, and unpacks the package as a node does."""
 
-    class Client:
-        def submit_job(self, **job: Any) -> str:
-            sent.update(job)
-            return "job-1"
+    def __init__(self, node: Path) -> None:
+        self.node, self.sent = node, dict[str, Any]()
 
-    monkeypatch.setattr("rayswift.cli.jobs._client", lambda address: sent.update(address=address) or Client())
-    settings = {
+    def submit_job(self, **job: Any) -> str:
+        self.sent = job
+        for folder in job["runtime_env"].get("py_modules", ()):
+            shutil.copytree(folder, self.node / Path(folder).name)
+        return "job-1"
+
+    def words(self, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+        """What `rayswift` is told on the node, with the secrets that came."""
+        program, *shown = shlex.split(self.sent["entrypoint"])
+        assert program == "rayswift"
+        for name, value in self.sent["runtime_env"].get("env_vars", {}).items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setenv("PYTHONPATH", f"/nowhere:{self.node}")
+        return received(shown) if "env_vars" in self.sent["runtime_env"] else shown
+
+
+@pytest.fixture
+def jobs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Jobs:
+    client = Jobs(tmp_path / "node")
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    monkeypatch.setattr("rayswift.cli.jobs._client", lambda address: client)
+    return client
+
+
+def test_submit_from_python_sends_the_command_line(jobs: Jobs, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings: dict[str, Any] = {
         "model": "org/m", "dataset": ["a.jsonl", "b c.jsonl#5"], "num_workers": (1, 4), "packing": True, "seed": 7,
         "storage_path": "s3://b",
         "model_kwargs": {"x": [1, "two words"]}, "max_length": None, "hub_token": "not-to-be-seen", "weight_decay": 0.0,
     }  # fmt: skip
-    status = rayswift.submit("sft", address="http://h:8265", working_dir=str(tmp_path), wait=False, **settings)
-    assert status == 0
-    assert (sent["address"], sent["runtime_env"]["working_dir"]) == ("http://h:8265", str(tmp_path))
-    assert sent["runtime_env"]["env_vars"] == {"RAYSWIFT_HUB_TOKEN": "not-to-be-seen"}
-    _, command, *words = shlex.split(sent["entrypoint"])
-    del settings["hub_token"]
-    assert "not-to-be-seen" not in sent["entrypoint"]
-    assert parse_arguments(command, words).to_dict() == make_arguments("sft", **settings).to_dict()
+    assert rayswift.submit("sft", wait=False, **settings) == 0
+    assert jobs.sent["runtime_env"]["working_dir"] == "."
+    assert "not-to-be-seen" not in json.dumps(jobs.sent)
+    command, *words = jobs.words(monkeypatch)
+    received, meant = parse_arguments(command, words), make_arguments("sft", **settings)
+    assert received.to_dict() == meant.to_dict()
+    assert vars(received)["hub_token"] == "not-to-be-seen"
     with pytest.raises(UserError, match="--dataset is required"):
         rayswift.submit("sft", model="m")
 
@@ -194,14 +218,37 @@ def test_a_script_is_a_command_line(tmp_path: Path) -> None:
     assert "rank of the adapter (default: 64)" in helped.stdout
 
 
-def test_secrets_leave_the_submitted_command_line() -> None:
-    words, secrets = take_secrets(
-        ["--seed", "1", "--hub-token", "abc", "--api_key=k", "--dataset", "d", "--hub_tok", "x"]
-    )
-    assert words == ["--seed", "1", "--dataset", "d"]
-    assert secrets == {"RAYSWIFT_HUB_TOKEN": "x", "RAYSWIFT_API_KEY": "k"}
-    assert json.dumps(words).count("abc") == 0
-    assert take_secrets(["--api_key", "a", "b", "--seed", "1"]) == (["--seed", "1"], {"RAYSWIFT_API_KEY": "a b"})
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["deploy", "--model", "m", "--api_key", "correct horse", "battery 'staple'\n", "--seed", "1"],
+        ["export", "--model", "m", "--hub-token", "horse"],
+        ["export", "--model", "m", "--hub_tok=horse"],
+        ["sample", "--model", "m", "--dataset", "d", "--output_dir", "/o", "--judge_api_key", "horse"],
+        ["infer", "--model", "m", "--result_path", "/o/r", "--model_kwargs", '{"headers": {"apiKey": "a \\"horse"}}'],
+        ["infer", "--model", "m", "--result_path", "/o/r", "--val_dataset", "https://h/d.jsonl?token=horse"],
+        ["sft", "--model", "m", "--output_dir", "/o", "--dataset", "https://u:horse@h/d.jsonl"],
+    ],
+)
+def test_secrets_travel_in_a_file_that_only_its_owner_reads(
+    words: list[str], jobs: Jobs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert submit(["--no_wait", "--working_dir", "none", *words]) == 0
+    assert "horse" not in json.dumps(jobs.sent)
+    assert "battery" not in json.dumps(jobs.sent)
+    [file] = jobs.node.rglob("*.json")
+    assert file.stat().st_mode & 0o777 == 0o600
+    assert jobs.words(monkeypatch) == words
+    assert received(["eval", "--model", "m"]) == ["eval", "--model", "m"]  # another command of the same job
+    file.unlink()
+    with pytest.raises(UserError, match="the job's secrets are not here"):
+        jobs.words(monkeypatch)
+
+
+def test_a_job_without_secrets_is_sent_as_it_is(jobs: Jobs) -> None:
+    words = ["infer", "--model", "m", "--max_new_tokens", "7", "--system", "one two", "--result_path", "/o/r"]
+    assert submit(["--no_wait", *words]) == 0
+    assert jobs.sent == {"entrypoint": shlex.join(["rayswift", *words]), "runtime_env": {"working_dir": "."}}
 
 
 @pytest.fixture
@@ -213,14 +260,18 @@ def head(tmp_path: Path) -> Iterator[Head]:
 
 @pytest.mark.slow
 def test_submit_runs_a_job_and_gives_its_exit_status(head: Head, tmp_path: Path) -> None:
-    submit = [sys.executable, "-m", "rayswift", "submit", "--address", head.address]
+    command = [sys.executable, "-m", "rayswift", "submit", "--address", head.address]
     # A config file in the working directory goes along; the command then says that this is not built yet: status 2.
     (tmp_path / "rlhf.yaml").write_text("model: m\ndataset: d\nrlhf_type: kto\noutput_dir: /nfs/out\n")
-    words = [*submit, "rlhf", "rlhf.yaml", "--hub_token", "not-to-be-seen"]
-    done = subprocess.run(words, capture_output=True, text=True, timeout=300, cwd=tmp_path, env=head.environment)
+    secrets = ["not-to-be-seen", "neither this", "nor-that-one"]
+    words = ["--hub_token", secrets[0], "--model_kwargs", json.dumps({"headers": {"apiKey": secrets[1]}}),
+             "--val_dataset", f"https://h/rows.jsonl?token={secrets[2]}"]  # fmt: skip
+    done = subprocess.run(
+        [*command, "rlhf", "rlhf.yaml", *words],
+        capture_output=True, text=True, timeout=300, cwd=tmp_path, env=head.environment,
+    )  # fmt: skip
     assert done.returncode == 2, done.stderr
     assert "rayswift rlhf: error: --rlhf_type kto: not built yet" in done.stdout
-    assert "not-to-be-seen" not in done.stdout + done.stderr
     shown = subprocess.run(
         [sys.executable, "-m", "rayswift", "status", "--address", head.address],
         capture_output=True,
@@ -230,4 +281,17 @@ def test_submit_runs_a_job_and_gives_its_exit_status(head: Head, tmp_path: Path)
     )
     assert shown.returncode == 0, shown.stderr
     assert "1 nodes alive, 0 dead" in shown.stdout
-    assert "failed    rayswift rlhf rlhf.yaml\n" in shown.stdout
+    assert "failed    rayswift rlhf rlhf.yaml --hub_token '***'" in shown.stdout
+    # Nor does Ray show them to those it lets in, nor write them where others of the machine can read.
+    bearer = {"Authorization": f"Bearer {head.environment['RAY_AUTH_TOKEN']}"}
+    lists = ("/api/jobs/", "/api/v0/jobs?detail=1", "/api/v0/runtime_envs?detail=1", "/api/v0/workers?detail=1")
+    asked = [httpx.get(f"{head.address}{path}", headers=bearer, timeout=30) for path in lists]
+    assert asked[0].is_success
+    assert "RAYSWIFT_JOB_WORDS" in asked[0].text
+    files = {path: path.read_bytes() for path in head.folder.rglob("*") if path.is_file() and not path.is_symlink()}
+    assert len(files) > 20
+    for secret in secrets:
+        for text in (done.stdout, done.stderr, shown.stdout, *(answer.text for answer in asked)):
+            assert secret not in text
+        holding = [path for path, content in files.items() if secret.encode() in content]
+        assert [path.stat().st_mode & 0o077 for path in holding] == [0]  # the package's file alone

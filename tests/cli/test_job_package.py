@@ -27,7 +27,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def submit(folder: Path, *words: str) -> list[str]:
-    return jobs._checked(words, str(folder))[1]
+    return jobs._checked(words, str(folder))
 
 
 @pytest.mark.parametrize(
@@ -49,6 +49,16 @@ def test_a_file_that_the_job_would_not_have_is_refused_with_the_reason(
 ) -> None:
     with pytest.raises(UserError, match=message):
         submit(folder, *SFT, *words)
+
+
+def test_a_module_that_a_plugin_needs_is_looked_for_too(folder: Path) -> None:
+    (folder / "plugins").mkdir()
+    (folder / "plugins" / "plugin.py").write_text("def f():\n    from helper import g\n")
+    (folder / "plugins" / "helper.py").write_text("g = 1\n")
+    submit(folder, *SFT, "kept.jsonl", "--external_plugins", "plugins/plugin.py")
+    (folder / ".rayignore").write_text("helper.py\n")
+    with pytest.raises(UserError, match=r"--external_plugins plugins/helper\.py: a \.gitignore or \.rayignore keeps"):
+        submit(folder, *SFT, "kept.jsonl", "--external_plugins", "plugins/plugin.py")
 
 
 def test_what_is_sent_or_lies_elsewhere_passes(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -115,3 +125,15 @@ def test_a_job_writes_its_answers_to_the_storage_path_or_not_at_all(
 def test_without_rays_list_the_folder_is_sent_as_it_is(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(private, "job_package", lambda folder: None)
     submit(folder, *SFT, "rows.jsonl")
+
+
+def test_a_configuration_file_with_secrets_that_others_can_read_is_said(
+    folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = folder / "sft.json"
+    config.write_text('{"model": "m", "dataset": "kept.jsonl", "output_dir": "/o", "hub_token": "X"}')
+    for mode, said in ((0o644, True), (0o600, False)):
+        config.chmod(mode)
+        caplog.clear()
+        submit(folder, "sft", "sft.json")
+        assert ("sft.json: holds secrets, and other users can read it" in caplog.text) == said

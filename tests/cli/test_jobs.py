@@ -18,7 +18,7 @@ import pytest
 
 import rayswift
 from rayswift.arguments import parse_arguments
-from rayswift.arguments.parsing import flags_of
+from rayswift.arguments.commands import flags_of
 from rayswift.cli import main as cli
 from rayswift.cli.adapters import adapters_parser
 from rayswift.errors import UserError

@@ -47,6 +47,16 @@ def test_the_worker_group(where: Cluster, given: dict[str, Any], expected: Worke
     assert found.resources_per_worker == pytest.approx(expected.resources_per_worker)
 
 
+@pytest.mark.parametrize(
+    ("given", "spread"),
+    [({"num_workers": 4}, False), ({"num_workers": 4, "num_nodes": 4}, True), ({"num_nodes": 2}, True),
+     ({"num_nodes": 1}, False)],
+)  # fmt: skip
+def test_workers_of_several_nodes_are_spread(given: dict[str, Any], spread: bool) -> None:
+    """Beside --num_workers too; Ray's own way is to fill one node after the other."""
+    assert plan_workers(arguments(**given), CLUSTER).spread == spread
+
+
 def test_the_global_batch_is_planned_for_the_largest_group() -> None:
     assert plan_workers(arguments(num_workers="8,32"), CLUSTER).largest == 32
     assert plan_workers(arguments(num_workers="3"), CLUSTER).largest == 3

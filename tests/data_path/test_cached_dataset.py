@@ -40,6 +40,7 @@ def cached(smollm2_dir: str, tmp_path: Path, ray_cluster: None) -> Path:
     """GSM8K's rows, encoded by the command itself."""
     folder = tmp_path / "cached"
     words = ["--dataset", str(GSM8K), "--model", smollm2_dir, "--max_length", "512", "--split_dataset_ratio", "0.1"]
+    words += ["--streaming", "true"]  # has no effect here, and does no harm
     assert main(["export", "--to_cached_dataset", "true", *words, "--output_dir", str(folder)]) == 0
     return folder
 

@@ -558,6 +558,57 @@ def test_a_pair_of_which_one_side_is_missing_or_too_long_is_dropped(qwen_dir: st
     ]
 
 
+LONG = {"role": "user", "content": "w0 " + " ".join(f"w{n}" for n in range(30))}
+
+
+@pytest.mark.parametrize("strategy", ["left", "right"])
+@pytest.mark.parametrize("words", [(2, 9), (9, 2), (5, 5)])
+def test_both_sides_of_a_pair_are_cut_at_the_same_place(strategy: str, words: tuple[int, int], qwen_dir: str) -> None:
+    """At the left the prompt by what the longer answer needs, at the right the answers."""
+    row = {"messages": [LONG, {"role": "assistant", "content": "yes " * words[0]}],
+           "rejected_response": "no " * words[1]}  # fmt: skip
+    whole = Encoder(qwen_dir, loss_scale="last_round", preference=True)
+    (uncut,) = whole.encode_batch([row])
+    assert isinstance(uncut, Encoded) and uncut.rejected_start is not None
+    sizes = [uncut.rejected_start, len(uncut.input_ids) - uncut.rejected_start]
+    limit = max(sizes) - 4
+    (cut,) = dataclasses.replace(whole, truncation_strategy=strategy, max_length=limit).encode_batch([row])
+    assert isinstance(cut, Encoded) and cut.rejected_start is not None
+    parts = [
+        slice(start + 4, start + size) if strategy == "left" else slice(start, start + min(size, limit))
+        for start, size in ((0, sizes[0]), (sizes[0], sizes[1]))
+    ]
+    for name in ("input_ids", "labels"):
+        expected = [number for part in parts for number in getattr(uncut, name)[part].tolist()]
+        assert getattr(cut, name).tolist() == expected
+    assert cut.rejected_start == parts[0].stop - parts[0].start
+    sides = [np.split(values, [cut.rejected_start]) for values in (cut.input_ids, cut.labels)]
+    prompts = [ids[: (labels != IGNORED).argmax()].tolist() for ids, labels in zip(*sides, strict=True)]
+    assert prompts[0] == prompts[1]
+
+
+@pytest.mark.parametrize(
+    ("answers", "limit", "says"),
+    [
+        (("yes", "no " * 60), 40, "longer than --max_length 40, even without the prompt that both answers share"),
+        (("yes " * 60, "no"), 40, "longer than --max_length 40, even without the prompt that both answers share"),
+    ],
+)
+def test_a_pair_whose_longer_answer_does_not_fit_is_dropped(
+    answers: tuple[str, str], limit: int, says: str, qwen_dir: str
+) -> None:
+    encoder = Encoder(qwen_dir, loss_scale="last_round", preference=True, max_length=limit, truncation_strategy="left")
+    row = {"messages": [LONG, {"role": "assistant", "content": answers[0]}], "rejected_response": answers[1]}
+    assert encoder.encode_batch([row]) == [Dropped(says)]
+    right = dataclasses.replace(encoder, truncation_strategy="right")
+    assert right.encode_batch([row]) == [Dropped("no trained token is left within --max_length")]
+
+
+def test_a_pair_is_never_split() -> None:
+    with pytest.raises(UserError, match="--truncation_strategy split: a pair cannot be split"):
+        Encoder("m", preference=True, truncation_strategy="split")
+
+
 def test_both_sides_of_a_pair_are_printed(qwen_dir: str) -> None:
     encoder = Encoder(qwen_dir, loss_scale="last_round", preference=True)
     (pair,) = encoder.encode_batch(PAIRS[:1])

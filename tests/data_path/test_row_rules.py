@@ -122,10 +122,46 @@ CALL_A, CALL_B = '{"name": "a", "arguments": {}}', '{"name": "b", "arguments": {
         ([U, {**A, "loss_scale": [1]}], "dropped: the loss_scale of a message is [1], not a number from 0 on"),
         ([U, {**A, "loss_scale": -1}], "dropped: the loss_scale of a message is -1, not a number from 0 on"),
         ([U, {**A, "loss_scale": True}], "dropped: the loss_scale of a message is True, not a number from 0 on"),
+        # The same said as other tools do.
+        ([U, {**A, "weight": 0}, U, {**A, "weight": 1.0}], "U:u A:a[('loss', False)] U:u A:a[('loss', True)]"),
+        ([U, {**A, "weight": "0"}], "U:u A:a[('loss', False)]"),
+        ([U, {**A, "weight": 0.5}], "U:u A:a[('loss_scale', 0.5)]"),
+        ([U, {**A, "weight": -1}], "dropped: the weight of a message is -1, not a number from 0 on"),
+        ([U, {**A, "train": False}], "U:u A:a[('loss', False)]"),
+        ([U, {**A, "training": "false"}], "U:u A:a[('loss', False)]"),
+        ([U, {**A, "trainable": False}], "U:u A:a[('loss', False)]"),
+        ([U, {**A, "loss_mask": 0}], "U:u A:a[('loss', False)]"),
+        ([U, {**A, "masked": True}], "U:u A:a[('loss', False)]"),
+        ([U, {**A, "masked": False, "weight": None}], "U:u A:a[('loss', True)]"),
+        ([U, {**A, "weight": 1, "train": False}], "U:u A:a[('loss', False)]"),
+        ([U, {**A, "loss": True, "train": False}], "U:u A:a[('loss', True)]"),
+        ([U, {**A, "train": [0, 3]}], "dropped: the train of a message is [0, 3], not true or false"),
+        ([U, {"role": "assistant", "tool_calls": calls("a"), "weight": 0}], f"U:u C:{CALL_A}[('loss', False)]"),
+        ([{"human": "u", "assistant": "a", "weight": 0}], "U:u A:a[('loss', False)]"),
+        ([{"from": "human", "value": "u"}, {"from": "gpt", "value": "a", "weight": 0.0}], "U:u A:a[('loss', False)]"),
     ],
 )  # fmt: skip
 def test_messages_of_every_maker(messages: Any, expected: str) -> None:
     assert short({"messages": messages}) == expected
+
+
+@pytest.mark.parametrize(
+    ("messages", "says"),
+    [
+        ([U, {**A, "train_detail": [{"begin_offset": 0}]}], "the key 'train_detail' of messages is not known"),
+        ([{**U, "images": ["a.png"]}, A], "the key 'images' of messages is not known"),
+        ([{**U, "name": "Ann"}, A], "the key 'name' of messages is not known"),
+        ([{"human": "u", "assistant": "a", "system": "s"}], "the key 'system' of messages is not known"),
+        ([{**U, "train": True}, A], "a mark to train a message that is no answer has no effect"),
+        ([{**U, "weight": 0, "images": None}, {**A, "refusal": None, "annotations": []}], ""),
+        ([U, {"role": "assistant", "tool_calls": calls("a")}, {**openai_results("a")[0], "name": "a"}], ""),
+    ],
+)
+def test_what_messages_hold_and_is_not_read_is_said(messages: Any, says: str) -> None:
+    row = standardise_row({"messages": messages})
+    assert not isinstance(row, Drop)
+    warnings = row.get(WARNINGS, [])
+    assert (not warnings) if not says else (len(warnings) == 1 and warnings[0].startswith(says))
 
 
 GO_ON = [U, {**A, "content": "go"}, {**A, "content": "od"}]

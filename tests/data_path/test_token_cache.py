@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
+import pickle
 import resource
 import shutil
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -18,8 +22,9 @@ from rayswift.data import files as sources
 from rayswift.data.flow import encode_tasks, stage
 from rayswift.data.flow.cache import TokenCache
 from rayswift.data.flow.prepare import TrainData, load_train_data
-from rayswift.data.names import resolve_datasets
-from rayswift.data.rows.standard import RowRules
+from rayswift.data.names import resolve_dataset_files, resolve_datasets
+from rayswift.data.plugins import ScriptFunction
+from rayswift.data.rows.standard import RowRules, standardise_rows
 from rayswift.data.tokens.encoder import Encoder
 from rayswift.data.tokens.table import TokenRows
 from rayswift.errors import UserError
@@ -297,3 +302,88 @@ def test_rules_that_have_seen_rows_are_the_same_rules() -> None:
     ]
     assert all(list(standardise_rows(row, rules)) for row in raw)
     assert rules_hash(rules) == before
+
+
+PLUGIN = """
+from rayswift.data.names import register_dataset
+
+def preprocess(row):
+    import tidy.text  # noqa: only when it is called
+    return tidy.text.tidy(row)
+
+register_dataset("tidied", dataset_path="DATA", preprocess=preprocess)
+"""
+
+
+def write_plugin(folder: Path, data: Path, mark: str) -> str:
+    """A plugin with a package beside it; ``mark`` stands in the module that the package imports."""
+    (folder / "tidy").mkdir(parents=True, exist_ok=True)
+    (folder / "tidy" / "__init__.py").write_text("")
+    (folder / "tidy" / "text.py").write_text(
+        "import importlib\n"
+        "marks = importlib.import_module('marks')\n"
+        "def tidy(row):\n"
+        "    return {'query': row['query'], 'response': str(row['response']) + marks.MARK}\n"
+    )
+    (folder / "marks.py").write_text(f"MARK = {mark!r}\n")
+    (folder / "unrelated.py").write_text(f"'{mark}'\n")
+    (folder / "plugin.py").write_text(PLUGIN.replace("DATA", str(data)))
+    return str(folder / "plugin.py")
+
+
+def test_rows_are_made_anew_when_a_module_of_a_plugin_has_changed(
+    dataset: Path, encoder: Encoder, root: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counter = Counter(monkeypatch)
+
+    def trained(mark: str) -> str:
+        plugin = write_plugin(tmp_path / "plugins", dataset / "a.jsonl", mark)
+        args = make_arguments("sft", model="m/m", dataset=["tidied"], external_plugins=[plugin])
+        data = load_train_data(args, resolve_datasets(args), encoder, lambda *_: None, TokenCache(root))
+        return encoder.tokenizer.decode(contents(data)[0])
+
+    assert "It is 0.one" in trained("one")
+    counter.take()
+    assert "one" in trained("one")
+    assert counter.take() == (0, 0)
+    assert "two" in trained("two")
+    assert counter.take()[0] == 30
+
+
+def test_the_modules_of_a_plugin_travel_with_it(dataset: Path, tmp_path: Path) -> None:
+    """As to another node, where the folder is not."""
+    plugin = write_plugin(tmp_path / "plugins", dataset / "a.jsonl", "far")
+    args = make_arguments("sft", model="m/m", dataset=["tidied"], external_plugins=[plugin])
+    rules = resolve_dataset_files("tidied", args).rules
+    shutil.rmtree(tmp_path / "plugins")
+    code = (
+        "import pickle, sys; from rayswift.data.rows.standard import standardise_rows;"
+        "rules = pickle.loads(sys.stdin.buffer.read());"
+        "rows = standardise_rows({'query': 'q', 'response': 'r'}, rules);"
+        "print([row['messages'][1]['content'] for row in rows])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], input=pickle.dumps(rules), capture_output=True, check=True)
+    assert done.stdout.decode().strip() == "['rfar']"
+
+
+def test_two_plugins_may_have_modules_of_one_name(dataset: Path, tmp_path: Path) -> None:
+    found = []
+    for name in ("one", "two"):
+        plugin = write_plugin(tmp_path / name, dataset / "a.jsonl", name)
+        args = make_arguments("sft", model="m/m", dataset=["tidied"], external_plugins=[plugin])
+        (row,) = standardise_rows({"query": "q", "response": "r"}, resolve_dataset_files("tidied", args).rules)
+        found.append(row["messages"][1]["content"])
+    assert found == ["rone", "rtwo"]
+
+
+def test_a_function_of_a_script_counts_with_the_modules_beside_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "cleaning_of_the_test.py").write_text("import marks_of_the_test\ndef clean(row):\n    return row\n")
+    (tmp_path / "marks_of_the_test.py").write_text("MARK = 1\n")
+    clean = importlib.import_module("cleaning_of_the_test").clean
+    before = repr(ScriptFunction(clean))
+    assert repr(ScriptFunction(clean)) == before
+    (tmp_path / "marks_of_the_test.py").write_text("MARK = 2\n")
+    assert repr(ScriptFunction(clean)) != before

@@ -61,6 +61,20 @@ def test_the_checkpoint_says_model_template_and_system(checkpoint: str, smollm2_
     assert unnamed.default_adapter == "checkpoint-7"
 
 
+def test_no_adapter_is_called_like_a_model(checkpoint: str, smollm2_dir: str) -> None:
+    def made(**settings: object) -> list[ModelSpec]:
+        return model_specs(make_arguments("deploy", infer_backend="vllm", use_gpu=False, **settings))
+
+    with pytest.raises(UserError, match=r"--adapters poet=\.\.\.: a model is served as poet; choose another name"):
+        made(adapters=[f"poet={checkpoint}"], served_model_name="poet")
+    with pytest.raises(UserError, match="a model is served as large"):
+        made(models={"large": {"model": smollm2_dir}, "small": {"adapters": [f"large={checkpoint}"]}})
+    # One that answers for the model itself is found by the model's name.
+    (plan,) = made(adapters=[checkpoint], served_model_name="checkpoint-7")
+    assert (plan.name, plan.default_adapter) == ("checkpoint-7", "checkpoint-7-adapter")
+    assert plan.adapters == {"checkpoint-7-adapter": checkpoint}
+
+
 @pytest.mark.parametrize("command", ["deploy", "infer", "sample", "eval", "app"])
 def test_a_cluster_without_gpus_is_asked_and_gets_replicas_on_cpus(
     command: str, smollm2_dir: str, monkeypatch: pytest.MonkeyPatch
@@ -110,7 +124,6 @@ def test_the_configuration_holds_no_key(smollm2_dir: str) -> None:
     [
         ({"vllm_max_model_len": 100_000}, "--vllm_max_model_len 100000: the model has 8192 positions"),
         ({"max_length": 9000}, "--max_length 9000: the model has 8192 positions"),
-        ({"infer_backend": "sglang"}, "--infer_backend sglang: sglang is not installed; pip install sglang"),
         ({"vllm_tensor_parallel_size": 2}, "--vllm_tensor_parallel_size 2: spreads a model over GPUs"),
         ({"min_replicas": 4000}, "--model .*: 4000 replica\\(s\\) need .* GiB .* are free"),
         ({"adapter_root": "/no/such/folder"}, "--adapter_root /no/such/folder: no such folder"),

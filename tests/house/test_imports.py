@@ -17,7 +17,7 @@ FLOORS = (
     ("generate",),
     ("data", "modeling", "rewards"),
     ("hub", "cluster", "arguments"),
-    ("files", "journal", "errors", "private", "console"),
+    ("files", "journal", "errors", "private", "redaction", "console"),
 )
 #: What passes between these two is the run directory.
 NEVER = {("train", "serve"), ("serve", "train")}

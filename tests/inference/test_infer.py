@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -143,7 +145,6 @@ def test_the_command_answers_a_pipe_and_exits_with_0(smollm2_dir: str) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"infer_backend": "sglang"}, "--infer_backend sglang"),
         ({"adapters": ["/nowhere/checkpoint-1"]}, "/nowhere/checkpoint-1"),
         ({"model": "/nowhere/model"}, "/nowhere/model"),
         ({"val_dataset": ["/nowhere/rows.jsonl"]}, "--val_dataset /nowhere/rows.jsonl"),
@@ -167,3 +168,58 @@ def test_a_result_path_that_cannot_be_written_is_refused_before_the_model_loads(
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="--result_path"):
         infer(infer_args(model=smollm2_dir, val_dataset=[dataset], result_path=str(tmp_path / "file" / "out.jsonl")))
+
+
+def test_load_data_args_asks_what_the_run_held_out(
+    smollm2_dir: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
+    (run / "checkpoint-7").mkdir(parents=True)
+    elsewhere.mkdir()
+    for name, text in (("run/val_dataset.jsonl", "held out"), ("train.jsonl", "trained"), ("mine.jsonl", "mine")):
+        (tmp_path / name).write_text(json.dumps({"query": text}) + "\n")
+    shutil.copytree(smollm2_dir, run / "checkpoint-7", dirs_exist_ok=True, copy_function=os.symlink)
+    trained = make_arguments("sft", model=smollm2_dir, dataset=[str(tmp_path / "train.jsonl")])
+    trained.save(run / "checkpoint-7" / "args.json")
+    monkeypatch.chdir(elsewhere)
+
+    def asked(**settings: Any) -> list[str]:
+        args = resolve_model(infer_args(model=str(run / "checkpoint-7"), load_data_args=True, **settings)).args
+        return [row["messages"][0]["content"] for row in read_rows(resolve_asked(args), args)]
+
+    assert asked() == ["held out"]
+    assert (
+        asked(dataset=[str(tmp_path / "mine.jsonl")]) == asked(val_dataset=[str(tmp_path / "mine.jsonl")]) == ["mine"]
+    )
+    (run / "val_dataset.jsonl").unlink()
+    with pytest.raises(UserError, match=r"--load_data_args true: no val_dataset\.jsonl in .*run, .* with --val_data"):
+        asked()
+
+
+def test_a_model_named_from_another_folder_is_found(
+    checkpoint: str, smollm2_dir: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "there" / "models").mkdir(parents=True)
+    os.symlink(smollm2_dir, tmp_path / "there" / "models" / "m")
+    (tmp_path / "there" / "rows.jsonl").write_text("{}\n")
+    monkeypatch.chdir(tmp_path / "there")
+    given = make_arguments("sft", model="./models/m", dataset=["rows.jsonl#3", "org/set:sub#5", "HF::a/b"])
+    seen = given.with_absolute_paths()
+    assert seen.model == str(tmp_path / "there" / "models" / "m")
+    assert seen.dataset == [f"{tmp_path}/there/rows.jsonl#3", "org/set:sub#5", "HF::a/b"]
+    assert (given.model, given.given) == ("./models/m", seen.given)
+    # A checkpoint of an earlier version, which has the path as it was typed.
+    saved = Path(shutil.copytree(checkpoint, tmp_path / "checkpoint-7")) / "args.json"
+    saved.write_text(json.dumps({**json.loads(saved.read_text()), "model": "./models/m"}))
+    monkeypatch.chdir(tmp_path)
+    assert resolve_model(infer_args(adapters=[str(saved.parent)])).args.model == smollm2_dir
+
+
+def test_training_writes_paths_that_are_found_from_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from rayswift.train import driver
+
+    (tmp_path / "m").mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(driver, "find_model", lambda args: pytest.fail(args.model))
+    with pytest.raises(pytest.fail.Exception, match=str(tmp_path / "m")):
+        driver.train(make_arguments("sft", model="m", dataset=["rows.jsonl"]))

@@ -146,6 +146,36 @@ def test_new_special_tokens_of_the_run_are_part_of_the_merged_model(
     assert load_model(merged).get_input_embeddings().weight.shape[0] == 192
 
 
+@pytest.mark.parametrize(
+    "targets",
+    [
+        {"target_modules": ["all-linear", "all-embedding"]},
+        {"target_modules": ["all-linear", "lm_head"]},
+        {"target_modules": ["all-embedding", "lm_head"]},
+        {"target_modules": ["all-embedding"], "use_dora": True},
+        {"modules_to_save": ["embed_tokens"]},
+        {"modules_to_save": ["lm_head"]},
+        {"modules_to_save": ["embed_tokens", "lm_head"]},
+    ],
+)
+def test_embeddings_and_head_that_share_weights_are_two_where_one_was_trained(
+    targets: dict[str, Any], base_and_adapter: tuple[str, str], tmp_path: Path
+) -> None:
+    """`llama` ties them. Each is merged with what was trained on it, not with the other's."""
+    base, _ = base_and_adapter
+    trained = add_lora(llama(), lora_args(**targets))
+    torch.manual_seed(1)
+    for parameter in trained.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.05 * torch.randn_like(parameter)
+    trained.save_pretrained(tmp_path / "tied")
+    merged = merge_adapter(str(tmp_path / "tied"), base)
+    with torch.no_grad():
+        expected = trained.eval()(IDS).logits
+        assert torch.allclose(load_model(merged, torch_dtype="float32").eval()(IDS).logits, expected, atol=1e-4)
+    assert json.loads(Path(merged, "config.json").read_text())["tie_word_embeddings"] is False
+
+
 def test_merging_a_folder_without_adapter_is_refused(base_and_adapter: tuple[str, str]) -> None:
     base, _ = base_and_adapter
     with pytest.raises(UserError, match="give it as --model"):

@@ -13,7 +13,7 @@ from safetensors.numpy import save_file
 from rayswift.generate.model_spec import ModelSpec
 from rayswift.serve.gateway.adapters import AdapterRegistry
 from rayswift.serve.gateway.shared import Counters, SharedState
-from rayswift.serve.replica.adapters import AdapterLoader, AdapterRefused, check_name
+from rayswift.serve.replica.adapters import AdapterKey, AdapterLoader, AdapterRefused, check_name
 
 HIDDEN = 8
 TARGET = "model.layers.0.self_attn.q_proj"
@@ -57,8 +57,26 @@ def test_every_adapter_below_the_root_can_be_asked_for(root: Path) -> None:
     registry = registry_of({"start": "/somewhere"}, str(root))
     names = asyncio.run(registry.names())
     assert names == ["one", "run/checkpoint-10", "start"]
-    assert [asyncio.run(registry.key_of(name)) for name in names] == names
+    keys = [asyncio.run(registry.key_of(name)) for name in names]
+    assert [key and key[:2] for key in keys] == [(names[0], names[0]), (names[1], names[1]), ("start", "")]
+    assert [AdapterKey.parse(str(key)) for key in keys] == keys
     assert asyncio.run(registry.key_of("two")) is None
+
+
+def test_no_adapter_has_the_name_of_a_model(root: Path, loader: AdapterLoader) -> None:
+    """Under the name of the one it would answer for it, and the other could not be asked."""
+    write_adapter(root / "base")
+    write_adapter(root / "other")
+    registry = AdapterRegistry("base", {}, str(root), SharedState(None, Counters()), ["base", "other"])
+    assert asyncio.run(registry.names()) == ["one", "run/checkpoint-10"]
+    for name in ("base", "other"):
+        assert asyncio.run(registry.key_of(name)) is None
+        for replace in (False, True):
+            with pytest.raises(AdapterRefused, match="a model is served under that name") as refused:
+                asyncio.run(registry.candidate(name, "one", replace=replace))
+            assert refused.value.status == 400
+    with pytest.raises(AdapterRefused, match="the model itself"):
+        loader.fetch(AdapterKey("base", "one"))
 
 
 @pytest.mark.parametrize("name", ["../root/one", "/etc", "a/../b", "a//b", "", ".hidden", "a b", "a\0", "x" * 201])
@@ -71,29 +89,47 @@ def test_names_that_are_paths_elsewhere_are_refused(root: Path, name: str) -> No
 
 def test_a_client_can_give_an_adapter_below_the_root_a_name(root: Path) -> None:
     registry = registry_of({"start": "/somewhere"}, str(root))
-    assert asyncio.run(registry.add("mine", "run/checkpoint-10")) == "mine=run/checkpoint-10"
-    assert asyncio.run(registry.key_of("mine")) == "mine=run/checkpoint-10"
-    assert asyncio.run(registry.add("also", str(root / "one"))) == "also=one"
+
+    def tried(name: str, path: str | None, replace: bool = False) -> AdapterKey:
+        return asyncio.run(registry.candidate(name, path, replace=replace))
+
+    def named(name: str, path: str | None, replace: bool = False) -> AdapterKey:
+        asyncio.run(registry.name(key := tried(name, path, replace), replace=replace))
+        return key
+
+    first = named("mine", "run/checkpoint-10")
+    assert asyncio.run(registry.key_of("mine")) == first == ("mine", "run/checkpoint-10", first.version)
+    assert named("also", str(root / "one"))[:2] == ("also", "one")
     for path, status in (("/etc", 403), ("s3://bucket/x", 403), ("../x", 400), ("nothing", 404), ("", 400)):
         with pytest.raises(AdapterRefused) as refused:
-            asyncio.run(registry.add("new", path))
+            tried("new", path)
         assert refused.value.status == status, path
+    # As vLLM: a name that is taken needs load_inplace, and keeps its meaning until the other one is loaded.
+    for name, path in (("mine", "one"), ("mine", "run/checkpoint-10"), ("one", "run/checkpoint-10"), ("start", "one")):
+        with pytest.raises(AdapterRefused) as refused:
+            tried(name, path)
+        assert refused.value.status == 400, name
+    assert tried("mine", "one", True).version > first.version
+    assert asyncio.run(registry.key_of("mine")) == tried("mine", None) == first
+    second = named("mine", "one", True)
+    assert asyncio.run(registry.key_of("mine")) == second
     with pytest.raises(AdapterRefused):
-        asyncio.run(registry.add("start", "one"))
-    asyncio.run(registry.remove("mine"))
+        tried("start", None, True)
+    assert tried("start", None) == tried("start", "/somewhere") == ("start", "", 0)
+    assert asyncio.run(registry.remove(second)) > second.version
     assert asyncio.run(registry.key_of("mine")) is None
 
 
 def test_without_a_root_nothing_is_loaded_later() -> None:
     with pytest.raises(AdapterRefused) as refused:
-        asyncio.run(registry_of({}, None).add("new", "one"))
+        asyncio.run(registry_of({}, None).candidate("new", "one", replace=False))
     assert refused.value.status == 403
 
 
 def test_a_good_adapter_is_found_and_accepted(root: Path, loader: AdapterLoader) -> None:
-    for key, folder in (("one", root / "one"), ("mine=run/checkpoint-10", root / "run" / "checkpoint-10")):
-        assert loader.fetch(key) == str(folder)
-        loader.check(key, str(folder))
+    for name, path in (("one", "one"), ("mine", "run/checkpoint-10")):
+        assert loader.fetch(AdapterKey(name, path)) == str(root / path)
+        loader.check(name, str(root / path))
 
 
 def test_links_out_of_the_root_are_refused(root: Path, loader: AdapterLoader, tmp_path: Path) -> None:
@@ -104,7 +140,7 @@ def test_links_out_of_the_root_are_refused(root: Path, loader: AdapterLoader, tm
     (root / "half" / "adapter_model.safetensors").symlink_to(outside / "adapter_model.safetensors")
     for name in ("link", "half"):
         with pytest.raises(AdapterRefused) as refused:
-            loader.fetch(name)
+            loader.fetch(AdapterKey(name, name))
         assert refused.value.status == 403
 
 
@@ -112,6 +148,9 @@ def test_what_the_engine_cannot_use_is_refused_with_the_reason(root: Path, loade
     write_adapter(root / "huge", rank=32)
     write_adapter(root / "other", hidden=HIDDEN * 2)
     write_adapter(root / "dora", use_dora=True)
+    write_adapter(root / "pissa", init_lora_weights="pissa")
+    write_adapter(root / "niter", init_lora_weights="pissa_niter_16")
+    write_adapter(root / "biases", bias="all")
     write_adapter(root / "ia3", peft_type="IA3")
     write_adapter(root / "less", r=2)
     write_adapter(root / "text", r="many")
@@ -120,7 +159,7 @@ def test_what_the_engine_cannot_use_is_refused_with_the_reason(root: Path, loade
     write_adapter(root / "patterns-list", rank_pattern=["q_proj"])
     write_adapter(root / "elsewhere", target_modules=["no_such_module"])
     write_adapter(root / "pattern", r=2, rank_pattern={TARGET: 4}, target_modules=[TARGET.rpartition(".")[2]])
-    loader.check("pattern", loader.fetch("pattern"))
+    loader.check("pattern", str(root / "pattern"))
     pickle = write_adapter(root / "pickle")
     (pickle / "adapter_model.safetensors").rename(pickle / "adapter_model.bin")
     cut = write_adapter(root / "cut") / "adapter_model.safetensors"
@@ -129,6 +168,9 @@ def test_what_the_engine_cannot_use_is_refused_with_the_reason(root: Path, loade
         ("huge", "rank 32 is above the server's 16"),
         ("other", "another base model"),
         ("dora", "merge it"),
+        ("pissa", "changes the base"),
+        ("niter", "no model fits it"),
+        ("biases", "has biases"),
         ("ia3", "only LoRA"),
         ("less", "says rank 2, its weights have 4"),
         ("text", "r is 'many'"),
@@ -140,6 +182,6 @@ def test_what_the_engine_cannot_use_is_refused_with_the_reason(root: Path, loade
         ("cut", "broken or incomplete"),
     ):
         with pytest.raises(AdapterRefused) as refused:
-            loader.check(name, loader.fetch(name))
+            loader.check(name, str(root / name))
         assert refused.value.status == 422
         assert says in str(refused.value), name

@@ -7,18 +7,20 @@ import hashlib
 import json
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from ray.exceptions import RayActorError
 from ray.serve._private.common import DeploymentID
-from ray.serve.exceptions import DeploymentUnavailableError
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from starlette.testclient import TestClient
 
 from rayswift.serve.gateway import app as gateway_app
 from rayswift.serve.gateway.app import FORWARDED, Gateway
 from rayswift.serve.gateway.forwarding import Forwarder, GatewayRequest, Response
 from rayswift.serve.openai_errors import ApiError
+from rayswift.serve.replica.adapters import AdapterKey
 
 KEY = "sk-of-this-test"
 CHAT = "/v1/chat/completions"
@@ -37,10 +39,19 @@ class Replicas:
         self.asked: list[GatewayRequest] = []
         self.broadcasts: list[tuple[Any, ...]] = []
         self.fails: Exception | None = None
+        self.prepared = AdapterKey("")
+        self.app_name = self.deployment_name = ""
+        self.options: Any = None
         self.running: list[Any] = [("replica-1", "# TYPE own counter\nown 1\n")]  # what each answers to a broadcast
         monkeypatch.setattr(Forwarder, "send", self._send)
+        monkeypatch.setattr(Forwarder, "prepare", self._prepare)
         monkeypatch.setattr(gateway_app, "keep_replica_ports_inside", lambda: None)
         monkeypatch.setattr(gateway_app.serve, "get_deployment_handle", lambda deployment, app: self)
+
+    async def _prepare(self, adapter: str) -> None:
+        self.prepared = AdapterKey.parse(adapter)
+        if self.fails is not None:
+            raise self.fails
 
     async def _send(self, request: GatewayRequest) -> AsyncIterator[Response]:
         self.asked.append(request)
@@ -137,6 +148,7 @@ def test_head_is_answered_where_get_is_and_a_slash_at_the_end_changes_nothing(cl
         assert client.head(path).status_code == client.get(path).status_code == 200, path
         assert client.get(f"{path}/").status_code == 200, path
     assert client.post("/ping").json() == {"status": "ok", "models": ["m"]}
+    assert client.get("/livez").json() == {"status": "ok"}
     assert client.post(f"{CHAT}/", json={"model": "m"}).json()["path"] == CHAT
 
 
@@ -243,33 +255,63 @@ def test_a_browser_may_ask_from_the_allowed_origins(make: Callable[..., tuple[Ga
         assert answer.status_code == status
         assert answer.headers["access-control-allow-origin"] == ORIGIN
     other = client.options(CHAT, headers={**PREFLIGHT, "Origin": "https://elsewhere.example.com"})
-    assert other.status_code == 400
-    assert "access-control-allow-origin" not in other.headers
     refused = client.post(CHAT, json={}, headers={"Origin": "https://elsewhere.example.com", **key})
-    assert "access-control-allow-origin" not in refused.headers
+    for answer in (other, refused):
+        assert answer.status_code == 403
+        assert "access-control-allow-origin" not in answer.headers
 
 
 def test_every_origin_or_none_may_ask(make: Callable[..., tuple[Gateway, TestClient]]) -> None:
     everyone, nobody = make(allowed_origins=["*"])[1], make()[1]
     assert everyone.options(CHAT, headers=PREFLIGHT).headers["access-control-allow-origin"] == "*"
-    answer = nobody.options(CHAT, headers=PREFLIGHT)
-    assert (answer.status_code, "access-control-allow-origin" in answer.headers) == (405, False)
-    assert "access-control-allow-origin" not in nobody.post(CHAT, json={}, headers={"Origin": ORIGIN}).headers
+    for answer in (nobody.options(CHAT, headers=PREFLIGHT), nobody.post(CHAT, json={}, headers={"Origin": ORIGIN})):
+        assert (answer.status_code, "access-control-allow-origin" in answer.headers) == (403, False)
+
+
+@pytest.mark.parametrize(
+    ("listening", "headers", "status"),
+    [
+        ("127.0.0.1", {"Host": "127.0.0.1:8000"}, 200),
+        ("127.0.0.1", {"Host": "localhost:8000", "Origin": "http://localhost:8000"}, 200),
+        ("::1", {"Host": "[::1]:8000"}, 200),
+        ("127.0.0.1", {"Host": "chat.example.com", "Origin": ORIGIN}, 200),  # a proxy of --allowed_origins
+        ("127.0.0.1", {"Host": "evil.example.com:8000"}, 403),  # a name that its owner points here
+        ("127.0.0.1", {"Host": "evil.example.com:8000", "Origin": "http://evil.example.com:8000"}, 403),
+        ("127.0.0.1", {"Host": "127.0.0.1.evil.example.com"}, 403),
+        ("::1", {"Host": "[2001:db8::1]:8000"}, 403),
+        ("localhost", {"Host": "127.0.0.1:8000", "Origin": "http://evil.example.com"}, 403),
+        ("localhost", {"Host": "127.0.0.1:8000", "Origin": "null"}, 403),  # a file, or a sandboxed frame
+        ("localhost", {"Host": "127.0.0.1:8000", "Origin": "http://127.0.0.1:3000"}, 403),  # another program's page
+        ("0.0.0.0", {"Host": "models.lan:8000"}, 200),  # nobody knows by which name others reach it
+        ("0.0.0.0", {"Host": "models.lan:8000", "Origin": "http://models.lan:8000"}, 200),
+        ("0.0.0.0", {"Host": "models.lan:8000", "Origin": "http://evil.example.com"}, 403),
+    ],
+)
+def test_foreign_pages_and_names_are_refused(
+    make: Callable[..., tuple[Gateway, TestClient]], listening: str, headers: dict[str, str], status: int
+) -> None:
+    gateway = make()[0]
+    gateway._host, gateway._origins = listening, [ORIGIN]
+    client = TestClient(asyncio.run(gateway.__serve_build_asgi_app__()), raise_server_exceptions=False)
+    for answer in (client.post(CHAT, content=b"{}", headers=headers), client.get("/v1/models", headers=headers)):
+        assert answer.status_code == status
+    if status == 403:
+        assert "--allowed_origins" in error_of(answer)["message"]
 
 
 @pytest.mark.parametrize("path", ["responses", "messages", "messages/count_tokens", "rerank"])
 def test_the_other_interfaces_are_forwarded(client: TestClient, replicas: Replicas, path: str) -> None:
     answer = client.post(f"/v1/{path}", json={"model": "m:start"}).json()
     assert answer == {"path": f"/v1/{path}", "model": "start"}
-    assert replicas.asked[-1].adapter == "start"
+    assert replicas.asked[-1].adapter == str(AdapterKey("start"))
 
 
 def test_what_is_forwarded_names_the_model_or_the_adapter(client: TestClient, replicas: Replicas) -> None:
     for asked, answered, adapter in (
-        (None, "m", ""), ("m", "m", ""), ("one", "one", "one"), ("m:start", "start", "start"),
+        (None, "m", ""), ("m", "m", ""), ("one", "one", "one=one"), ("m:start", "start", "start="),
     ):  # fmt: skip
         assert client.post(CHAT, json={"model": asked}, headers={"x-request-id": "r"}).json()["model"] == answered
-        assert (replicas.asked[-1].adapter, replicas.asked[-1].request_id) == (adapter, "r")
+        assert (replicas.asked[-1].adapter.partition("#")[0], replicas.asked[-1].request_id) == (adapter, "r")
     for model, status in (("nobody", 404), (5, 400)):
         answer = client.post(CHAT, json={"model": model})
         assert (answer.status_code, error_of(answer)["param"]) == (status, "model")
@@ -281,12 +323,35 @@ def test_what_is_forwarded_names_the_model_or_the_adapter(client: TestClient, re
 def test_adapters_are_loaded_and_unloaded_by_name(client: TestClient, replicas: Replicas) -> None:
     given = {"lora_name": "mine", "lora_path": "run/checkpoint-10"}
     assert client.post("/v1/load_lora_adapter", json=given).json()["id"] == "mine"
-    assert (replicas.asked[-1].path, replicas.asked[-1].adapter) == ("/health", "mine=run/checkpoint-10")
+    assert replicas.prepared[:2] == ("mine", "run/checkpoint-10")
     assert client.get("/v1/models/mine").status_code == 200
     assert client.post("/v1/unload_lora_adapter", json={"lora_name": "mine"}).json()["unloaded"] is True
     told = [one for one in replicas.broadcasts if one[0] != "context_length"]
-    assert told == [("forget_adapter", "mine=run/checkpoint-10")]
+    ((method, name, version),) = told
+    assert (method, name) == ("forget_adapter", "mine")
+    assert version > replicas.prepared.version
     assert client.get("/v1/models/mine").status_code == 404
+
+
+def test_an_adapter_is_replaced_in_place_as_with_vllm(client: TestClient, replicas: Replicas) -> None:
+    load = "/v1/load_lora_adapter"
+    given = {"lora_name": "mine", "lora_path": "run/checkpoint-10"}
+    assert client.post(load, json=given).status_code == 200
+    first = replicas.prepared
+
+    def asked() -> AdapterKey:
+        assert client.post(CHAT, json={"model": "mine"}).status_code == 200
+        return AdapterKey.parse(replicas.asked[-1].adapter)
+
+    again = client.post(load, json=given)
+    assert (again.status_code, "load_inplace" in error_of(again)["message"]) == (400, True)
+    replicas.fails = ApiError(422, "adapter mine: broken")
+    assert client.post(load, json=given | {"lora_path": "one", "load_inplace": True}).status_code == 422
+    replicas.fails = None
+    assert asked() == first  # the old one answers until the new one is loaded
+    assert client.post(load, json=given | {"lora_path": "one", "load_inplace": True}).status_code == 200
+    assert asked() == replicas.prepared == ("mine", "one", replicas.prepared.version)
+    assert replicas.prepared.version > first.version
 
 
 @pytest.mark.parametrize(
@@ -296,6 +361,9 @@ def test_adapters_are_loaded_and_unloaded_by_name(client: TestClient, replicas: 
         ("load", {"lora_name": 5}, 400, "lora_name", None),
         ("load", {"lora_name": "new", "lora_path": "/etc"}, 403, None, "adapter_refused"),
         ("load", {"lora_name": "new", "lora_path": 5}, 400, None, "adapter_refused"),
+        ("load", {"lora_name": "m", "lora_path": "one"}, 400, None, "adapter_refused"),
+        ("load", {"lora_name": "m", "lora_path": "one", "load_inplace": True}, 400, None, "adapter_refused"),
+        ("load", {"lora_name": "new", "lora_path": "one", "load_inplace": "yes"}, 400, "load_inplace", None),
         ("load", {"lora_name": "new", "lora_path": "nothing"}, 404, None, "adapter_refused"),
         ("load", {"lora_name": "../new"}, 400, None, "adapter_refused"),
         ("load", {"lora_name": "new", "model": "nobody"}, 404, "model", "model_not_found"),
@@ -339,7 +407,7 @@ def test_the_schema_has_the_public_paths_of_the_engine_and_the_gateways_own(clie
     assert schema["info"]["title"] == "RaySwift"
     assert set(schema["paths"]) == {
         CHAT, "/v1/models", "/v1/models/{model}", "/v1/adapters", "/v1/load_lora_adapter", "/v1/unload_lora_adapter",
-        "/health", "/metrics",
+        "/health", "/livez", "/metrics",
     }  # fmt: skip
     assert CHAT in FORWARDED
     assert {"200", "4XX", "503"} <= set(schema["paths"][CHAT]["post"]["responses"])
@@ -349,7 +417,7 @@ def test_the_schema_has_the_public_paths_of_the_engine_and_the_gateways_own(clie
         assert set(schema["paths"][path][method]["responses"]) == {"200", "4XX"}
     load = schema["paths"]["/v1/load_lora_adapter"]["post"]["requestBody"]["content"]["application/json"]["schema"]
     assert load["required"] == ["lora_name"]
-    assert set(load["properties"]) == {"lora_name", "lora_path", "model"}
+    assert set(load["properties"]) == {"lora_name", "lora_path", "load_inplace", "model"}
     assert "/openapi.json" in client.get("/docs").text
 
 
@@ -373,9 +441,13 @@ def test_without_a_replica_the_server_still_says_what_is_true(client: TestClient
     assert schema.status_code == 200
     assert set(FORWARDED) < set(schema.json()["paths"])
     assert len(replicas.asked) == asked  # to read it starts none
-    for path in ("/v1/models", "/v1/models/m", "/v1/adapters", "/health", "/ping", "/docs"):
+    for path in ("/v1/models", "/v1/models/m", "/v1/adapters", "/livez", "/docs"):
         assert client.get(path).status_code == 200, path
+    for path in ("/health", "/ping"):
+        answer = client.get(path)
+        assert (answer.status_code, error_of(answer)["code"]) == (503, "not_ready"), path
     replicas.running = [("replica-1", "")]
+    assert client.get("/health").json() == {"status": "ok", "models": ["m"]}
     assert "ChatRequest" in client.get("/openapi.json").json()["components"]["schemas"]
 
 
@@ -387,6 +459,49 @@ def test_a_replica_that_dies_or_hangs_is_left_out(client: TestClient, replicas: 
     assert client.get("/metrics").status_code == 200
     refused = client.post("/v1/unload_lora_adapter", json={"lora_name": "one"})
     assert (refused.status_code, error_of(refused)["type"]) == (503, "overloaded_error")
+
+
+@pytest.mark.parametrize(
+    ("running", "another", "may_sleep", "status", "healthy"),
+    [
+        ([None, None], None, False, None, True),
+        ([None, RuntimeError("the engine is dead")], None, False, None, True),
+        ([RuntimeError("the engine is dead")], None, False, None, False),
+        ([TimeoutError], None, False, None, True),  # one is silent, and Serve finds another
+        ([TimeoutError], BackPressureError(1, 1), False, None, True),
+        ([TimeoutError], RayActorError(), False, None, False),
+        ([TimeoutError], TimeoutError(), True, "HEALTHY", False),
+        ([], None, False, "HEALTHY", False),
+        ([], None, True, "HEALTHY", True),  # the next request starts one
+        ([], None, True, "UPSCALING", True),
+        ([], None, True, "UNHEALTHY", False),
+        ([], None, True, "DEPLOY_FAILED", False),
+        ([], None, True, None, False),  # somebody has deleted the model
+    ],
+)
+def test_health_is_what_the_replicas_say(
+    make: Callable[..., tuple[Gateway, TestClient]], replicas: Replicas, monkeypatch: pytest.MonkeyPatch,
+    running: list[Any], another: Exception | None, may_sleep: bool, status: str | None, healthy: bool,
+) -> None:  # fmt: skip
+    class Asked:
+        def __await__(self) -> Any:
+            if another is not None:
+                raise another
+            yield from ()
+
+        def cancel(self) -> None: ...
+
+    deployments = {"d": SimpleNamespace(status=status, replica_states={})} if status else {}
+    applications = {"a": SimpleNamespace(deployments=deployments)}
+    monkeypatch.setattr(gateway_app.serve, "status", lambda: SimpleNamespace(applications=applications))
+    replicas.running, replicas.app_name, replicas.deployment_name = running, "a", "d"
+    replicas.options = lambda method_name: SimpleNamespace(remote=Asked)
+    gateway, client = make()
+    gateway.models["m"].may_sleep = may_sleep
+    for path in ("/health", "/ping"):
+        assert client.get(path).status_code == (200 if healthy else 503), path
+    assert client.get("/livez").status_code == 200
+    assert not replicas.asked
 
 
 def test_the_app_lives_as_serve_starts_and_ends_it(make: Callable[..., tuple[Gateway, TestClient]]) -> None:

@@ -32,8 +32,9 @@ def deployed(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Ite
     from ray import serve
 
     root = tmp_path_factory.mktemp("adapters")
-    (root / "red").mkdir()
-    (root / "red/adapter_config.json").write_text("{}")
+    for name in ("red", "blue"):
+        (root / name).mkdir()
+        (root / name / "adapter_config.json").write_text("{}")
     args = make_arguments("deploy", model=str(root), num_gateways=2, api_key=[KEY], port=free_port())
     spec = ModelSpec(
         "words", str(root), "transformers", adapter_root=str(root), min_replicas=2, max_replicas=2,
@@ -115,9 +116,13 @@ def test_an_adapter_named_at_one_gateway_is_known_at_the_other_until_it_is_unloa
     given = {"lora_name": "mine", "lora_path": "red"}
     assert one.http.post("/v1/load_lora_adapter", json=given).status_code == 200
     answer = other.http.post(CHAT, json={"model": "mine", "messages": []})
-    assert (answer.status_code, answer.json()) == (200, {"model": "mine", "adapters": ["mine"]})
+    assert (answer.status_code, answer.json()["model"], answer.json()["adapters"]["mine"]) == (200, "mine", "red")
+    # Another one in its place: either gateway, and either replica, has it from then on.
+    other.http.post("/v1/load_lora_adapter", json={"lora_name": "mine", "lora_path": "blue", "load_inplace": True})
+    found = [door.http.post(CHAT, json={"model": "mine", "messages": []}).json() for door in pair * 8]
+    assert {one["adapters"]["mine"] for one in found} == {"blue"}
     cards = [door.http.get("/v1/models").json()["data"] for door in pair]
-    assert [card["id"] for card in cards[0]] == ["words", "mine", "red"]
+    assert [card["id"] for card in cards[0]] == ["words", "blue", "mine", "red"]
     assert cards[0] == cards[1]  # their dates too
     unloaded = other.http.post("/v1/unload_lora_adapter", json={"lora_name": "mine"}).json()
     assert (unloaded["unloaded"], unloaded["replicas"]) == (True, 2)

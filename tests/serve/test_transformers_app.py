@@ -411,8 +411,11 @@ def test_adapters_answer_by_name_beside_the_base(
     with pytest.raises(ValueError, match="another base model"):
         asyncio.run(serving.load_adapter("broken", adapter_dirs[2]))
     assert ids("tiny") == base and ask("broken")["error"]["code"] == "model_not_found"
+    handles = {}
     for name, folder in zip(("one.v1", "two"), adapter_dirs[:2], strict=True):
-        asyncio.run(serving.load_adapter(name, folder))
+        handles[name] = asyncio.run(serving.load_adapter(name, folder))
+        assert ask(name)["error"]["code"] == "model_not_found" and ids("tiny") == base  # loaded, and nobody's name yet
+        serving.answer_as(name, handles[name])
         engine = TransformersEngine.load(Encoder(tiny_dir), folder, torch_dtype="float32", use_gpu=False)
         prompt = engine.encoder.encode_prompt(ASK)
         import torch
@@ -432,8 +435,26 @@ def test_adapters_answer_by_name_beside_the_base(
             assert [one.json()["choices"][0]["token_ids"] for one in asked] == [expected[name] for name in names]
     cards = {card["id"]: card["parent"] for card in plain.get("/v1/models").json()["data"]}
     assert cards == {"tiny": None, "one.v1": "tiny", "two": "tiny"}
-    asyncio.run(serving.unload_adapter("one.v1"))
-    assert ask("one.v1")["error"]["type"] == "not_found_error" and ids("two") == expected["two"]
+    for name in ("one.v1", "two"):
+        serving.answer_as(name, None)
+        asyncio.run(serving.unload_adapter(handles[name]))
+        assert ask(name)["error"]["type"] == "not_found_error" and ids("tiny") == base  # after the last one too
+        assert name == "two" or ids("two") == expected["two"]
+
+
+def test_who_stops_waiting_for_a_load_does_not_end_the_model(serving: TransformersServing) -> None:
+    from concurrent.futures import CancelledError
+
+    gate = threading.Event()
+    first = serving.runner.between_batches(gate.wait)
+    left = serving.runner.between_batches(lambda: 1)
+    assert left.cancel()
+    gate.set()
+    assert first.result(10)
+    assert serving.runner.between_batches(lambda: 2).result(10) == 2
+    with pytest.raises(CancelledError):
+        left.result(0)
+    assert serving.runner.alive
 
 
 def test_an_adapter_is_asked_with_its_own_template(
@@ -443,7 +464,7 @@ def test_an_adapter_is_asked_with_its_own_template(
 
     serving = make_serving()
     serving.encoders["one"] = own = Encoder(tiny_dir, template="default", system="Trained with this.")
-    asyncio.run(serving.load_adapter("one", adapter_dirs[0]))
+    serving.answer_as("one", asyncio.run(serving.load_adapter("one", adapter_dirs[0])))
     found = TestClient(serving.app).post("/tokenize", json={"model": "one", "messages": ASK}).json()
     assert found["tokens"] == own.encode_prompt(ASK)
 

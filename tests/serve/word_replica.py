@@ -14,9 +14,9 @@ from ray import serve
 
 from rayswift.generate.model_spec import ModelSpec
 from rayswift.serve.application import deployment_name
-from rayswift.serve.lease import LeaseBook, LeaseMiddleware, current_notes
+from rayswift.serve.lease import LeaseBook, current_notes
 from rayswift.serve.node_address import keep_replica_ports_inside
-from rayswift.serve.ports import bind, run_http
+from rayswift.serve.replica.adapters import AdapterKey
 from rayswift.serve.replica.server import LLMServer
 
 WORDS = [f"w{number} " for number in range(20)]
@@ -37,7 +37,7 @@ class Words:
     context_length = 2048
 
     def __init__(self) -> None:
-        self.adapters: set[str] = set()
+        self.adapters: dict[str, str] = {}  # name → what it was loaded from
 
     async def app(self, scope: Any, receive: Any, send: Any) -> None:
         body = json.loads((await receive())["body"] or b"{}")
@@ -45,7 +45,7 @@ class Words:
         kind = b"text/event-stream" if stream else b"application/json"
         await send({"type": "http.response.start", "status": 200, "headers": [(b"content-type", kind)]})
         if not stream:
-            text = json.dumps({"model": body.get("model"), "adapters": sorted(self.adapters)}).encode()
+            text = json.dumps({"model": body.get("model"), "adapters": self.adapters, "pid": os.getpid()}).encode()
             await send({"type": "http.response.body", "body": text})
             return
         notes = current_notes.get()
@@ -60,11 +60,18 @@ class Words:
             await send({"type": "http.response.body", "body": event, "more_body": True})
         await send({"type": "http.response.body", "body": b"data: [DONE]\n\n"})
 
-    async def load_adapter(self, name: str, folder: str) -> None:
-        self.adapters.add(name)
+    async def load_adapter(self, name: str, folder: str) -> str:
+        if folder == "broken":
+            raise ValueError("broken")
+        return folder
 
-    async def unload_adapter(self, name: str) -> None:
-        self.adapters.discard(name)
+    def answer_as(self, name: str, handle: str | None) -> None:
+        self.adapters.pop(name, None)
+        if handle is not None:
+            self.adapters[name] = handle
+
+    async def unload_adapter(self, handle: str) -> None:
+        pass
 
     def metrics(self) -> str:
         return "# TYPE words gauge\nwords 20\n"
@@ -79,12 +86,8 @@ class WordServer(LLMServer):
     async def __init__(self, plan: dict[str, Any]) -> None:  # type: ignore[misc]  # Serve awaits it
         keep_replica_ports_inside()
         self.plan, self.serving = ModelSpec(**plan), Words()
-        self.leases = LeaseBook(self.plan.max_ongoing_requests)
+        self.leases, self.encoders = LeaseBook(self.plan.max_ongoing_requests), {}
+        await self._open("127.0.0.1")
 
-        async def load(key: str) -> Any:
-            await self.serving.load_adapter(key.partition("=")[0], "")
-
-        self._load = serve.multiplexed(max_num_models_per_replica=16)(load)
-        self._socket = bind("127.0.0.1")
-        self.url = "http://{}:{}".format(*self._socket.getsockname()[:2])
-        self._http = await run_http(LeaseMiddleware(self.serving.app, self.leases), self._socket)
+    async def _fetch(self, key: AdapterKey) -> Any:
+        return key.path, key

@@ -49,7 +49,8 @@ def trained(smollm2_dir: str, tmp_path_factory: pytest.TempPathFactory) -> Train
         )  # fmt: skip
         return run_directory(folder / name)
 
-    robot, other = train("swift-robot", 16, "--save_steps", "6"), train("ray-bot", 12, "--lora_rank", "16")
+    robot = train("swift-robot", 16, "--save_steps", "6")
+    other = train("ray-bot", 12, "--init_weights", "pissa_niter_4")  # saved as plain LoRA of twice the rank
     return Trained(robot / "checkpoint-6", robot / "checkpoint-16", other / "checkpoint-12")
 
 
@@ -203,6 +204,7 @@ BAD: dict[str, Callable[[Path], Any]] = {
     "empty-weights": lambda folder: (folder / WEIGHTS).write_bytes(b""),
     "not-lora": lambda folder: _configured(folder, peft_type="IA3"),
     "dora": lambda folder: _configured(folder, use_dora=True),
+    "part-of-the-base": lambda folder: _configured(folder, init_lora_weights="pissa"),
     "rank-is-text": lambda folder: _configured(folder, r="many"),
     "no-modules": lambda folder: _configured(folder, target_modules=["no_such_module"]),
 }

@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from rayswift.arguments import make_arguments
 from rayswift.cli.main import main
 from rayswift.modeling.loading import model_fingerprint
 from rayswift.train.checkpoints import manifest as checkpoints
+from rayswift.train.resume import Resume
 
 
 def rows(path: Path, *lines: str) -> str:
@@ -122,8 +124,39 @@ def test_checkpoints_of_another_model(
     assert message.startswith("--lora_rank 8: the checkpoint was trained with 4; give that")
     message = refused(model=made["one"], resume_from_checkpoint="true", output_dir=str(tmp_path), train_type="full")
     assert message.startswith("--train_type full: the checkpoint was trained with lora")
+    message = refused(model=made["one"], resume_from_checkpoint=str(tmp_path / "last"), lora_rank="4", optim="sgd")
+    assert message.startswith("--optim sgd: the checkpoint was trained with adamw_torch; give that")
     # Other files, the same weights.
     llama_again = AutoModelForCausalLM.from_pretrained(made["one"])
     llama_again.save_pretrained(tmp_path / "shards", max_shard_size="20KB")
     assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 1
     assert model_fingerprint(str(tmp_path / "shards")) == model_fingerprint(made["one"])
+
+
+@pytest.mark.parametrize(
+    ("flags", "rows_per_step", "line"),
+    [
+        ({}, 4, ""),
+        ({"gradient_accumulation_steps": 2}, 8, "going on with what the checkpoint has: 4 rows a step (not 8)"),
+        ({"learning_rate": 1e-3, "seed": 1}, 16, "going on with what the checkpoint has: "
+                                                  "--learning_rate 0.0001 (not 0.001), --seed 42 (not 1)"),
+    ],
+)  # fmt: skip
+def test_what_a_resume_ignores_is_named(flags: dict[str, Any], rows_per_step: int, line: str, tmp_path: Path) -> None:
+    make_arguments("sft", model="m", dataset="d").save(tmp_path)
+    resume = Resume(str(tmp_path), None, checkpoints.Position(4, "data"), str(tmp_path))
+    assert resume.kept_line(make_arguments("sft", model="m", dataset="d", **flags), rows_per_step) == line
+    assert Resume().kept_line(make_arguments("sft", model="m", dataset="d", **flags), rows_per_step) == ""
+
+
+def test_an_adapter_says_which_model_it_belongs_to(
+    checkpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With --load_args true: what is refused is the dataset, after the model was found."""
+    monkeypatch.chdir(tmp_path)
+    flags = ["--adapters", checkpoint, "--load_args", "true", "--dataset", "gone.jsonl"]
+    assert main(["sft", *flags]) == 2
+    assert capsys.readouterr().err.splitlines()[-1].startswith("rayswift sft: error: --dataset gone.jsonl")
+    assert main(["sft", "--adapters", "gone", "--load_args", "true", "--dataset", "gone.jsonl"]) == 2
+    assert "--adapters gone" in capsys.readouterr().err
+    assert os.listdir(tmp_path) == []

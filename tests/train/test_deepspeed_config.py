@@ -91,12 +91,14 @@ def test_a_file_that_holds_no_configuration(tmp_path: Path, content: bytes) -> N
 @pytest.mark.parametrize(
     ("config", "dtype", "expected"),
     [
-        ({"bf16": {"enabled": True}}, "bfloat16", None),
+        ({"zero_optimization": {"stage": 1}, "bf16": {"enabled": True}}, "bfloat16", None),
         ({"bf16": {"enabled": "auto"}, "fp16": {"enabled": "auto"}}, "float32", None),
         ({"fp16": {"enabled": False}}, "float32", None),
         (None, "float32", None),
         ({"bf16": {"enabled": True}}, "float32", "switches bf16 on but --torch_dtype is float32"),
         ({"fp16": {"enabled": True}}, "bfloat16", "switches fp16 on but --torch_dtype is bfloat16"),
+        ({"zero_optimization": {"stage": 0}}, "bfloat16", "ZeRO stage 0 in bfloat16"),
+        ({"zero_optimization": {"stage": 0}}, "float32", None),
         ({"bf16": {"enabled": False}}, "bfloat16", "switches bf16 off but --torch_dtype is bfloat16"),
     ],
 )

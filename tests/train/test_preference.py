@@ -168,6 +168,7 @@ def test_the_likelihood_of_the_chosen_answer_can_be_trained_too(
     [
         ({"packing": True}, "--packing true: pairs are padded"),
         ({"truncation_strategy": "split"}, "a pair cannot be split"),
+        ({"truncation_strategy": "split", "rlhf_type": "kto"}, "a pair cannot be split"),
         ({"loss_type": ["nothing"]}, "--loss_type nothing: DPO has no such loss"),
         ({"loss_type": ["exo_pair"]}, "--loss_type exo_pair needs --label_smoothing"),
         ({"loss_type": ["robust"], "label_smoothing": 0.5}, "--loss_type robust needs --label_smoothing below 0.5"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import pytest
 
 from rayswift.train.events import start_event_queue
 from rayswift.train.progress import Progress, format_seconds, plot_rows, read_log
+from rayswift.train.reporters import TensorBoard
 from rayswift.train.run_directory import RunDirectory
 from rayswift.train.schedule import StepSchedule
 
@@ -62,8 +63,8 @@ def watch(ray_cluster: None) -> Iterator[Watch]:
 
     queue = start_event_queue()
 
-    def watched(run: RunDirectory, events: list[dict[str, Any]], tensorboard: bool = False) -> Progress:
-        with Progress(queue, PLAN, run, tensorboard) as progress:
+    def watched(run: RunDirectory, events: list[dict[str, Any]], reporters: Sequence[Any] = ()) -> Progress:
+        with Progress(queue, PLAN, run, reporters) as progress:
             for event in events:
                 ray.get(queue.push.remote(event))
         assert ray.get(queue.drain.remote()) == []
@@ -94,7 +95,7 @@ def test_a_run_as_the_user_sees_it(run: RunDirectory, watch: Watch, capsys: pyte
         log(40, 1.0),
         {"event": "checkpoint", "step": 40, "best": 20},
     ]
-    progress = watch(run, events, tensorboard=True)
+    progress = watch(run, events, [TensorBoard(run)])
     assert progress.parameter_info == events[0]["parameter_info"]
     assert (progress.last_step, progress.best_step) == (40, 20)
 

@@ -28,6 +28,7 @@ def arguments(**given: Any) -> Arguments:
         ({"num_train_epochs": 0.5}, 1, 160, StepSchedule(16, 1, 5, 10)),
         ({"num_train_epochs": 1.25}, 1, 160, StepSchedule(16, 1, 13, 10)),
         ({"max_steps": 7}, 1, 48330, StepSchedule(16, 1, 7, 3020)),
+        ({"max_steps": 9000, "max_epochs": 2}, 1, 160, StepSchedule(16, 1, 20, 10)),
         ({"gradient_accumulation_steps": 1}, 4, 100, StepSchedule(4, 1, 75, 25)),
         # Fewer rows than a global batch make one smaller step per epoch.
         ({}, 1, 5, StepSchedule(5, 1, 3, 1)),
@@ -72,6 +73,26 @@ def test_a_resumed_run_keeps_its_global_batch() -> None:
     plan = plan_steps(arguments(), 3, 48330, global_batch_size=16)
     assert plan == StepSchedule(16, 1, 9060, 3020)
     assert plan.accumulation(3) == 6
+
+
+@pytest.mark.parametrize(
+    ("plan", "workers", "items", "line"),
+    [
+        (StepSchedule(16, 1, 9060, 3020), 1, 48330,
+         "9060 steps of 16 rows (1 workers × 1 rows × 16 accumulated), 10 of 3020 with one more"),
+        (StepSchedule(16, 1, 40, 20), 2, 320, "40 steps of 16 rows (2 workers × 1 rows × 8 accumulated)"),
+        # A checkpoint's batch of 4 with --per_device_train_batch_size 8.
+        (StepSchedule(4, 8, 8, 4), 1, 16, "8 steps of 4 rows (1 workers × 1 forward passes of at most 8 rows)"),
+        (StepSchedule(16, 2, 20, 10), 3, 160, "20 steps of 16 rows (3 workers × 3 forward passes of at most 2 rows)"),
+        (StepSchedule(16, 1, 1, 1), 1, 31, "1 steps of 31 rows (1 workers × 16 forward passes of at least 1 rows)"),
+        (StepSchedule(8, 8, 3, 1), 1, 3, "3 steps of 3 rows (1 workers × 1 forward passes of at most 8 rows)"),
+        (StepSchedule(32, 4, 100, None), 8, None, "100 steps of 32 rows (8 workers × 4 rows × 1 accumulated)"),
+    ],
+)  # fmt: skip
+def test_the_line_of_a_plan_is_arithmetic_that_holds(
+    plan: StepSchedule, workers: int, items: int | None, line: str
+) -> None:
+    assert plan.describe(workers, items, "rows") == line
 
 
 def test_epoch_of_a_step() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import asyncio
 import os
 import signal
@@ -19,8 +20,8 @@ import pytest
 def fit(train_loop: Callable[..., Any], folder: Path, warm: list[Any]) -> Any:
     """What rank 0 of a run returned."""
     from ray.train import LoggingConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchConfig
 
+    from rayswift.train.start import torch_config
     from rayswift.train.start.lean_trainer import LeanTorchTrainer
 
     trainer = LeanTorchTrainer(
@@ -29,7 +30,7 @@ def fit(train_loop: Callable[..., Any], folder: Path, warm: list[Any]) -> Any:
         alone=True,
         warm=warm,
         train_loop_config={"folder": str(folder)},
-        torch_config=TorchConfig(backend="gloo"),
+        torch_config=torch_config("gloo", embedded=True),
         scaling_config=ScalingConfig(num_workers=1),
         run_config=RunConfig(storage_path=str(folder), logging_config=LoggingConfig(log_level="ERROR")),
     )
@@ -39,11 +40,21 @@ def fit(train_loop: Callable[..., Any], folder: Path, warm: list[Any]) -> Any:
 # Made inside functions: Ray sends those by value, and its workers cannot import the tests.
 
 
-def process_and_modules() -> Callable[[dict[str, Any]], tuple[int, bool]]:
-    def loop(config: dict[str, Any]) -> tuple[int, bool]:
+def process_and_modules() -> Callable[[dict[str, Any]], tuple[int, bool, int]]:
+    """What the loop returns: its process, whether that had imported the model, and how many the group's sum counts."""
+
+    def loop(config: dict[str, Any]) -> tuple[int, bool, int]:
         import sys
 
-        return os.getpid(), "transformers.models.llama.modeling_llama" in sys.modules
+        import torch
+
+        ones = torch.ones(1)
+        torch.distributed.all_reduce(ones)
+        Path(config["folder"], "listening").write_text(repr(sorted(
+            (found.laddr.ip, found.laddr.port) for found in psutil.Process().net_connections("inet")
+            if found.status == psutil.CONN_LISTEN
+        )))  # fmt: skip
+        return os.getpid(), "transformers.models.llama.modeling_llama" in sys.modules, int(ones)
 
     return loop
 
@@ -68,7 +79,12 @@ def test_a_run_begins_in_the_process_that_has_imported(ray_cluster: None, smollm
 
     warm = start_warm_workers(smollm2_dir, 1)
     pid = ray.get(warm[0].get_metadata.remote()).pid
-    assert fit(process_and_modules(), tmp_path, warm) == (pid, True)
+    # Ray's own port is where the test's cluster listens; an embedded one is inside (tests/slow/test_sockets.py).
+    ray_ports = {found.laddr.port for found in psutil.Process(pid).net_connections("inet")
+                 if found.status == psutil.CONN_LISTEN}  # fmt: skip
+    assert fit(process_and_modules(), tmp_path, warm) == (pid, True, 1)
+    listening = ast.literal_eval((tmp_path / "listening").read_text())
+    assert {ip for ip, port in listening if port not in ray_ports} <= {"127.0.0.1"}
 
 
 def test_a_notebook_leaves_the_controller_to_a_process_of_its_own(
@@ -98,7 +114,7 @@ def test_a_notebook_trains_too(ray_cluster: None, tmp_path: Path) -> None:
     async def cell() -> Any:
         return fit(process_and_modules(), tmp_path, [])
 
-    pid, _ = asyncio.run(cell())
+    pid, *_ = asyncio.run(cell())
     assert pid != os.getpid()
 
 

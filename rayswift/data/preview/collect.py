@@ -128,7 +128,8 @@ def collect(dataset: ResolvedDataset, encoder: Encoder | None, args: PreviewArgu
     if encoder:
         # Of rows with a rejected answer rlhf trains the last round.
         scale = encoder.loss_scale if args.is_set("loss_scale") else "last_round"
-        encoders = [encoder, replace(encoder, preference=True, loss_scale=scale)]
+        cut = "delete" if encoder.truncation_strategy == "split" else encoder.truncation_strategy  # pairs are not split
+        encoders = [encoder, replace(encoder, preference=True, loss_scale=scale, truncation_strategy=cut)]
     while batch := list(itertools.islice(rows, ENCODE_BATCH)):
         result.standard_rows += len(batch)
         samples = _encode(batch, encoders, result) if encoder else [[] for _ in batch]

@@ -12,6 +12,7 @@ from rayswift.data.preview.collect import collect, make_encoder
 from rayswift.data.preview.page import render_page
 from rayswift.data.preview.text import print_preview
 from rayswift.errors import UserError
+from rayswift.redaction import mask_known
 
 logger = logging.getLogger("rayswift.data.preview")
 
@@ -36,7 +37,7 @@ def preview(args: PreviewArguments) -> None:
         try:
             # What is no text (half a surrogate pair) is shown as its number.
             with open(args.output, "w", encoding="utf-8", errors="backslashreplace") as file:
-                file.write(render_page(previews, args.model))
+                file.write(mask_known(render_page(previews, args.model)))
         except OSError as error:
             raise UserError(f"--output {args.output}: cannot be written ({error.strerror})") from None
         logger.info("%s: written, open it in a browser", args.output)

@@ -5,11 +5,11 @@ from __future__ import annotations
 import itertools
 import json
 import os
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, TextIO
 
+from rayswift.console import printable
 from rayswift.data.preview.collect import DatasetPreview, ShownRow
 from rayswift.data.preview.words import (
     length_bins,
@@ -21,14 +21,13 @@ from rayswift.data.preview.words import (
     source_line,
 )
 from rayswift.data.tokens.row_index import DropReport
+from rayswift.redaction import mask_known
 
 _BOLD, _DIM, _TRAINED = "1", "2", "1;32"
 _ROLE_COLOURS = {"system": "35", "user": "36", "assistant": "32", "tool": "33"}
 #: Characters of one text that are printed, of one value in the JSON of a row, and lines of that JSON.
 _TEXT, _VALUE, _JSON_LINES = 1500, 300, 40
 _BAR = 40
-#: Control characters in a dataset's text would steer the terminal.
-_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 
 
 @dataclass(frozen=True)
@@ -50,7 +49,7 @@ class _Paint:
 def print_preview(shown: DatasetPreview, stream: TextIO) -> None:
     """Print one dataset's preview. Colours are used on a terminal, unless ``NO_COLOR`` is set."""
     paint = _Paint(stream.isatty() and not os.environ.get("NO_COLOR"))
-    text = "\n".join(_lines(shown, paint)) + "\n\n"
+    text = mask_known("\n".join(_lines(shown, paint))) + "\n\n"
     # A terminal that cannot show a character shows its number.
     stream.write(text.encode(stream.encoding or "utf-8", "backslashreplace").decode(stream.encoding or "utf-8"))
 
@@ -126,8 +125,3 @@ def _json(value: Any, indent: int | None = 2) -> str:
 
 def _indent(text: str, by: int = 2) -> str:
     return "\n".join(" " * by + line for line in text.split("\n"))
-
-
-def printable(text: str) -> str:
-    """Text whose control characters are spelled out, but for line ends and tabs."""
-    return _CONTROL.sub(lambda match: f"\\u{ord(match.group()):04x}", text)

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -32,11 +32,17 @@ _TEXT_PARTS = ("text", "input_text", "output_text")
 _RESULT_ROLES = ("tool_response", "tool")
 #: Thoughts kept apart from the answer stay so, as ``reasoning_content``: templates differ in how they are spelled.
 _THOUGHT_PARTS = ("thinking", "redacted_thinking")
-_THOUGHT_KEYS = ("reasoning_content", "reasoning")
+_THOUGHT_KEYS = ("reasoning_content", "reasoning", "thinking")
+#: Where other tools say whether a message is trained (OpenAI and Mistral, axolotl, verl), as ``loss`` does; torchtune's
+#: ``masked`` says the opposite.
+_LOSS_MARKS = ("weight", "train", "training", "trainable", "loss_mask", "masked")
+_OWN_KEYS = frozenset({"loss", "loss_scale", "tool_calls", "function_call", "id", *_LOSS_MARKS, *_THOUGHT_KEYS})
+_RESULT_KEYS = frozenset({"name", "tool_call_id", "call_id"})
 _BOOLEANS = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
 
 HALF_SURROGATE = "a text holds half a surrogate pair (a broken emoji), which is not valid Unicode"
 THOUGHTS_LEFT_OUT = "thoughts beside the answer that are no text (encrypted, or an object) are not trained"
+NO_ANSWER_MARKED = "a mark to train a message that is no answer has no effect (--loss_scale all trains every token)"
 
 
 @dataclass(frozen=True)
@@ -174,7 +180,12 @@ def _read_message(item: Any, names: MessageNames, parsed: ParsedMessages) -> Non
     if role is None:
         raise Unusable(f"unknown message role {str(name)[:40]!r}")
     kept = _flags(item)
-    identity = None
+    if role not in ("assistant", "tool_call"):
+        if kept.pop("loss", False):
+            parsed.warn(NO_ANSWER_MARKED)
+        kept.clear()
+    identity, tool = None, role in ("tool_call", *_RESULT_ROLES)
+    _note_unknown(item, _OWN_KEYS.union(names.role_keys, names.content_keys, _RESULT_KEYS if tool else ()), parsed)
     if role in _RESULT_ROLES:
         identity = first_of(item, ("tool_call_id", "call_id"))
         kept |= {"name": item["name"]} if item.get("name") is not None else {}
@@ -199,21 +210,35 @@ def _read_message(item: Any, names: MessageNames, parsed: ParsedMessages) -> Non
         parsed.add("tool_call", _call_text(call), kept, call.get("id"))
 
 
+def _note_unknown(item: Mapping[str, Any], known: Set[str], parsed: ParsedMessages) -> None:
+    """Say which keys of a message are read past; empty values say nothing."""
+    for key in item.keys() - known:
+        if item[key] not in (None, "", [], {}):
+            parsed.warn(f"the key {str(key)[:40]!r} of messages is not known, and not read")
+
+
 def _flags(item: Mapping[str, Any]) -> dict[str, Any]:
-    """``loss`` and ``loss_scale`` of a message, where they are given."""
+    """``loss`` and ``loss_scale`` of a message, where they are given, or another tool's mark that says the same."""
     flags: dict[str, Any] = {}
-    if (loss := item.get("loss")) is not None:
-        flags["loss"] = _BOOLEANS.get(str(loss).strip().lower())
-        if flags["loss"] is None:
-            raise Unusable(f"the loss of a message is {str(loss)[:40]}, not true or false")
-    if (scale := item.get("loss_scale")) is not None:
+    scale = item.get("loss_scale")
+    own = ("loss",) if item.get("loss") is not None else _LOSS_MARKS
+    for mark in [name for name in own if item.get(name) is not None]:
+        value = _BOOLEANS.get(str(item[mark]).strip().lower())
+        if value is not None:  # of several marks one that says no is enough
+            flags["loss"] = flags.get("loss", True) and value is not (mark == "masked")
+        elif mark == "weight":
+            scale = item[mark] if scale is None else scale
+        else:
+            raise Unusable(f"the {mark} of a message is {str(item[mark])[:40]}, not true or false")
+    if scale is not None:
         try:
             flags["loss_scale"] = float(scale) if isinstance(scale, str) else scale
             valid = not isinstance(scale, bool) and 0 <= flags["loss_scale"] < float("inf")
         except (TypeError, ValueError):
             valid = False
         if not valid:
-            raise Unusable(f"the loss_scale of a message is {str(scale)[:40]}, not a number from 0 on")
+            name = "weight" if item.get("loss_scale") is None else "loss_scale"
+            raise Unusable(f"the {name} of a message is {str(scale)[:40]}, not a number from 0 on")
     return flags
 
 
@@ -269,8 +294,10 @@ def _read_pair(item: Mapping[str, Any], names: MessageNames, parsed: ParsedMessa
         raise Unusable("a message has no role")
     if not isinstance(user, str) or not isinstance(assistant, str):
         raise Unusable("a pair of messages has no text on one side")
+    sides = (names.user_role, names.assistant_role, "human", "user", "assistant", "gpt", "bot")
+    _note_unknown(item, _OWN_KEYS.union(filter(None, sides)), parsed)
     parsed.add("user", user, {})
-    parsed.add("assistant", assistant, {})
+    parsed.add("assistant", assistant, _flags(item))
 
 
 def _read_content(

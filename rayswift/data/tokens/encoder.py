@@ -74,7 +74,7 @@ class Encoder(TemplateSettings):
     """Encodes standard rows for training and messages for generation. Fields are SWIFT's flags of the same name.
 
     `max_length` in tokens, None is no limit. `preference`: each row is a pair: its conversation, then the one that
-    ends in the rejected answer, each within `max_length`.
+    ends in the rejected answer, each within `max_length`, which cuts both at the same place.
 
     Raises:
         UserError: a setting has no such value; the message names flag and choices.
@@ -87,6 +87,8 @@ class Encoder(TemplateSettings):
     def __post_init__(self) -> None:
         super().__post_init__()
         one_of("--truncation_strategy", self.truncation_strategy, TRUNCATION_STRATEGIES)
+        if self.preference and self.truncation_strategy == "split":
+            raise UserError("--truncation_strategy split: a pair cannot be split; use delete, left or right")
         if self.max_length is not None and self.max_length < 2:
             raise UserError(f"--max_length {self.max_length}: a sample needs at least 2 tokens")
 
@@ -146,23 +148,54 @@ class Encoder(TemplateSettings):
     def _encode_pairs(self, rows: Sequence[Mapping[str, Any]]) -> EncodedBatch:
         """Both conversations of each row in one sample; a row whose one side is dropped is dropped."""
         chosen, rejected = self._encode(rows), self._encode(rows, _rejected_row)
-        kept, chosen_places, rejected_places = np.intersect1d(chosen.rows, rejected.rows, return_indices=True)
-        places = zip(map(chosen.sample, chosen_places), map(rejected.sample, rejected_places), strict=True)
-        sides = [side for first, second in places for side in ((chosen, first), (rejected, second))]
+        reasons = {drop.row: f"rejected answer: {drop.reason}" for drop in rejected.dropped}
+        reasons |= {drop.row: drop.reason for drop in chosen.dropped}
+        kept: list[int] = []
+        sides: list[tuple[EncodedBatch, slice]] = []
+        for row, *places in zip(*np.intersect1d(chosen.rows, rejected.rows, return_indices=True), strict=True):
+            pair = [(chosen, chosen.sample(places[0])), (rejected, rejected.sample(places[1]))]
+            if reason := self._cut_pair(pair):
+                reasons[int(row)] = reason
+            else:
+                kept.append(int(row))
+                sides += pair
         sizes = np.array([part.stop - part.start for _, part in sides], dtype=np.int64).reshape(-1, 2)
         nothing = np.zeros(0, np.int32)
-        reasons = {drop.row: Dropped(f"rejected answer: {drop.reason}", drop.row) for drop in rejected.dropped}
-        reasons |= {drop.row: drop for drop in chosen.dropped}
         return EncodedBatch(
             np.concatenate([nothing, *(side.input_ids[part] for side, part in sides)]),
             np.concatenate([nothing, *(side.labels[part] for side, part in sides)]),
             # A preference is about whole answers: no method weighs their tokens.
             None,
             np.concatenate([[0], np.cumsum(sizes.sum(axis=1))]).astype(np.int64),
-            kept,
-            tuple(reasons[row] for row in sorted(reasons)),
+            np.array(kept, dtype=np.int64),
+            tuple(Dropped(reasons[row], row) for row in sorted(reasons)),
             sizes[:, 0].astype(np.int32),
         )
+
+    def _cut_pair(self, pair: list[tuple[EncodedBatch, slice]]) -> str:
+        """Cut a pair's sides to `max_length`, where needed; why that cannot be, or "".
+
+        At the left both sides lose what the longer one has too much, of what they share: they keep the same prompt.
+        """
+        sizes = [part.stop - part.start for _, part in pair]
+        cut = max(sizes) - self.max_length if self.max_length is not None else 0
+        if cut <= 0:
+            return ""
+        assert self.max_length is not None
+        if self.truncation_strategy == "delete":
+            side = "" if sizes[0] > self.max_length else "rejected answer: "
+            return f"{side}longer than --max_length {self.max_length}"
+        if self.truncation_strategy == "left":
+            first, second = (batch.input_ids[part][: min(sizes)] for batch, part in pair)
+            if cut >= np.append(first == second, False).argmin():
+                return f"longer than --max_length {self.max_length}, even without the prompt that both answers share"
+        for number, (batch, part) in enumerate(pair):
+            start = part.start + (cut if self.truncation_strategy == "left" else 0)
+            pair[number] = batch, slice(start, min(part.stop, start + self.max_length))
+            batch.labels[start] = IGNORED
+            if (batch.labels[pair[number][1]] == IGNORED).all():
+                return "no trained token is left within --max_length"
+        return ""
 
     def _encode(
         self, rows: Sequence[Mapping[str, Any]], side: Callable[[Mapping[str, Any]], Mapping[str, Any]] | None = None
@@ -223,7 +256,7 @@ class Encoder(TemplateSettings):
         self, ids: np.ndarray, weights: np.ndarray, offsets: np.ndarray, rows: np.ndarray, dropped: list[Dropped]
     ) -> EncodedBatch:
         """Apply `--max_length`; samples without a trained token are not samples."""
-        limit = self.max_length
+        limit = None if self.preference else self.max_length  # the sides of a pair are cut together
         starts, ends = offsets[:-1], offsets[1:]
         too_long = np.zeros(len(rows), dtype=bool) if limit is None else ends - starts > limit
         if limit is not None and too_long.any():

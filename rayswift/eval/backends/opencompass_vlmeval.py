@@ -1,8 +1,8 @@
 """``--eval_backend OpenCompass`` and ``VLMEvalKit``: EvalScope starts them, over the endpoint.
 
 Both want other versions of libraries than serving does (old pandas and Transformers), so they run as a process of their
-own: of this Python where they are installed beside us, else of the one that ``--extra_eval_args '{"python": PATH}'``
-names. What they need from us is the endpoint.
+own: of the Python that ``--extra_eval_args '{"python": PATH}'`` names, else of this one where they are installed beside
+us, else of the environment that ``make opencompass`` makes. What they need from us is the endpoint.
 """
 
 from __future__ import annotations
@@ -51,21 +51,26 @@ class Toolkit:
         self.known: list[str] | None = None
 
     def _find_python(self) -> str:
-        """A Python that has EvalScope and the toolkit. Raises UserError where there is none."""
+        """A Python that has EvalScope and the toolkit: the one that is named, else this one, else that of the folder
+        ``.venv-opencompass`` here or beside this environment. Raises UserError where there is none."""
         module, extra = _LIBRARIES[self.kind]
-        named = self.args.extra_eval_args.get("python")
-        python = os.path.expanduser(str(named)) if named else sys.executable
-        if shutil.which(python) is None:
-            raise UserError(f"--extra_eval_args: python {python}: no such program")
-        look = f"import importlib.util as u; print(all(u.find_spec(n) for n in ('evalscope', '{module}')))"
-        done = subprocess.run([python, "-c", look], capture_output=True, text=True)
-        if done.stdout.strip() != "True":
-            raise UserError(
-                f"--eval_backend {self.kind} needs EvalScope's extra `{extra}` in an environment of its own: "
-                f"pip install 'evalscope[{extra}]' there, and name its Python: "
-                '--extra_eval_args \'{"python": "ENV/bin/python"}\''
-            )
-        return python
+        named = self.args.extra_eval_args.get("python") or os.environ.get(f"RAYSWIFT_{self.kind.upper()}")
+        own = os.path.join(f".venv-{extra}", "bin", "python")
+        places = [str(named)] if named else [sys.executable, own, os.path.join(os.path.dirname(sys.prefix), own)]
+        for python in map(shutil.which, map(os.path.expanduser, places)):
+            if python is None:
+                continue
+            look = f"import importlib.util as u; print(all(u.find_spec(n) for n in ('evalscope', '{module}')))"
+            done = subprocess.run([python, "-c", look], capture_output=True, text=True)
+            if done.stdout.strip() == "True":
+                return os.path.abspath(python)
+        if named and shutil.which(os.path.expanduser(str(named))) is None:
+            raise UserError(f"--extra_eval_args: python {named}: no such program")
+        raise UserError(
+            f"--eval_backend {self.kind} needs EvalScope's extra `{extra}` in an environment of its own: "
+            f"`make {extra}` makes it here, or pip install 'evalscope[{extra}]' elsewhere and name its Python: "
+            '--extra_eval_args \'{"python": "ENV/bin/python"}\''
+        )
 
     def prepare(self, benchmark: Benchmark) -> None:
         if self.known is None:

@@ -40,7 +40,7 @@ from rayswift.serve.model_cards import model_cards
 from rayswift.serve.node_address import keep_replica_ports_inside
 from rayswift.serve.openai_errors import ApiError, Refusal, add_error_handlers
 from rayswift.serve.ports import bind, run_http
-from rayswift.serve.replica.adapters import split_key
+from rayswift.serve.replica.adapters import AdapterKey
 from rayswift.serve.request_body import aside, check_roles, client_left, read_object
 
 logger = logging.getLogger("rayswift.serve.gateway.app")
@@ -60,6 +60,7 @@ class AdapterRequest(BaseModel):
 
     lora_name: str
     lora_path: str | None = None
+    load_inplace: bool = False
     model: str | None = None
 
 
@@ -80,6 +81,8 @@ class ServedModel:
     default_adapter: str | None
     owned_by: str
     created: int
+    fingerprints: dict[str, str]
+    may_sleep: bool
 
 
 class Gateway:
@@ -87,12 +90,12 @@ class Gateway:
 
     Args:
         models: for each model ``{"name", "app", "deployment"}``, and optionally ``adapters``, ``default_adapter``,
-            ``adapter_root`` and ``max_queued_requests``.
+            ``adapter_root``, ``max_queued_requests`` and ``may_sleep`` (no replica runs while nobody asks).
         listen: ``{"host", "port"}`` and optionally ``shared`` (other gateways listen there too), ``ssl_keyfile`` and
             ``ssl_certfile``; None: through Serve's proxy.
         api_keys: SHA-256 digests (hex) of the keys of which a client must send one; empty: none is needed.
         queue_timeout: seconds a request may wait for a replica.
-        allowed_origins: web pages whose scripts may ask (``*`` for every one); browsers refuse the others.
+        allowed_origins: web pages whose scripts may ask (``*`` for every one); the others are refused.
         shared: the application that keeps what several gateways share; None for a gateway that is alone.
     """
 
@@ -108,7 +111,7 @@ class Gateway:
     ) -> None:
         keep_replica_ports_inside()
         self.counters = Counters()
-        self._origins = allowed_origins or []
+        self._origins, self._host = allowed_origins or [], (listen or {}).get("host")
         self._keys = [bytes.fromhex(digest) for digest in api_keys or []]
         self._session = aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(limit=0, force_close=False),
@@ -126,11 +129,14 @@ class Gateway:
                     functools.partial(self.shared.place, model["name"], model.get("max_queued_requests", 2**31)),
                 ),
                 AdapterRegistry(
-                    model["name"], model.get("adapters") or {}, model.get("adapter_root"), self.shared
+                    model["name"], model.get("adapters") or {}, model.get("adapter_root"), self.shared,
+                    [one["name"] for one in models],
                 ),
                 model.get("default_adapter"),
                 owned_by,
                 started,
+                model.get("fingerprints") or {},
+                model.get("may_sleep", False),
             )
             for model in models
         }  # fmt: skip
@@ -151,7 +157,7 @@ class Gateway:
             elif scope["type"] == "lifespan":
                 await self._own(scope, receive, send)
 
-        return allow_origins(app, self._origins)
+        return allow_origins(app, self._origins, self._host)
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         status, failed = 0, False
@@ -205,12 +211,12 @@ class Gateway:
         raw, body = await read_object(scope, receive)
         await aside(len(raw), lambda: check_roles(body))
         model, adapter = await self._find(body.get("model"))
-        wanted = split_key(adapter)[0] if adapter else model.name
+        wanted = adapter.name if adapter else model.name
         if body.get("model") != wanted:
             body["model"] = wanted
             raw = await aside(len(raw), lambda: json.dumps(body, ensure_ascii=True).encode())
         request_id = dict(scope["headers"]).get(b"x-request-id", b"").decode("latin-1")[:100]
-        request = GatewayRequest("POST", path, raw, body, adapter, request_id)
+        request = GatewayRequest("POST", path, raw, body, str(adapter or ""), request_id)
         sending = asyncio.ensure_future(self._relay(model.forwarder, request, send))
         leaving = asyncio.ensure_future(client_left(receive))
         try:
@@ -236,8 +242,8 @@ class Gateway:
                     await send({"type": "http.response.body", "body": piece, "more_body": True})
                 await send({"type": "http.response.body", "body": b"", "more_body": False})
 
-    async def _find(self, name: Any) -> tuple[ServedModel, str]:
-        """The model and the adapter's key (``""`` for none) that a client's ``model`` means.
+    async def _find(self, name: Any) -> tuple[ServedModel, AdapterKey | None]:
+        """The model and the adapter's key that a client's ``model`` means.
 
         ``NAME`` of a model, ``ADAPTER``, or ``NAME:ADAPTER``; without a name the only model. Raises ApiError (404).
         """
@@ -246,12 +252,10 @@ class Gateway:
         if not isinstance(name, str):
             raise ApiError(400, "model: expected the name of a model", param="model")
         if model := self.models.get(name):
-            return model, model.default_adapter or ""
-        base, _, adapter = name.partition(":")
-        candidates = [self.models[base]] if adapter and base in self.models else list(self.models.values())
-        for model in candidates:
-            if key := await model.adapters.key_of(adapter if adapter and base in self.models else name):
-                return model, key
+            return model, AdapterKey(model.default_adapter) if model.default_adapter else None
+        for base in [base for base in self.models if name.startswith(f"{base}:")] or self.models:
+            if key := await self.models[base].adapters.key_of(name.removeprefix(f"{base}:")):
+                return self.models[base], key
         raise _no_model(name, f"; models: {', '.join(self.models)}")
 
     # --- about the server ---------------------------------------------------------------------------------------
@@ -270,7 +274,8 @@ class Gateway:
         body = {"requestBody": {"required": True, "content": content}}
         app.add_api_route("/v1/load_lora_adapter", self.load_adapter, methods=["POST"], openapi_extra=body)
         app.add_api_route("/v1/unload_lora_adapter", self.unload_adapter, methods=["POST"], openapi_extra=body)
-        app.add_api_route("/health", self.health)
+        app.add_api_route("/health", self.health, responses={"503": {"model": Refusal}})
+        app.add_api_route("/livez", self.live)
         app.add_api_route("/metrics", self.metrics)
         app.add_api_route("/ping", self.health, methods=["GET", "POST"], include_in_schema=False)
         app.add_api_route("/openapi.json", self.openapi, include_in_schema=False)
@@ -286,7 +291,7 @@ class Gateway:
             adapters = [name for name in await model.adapters.names() if name != model.default_adapter]
             cards += model_cards(
                 model.name, adapters, created=model.created, owned_by=model.owned_by,
-                max_model_len=await model.forwarder.context_length(),
+                max_model_len=await model.forwarder.context_length(), fingerprints=model.fingerprints,
             )  # fmt: skip
         return {"object": "list", "data": cards}
 
@@ -307,27 +312,26 @@ class Gateway:
         return {"object": "list", "data": data}
 
     async def load_adapter(self, body: Body) -> Any:
-        """Load an adapter from below ``--adapter_root`` (the fields are vLLM's)."""
-        name, path = body.get("lora_name"), body.get("lora_path")
+        """Load an adapter (the fields are vLLM's). Until one replica has loaded it the name means what it did."""
+        name, replace = body.get("lora_name"), body.get("load_inplace") or False
         if not isinstance(name, str):
             raise ApiError(400, "lora_name: expected the name of an adapter", param="lora_name")
+        if not isinstance(replace, bool):
+            raise ApiError(400, "load_inplace: expected true or false", param="load_inplace")
         model = self._owner(body)
-        key = await model.adapters.add(name, name if path is None else path)
-        try:
-            await model.forwarder.whole(GatewayRequest("GET", "/health", adapter=key))  # one replica loads it
-        except BaseException:  # a client that leaves too
-            await model.adapters.remove(name)
-            raise
+        key = await model.adapters.candidate(name, body.get("lora_path"), replace=replace)
+        await model.forwarder.prepare(str(key))
+        await model.adapters.name(key, replace=replace)
         return {"id": name, "object": "adapter", "model": model.name}
 
     async def unload_adapter(self, body: Body) -> Any:
-        """Unload an adapter from the running replicas; what is below ``--adapter_root`` loads again when asked for."""
+        """Unload an adapter from the running replicas; one of the server's own loads again when it is asked for."""
         name, model = body.get("lora_name"), self._owner(body)
         key = await model.adapters.key_of(name) if isinstance(name, str) else None
         if key is None:
             raise ApiError(404, f"adapter {str(name)[:200]}: not known", code="adapter_not_found", param="lora_name")
-        await model.adapters.remove(str(name))
-        replicas = await model.forwarder.broadcast("forget_adapter", key)
+        version = await model.adapters.remove(key)
+        replicas = await model.forwarder.broadcast("forget_adapter", key.name, version)
         return {"id": name, "object": "adapter", "unloaded": True, "replicas": len(replicas)}
 
     def _owner(self, body: dict[str, Any]) -> ServedModel:
@@ -340,8 +344,15 @@ class Gateway:
         return self.models[name]
 
     async def health(self) -> Any:
-        """Whether the server is up."""
+        """Whether requests are answered now: every model has a replica that says so, or starts one when asked."""
+        able = await asyncio.gather(*(model.forwarder.can_answer(model.may_sleep) for model in self.models.values()))
+        if missing := [name for name, answers in zip(self.models, able, strict=True) if not answers]:
+            raise ApiError(503, f"no replica can answer for {', '.join(missing)}", code="not_ready", retry_after=5)
         return {"status": "ok", "models": list(self.models)}
+
+    async def live(self) -> Any:
+        """Whether this process answers; no replica is asked."""
+        return {"status": "ok"}
 
     async def metrics(self) -> PlainTextResponse:
         """Metrics of the gateways and of each running replica's engine, for Prometheus."""

@@ -18,7 +18,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import aiohttp
-from ray.exceptions import RayActorError
+from ray import serve
+from ray.exceptions import RayActorError, RayError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RayServeException
 
 from rayswift.serve.gateway.shared import TooManyWait
@@ -52,6 +53,10 @@ NAMED_STREAMS = ("/v1/responses", "/v1/messages")
 LINE_SECONDS = 0.1
 #: Seconds that the replicas may take for a call to each of them.
 BROADCAST_SECONDS = 10.0
+#: Seconds for a question about their health; who asks the gateway for it waits about as long.
+HEALTH_SECONDS = 2.0
+#: States of a deployment without replicas that starts one for the next request, or does so already.
+AWAKENS = ("HEALTHY", "UPSCALING", "DOWNSCALING")
 _USAGE = re.compile(rb'"(?:completion|output)_tokens":\s*(\d+)')
 
 
@@ -154,6 +159,38 @@ class Forwarder:
                 return b"".join([piece async for piece in response.pieces])
         raise ApiError(503, "no replica could answer the request", retry_after=5)
 
+    async def prepare(self, adapter: str) -> None:
+        """Have a replica load an adapter that no request asks for yet. Raises ApiError when it cannot be used."""
+        for tries in range(1, MAX_TRIES + 1):
+            try:
+                (await self._take_lease(adapter, only_prepare=True)).give_back()
+                return
+            except RayActorError as error:
+                await self._before_retry(error, tries)
+        raise ApiError(503, "no replica could load the adapter", retry_after=5)
+
+    async def can_answer(self, may_sleep: bool) -> bool:
+        """Whether a running replica says that it is well; ``may_sleep``: or none runs because nobody asked."""
+        try:
+            well = await self.broadcast("check_health", timeout=HEALTH_SECONDS)
+            return bool(well) or (may_sleep and await asyncio.to_thread(self._is_asleep))
+        except ApiError:  # one of them is silent: whether Serve finds another
+            asked = self.handle.options(method_name="check_health").remote()
+            try:
+                async with asyncio.timeout(HEALTH_SECONDS):
+                    await asked
+            except BackPressureError:
+                return True
+            except (RayError, RayServeException, TimeoutError):
+                asked.cancel()
+                return False
+            return True
+
+    def _is_asleep(self) -> bool:
+        app = serve.status().applications.get(self.handle.app_name)
+        status = app.deployments.get(self.handle.deployment_name) if app else None
+        return status is not None and status.status in AWAKENS and not status.replica_states.get("RUNNING")
+
     async def context_length(self) -> int | None:
         """Tokens that a prompt and its answer may have; None when no replica can say."""
         try:
@@ -161,7 +198,7 @@ class Forwarder:
         except ApiError:
             return None
 
-    async def broadcast(self, method: str, *args: Any) -> list[Any]:
+    async def broadcast(self, method: str, *args: Any, timeout: float = BROADCAST_SECONDS) -> list[Any]:
         """What every running replica answers to a call: nothing when none runs, nor from one that dies meanwhile.
 
         Raises:
@@ -169,7 +206,7 @@ class Forwarder:
         """
         try:
             asked = self.handle.broadcast(method, *args)
-            answers = await asked.results_async(timeout_s=BROADCAST_SECONDS, return_exceptions=True)
+            answers = await asked.results_async(timeout_s=timeout, return_exceptions=True)
         except DeploymentUnavailableError:
             return []
         except TimeoutError:
@@ -275,9 +312,9 @@ class Forwarder:
             else:
                 lease.give_back()
 
-    async def _take_lease(self, adapter: str) -> Lease:
+    async def _take_lease(self, adapter: str, only_prepare: bool = False) -> Lease:
         """A lease through Serve. Raises ApiError when there is none."""
-        lease = Lease(self._lease_call(adapter).remote())
+        lease = Lease(self._lease_call(adapter).remote(only_prepare))
         self.counters.waiting += 1
         self._waiting += 1
         try:

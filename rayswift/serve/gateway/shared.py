@@ -62,7 +62,9 @@ class GatewayState:
         if is_actor:
             keep_replica_ports_inside()
         self._created = int(time.time())
-        self._paths: dict[tuple[str, str], str] = {}  # (model, adapter) → path below the root
+        # Later than every version of an actor before this one: replicas may still have what clients named then.
+        self._version = self._began = time.time_ns()
+        self._named: dict[tuple[str, str], tuple[str, int]] = {}  # (model, adapter) → path below the root, version
         self._counters: dict[str, dict[str, Any]] = {}
         self._line: dict[str, Counter[str]] = {}  # gateway → model → requests that wait
         self._heard: dict[str, float] = {}
@@ -71,21 +73,36 @@ class GatewayState:
         """When the deployment began, as its model cards say."""
         return self._created
 
-    async def name_adapter(self, model: str, name: str, path: str) -> None:
-        """Give the adapter at ``path`` a name."""
-        self._paths[model, name] = path
+    async def adapter(self, model: str, name: str) -> tuple[str, int]:
+        """Where an adapter lies that a client named (empty for another name), and the version of what the name means.
 
-    async def forget_adapter(self, model: str, name: str) -> None:
-        """Take the name away."""
-        self._paths.pop((model, name), None)
+        A name's version grows with every change of its meaning (`replica.adapters.AdapterKey`).
+        """
+        return self._named.get((model, name), ("", self._began))
 
-    async def adapter_path(self, model: str, name: str) -> str | None:
-        """Where an adapter lies that a client named; None for another name."""
-        return self._paths.get((model, name))
+    async def next_version(self) -> int:
+        """A version above all that there have been."""
+        self._version = max(self._version + 1, time.time_ns())
+        return self._version
+
+    async def name_adapter(self, model: str, name: str, path: str, version: int, replace: bool) -> bool:
+        """Give the adapter at ``path`` a name; False when it has one from a client already, unless ``replace``."""
+        known, since = await self.adapter(model, name)
+        if known and not replace and version != since:
+            return False
+        if version > since:  # two came at once, and the later one is there already
+            self._named[model, name] = path, version
+        return True
+
+    async def forget_adapter(self, model: str, name: str) -> int:
+        """Take a name away that a client gave; the version from which on it means nothing, or its own folder."""
+        version = await self.next_version()
+        self._named[model, name] = "", version
+        return version
 
     async def adapter_names(self, model: str) -> list[str]:
         """The names that clients gave."""
-        return [name for owner, name in self._paths if owner == model]
+        return [name for (owner, name), (path, _) in self._named.items() if owner == model and path]
 
     async def wait(self, gateway: str, model: str, limit: int) -> bool:
         """Take a place in the line of a model; False when ``limit`` wait already, at all gateways together."""

@@ -1,8 +1,7 @@
 """LoRA adapters at a replica: from what the gateway asks for to a checked folder.
 
-A *key* is ``NAME`` (also the path below ``--adapter_root``) or ``NAME=PATH``. Refused with a reason: paths that leave
-the root (``..``, links), pickle weights, another base model, a rank above the engine's, parts that the engine cannot
-apply.
+Refused with a reason: the model's own name, paths that leave the root (``..``, links), pickle weights, another base
+model, a rank above the engine's, parts that the engine cannot apply.
 """
 
 from __future__ import annotations
@@ -10,15 +9,17 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rayswift import hub, private
 from rayswift.errors import UserError
+from rayswift.modeling.adapter_kinds import only_merged
 from rayswift.modeling.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS, check_adapter, read_adapter_config
 from rayswift.modeling.loading import read_safetensors_header, weight_files
 from rayswift.serve.openai_errors import ApiError
 
 if TYPE_CHECKING:
+    from rayswift.data.tokens.encoder import Encoder
     from rayswift.generate.model_spec import ModelSpec
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)*")
@@ -38,10 +39,26 @@ def check_name(name: str) -> str:
     return name
 
 
-def split_key(key: str) -> tuple[str, str]:
-    """A key as (name, path below the root)."""
-    name, _, path = key.partition("=")
-    return name, path or name
+class AdapterKey(NamedTuple):
+    """What a gateway asks a replica for. As text it is Serve's multiplexed model id.
+
+    ``path`` is below ``--adapter_root``, or empty for an adapter given at start. Of two keys of a name the one with the
+    greater ``version`` is what the name means now.
+    """
+
+    name: str
+    path: str = ""
+    version: int = 0
+
+    def __str__(self) -> str:
+        return f"{self.name}={self.path}#{self.version}"
+
+    @classmethod
+    def parse(cls, text: str) -> AdapterKey:
+        """The key that reads so."""
+        place, _, version = text.rpartition("#")
+        name, _, path = place.partition("=")
+        return cls(name, path, int(version))
 
 
 class AdapterLoader:
@@ -57,10 +74,21 @@ class AdapterLoader:
             for path in weight_files(model_dir):
                 self._base_shapes |= {name: entry["shape"] for name, entry in read_safetensors_header(path).items()}
 
-    def fetch(self, key: str) -> str:
+    def load(self, key: AdapterKey, own: Encoder) -> tuple[str, Encoder]:
+        """The folder of an adapter, and how its prompts are laid out; ``own``: the model's. Raises AdapterRefused."""
+        folder = self.fetch(key)
+        self.check(key.name, folder)
+        try:
+            return folder, self._plan.adapter_encoder(folder, own)
+        except UserError as error:
+            raise AdapterRefused(422, f"adapter {key.name}: {error}") from None
+
+    def fetch(self, key: AdapterKey) -> str:
         """The local folder of an adapter; downloads it from a bucket. Raises AdapterRefused."""
-        name, path = split_key(key)
-        if name in self._plan.adapters:
+        name, path, _ = key
+        if name == self._plan.name:
+            raise AdapterRefused(400, f"adapter {name}: the model itself is served under that name")
+        if not path and name in self._plan.adapters:
             return self._plan.adapters[name]
         root = self._plan.adapter_root
         if root is None:
@@ -76,9 +104,8 @@ class AdapterLoader:
                 raise AdapterRefused(403, f"adapter {name}: leads out of the server's --adapter_root")
         return str(folder)
 
-    def check(self, key: str, folder: str) -> None:
+    def check(self, name: str, folder: str) -> None:
         """Raises AdapterRefused (422) unless the engine can use the adapter with this base model."""
-        name, _ = split_key(key)
         try:
             check_adapter(folder)
             shapes = read_safetensors_header(Path(folder) / ADAPTER_WEIGHTS)
@@ -88,16 +115,17 @@ class AdapterLoader:
             raise AdapterRefused(422, f"adapter {name}: {problem}")
 
     def _problems(self, config: dict[str, Any], shapes: dict[str, dict[str, Any]]) -> Iterator[str]:
-        if config.get("peft_type") != "LORA":
-            yield f"is {config.get('peft_type')}, only LoRA is served; merge it with rayswift export --merge_lora true"
-        if config.get("use_dora") or config.get("modules_to_save"):
-            yield "has DoRA or whole layers (modules_to_save); merge it with rayswift export --merge_lora true"
+        if reason := only_merged(config, shapes):
+            yield reason
         yield from _contradictions(config, shapes)
         ranks = [entry["shape"][0] for key, entry in shapes.items() if ".lora_A" in key]
         if ranks and max(ranks) > self._plan.max_lora_rank:
             yield f"rank {max(ranks)} is above the server's {self._plan.max_lora_rank} (--vllm_max_lora_rank)"
         for key, entry in shapes.items():
             base = self._base_shapes.get(_base_name(key))
+            if base is None and _base_name(key) == "lm_head.weight":
+                yield "has the output head, which shares the embeddings' weights; merge it with rayswift export"
+                return
             side = 1 if ".lora_A" in key else 0
             if base is None or len(base) != 2 or entry["shape"][side] != base[side]:
                 yield f"was trained on another base model ({key.removeprefix('base_model.model.')} does not fit)"

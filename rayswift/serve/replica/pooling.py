@@ -115,7 +115,10 @@ class PoolingServing:
         """Raises ValueError: vectors and scores come from the model itself."""
         raise ValueError("a model of vectors or scores takes adapters with --infer_backend vllm only")
 
-    async def unload_adapter(self, name: str) -> None:
+    def answer_as(self, name: str, handle: Any) -> None:
+        """Nothing was loaded."""
+
+    async def unload_adapter(self, handle: Any) -> None:
         """Nothing was loaded."""
 
     def metrics(self) -> str:

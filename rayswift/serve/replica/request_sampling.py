@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -20,9 +20,10 @@ from rayswift.serve.replica.trained_template import stop_strings
 
 def rows_of(
     engine: TransformersEngine, body: GenerationRequest, prompts: list[list[int]], adapter: str, encoder: Encoder,
-    emit: Callable[[int, TokenDelta], Any],
+    emit: Callable[[int, TokenDelta], Any], defaults: Mapping[str, Any],
 ) -> list[Sequence]:  # fmt: skip
-    """A row for each choice of each prompt; ``emit`` gets the number of the choice with each piece.
+    """A row for each choice of each prompt; ``emit`` gets the number of the choice with each piece. ``defaults``: the
+    deployment's (`ModelSpec.sampling`).
 
     Raises:
         ApiError: the request asks for what cannot be.
@@ -33,7 +34,7 @@ def rows_of(
     calls = isinstance(body, ChatRequest) and body.wants_calls
     words = (*asked, *(() if body.ignore_eos else stop_strings(encoder, tools=calls)))
     count = body.n or 1
-    samplings = [_sampling(engine, body, prompt, ends) for prompt in prompts for _ in range(count)]
+    samplings = [_sampling(engine, body, prompt, ends, defaults) for prompt in prompts for _ in range(count)]
     constraints = _constraints(engine, body, encoder, len(samplings))
     return [
         Sequence(
@@ -44,7 +45,9 @@ def rows_of(
     ]  # fmt: skip
 
 
-def _sampling(engine: TransformersEngine, body: GenerationRequest, prompt: list[int], ends: set[int]) -> Sampling:
+def _sampling(
+    engine: TransformersEngine, body: GenerationRequest, prompt: list[int], ends: set[int], defaults: Mapping[str, Any]
+) -> Sampling:
     """How every answer to a prompt is sampled; ``ends``: tokens that end one.
 
     Raises:
@@ -61,7 +64,7 @@ def _sampling(engine: TransformersEngine, body: GenerationRequest, prompt: list[
     chosen: dict[str, Any] = {}
     for name in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty"):
         own = getattr(body, name)
-        chosen[name] = getattr(config, name, None) if own is None else own
+        chosen[name] = defaults.get(name, getattr(config, name, None)) if own is None else own
     chosen |= {name: getattr(body, name) for name in ("presence_penalty", "frequency_penalty", "seed", "min_tokens")}
     if not all(key.isascii() and key.isdigit() and len(key) < 10 for key in body.logit_bias or ()):
         raise ApiError(400, "logit_bias: keys are token ids", param="logit_bias")
@@ -72,7 +75,8 @@ def _sampling(engine: TransformersEngine, body: GenerationRequest, prompt: list[
     # Marks of tool calls may be special tokens; vLLM keeps them too where calls are read.
     keeps_special = body.skip_special_tokens is False or (isinstance(body, ChatRequest) and body.wants_calls)
     sampling = Sampling(
-        max_tokens=room if wanted is None else wanted,
+        # As with vLLM, the deployment's is also the most that a request gets.
+        max_tokens=min(room if wanted is None else wanted, defaults.get("max_new_tokens") or room),
         logit_bias=bias,
         logprobs=body.alternatives,
         skip_special_tokens=not keeps_special,

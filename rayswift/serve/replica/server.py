@@ -9,28 +9,24 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncIterator
-from typing import Any
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any
 
 from ray import serve
 
-from rayswift.generate.model_spec import ModelSpec
+from rayswift import private
+from rayswift.generate.model_spec import ModelSpec, hub_token
 from rayswift.serve.connections import MAX_REPLICA_HEAD_BYTES
 from rayswift.serve.lease import LeaseBook, LeaseMiddleware
 from rayswift.serve.node_address import keep_replica_ports_inside, node_ip
 from rayswift.serve.ports import bind, run_http
-from rayswift.serve.replica.adapters import AdapterLoader, AdapterRefused, split_key
+from rayswift.serve.replica.adapter_book import AdapterBook
+from rayswift.serve.replica.adapters import AdapterKey, AdapterLoader, AdapterRefused
+
+if TYPE_CHECKING:
+    from rayswift.data.tokens.encoder import Encoder
 
 logger = logging.getLogger("rayswift.serve.replica.server")
-
-
-class LoadedAdapter:
-    """An adapter in the cache of Serve's multiplexing, which awaits ``__del__`` when it drops one."""
-
-    def __init__(self, name: str, serving: Any) -> None:
-        self.name, self._serving = name, serving
-
-    async def __del__(self) -> None:
-        await self._serving.unload_adapter(self.name)
 
 
 class LLMServer:
@@ -40,10 +36,11 @@ class LLMServer:
         keep_replica_ports_inside()
         logging.getLogger("rayswift").setLevel(logging.INFO)  # vLLM's start leaves the root logger at ERROR
         self.plan = ModelSpec(**plan)
-        self.adapters = AdapterLoader(self.plan)
+        self.loader = AdapterLoader(self.plan)
         self.leases = LeaseBook(self.plan.max_ongoing_requests)
-        model_dir = await asyncio.to_thread(self.plan.resolve_model)
-        self.adapters.read_base(model_dir)
+        token = None if self.plan.local else private.kept_secret(hub_token(serve.get_replica_context().app_name))
+        model_dir = await asyncio.to_thread(self.plan.resolve_model, token)
+        self.loader.read_base(model_dir)
         self.encoders = self.plan.encoders(model_dir)
         self.serving: Any
         if self.plan.engine == "vllm":
@@ -59,46 +56,49 @@ class LLMServer:
 
             self.serving = TransformersServing.from_plan(self.plan, self.encoders)
         await self.serving.start()
+        await self._open("127.0.0.1" if self.plan.local else node_ip())
 
-        async def load(key: str) -> LoadedAdapter:  # a function: Serve sets attributes on it
-            return await self._load_adapter(key)
+    async def _open(self, host: str) -> None:
+        """Let requests in."""
 
-        self._load = serve.multiplexed(max_num_models_per_replica=self.plan.max_adapters)(load)
-        self._socket = bind("127.0.0.1" if self.plan.local else node_ip())
+        async def note(key: str) -> str:  # a function: Serve sets attributes on it
+            return key
+
+        self._note = serve.multiplexed(max_num_models_per_replica=self.plan.max_adapters)(note)
+        self.adapters = AdapterBook(self.serving, self._fetch, self.encoders, self.plan.max_adapters)
+        self._socket = bind(host)
         self.url = "http://{}:{}".format(*self._socket.getsockname()[:2])
         app = LeaseMiddleware(self.serving.app, self.leases)
         self._http = await run_http(app, self._socket, max_head_bytes=MAX_REPLICA_HEAD_BYTES)
 
-    async def lease(self) -> AsyncIterator[dict[str, Any]]:
+    async def lease(self, only_prepare: bool = False) -> AsyncIterator[dict[str, Any]]:
         """Where requests go and the token of a new lease; then nothing until the lease has ended.
 
         A request for an adapter (Serve's multiplexed model id) finds it loaded. One that cannot be used gives
-        ``{"status", "message"}`` instead.
+        ``{"status", "message"}`` instead. ``only_prepare``: no lease, the adapter is just loaded.
         """
+        asked = serve.get_multiplexed_model_id()
+        key = AdapterKey.parse(asked) if asked else None
         try:
-            if name := serve.get_multiplexed_model_id():
-                await self._load(name)
+            if key:
+                await self._note(asked)
+            if key and only_prepare:
+                await self.adapters.prepare(key)
+                yield {"url": self.url, "token": ""}
+                return
+            async with self.adapters.using(key) if key else nullcontext():
+                token = self.leases.open()
+                yield {"url": self.url, "token": token}
+                await self.leases.ended(token)
         except AdapterRefused as error:
             yield {"status": error.status, "message": str(error)}
-            return
-        token = self.leases.open()
-        yield {"url": self.url, "token": token}
-        await self.leases.ended(token)
 
-    async def _load_adapter(self, key: str) -> LoadedAdapter:
-        name, _ = split_key(key)
-        folder = await asyncio.to_thread(self.adapters.fetch, key)
-        await asyncio.to_thread(self.adapters.check, key, folder)
-        self.encoders[name] = self.plan.adapter_encoder(folder, self.encoders[""])
-        try:
-            await self.serving.load_adapter(name, folder)
-        except ValueError as error:
-            raise AdapterRefused(422, f"adapter {name}: the engine refuses it ({error})") from None
-        return LoadedAdapter(name, self.serving)
+    async def _fetch(self, key: AdapterKey) -> tuple[str, Encoder]:
+        return await asyncio.to_thread(self.loader.load, key, self.encoders[""])
 
-    async def forget_adapter(self, key: str) -> None:
-        """Unload an adapter now (it loads again when somebody asks for it)."""
-        await self.serving.unload_adapter(split_key(key)[0])
+    async def forget_adapter(self, name: str, version: int) -> bool:
+        """Unload the adapters of a name up to this version; whether there were any."""
+        return self.adapters.forget(name, version)
 
     async def context_length(self) -> int:
         """Tokens that a prompt and its answer may have together."""

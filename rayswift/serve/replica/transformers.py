@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 from typing import Any
@@ -21,8 +21,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from rayswift.data.tokens.encoder import Encoder
 from rayswift.errors import UserError
 from rayswift.generate.continuous_batching import BASE, BatchRunner, Busy, Sequence, TokenDelta
-from rayswift.generate.transformers import TransformersEngine
-from rayswift.modeling.adapters import add_adapter
+from rayswift.generate.transformers import TransformersEngine, seed_everything
+from rayswift.modeling.adapters import add_adapter, remove_adapter
 from rayswift.serve.lease import RESUME_HEADER, current_notes
 from rayswift.serve.model_cards import model_cards
 from rayswift.serve.openai_errors import ApiError, add_error_handlers
@@ -61,7 +61,7 @@ class TransformersServing:
     """An engine, its batches and its app.
 
     ``encoders``: adapter name → how its prompts are laid out, where it is not the model's own way; filled by whoever
-    loads adapters.
+    loads adapters. ``defaults``: sampling of requests that do not say (`ModelSpec.sampling`).
     """
 
     def __init__(
@@ -72,8 +72,9 @@ class TransformersServing:
         *,
         max_rows: int = 16,
         max_waiting: int = 1024,
+        defaults: Mapping[str, Any] | None = None,
     ) -> None:
-        self.engine, self.name = engine, served_model_name
+        self.engine, self.name, self.defaults = engine, served_model_name, defaults or {}
         self.encoders = {} if encoders is None else encoders
         self.runner = BatchRunner(engine, max_rows, max_waiting)
         # A model that was loaded with an adapter answers with it.
@@ -92,20 +93,20 @@ class TransformersServing:
             use_gpu=plan.use_gpu,
             model_kwargs=plan.model_kwargs,
         )
-        return cls(engine, plan.name, encoders)
+        seed_everything(plan.seed)
+        return cls(engine, plan.name, encoders, defaults=plan.sampling)
 
     async def start(self) -> None:
         """The engine runs from the beginning; here for the other engines' sake."""
 
     async def check_health(self) -> None:
-        """Raises when the thread of the model has ended."""
+        """Raises when the thread of the model has ended, or the model is not served under its name."""
         if not self.runner.alive:
             raise RuntimeError("the thread of the model has ended")
+        self.find(self.name)
 
-    async def load_adapter(self, name: str, folder: str) -> None:
-        """Make the adapter in ``folder`` answer requests for the model ``name``. Raises ValueError with the reason."""
-        if name in self._adapters:
-            raise ValueError(f"{name} is loaded already")
+    async def load_adapter(self, name: str, folder: str) -> str:
+        """As `adapter_book.Engine`; the handle is PEFT's name."""
         self._loaded += 1
         key = f"adapter_{self._loaded}"  # a served name may hold what PEFT does not allow in one
 
@@ -116,16 +117,24 @@ class TransformersServing:
             await asyncio.wrap_future(self.runner.between_batches(load))
         except UserError as error:
             raise ValueError(str(error)) from None
-        self._adapters[name] = key
+        return key
 
-    async def unload_adapter(self, name: str) -> None:
-        """Forget an adapter; requests that are running finish first."""
-        key = self._adapters.pop(name, None)
-        if key is None or name == self.name:
-            return
-        while self.runner.has_rows_of(key):
+    def answer_as(self, name: str, handle: str | None) -> None:
+        """As `adapter_book.Engine`."""
+        if handle is None:
+            self._adapters.pop(name, None)
+        else:
+            self._adapters[name] = handle
+
+    async def unload_adapter(self, handle: str) -> None:
+        """As `adapter_book.Engine`; rows of clients that have left are out of the batch first."""
+        while self.runner.has_rows_of(handle):
             await asyncio.sleep(0.05)
-        await asyncio.wrap_future(self.runner.between_batches(lambda: self.engine.model.delete_adapter(key)))
+
+        def unload() -> None:
+            self.engine.model = remove_adapter(self.engine.model, handle)
+
+        await asyncio.wrap_future(self.runner.between_batches(unload))
 
     @property
     def context_length(self) -> int:
@@ -204,9 +213,11 @@ class TransformersServing:
 
     # --- answers ------------------------------------------------------------------------------------------------
 
-    async def answer(self, request: Request, body: GenerationRequest, prompts: list[Prompt], echo: bool) -> Response:
-        """Generate and respond: an event stream, or one object."""
-        name, adapter, encoder = self.find(body.model)
+    async def answer(
+        self, request: Request, body: GenerationRequest, found: tuple[str, str, Encoder], prompts: list[Prompt]
+    ) -> Response:
+        """Generate and respond: an event stream, or one object. ``found``: what `find` gave, the prompts are for it."""
+        (name, adapter, encoder), echo = found, bool(body.echo)
         loop, pieces = asyncio.get_running_loop(), asyncio.Queue[tuple[int, TokenDelta]]()
 
         def emit(index: int, piece: TokenDelta) -> None:
@@ -214,7 +225,7 @@ class TransformersServing:
 
         # In a thread: a grammar takes a while, and so do the ids of words.
         rows = await asyncio.to_thread(
-            rows_of, self.engine, body, [prompt.ids for prompt in prompts], adapter, encoder, emit
+            rows_of, self.engine, body, [prompt.ids for prompt in prompts], adapter, encoder, emit, self.defaults
         )
         resume = _resumed_ids(request)
         check_ids(resume, self.engine.vocabulary, RESUME_HEADER)
@@ -331,8 +342,8 @@ def make_app(serving: TransformersServing) -> ASGIApp:
     @app.post("/v1/chat/completions")
     async def chat(body: ChatRequest, request: Request) -> Response:
         body.check()
-        _, _, encoder = serving.find(body.model)
-        return await serving.answer(request, body, [await serving.chat_prompt(encoder, body)], echo=bool(body.echo))
+        found = serving.find(body.model)
+        return await serving.answer(request, body, found, [await serving.chat_prompt(found[2], body)])
 
     async def count(body: ChatRequest) -> int:
         _, _, encoder = serving.find(body.model)
@@ -344,9 +355,9 @@ def make_app(serving: TransformersServing) -> ASGIApp:
     @app.post("/v1/completions")
     async def complete(body: CompletionRequest, request: Request) -> Response:
         body.check()
-        serving.find(body.model)
+        found = serving.find(body.model)
         prompts = [await serving.plain_prompt(body, prompt) for prompt in body.prompts]
-        return await serving.answer(request, body, prompts, echo=bool(body.echo))
+        return await serving.answer(request, body, found, prompts)
 
     @app.get("/v1/models")
     async def models() -> Any:

@@ -14,18 +14,23 @@ from typing import Any, cast
 
 from ray.serve.llm import LLMConfig
 from ray.serve.llm.deployment import LLMServer
+from vllm.lora.request import LoRARequest
 from vllm.outputs import CompletionOutput, RequestOutput
 from vllm.platforms import current_platform
 from vllm.sampling_params import SamplingParams
+from vllm.v1.engine.exceptions import EngineDeadError
 
 from rayswift import private
 from rayswift.data.tokens.encoder import Encoder
+from rayswift.errors import one_line
 from rayswift.generate.logprobs import token_bytes, token_names
 from rayswift.serve.lease import TokenNotes, current_notes
 from rayswift.serve.replica.trained_template import keeping_tools, use_trained_templates
 
 logger = logging.getLogger("rayswift.serve.replica.vllm")
 
+#: Seconds that requests of clients who have left need to be out of the engine, which would load the adapter again.
+UNLOAD_SECONDS = 1.0
 #: Seconds between looks at the engine.
 WATCH_SECONDS = 0.25
 
@@ -45,6 +50,7 @@ class VllmServing:
         await self._server.start()
         client = private.engine_client(self._server)
         client.generate = resuming(client.generate, client)
+        private.name_adapters(self._server, served_name)
         self.app, online_renderer = await private.openai_app(self._server)
         if online_renderer is not None:
             private.correct_token_bytes(self.app, partial(token_bytes, client.renderer.tokenizer))
@@ -78,14 +84,40 @@ class VllmServing:
         logger.error("the engine died; this replica ends")
         os._exit(1)
 
-    async def load_adapter(self, name: str, folder: str) -> None:
-        """Make the adapter in ``folder`` answer requests for the model ``name``. Raises ValueError with the reason."""
-        self._number += 1
-        await private.load_adapter(self._server, name, folder, self._number)
+    async def load_adapter(self, name: str, folder: str) -> LoRARequest:
+        """As `adapter_book.Engine`.
 
-    async def unload_adapter(self, name: str) -> None:
-        """Forget an adapter; requests that are running finish."""
-        await private.unload_adapter(self._server, name)
+        Each load has a name of its own: vLLM takes adapters of one name for the same in a batch and in the prefix
+        cache, and one that is called like a kind of content (``text``) for a default of the base model's requests.
+        """
+        self._number += 1
+        adapter = LoRARequest(f"{name}#{self._number}", self._number, folder)
+        try:
+            if not await private.engine_client(self._server).add_lora(adapter):
+                raise ValueError("it was not loaded")
+        except EngineDeadError:
+            raise
+        except Exception as error:
+            raise ValueError(one_line(error)) from error
+        return adapter
+
+    def answer_as(self, name: str, handle: LoRARequest | None) -> None:
+        """As `adapter_book.Engine`."""
+        adapters = private.adapters_by_name(self._server)
+        if handle is None:
+            adapters.pop(name, None)
+        else:
+            adapters[name] = handle
+
+    async def unload_adapter(self, handle: LoRARequest) -> None:
+        """As `adapter_book.Engine`."""
+        await asyncio.sleep(UNLOAD_SECONDS)
+        await private.engine_client(self._server).remove_lora(handle.lora_int_id)
+
+
+def served_name(adapter: LoRARequest) -> str:
+    """The name of an adapter for clients."""
+    return adapter.lora_name.rpartition("#")[0]
 
 
 def resuming(generate: Any, client: Any) -> Any:

@@ -76,8 +76,14 @@ class CheckpointStore:
         if found[0] is None:
             return None, 0
         path, step = found[0]
+        return self.fetch(path), step
+
+    def fetch(self, path: str) -> str:
+        """A checkpoint as a folder of this node; every worker calls it."""
+        import torch
+
         if not self.remote or os.path.isdir(path):
-            return path, step
+            return path
         local = os.path.join(self.local_dir, "resume", os.path.basename(path))
         if self.local_rank == 0:
             from pyarrow import fs
@@ -86,13 +92,17 @@ class CheckpointStore:
             fs.copy_files(path, local, source_filesystem=self.filesystem)
         if self.rank.world_size > 1:
             torch.distributed.barrier()
-        return local, step
+        return local
 
     def position(self, checkpoint: str | None) -> checkpoints.Position | None:
         """The position in a checkpoint that :meth:`resume_from` gave."""
         from pyarrow import fs
 
         return checkpoints.read_position(fs.LocalFileSystem(), checkpoint) if checkpoint else None
+
+    def kept_steps(self) -> list[int]:
+        """The steps of the run's whole checkpoints."""
+        return [found.step for found in checkpoints.list_checkpoints(self.filesystem, self.run_path)]
 
     def history(self, checkpoint: str | None) -> list[dict[str, Any]]:
         """The logged rows up to a checkpoint that :meth:`resume_from` gave."""

@@ -28,3 +28,12 @@ def make_trainer(
         private.report("Ray Train", f"training starts some seconds later ({one_line(error)})")
         warm.clear()
         return TorchTrainer(train_loop, **options)
+
+
+def torch_config(backend: str | None, *, embedded: bool) -> Any:
+    """Ray Train's ``TorchConfig``; on an ``embedded`` Ray one whose workers open nothing beyond this machine."""
+    from ray.train.torch import TorchConfig
+
+    from rayswift.train.start.local_group import LocalTorchConfig
+
+    return LocalTorchConfig(backend=backend) if embedded else TorchConfig(backend=backend)

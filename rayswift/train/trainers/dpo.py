@@ -8,14 +8,9 @@ import torch
 from datasets import Dataset
 from trl import DPOTrainer
 
+from rayswift.arguments.rlhf import PREFERENCE_METRICS
 from rayswift.train.collate import Batch
 from rayswift.train.trainers.step import StepTraining
-
-#: What SWIFT logs of a preference run, by TRL's names; each a mean over pairs.
-METRICS = (
-    "rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins",
-    "logps/chosen", "logps/rejected", "logits/chosen", "logits/rejected",
-)  # fmt: skip
 
 
 class PreferenceTrainer(StepTraining, DPOTrainer):
@@ -27,13 +22,14 @@ class PreferenceTrainer(StepTraining, DPOTrainer):
     """
 
     #: Pairs, all tokens, summed losses, the summed metrics.
-    NUM_COUNTS = 3 + len(METRICS)
+    NUM_COUNTS = 3 + len(PREFERENCE_METRICS)
 
     def __init__(self, **kwargs: Any) -> None:
         # TRL looks at a dataset when it is built; what is trained comes from the loader.
         unused = Dataset.from_dict({"prompt_ids": [[0]], "chosen_ids": [[0]], "rejected_ids": [[0]]})
         super().__init__(train_dataset=unused, eval_dataset=unused, **kwargs)
         self._pairs_of_step = 1.0
+        self.precompute_ref_logps = True  # TRL then reads from the batch what `_add_reference` puts there
 
     def _prepare_dataset(self, dataset: Dataset, *_args: Any) -> Dataset:
         """Nothing: rows come encoded."""
@@ -64,20 +60,33 @@ class PreferenceTrainer(StepTraining, DPOTrainer):
         tokens = int(inputs["attention_mask"].sum()) if pairs else 0
         gathering, self.accelerator = self.accelerator, _EachForItself(self.accelerator)
         try:
+            self._add_reference(inputs)
             loss = super()._compute_loss(model, inputs, return_outputs=False)
         finally:
             self.accelerator = gathering
         metrics = self._metrics["train" if model.training else "eval"]
-        sums = [pairs * value for value in (float(loss.detach()), *(metrics[name][-1] for name in METRICS))]
+        sums = [pairs * value for value in (float(loss.detach()), *(metrics[name][-1] for name in PREFERENCE_METRICS))]
         metrics.clear()
         return loss, pairs, torch.tensor([pairs, tokens, *sums], dtype=torch.float64, device=self._counts.device)
 
-    def train_metrics(self, counts: torch.Tensor, seconds: float) -> dict[str, float]:
-        """Rewards, log-probabilities and speed."""
+    def _add_reference(self, inputs: Batch) -> None:
+        """The reference's log-probabilities: as it answers, without what training does to the modules that policy and
+        reference share (NEFTune's noise, dropout, a router's jitter). TRL computes them in training mode."""
+        model = self.ref_model or self.model
+        was_training = model.training
+        model.eval()
+        try:
+            inputs["ref_chosen_logps"], inputs["ref_rejected_logps"] = self.compute_ref_log_probs(model, inputs)
+        finally:
+            model.train(was_training)
+
+    def train_metrics(self, counts: torch.Tensor, seconds: float, loss: float) -> dict[str, float]:
+        """Loss, rewards, log-probabilities and speed."""
         pairs, tokens, _, *sums = counts.tolist()
-        return {name: value / max(pairs, 1.0) for name, value in zip(METRICS, sums, strict=True)} | {
-            "tokens/s": tokens / seconds
-        }
+        if not pairs:
+            return {"tokens/s": tokens / seconds}
+        means = {name: value / pairs for name, value in zip(PREFERENCE_METRICS, sums, strict=True)}
+        return {"loss": loss, **means, "tokens/s": tokens / seconds}
 
     def eval_counts(self, batch: Batch) -> torch.Tensor:
         """The counts of a validation batch."""
@@ -87,7 +96,7 @@ class PreferenceTrainer(StepTraining, DPOTrainer):
     def eval_means(self, counts: torch.Tensor) -> dict[str, float]:
         """Loss, rewards and log-probabilities per pair."""
         pairs, _, *sums = counts.tolist()
-        return {name: value / max(pairs, 1.0) for name, value in zip(("loss", *METRICS), sums, strict=True)}
+        return {name: value / max(pairs, 1.0) for name, value in zip(("loss", *PREFERENCE_METRICS), sums, strict=True)}
 
 
 class _EachForItself:

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import os
 import resource
+import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
+from peft import PeftModel, set_peft_model_state_dict
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from rayswift.data.tokens.table import TokenRows
+from rayswift.modeling.part_of_base import read_plain, write_plain
 from rayswift.train.collate import Batch, Collate
 from rayswift.train.loader import Rank, eval_batches
 from rayswift.train.stopping import Wish
@@ -32,6 +35,7 @@ class StepTraining(Trainer):
 
     Args:
         loader: iterable of micro-batches from the step to resume at.
+        kept: steps of the run's checkpoints; a best step that is not among them is forgotten.
         schedule: the run's steps.
         val_rows: validation rows, or None.
         rank: this worker's share.
@@ -48,6 +52,7 @@ class StepTraining(Trainer):
         self,
         *args: Any,
         loader: Any,
+        kept: Collection[int] = (),
         schedule: StepSchedule,
         val_rows: TokenRows | None,
         rank: Rank,
@@ -59,8 +64,10 @@ class StepTraining(Trainer):
     ) -> None:
         super().__init__(*args, **kwargs)
         self.loader, self.schedule, self.val_rows, self.rank = loader, schedule, val_rows, rank
+        self.kept = kept
         self.push, self.save, self.wish, self.collate = push, save, wish, collate
         self.last_saved_step = self._last_tried_step = -1
+        self._best_saved: tuple[int | None, float | None] = (None, None)
         # On the device, so that counting never waits for it.
         self._counts = torch.zeros(self.NUM_COUNTS, dtype=torch.float64, device=self.args.device)
         self._logged_at = time.monotonic()
@@ -76,8 +83,9 @@ class StepTraining(Trainer):
 
     # --- metrics ---
 
-    def train_metrics(self, counts: torch.Tensor, seconds: float) -> dict[str, float]:
-        """What a row of the log says beside the loss; ``counts`` are those of all workers since the last row."""
+    def train_metrics(self, counts: torch.Tensor, seconds: float, loss: float) -> dict[str, float]:
+        """What a row of the log says, ``loss`` among it where anything was trained; ``counts`` are those of all workers
+        since the last row, ``loss`` the mean over their steps."""
         raise NotImplementedError
 
     def eval_counts(self, batch: Batch) -> torch.Tensor:
@@ -94,7 +102,9 @@ class StepTraining(Trainer):
         if "loss" in logs:
             counts = self._all_reduce(self._counts)
             now = time.monotonic()
-            logs.update(self.train_metrics(counts, max(now - self._logged_at, 1e-9)))
+            logs.update(self.train_metrics(counts, max(now - self._logged_at, 1e-9), logs.pop("loss")))
+            if self.args.include_num_input_tokens_seen != "no":
+                logs["num_input_tokens_seen"] = self.state.num_input_tokens_seen
             self._counts.zero_()
             self._logged_at = now
         logs["epoch"] = self.schedule.epoch_of(self.state.global_step)
@@ -138,6 +148,12 @@ class StepTraining(Trainer):
         self._logged_at += time.monotonic() - started
         return metrics
 
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        """Whether a step is the best so far: one that is saved as well, for what is not kept is the best of nothing."""
+        if not self.control.should_save and self.args.save_strategy != "best":
+            return False
+        return bool(super()._determine_best_metric(metrics, trial))
+
     # --- checkpoints ---
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
@@ -149,11 +165,44 @@ class StepTraining(Trainer):
         write = super()._save_checkpoint
         if self.save(self, lambda: write(model, trial)):
             self.last_saved_step = self.state.global_step
+            self._best_saved = (self.state.best_global_step, self.state.best_metric)
+        elif self.state.best_global_step == self.state.global_step:  # nobody can have it
+            self.state.best_global_step, self.state.best_metric = self._best_saved
+            self.state.best_model_checkpoint = None
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        """The trained adapter alone, as one that fits the model; of a full model Transformers' way."""
+        super()._save(output_dir, state_dict)
+        if isinstance(self.model, PeftModel):
+            folder = output_dir or str(self.args.output_dir)
+            shutil.rmtree(os.path.join(folder, "ref"), ignore_errors=True)  # TRL's copy of the run's first policy
+            if first := getattr(self.model, "first_values", None):
+                write_plain(folder, first)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        """The trained adapter; beside folders of others Transformers would pass it over."""
+        if not isinstance(self.model, PeftModel) or self.is_fsdp_enabled:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        elif getattr(self.model, "first_values", None):
+            set_peft_model_state_dict(
+                self.model, read_plain(resume_from_checkpoint, self.model.peft_config["default"].r)[0]
+            )
+        else:
+            self.model.load_adapter(resume_from_checkpoint, "default", is_trainable=True)
 
     def save_final(self) -> None:
         """The last step is always evaluated and saved (SWIFT), also when a stream ended early."""
         if self.args.save_strategy != "no" and self._last_tried_step != self.state.global_step > 0:
             self._save_checkpoint(self.model_wrapped, None)
+
+    def load_checkpoint(self, folder: str) -> None:
+        """Take the weights of a checkpoint of this run, as ``--load_best_model_at_end`` asks for."""
+        if self.is_deepspeed_enabled and self.args.save_only_model:  # its engine loads nothing without optimiser state
+            return
+        self.state.best_model_checkpoint = folder
+        self._load_best_model()
+        if self.is_world_process_zero():
+            self.push({"event": "drops", "lines": [f"{os.path.basename(folder)} is the best: its weights are loaded"]})
 
 
 class _StepEvents(TrainerCallback):
@@ -161,6 +210,13 @@ class _StepEvents(TrainerCallback):
 
     def __init__(self, trainer: StepTraining) -> None:
         self.trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """A state that came with a checkpoint: intervals are those given now, and its best may be elsewhere."""
+        state.compute_steps(args, state.max_steps)
+        if state.best_global_step not in self.trainer.kept:
+            state.best_global_step = state.best_metric = state.best_model_checkpoint = None
+        self.trainer._best_saved = (state.best_global_step, state.best_metric)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> Any:
         """After each optimiser step."""

@@ -1,0 +1,85 @@
+"""PyTorch's process group of workers on one machine, which meet in a file that only this user can open.
+
+With Ray Train's own they meet in a store that listens on all addresses of the machine and takes what anybody writes.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+import sys
+import tempfile
+from datetime import timedelta
+from typing import Any
+
+import ray
+from ray.exceptions import GetTimeoutError
+from ray.train.backend import Backend
+from ray.train.torch import TorchConfig
+
+#: Seconds for workers to leave, one of which may hang.
+_LEAVE_SECONDS = 30
+
+
+class LocalTorchConfig(TorchConfig):
+    """Ray Train's ``TorchConfig`` for workers that are all on this machine."""
+
+    @property
+    def backend_cls(self) -> type:
+        return _LocalBackend
+
+
+class _LocalBackend(Backend):
+    _folder: str | None = None
+
+    def on_start(self, worker_group: Any, backend_config: LocalTorchConfig) -> None:
+        self._remove_folder()
+        self._folder = tempfile.mkdtemp(prefix="rayswift-group-")
+        gpus = worker_group.get_resources_per_worker().get("GPU", 0)
+        worker_group.execute(
+            join_group, os.path.join(self._folder, "store"), backend_config.backend or ("nccl" if gpus else "gloo"),
+            backend_config.timeout_s, secrets.randbelow(2**16),
+        )  # fmt: skip
+
+    def on_shutdown(self, worker_group: Any, backend_config: LocalTorchConfig) -> None:
+        try:
+            if len(worker_group) > 1:
+                ray.get(worker_group.execute_async(leave_group), timeout=_LEAVE_SECONDS)
+        except GetTimeoutError:
+            pass
+        finally:
+            self._remove_folder()
+
+    def _remove_folder(self) -> None:
+        if self._folder is not None:
+            shutil.rmtree(self._folder, ignore_errors=True)
+
+
+def join_group(store: str, backend: str, timeout_s: int, port: int) -> None:
+    """What each worker does: join the process group by the file ``store``, with connections inside this machine."""
+    import torch.distributed
+    from ray.train.torch import get_device
+
+    own = ray.train.get_context()
+    os.environ |= {
+        "RANK": str(own.get_world_rank()), "WORLD_SIZE": str(own.get_world_size()),
+        "LOCAL_RANK": str(own.get_local_rank()), "LOCAL_WORLD_SIZE": str(own.get_local_world_size()),
+        "NODE_RANK": str(own.get_node_rank()), "ACCELERATE_TORCH_DEVICE": str(get_device()),
+        # Nothing listens there: DeepSpeed names its shared memory after the two.
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+    }  # fmt: skip
+    for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+        os.environ.setdefault(name, "lo0" if sys.platform == "darwin" else "lo")
+    torch.distributed.init_process_group(
+        backend, init_method=f"file://{store}", rank=own.get_world_rank(), world_size=own.get_world_size(),
+        timeout=timedelta(seconds=timeout_s),
+    )  # fmt: skip
+
+
+def leave_group() -> None:
+    """What each worker does at the end."""
+    import torch.distributed
+
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
