@@ -238,6 +238,16 @@ def check_ray_train() -> None:
         raise NotAvailable(f"Ray Train's {', '.join(changed)} changed")
 
 
+def replace_http_protocol(where: str) -> None:
+    """Have the servers that others start with uvicorn's own choice of a protocol take the class at ``module:Name``."""
+    from uvicorn import config
+
+    if "auto" in getattr(config, "HTTP_PROTOCOLS", ()):
+        config.HTTP_PROTOCOLS["auto"] = where
+    else:
+        report("uvicorn's HTTP_PROTOCOLS", "the chat page has no limits on connections")
+
+
 def forget_train_snapshot(filesystem: Any, folder: str) -> None:
     """Ray Train resumes on its own from a snapshot of the same name; the manifests are what counts in a run directory.
 

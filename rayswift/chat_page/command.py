@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from starlette.middleware import Middleware
 
+from rayswift import private
 from rayswift.errors import UserError
 from rayswift.generate.media import media_of
 from rayswift.generate.types import SamplingParams
@@ -80,6 +81,7 @@ def serve(page: Any, args: AppArguments) -> None:
     """Show the page until Ctrl-C or SIGTERM."""
     stopped = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: stopped.set())
+    private.replace_http_protocol("rayswift.serve.connections:KeylessConnection")
     # Gradio's link comes with the link's name.
     own = Middleware(OwnPages, origins=args.allowed_origins, host=None if args.share else args.server_name)
     _, address, public = page.launch(

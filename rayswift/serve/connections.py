@@ -12,7 +12,7 @@ import asyncio
 import contextlib
 import resource
 import socket
-from typing import Any
+from typing import Any, ClassVar
 
 import uvicorn
 from starlette.types import Scope
@@ -57,7 +57,8 @@ class BoundedServer(uvicorn.Server):
         loop, strangers, files = asyncio.get_running_loop(), dict[Connection, float](), raise_open_files()
 
         def accept() -> Connection:
-            return Connection(strangers, files // 2, self._max_head_bytes, self.config, self.server_state, {}, loop)
+            uvicorns = {"config": self.config, "server_state": self.server_state, "app_state": {}, "_loop": loop}
+            return Connection(strangers, files // 2, self._max_head_bytes, **uvicorns)
 
         await self.lifespan.startup()
         ssl = self.config.ssl
@@ -77,8 +78,8 @@ class Connection(HttpToolsProtocol):
         max_head_bytes: of a request's head.
     """
 
-    def __init__(self, strangers: dict[Connection, float], most: int, max_head_bytes: int, *uvicorns: Any) -> None:
-        super().__init__(*uvicorns)
+    def __init__(self, strangers: dict[Connection, float], most: int, max_head_bytes: int, **uvicorns: Any) -> None:
+        super().__init__(**uvicorns)
         self._strangers, self._most, self._max_head_bytes = strangers, most, max_head_bytes
         self._in_head = self._in_message = False
         self._bytes = self._head_bytes = 0  # in all; since a message began or brought a piece of its body
@@ -132,7 +133,7 @@ class Connection(HttpToolsProtocol):
     def on_message_begin(self) -> None:
         """A head begins."""
         super().on_message_begin()
-        self.scope["extensions"] = {_CONNECTION: self}  # type: ignore[typeddict-item]
+        self.scope["extensions"] = {_CONNECTION: self}  # type: ignore[dict-item]
         self._in_head, self._in_message, self._head_bytes = True, True, 0
 
     def on_headers_complete(self) -> None:
@@ -201,6 +202,21 @@ class Connection(HttpToolsProtocol):
     def _takes_again(self) -> None:
         if self._stalled is not None:
             self._stalled.cancel()
+
+
+class KeylessConnection(Connection):
+    """One connection of a server that asks for no key and that somebody else starts (the chat page's): who has sent a
+    head is no stranger."""
+
+    _all: ClassVar[dict[Connection, float]] = {}
+
+    def __init__(self, **uvicorns: Any) -> None:
+        super().__init__(self._all, raise_open_files() // 2, MAX_HEAD_BYTES, **uvicorns)
+
+    def on_headers_complete(self) -> None:
+        """A head has ended."""
+        self.admit()
+        super().on_headers_complete()
 
 
 def raise_open_files() -> int:

@@ -109,6 +109,10 @@ def saved_on_sigterm(events: Any) -> Iterator[Ending]:
     signal.signal(signal.SIGTERM, on_sigterm)
     try:
         yield ending
+    except Exception as error:
+        if ending.asked:  # whoever sent it to this process may have sent it to those of Ray as well
+            raise Terminated from error
+        raise
     finally:
         late.cancel()
         signal.signal(signal.SIGTERM, before)

@@ -228,3 +228,29 @@ async def test_a_handshake_has_an_end(monkeypatch: pytest.MonkeyPatch, tmp_path:
         reader, _ = await connect(GOOD, ssl=trusting, server_hostname="localhost")
         assert await answer_of(reader) == (200, b"2 bytes")
         assert await rest_of(silent) == b""
+
+
+async def test_servers_of_others_have_the_limits_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As Gradio starts one for the chat page, which asks for no key."""
+    import uvicorn
+    from uvicorn import config as uvicorn_config
+
+    from rayswift import private
+
+    monkeypatch.setattr(uvicorn_config, "HTTP_PROTOCOLS", dict(uvicorn_config.HTTP_PROTOCOLS))
+    monkeypatch.setattr(connections, "STRANGER_SECONDS", 0.1)
+    private.replace_http_protocol("rayswift.serve.connections:KeylessConnection")
+    sock = bind("127.0.0.1")
+    server = uvicorn.Server(uvicorn.Config(app, log_config=None, lifespan="off"))
+    task = asyncio.ensure_future(server.serve(sockets=[sock]))
+    port = sock.getsockname()[1]
+    silent, _ = await _connect(port)
+    reader, writer = await _connect(port, GOOD)
+    assert (await answer_of(reader))[0] == 200
+    assert await rest_of(silent) == b""
+    writer.write(GOOD)  # it has stayed
+    assert (await answer_of(reader))[0] == 200
+    reader, _ = await _connect(port, b"GET / HTTP/1.1\r\nx: ", b"a" * MAX_HEAD_BYTES * 8)
+    assert b"431" in (await rest_of(reader))[:20]
+    server.should_exit = server.force_exit = True
+    await task

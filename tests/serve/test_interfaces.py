@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import AsyncIterator, Iterator
 from typing import Any
@@ -65,6 +66,29 @@ def test_responses_give_the_answer_of_the_chat(http: TestClient, chat: Any) -> N
         assert (answer.usage.input_tokens, answer.usage.output_tokens) == (chat.usage.prompt_tokens, 12)
     assert (answer.status, answer.incomplete_details.reason) == ("incomplete", "max_output_tokens")
     assert (answer.object, answer.model, answer.instructions) == ("response", "tiny", SYSTEM)
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "choice", "answer"),
+    [
+        ("/v1/chat/completions", {"messages": CHAT, "max_tokens": 3}, "auto", ("choices", 0, "message", "content")),
+        ("/v1/responses", {"input": ASK, "max_output_tokens": 3}, "auto", ("output", 0, "content", 0, "text")),
+        ("/v1/messages", {"messages": [TURN], "max_tokens": 3}, {"type": "auto"}, ("content", 0, "text")),
+        ("/v1/messages/count_tokens", {"messages": [TURN]}, {"type": "auto"}, ("input_tokens",)),
+        ("/tokenize", {"messages": CHAT}, "none", ("tokens",)),
+    ],
+)
+def test_an_empty_list_of_tools_is_as_none_on_every_path(
+    http: TestClient, path: str, body: dict[str, Any], choice: Any, answer: tuple[Any, ...]
+) -> None:
+    """What agents send with every request (fast-agent#781, open-webui#26655)."""
+    asked = {**body, **({} if path == "/tokenize" else GREEDY)}
+    found = []
+    for extra in ({}, {"tools": []}, {"tools": [], "tool_choice": choice}):
+        response = http.post(path, json={**asked, **extra})
+        assert response.status_code == 200, response.text
+        found.append(functools.reduce(lambda value, key: value[key], answer, response.json()))
+    assert found[0] == found[1] == found[2]
 
 
 def test_a_response_can_be_streamed(http: TestClient, chat: Any) -> None:

@@ -27,6 +27,7 @@ from rayswift.train.loader import Rank
 from rayswift.train.model import build_model
 from rayswift.train.resume import Resume
 from rayswift.train.schedule import StepSchedule
+from rayswift.train.stopping import Wish
 
 IDS = torch.arange(3, 40)[None]
 STEPS = 4
@@ -76,8 +77,8 @@ class Run:
             val_rows=None,
             rank=Rank(0, 1),
             push=events.append,
-            begin=lambda _: None,
-            commit=lambda _: None,
+            save=lambda _, write: write() is None,
+            wish=lambda: Wish.NOTHING,
             collate=PAIR,
         )
         self.references: list[torch.Tensor] = []

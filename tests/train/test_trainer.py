@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from rayswift.train.collate import Collator
 from rayswift.train.hf_arguments import best_is_last, hf_training_arguments
 from rayswift.train.loader import Rank
 from rayswift.train.schedule import StepSchedule
+from rayswift.train.stopping import Wish
 
 COLLATE = Collator(0)
 
@@ -50,6 +51,8 @@ class Run:
         steps: the micro-batches of each step.
         losses: what evaluations find, one after the other; None: what they really find.
         resume: a checkpoint of another run to go on from.
+        full: steps whose checkpoints have no room.
+        stop_after: a step after which the driver wants the run to end.
         flags: those of the command.
     """
 
@@ -61,6 +64,8 @@ class Run:
         resume: str | None = None,
         epoch: int | None = None,
         kept: Sequence[int] = (),
+        full: Sequence[int] = (),
+        stop_after: int = 0,
         **flags: Any,
     ) -> None:
         from rayswift.train.trainers.sft import SftTrainer
@@ -73,6 +78,13 @@ class Run:
         self.plan = StepSchedule(len(steps[0]), 1, len(steps), epoch or len(steps))
         self.events: list[dict[str, Any]] = []
         self.saved: list[int] = []
+
+        def save(trainer: Any, write: Callable[[], None]) -> bool:
+            write()
+            step = trainer.state.global_step
+            self.saved += [] if step in full else [step]
+            return step not in full
+
         val = [row(100)] if losses is not None else None
         first = int(resume.rpartition("-")[2]) if resume else 0
         self.trainer = SftTrainer(
@@ -85,8 +97,8 @@ class Run:
             rank=Rank(0, 1),
             push=self.events.append,
             kept=kept,
-            begin=lambda _: None,
-            commit=lambda trainer: self.saved.append(trainer.state.global_step),
+            save=save,
+            wish=lambda: Wish.STOP if self.trainer.state.global_step == stop_after else Wish.NOTHING,
             collate=COLLATE,
             eval_dataset=val,
         )
@@ -128,6 +140,22 @@ def test_the_best_is_the_best_of_what_is_kept(tmp_path: Path) -> None:
     found = run.trainer.model.state_dict()
     assert all(torch.equal(found[name], value) for name, value in best.items())
     assert not all(torch.equal(last[name], value) for name, value in best.items())
+
+
+def test_a_checkpoint_without_room_is_neither_the_best_nor_tried_twice(tmp_path: Path) -> None:
+    settings = {"save_strategy": "steps", "save_steps": 2, "eval_steps": 2}
+    run = Run(tmp_path, plain_steps(8), [0.5, 0.1, 0.4, 0.01], full=(4, 8), **settings)
+    assert run.saved == [2, 6]
+    assert (run.trainer.state.best_global_step, run.trainer.state.best_metric) == (6, 0.4)
+    assert run.trainer.state.global_step == 8
+
+
+def test_a_run_that_shall_end_saves_its_step_and_evaluates_nothing(tmp_path: Path) -> None:
+    run = Run(tmp_path, plain_steps(8), [], stop_after=3, save_strategy="steps", save_steps=5, eval_steps=3)
+    assert (run.saved, run.evaluated, run.trainer.state.global_step) == ([3], [], 3)
+    assert json.loads((tmp_path / "checkpoint-3" / "trainer_state.json").read_text())["global_step"] == 3
+    unsaved = Run(tmp_path / "none", plain_steps(8), stop_after=3, save_strategy="no")
+    assert (unsaved.saved, unsaved.trainer.state.global_step) == ([], 3)
 
 
 def test_the_best_of_another_run_is_no_best_of_this_one(tmp_path: Path) -> None:

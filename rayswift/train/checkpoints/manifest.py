@@ -109,13 +109,18 @@ def write_atomically(filesystem: FileSystem, path: str, text: str) -> None:
 
     # A bucket shows an object only once it is complete; a file system needs the rename.
     target = f"{path}.{uuid.uuid4().hex[:8]}.tmp" if isinstance(filesystem, fs.LocalFileSystem) else path
-    with filesystem.open_output_stream(target) as stream:
-        stream.write(text.encode())
-    if target != path:
-        with open(target, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(target, path)
-        sync_folder(os.path.dirname(path))
+    try:
+        with filesystem.open_output_stream(target) as stream:
+            stream.write(text.encode())
+        if target != path:
+            with open(target, "rb") as file:
+                os.fsync(file.fileno())
+            os.replace(target, path)
+            sync_folder(os.path.dirname(path))
+    except OSError:  # a full disk
+        if target != path:
+            Path(target).unlink(missing_ok=True)
+        raise
 
 
 def sync_folder(path: str) -> None:

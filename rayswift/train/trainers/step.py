@@ -67,6 +67,7 @@ class StepTraining(Trainer):
         self.kept = kept
         self.push, self.save, self.wish, self.collate = push, save, wish, collate
         self.last_saved_step = self._last_tried_step = -1
+        self._best_saved: tuple[int | None, float | None] = (None, None)
         # On the device, so that counting never waits for it.
         self._counts = torch.zeros(self.NUM_COUNTS, dtype=torch.float64, device=self.args.device)
         self._logged_at = time.monotonic()
@@ -164,6 +165,10 @@ class StepTraining(Trainer):
         write = super()._save_checkpoint
         if self.save(self, lambda: write(model, trial)):
             self.last_saved_step = self.state.global_step
+            self._best_saved = (self.state.best_global_step, self.state.best_metric)
+        elif self.state.best_global_step == self.state.global_step:  # nobody can have it
+            self.state.best_global_step, self.state.best_metric = self._best_saved
+            self.state.best_model_checkpoint = None
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         """The trained adapter alone, as one that fits the model; of a full model Transformers' way."""
@@ -211,6 +216,7 @@ class _StepEvents(TrainerCallback):
         state.compute_steps(args, state.max_steps)
         if state.best_global_step not in self.trainer.kept:
             state.best_global_step = state.best_metric = state.best_model_checkpoint = None
+        self.trainer._best_saved = (state.best_global_step, state.best_metric)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> Any:
         """After each optimiser step."""
