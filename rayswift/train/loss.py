@@ -65,7 +65,7 @@ class LossHead:
         self._bend = bend
         self._scoring: tuple[torch.Tensor, torch.Tensor | None, float, list[Scored]] | None = None
         self._layer, self._logits = layer, layer.forward
-        layer.forward = self._forward  # type: ignore[method-assign]
+        layer.forward = self._forward  # type: ignore[assignment]
 
     def remove(self) -> None:
         """Leave the layer as it was."""
