@@ -39,7 +39,9 @@ IDS = [f"{family}-{number}" for number, (family, _, _) in enumerate(OWN)]
 #: Where the family stands for more than one of the model's names, or the chat template for less than the model takes.
 AUTO = {"qwen3_nothinking": "chatml", "gemma": "jinja", "deepseek_v2_5": "deepseek_v2_5"}
 #: What a chat template leaves out of earlier turns, or has no place for.
-NO_PLACE = {("deepseek_r1", "thoughts sometimes"), ("llama3_2", "text and call")}
+NO_PLACE = {
+    ("deepseek_r1", "thoughts sometimes"), ("llama3_2", "text and call"), ("llama3_2", "thoughts and call"),
+}  # fmt: skip
 
 
 def model(template: str, bos: str, directory: Path) -> str:

@@ -52,9 +52,9 @@ class AgentFormat:
 
     tools / tool / tool_separator: the text around `{{TOOLS}}`, each tool in it, and what stands between two.
     tools_place: `after_system` (a paragraph after the system text), `instead_of_default` (the same, and the template's
-    default system text is left out), `before_system` (a paragraph before it), `own_block` (a system block of their own
-    before that of the system text) or `before_query` (in front of the first user text). default_system: the system
-    text where tools are given and neither row, flag nor template has one.
+    default system text is left out), `own_block` (a system block of their own before that of the system text) or
+    `before_query` (in front of the first user text). default_system: the system text where tools are given and neither
+    row, flag nor template has one.
     calls_start / call / call_separator / calls_end: an assistant turn that calls tools; text_separator: between what it
     says and its calls, trims_text: without white space around what it says. argument: one argument of a call in
     `{{ARGUMENT_LIST}}`. call_ends_turn: the model stops at calls_end, and the tools answer without an end-of-turn token
