@@ -189,7 +189,7 @@ class Template:
     def opening(self, options: RenderOptions) -> str:
         """What stands before the first generated token: `--response_prefix`, or the think mark the mode asks for."""
         if options.response_prefix is not None:
-            return options.response_prefix
+            return options.response_prefix and self.reply_prefix + options.response_prefix
         if self.thinking == "hybrid" and not options.enable_thinking:
             return self.non_thinking_prefix
         if self.thinking is not None and options.enable_thinking is not False:

@@ -287,8 +287,10 @@ def load_template(settings: TemplateSettings) -> LoadedTemplate:
     literals = (*(template.literals if template else ()), *(agent.literals if agent else ()))
     literals += tools_template.literals if tools_template else ()
     segments = _load_segments(tokenizer, literals, settings.new_special_tokens)
-    return LoadedTemplate(tokenizer, template, prompt_template, segments, bos, tokenizer.eos_token or "", agent, options,
-                          prompt_thinking, tools_template)  # fmt: skip
+    eos = tokenizer.eos_token or ""
+    return LoadedTemplate(
+        tokenizer, template, prompt_template, segments, bos, eos, agent, options, prompt_thinking, tools_template
+    )
 
 
 # Loading a tokenizer of 150,000 tokens and copying it takes seconds: encoders that differ in other settings share both.
