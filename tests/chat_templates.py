@@ -200,7 +200,8 @@ LLAMA2_SYSTEM = (
     "{% set system_message = messages[0]['content'] %}{% else %}{% set loop_messages = messages %}"
     "{% set system_message = false %}{% endif %}{% for message in loop_messages %}"
     "{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}"
-    "{{ raise_exception('Conversation roles must alternate') }}{% endif %}{% if loop.index0 == 0 and system_message != false %}"
+    "{{ raise_exception('Conversation roles must alternate') }}{% endif %}"
+    "{% if loop.index0 == 0 and system_message != false %}"
     "{% set content = '<<SYS>>\\n' + system_message + '\\n<</SYS>>\\n\\n' + message['content'] %}{% else %}"
     "{% set content = message['content'] %}{% endif %}{% if message['role'] == 'user' %}{{ bos_token + '[INST] ' + "
     "content.strip() + ' [/INST]' }}{% elif message['role'] == 'assistant' %}{{ ' '  + content.strip() + ' ' + "
@@ -218,7 +219,8 @@ PHI4 = (
 MISTRAL_2501 = """\
 {%- set today = strftime_now("%Y-%m-%d") %}
 {%- set default_system_message = "You are Mistral Small 3, a Large Language Model (LLM) created by Mistral AI, a \
-French startup headquartered in Paris.\\nYour knowledge base was last updated on 2023-10-01. The current date is " + today + \
+French startup headquartered in Paris.\\nYour knowledge base was last updated on 2023-10-01. The current date is " \
++ today + \
 ".\\n\\nWhen you're not sure about some information, you say that you don't have the information and don't make up \
 anything.\\nIf the user's question is not clear, ambiguous, or does not provide enough context for you to accurately \
 answer the question, you do not try to answer it right away and you rather ask the user to clarify their request (e.g. \
@@ -239,7 +241,9 @@ answer the question, you do not try to answer it right away and you rather ask t
 
 _CODER_FORMAT = (
     "</tools>\\n\\nIf you choose to call a function ONLY reply in the following format with NO "
-    "suffix:\\n\\n<tool_call>\\n<function=example_function_name>\\n<parameter=example_parameter_1>\\nvalue_1\\n</parameter>\\n<parameter=example_parameter_2>\\nThis "
+    "suffix:\\n"
+    "\\n<tool_call>\\n<function=example_function_name>\\n<parameter=example_parameter_1>\\nvalue_1\\n</parameter>\\n"
+    "<parameter=example_parameter_2>\\nThis "
     "is the value for the second parameter\\nthat can span\\nmultiple "
     "lines\\n</parameter>\\n</function>\\n</tool_call>\\n\\n<IMPORTANT>\\nReminder:\\n- Function calls MUST follow "
     "the specified format: an inner <function=...></function> block must be nested within <tool_call></tool_call> "

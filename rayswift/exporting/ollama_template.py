@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 from rayswift.data.chat.agents import AgentFormat, get_agent_format
 from rayswift.data.chat.conversation import DropRow
-from rayswift.data.chat.families import adds_bos, text_of
+from rayswift.data.chat.families import Template, adds_bos, text_of
 from rayswift.data.tokens.encoder import Encoder
 from rayswift.data.tokens.template_choice import load_template
 
@@ -67,8 +67,13 @@ def ollama_template(encoder: Encoder) -> tuple[str, str]:
     """The template's own system text, and the template in Ollama's language."""
     modes = [_Layout(replace(encoder, enable_thinking=mode)) for mode in (encoder.enable_thinking, True, False)]
     layout = modes[0]
-    agent = _agent(encoder)
+    agent, template = _agent(encoder), load_template(encoder).template
     default, start = _start(layout, agent)
+    if agent is not None and isinstance(template, Template) and template.environment:
+        behind = (template.system_prefix or "").partition("{{ENVIRONMENT}}")[2].partition("{{SYSTEM}}")[0]
+        start = start.replace(
+            _literal(behind), f"{{{{ if .Tools }}}}{template.environment}{{{{ end }}}}{_literal(behind)}"
+        )
     old = _after(layout.text(_user(0), _reply(0), _user(1)), _QUERIES[0], _REPLIES[0])
     between = _after(layout.text(_user(0), _reply(0), _user(1)), _REPLIES[0], _QUERIES[1])
     tail = _by_thinking([_literal(mode.text(_user(0)).partition(_QUERIES[0])[2]) for mode in modes])
@@ -81,7 +86,9 @@ def ollama_template(encoder: Encoder) -> tuple[str, str]:
     if agent is not None:
         loop = _Loop.of(modes, agent)
         reply = _if(_AFTER_RESULT, _if(_IN_LOOP, loop.goes_on, loop.went_on), _if(_IN_LOOP, loop.called, reply))
-        said = loop.thoughts + said + loop.calls
+        # What the model writes in front of an answer is in the heads of answers, not in those of a loop's turns.
+        prefix = template.reply_prefix if isinstance(template, Template) else ""
+        said = loop.thoughts + _if(f"and .Content ({_IN_LOOP})", _literal(prefix), "") + said + loop.calls
         result = f'{{{{ else if eq .Role "tool" }}}}{loop.result}'
         end = _if(_AFTER_RESULT, loop.end, tail)
     message = (
@@ -107,6 +114,11 @@ def _start(layout: _Layout, agent: AgentFormat | None) -> tuple[str, str]:
     if plain.startswith(before) and plain.endswith(after) and len(plain) > len(before) + len(after):
         default = plain[len(before) : len(plain) - len(after)]
         plain = layout.text({"role": "system", "content": ""}, _user(0)).partition(_QUERIES[0])[0]
+    if agent is not None and agent.tools_place == "own_block":
+        first = plain.removesuffix(after)
+        head = _literal(before.removeprefix(first))
+        told = f"{_if('.Tools', head + _tools(agent), '')}{_if('.System', head + '{{ .System }}', '')}"
+        return default, _literal(first) + told + _literal(after)
     told, given = "", ".System"
     if agent is not None and agent.tools_place != "before_query":
         gap = "{{ if .System }}\n\n{{ end }}"
@@ -151,7 +163,8 @@ class _Loop:
             thoughts = _if(f"and .Thinking ({_IN_LOOP})", f"{tag}{opening}{{{{ .Thinking }}}}{end}", "")
             thoughts += _if(f"and .Thinking ({_IN_LOOP}) (not .Content)", before_call, "")
         gap, apart = _after(running[0], written, given), _literal(agent.result_separator)
-        before, _, after = agent.result.partition("{{RESULT}}")
+        before, mark, after = _MARK.split(agent.result)
+        shown = "{{ json .Content }}" if mark == "RESULT_JSON" else "{{ .Content }}"
         start, separator = _literal(agent.calls_start), _literal(agent.call_separator)
         call_text = _filled(agent.call, _CALL_MARKS)
         return cls(
@@ -163,7 +176,7 @@ class _Loop:
             f"{{{{ if .ToolCalls }}}}{_if('.Content', _literal(agent.text_separator), '')}"
             "{{ range $n, $_ := .ToolCalls }}"
             f"{_if('$n', separator, start)}{call_text}{{{{ end }}}}{_literal(agent.calls_end)}{{{{ end }}}}",
-            f"{_if(_AFTER_RESULT, apart, _literal(gap))}{_literal(before)}{{{{ .Content }}}}{_literal(after)}",
+            f"{_if(_AFTER_RESULT, apart, _literal(gap))}{_literal(before)}{shown}{_literal(after)}",
         )
 
 

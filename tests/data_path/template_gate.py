@@ -265,7 +265,8 @@ def faults(encoder: Any, oracle: Oracle, scenario: str) -> Iterator[str]:
     row = {"messages": messages, **({"tools": tools} if tools else {})}
     samples = encoder.encode_batch([row])
     if not isinstance(samples[0], Encoded):
-        if forms and scenario_can_be_trained(oracle, messages, tools, forms):
+        unended = "does not end a tool call" in samples[0].reason and not ends_calls(oracle)
+        if forms and not unended and scenario_can_be_trained(oracle, messages, tools, forms):
             yield f"dropped: {samples[0].reason}"
         return
     if not forms:
@@ -395,6 +396,19 @@ def scenario_can_be_trained(oracle: Oracle, messages: Any, tools: Any, forms: An
             if not any(all(part in text for message in turn for part in _parts(message)) for text in texts):
                 return False
     return True
+
+
+def ends_calls(oracle: Oracle) -> bool:
+    """Whether the token that ends an answer stands between a call and its result, too."""
+    form = ("text", "text", "dict", "long", "", {})
+    asked, result = {"role": "user", "content": "zq"}, {"role": "tool_response", "content": "zs"}
+    answered = oracle.render(
+        [asked, {"role": "assistant", "content": "zr"}, {**asked, "content": "zs"}], TOOLS, form, False
+    )
+    called = oracle.render([asked, _WEATHER, result], TOOLS, form, False)
+    behind = (answered or "").rpartition("zs")[0].rpartition("zr")[2]
+    end = _SPECIAL.search(behind)
+    return end is None or end[0] in (called or "").rpartition("zs")[0].rpartition("Ulm")[2]
 
 
 def opens_thoughts(oracle: Oracle, messages: Any) -> bool:

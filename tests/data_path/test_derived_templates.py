@@ -30,6 +30,18 @@ def test_what_is_trained_is_what_generation_would_write(file: Path, tmp_path: Pa
     assert found == {scenario: [] for scenario in SCENARIOS}
 
 
+def test_calls_that_the_chat_template_never_ends_are_refused(tmp_path: Path) -> None:
+    calls = "{% for call in m.tool_calls or [] %}Action: {{ call.function | tojson }}{% endfor %}"
+    source = (
+        "{{ tools | tojson if tools }}{% for m in messages %}<|" + "{{ m.role }}|>{{ m.content }}" + calls +
+        "{% if not m.tool_calls %}<|end|>{% endif %}{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    )  # fmt: skip
+    assert measure(source, tmp_path) == {scenario: [] for scenario in SCENARIOS}
+    (dropped,) = Encoder(str(tmp_path)).encode_batch([CALLS])
+    shown = "the model's chat template does not end a tool call; --agent_template writes calls as text"
+    assert dropped == Dropped(shown)
+
+
 def directory(template: str, tmp_path: Path) -> str:
     source = (TRL / f"{template}.jinja").read_text(encoding="utf-8") if "{" not in template else template
     return save_tokenizer(source, tmp_path)
@@ -153,3 +165,36 @@ def test_nothing_outside_the_generation_marks_of_a_template_is_trained(file: Pat
     assert own["input_ids"][:shared] == sample.input_ids.tolist()[:shared]
     trained = [i for i in range(shared) if sample.labels[i] != -100]
     assert len(trained) > 5 and all(own["assistant_masks"][i] for i in trained)
+
+
+@pytest.mark.parametrize("template", ["glm4moe", "qwen3_5_nothink", "nemotron_3_nano"])
+@pytest.mark.parametrize("thinking", [True, False])
+def test_the_thinking_that_a_row_or_the_flag_asks_for_reaches_what_is_trained(
+    thinking: bool, template: str, tmp_path: Path
+) -> None:
+    folder = directory(template, tmp_path)
+    answer = "<think>\nA thought\n</think>\n\nFirst answer." if thinking else "First answer."
+    messages = [{"role": "user", "content": "First question?"}, {"role": "assistant", "content": answer}]
+    flagged = Encoder(folder, template_backend="jinja", enable_thinking=thinking)
+    (expected,) = flagged.encode_batch([{"messages": messages}])
+    plain = Encoder(folder, template_backend="jinja")
+    given: list[dict[str, Any]] = [{"enable_thinking": thinking}, {"reasoning_effort": "high" if thinking else "none"}]
+    for sample in plain.encode_batch([{"messages": messages, "chat_template_kwargs": one} for one in given]):
+        assert isinstance(sample, Encoded) and isinstance(expected, Encoded)
+        assert sample.input_ids.tolist() == expected.input_ids.tolist()
+        assert sample.labels.tolist() == expected.labels.tolist()
+    prompt = flagged.encode_prompt(messages[:1])
+    assert isinstance(expected, Encoded) and expected.input_ids.tolist()[: len(prompt)] == prompt
+    assert all(label == -100 for label in expected.labels[: len(prompt)])
+
+
+def test_agent_templates_of_newer_models_are_their_own_chat_templates(tmp_path: Path) -> None:
+    folder = directory("glm4moe", tmp_path)
+    named, own = Encoder(folder, agent_template="glm4_5"), Encoder(folder)
+    samples = [encoder.encode_batch([CALLS])[-1] for encoder in (named, own)]
+    assert all(isinstance(sample, Encoded) for sample in samples)
+    assert samples[0].input_ids.tolist() == samples[1].input_ids.tolist()  # type: ignore[union-attr]
+    with pytest.raises(UserError, match="--agent_template kimi_k3: the model's own chat template writes no tools in"):
+        assert Encoder(folder, agent_template="kimi_k3").encode_batch([CALLS])
+    with pytest.raises(UserError, match=r"--agent_template glm45: unknown; .*; nearest: glm4_5"):
+        Encoder(folder, agent_template="glm45")

@@ -282,10 +282,12 @@ def test_last_round_drops_earlier_thoughts_and_adds_the_empty_block_to_the_last_
         ("deepseek_v3_1", {}, "</think>"),
         ("deepseek_v3_1", {"enable_thinking": True}, "<think>"),
         ("qwen3", {"response_prefix": "Sure: "}, "Sure: "),
+        ("glm4", {"response_prefix": "Sure: "}, "\nSure: "),
     ],
 )
 def test_the_prompt_ends_as_the_thinking_mode_asks(name: str, options: dict[str, Any], opening: str) -> None:
-    start = "<bos><｜User｜>Q<｜Assistant｜>" if "deepseek" in name else CHATML_ONE.split("▮")[0]
+    starts = {"deepseek_v3_1": "<bos><｜User｜>Q<｜Assistant｜>", "glm4": "[gMASK]<sop><|user|>\nQ<|assistant|>"}
+    start = starts.get(name, CHATML_ONE.split("▮")[0])
     assert prompt(name, chat((U, "Q")), **options) == start + opening
 
 

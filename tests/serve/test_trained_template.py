@@ -124,7 +124,7 @@ def test_a_served_prompt_is_the_trained_text_before_the_answer(
         answer = answer.removeprefix(get_template(family).thinking_prefix)
     else:
         assert len(served) == start
-    assert encoder.tokenizer.decode(ids[len(served) :]).startswith(answer)
+    assert encoder.tokenizer.decode(ids[len(served) :]).startswith(get_template(family).reply_prefix + answer)
 
 
 @pytest.mark.parametrize("case", REQUESTS)
@@ -154,7 +154,7 @@ def test_a_served_prompt_with_tools_is_the_trained_text(
     served = chat_prompt_ids(encoder, request)
     ids, _, _ = trained(encoder, messages, [WEATHER] if tools else None)
     assert served and ids[: len(served)] == served
-    rest = encoder.tokenizer.decode(ids[len(served) :])
+    rest = encoder.tokenizer.decode(ids[len(served) :]).removeprefix(get_template(family).reply_prefix)
     assert rest.removeprefix("<think>\n").startswith((ANSWER, "because"))
 
 

@@ -23,6 +23,18 @@ _MARK = re.compile(r"\{\{([A-Z_]+)\}\}")
 _SPECIAL = re.compile(r"<[|｜]")
 
 
+#: SWIFT's names of formats that the chat templates of newer models write themselves, and a mark of each: the model's
+#: own chat template stands for them.
+OWN_AGENTS: Mapping[str, str] = {
+    "qwen3_5": "<function=", "hunyuan_hermes": "<tool_calls>", "hy_v3_preview": "<tool_sep", "hy_v3": "<tool_sep",
+    "glm4_5": "<arg_key>", "glm4_7": "<arg_key>", "glm5_1": "<arg_key>", "llama4": "<|header_start|>",
+    "deepseek_v4": "DSML", "deepseek_v41": "DSML", "minimax_m2": "minimax:tool_call", "minimax_m3": "]<]minimax[>[",
+    "seed_oss": "seed:tool_call", "spark2_5": "<arg_key>", "xing4_0": "<param_key>", "gemma4": "<|tool_call>",
+    "mistral": "[TOOL_CALLS]", "youtu": "<|begin_of_tool_description|>", "kimi_k25": "<|tool_calls_section_begin|>",
+    "kimi_k3": "<|open|>", "ling3": "<arg_key>", "minicpm5": "<param",
+}  # fmt: skip
+
+
 class Span(NamedTuple):
     """A text; `literal`: special tokens in it count."""
 
@@ -40,9 +52,9 @@ class AgentFormat:
 
     tools / tool / tool_separator: the text around `{{TOOLS}}`, each tool in it, and what stands between two.
     tools_place: `after_system` (a paragraph after the system text), `instead_of_default` (the same, and the template's
-    default system text is left out), `before_system` (a paragraph before it), `own_block` (a system block of their own
-    before that of the system text) or `before_query` (in front of the first user text). default_system: the system
-    text where tools are given and neither row, flag nor template has one.
+    default system text is left out), `own_block` (a system block of their own before that of the system text) or
+    `before_query` (in front of the first user text). default_system: the system text where tools are given and neither
+    row, flag nor template has one.
     calls_start / call / call_separator / calls_end: an assistant turn that calls tools; text_separator: between what it
     says and its calls, trims_text: without white space around what it says. argument: one argument of a call in
     `{{ARGUMENT_LIST}}`. call_ends_turn: the model stops at calls_end, and the tools answer without an end-of-turn token
@@ -193,6 +205,7 @@ def _tool_marks(tool: Any) -> dict[str, str]:
         "PARAMETERS": parameters if isinstance(parameters, str) else _json(parameters),
         "TOOL_JSON": _json(wrapped),
         "TOOL_JSON_INDENTED": _json(tool, 4),
+        "FUNCTION_JSON": _json(function),
         "FUNCTION_JSON_INDENTED": _json(function, 4),
         "FUNCTION_XML": _function_xml(function),
     }
@@ -251,7 +264,7 @@ def get_agent_format(name: str) -> AgentFormat:
     try:
         return load_agent_formats()[name]
     except KeyError:
-        names = [*load_agent_formats()]
+        names = [*load_agent_formats(), *OWN_AGENTS]
         near = ", ".join(difflib.get_close_matches(name, names))
         listed = ", ".join(names) + (f"; nearest: {near}" if near else "")
         raise UserError(f"--agent_template {name}: unknown; choose one of {listed}") from None

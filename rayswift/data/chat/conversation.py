@@ -43,6 +43,7 @@ class Round:
     `query` is None where the conversation starts with a reply; `reply` is None where a query is not answered (at the
     end, or a user who writes after a tool result). `follows_user` is False for a round that continues a tool call.
     `results`: tool results in a turn of their own, instead of a query. `calls`: the reply begins with a tool call.
+    `beside`: its thoughts were given beside it (`reasoning_content`), without white space between.
     """
 
     query: str | None
@@ -50,6 +51,7 @@ class Round:
     follows_user: bool = True
     results: list[Span] | None = None
     calls: bool = False
+    beside: bool = False
 
 
 @dataclass(slots=True)
@@ -130,6 +132,7 @@ def read_conversation(
         elif role == "assistant":
             text = with_thoughts(message, think or "<think>\n") if "reasoning_content" in message else text
             _add_reply(rounds, ReplyPart(text, message.get("loss"), message.get("loss_scale")))
+            rounds[-1].beside |= "reasoning_content" in message
         elif role == "system":
             if number:
                 raise DropRow("a system message that is not the first message")

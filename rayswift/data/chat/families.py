@@ -189,7 +189,7 @@ class Template:
     def opening(self, options: RenderOptions) -> str:
         """What stands before the first generated token: `--response_prefix`, or the think mark the mode asks for."""
         if options.response_prefix is not None:
-            return options.response_prefix
+            return options.response_prefix and self.reply_prefix + options.response_prefix
         if self.thinking == "hybrid" and not options.enable_thinking:
             return self.non_thinking_prefix
         if self.thinking is not None and options.enable_thinking is not False:
@@ -214,9 +214,9 @@ class Template:
         told = [TextSpan(text, literal, weight) for text, literal in tools if in_system]
         said = [TextSpan(system, False, weight)] if system else []
         gap = [TextSpan("\n\n", False, weight)] if told and said else []
+        parts = [*said, *gap, *told]
         if gap and place == "own_block":
-            gap = [TextSpan(after + before.removeprefix(self.prefix), True, weight)]
-        parts = [*told, *gap, *said] if place in ("own_block", "before_system") else [*said, *gap, *told]
+            parts = [*told, TextSpan(after + before.removeprefix(self.prefix), True, weight), *said]
         return [TextSpan(before, True, weight), *parts, TextSpan(after, True, weight)]
 
     def _round(
@@ -275,7 +275,7 @@ class Template:
         reply, spans = self._written(round_), []
         if self.thinking is not None:
             if options.scale.base == "last_round" and not in_last_round:
-                space = r"\1" if self.history_space else ""
+                space = r"\1" if self.history_space and not round_.beside else ""
                 reply = [part._replace(text=_THOUGHTS.sub(space, part.text)) for part in reply]
                 if self.history_prefix:
                     spans.append(TextSpan(self.history_prefix, True, 0.0))

@@ -138,12 +138,13 @@ class JinjaTemplate:
         }
         everything = options.scale.base == "all"
         trained = [i for i in weights if everything or weights[i]] or [*weights][-1:]
-        replies = {i: self._reply(turns[: i + 1], tools) for i in trained}
+        thinking = options.enable_thinking
+        replies = {i: self._reply(turns[: i + 1], tools, thinking) for i in trained}
         samples: list[list[TextSpan]] = []
         while trained or not samples:
             end = len(turns) - 1 if everything else trained[-1]
             last = replies.get(end)
-            text = last.text if last is not None else self.shape.render(turns, tools)
+            text = last.text if last else self.shape.render(turns, tools, **self.shape.chat.thinking(thinking))
             shown = [i for i in trained if text.startswith(replies[i].text)]
             self._refuse_lost(turns[: end + 1], text)
             spans: list[TextSpan] = []
@@ -169,14 +170,16 @@ class JinjaTemplate:
 
     # --- turns --------------------------------------------------------------------------------------------------
 
-    def _reply(self, turns: list[Turn], tools: Any) -> Reply:
-        """The last turn, an assistant's, in its context."""
+    def _reply(self, turns: list[Turn], tools: Any, thinking: bool | None) -> Reply:
+        """The last turn, an assistant's, in its context: with `--enable_thinking`, or the row's, where it fits."""
         turn = turns[-1]
         rest, add, eos, word = self.shape.endings[bool(turn.calls), bool(tools)]
+        if turn.calls and eos and not self.shape.endings[False, bool(tools)].eos:
+            raise DropRow("the model's chat template does not end a tool call; --agent_template writes calls as text")
         thought, answer = split_thought(turn.text)
         needed = [text for text in (thought, answer.strip(), *(name for name, _ in turn.calls)) if text]
         reason = DropRow("the model's chat template does not go on from its own generation prompt")
-        for text, start in self._candidates(turns, tools, thinks=bool(thought)):
+        for text, start in self._candidates(turns, tools, thinking, thinks=bool(thought)):
             if any(part not in text[start:] for part in needed):
                 reason = DropRow("the model's chat template does not show the whole of an assistant turn")
                 continue
@@ -190,10 +193,13 @@ class JinjaTemplate:
             raise reason
         return opened
 
-    def _candidates(self, turns: list[Turn], tools: Any, *, thinks: bool) -> Iterator[tuple[str, int]]:
-        """Renderings of the turns, and where in each the model begins to write, best first: the template's own default,
-        then its other modes, then what it makes of the last turn put behind its generation prompt."""
-        modes = (None, True, False) if thinks else (None, False, True)
+    def _candidates(
+        self, turns: list[Turn], tools: Any, thinking: bool | None, *, thinks: bool
+    ) -> Iterator[tuple[str, int]]:
+        """Renderings of the turns, and where in each the model begins to write, best first: the mode that is asked for,
+        the template's own default, its other modes, then what it makes of the last turn put behind its generation
+        prompt."""
+        modes = tuple(dict.fromkeys((thinking, None, thinks, not thinks)))
         differing: list[tuple[str, str, int]] = []
         refused: DropRow | None = None
         for mode in modes if self.shape.chat.switches else modes[:1]:

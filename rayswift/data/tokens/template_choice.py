@@ -11,7 +11,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-from rayswift.data.chat.agents import AgentFormat, get_agent_format
+from rayswift.data.chat.agents import OWN_AGENTS, AgentFormat, get_agent_format
 from rayswift.data.chat.conversation import Conversation, DropRow, Message, Round, read_conversation
 from rayswift.data.chat.dialect import ChatTemplate
 from rayswift.data.chat.families import (
@@ -42,7 +42,8 @@ class TemplateSettings:
     `template`: a family of `families.json`, one of `OWN_TEMPLATES` for the model's own chat template, or None/"auto":
     the family whose layout equals the tokenizer's own chat template, else that chat template itself.
     `template_backend`: `jinja` takes the chat template in any case. `use_chat_template` False: bos, the bare texts,
-    eos. `agent_template`: a format of `agents.json` for tools and tool messages, None is the template's own.
+    eos. `agent_template`: a format of `agents.json` for tools and tool messages, or one of `OWN_AGENTS` for that of the
+    model's own chat template; None is the template's own.
     `enable_thinking`: of prompts for generation; None is the model's own default. `template_date`: the day (YYYY-MM-DD)
     in prompts that hold one.
 
@@ -71,7 +72,7 @@ class TemplateSettings:
         read_loss_scale(self.loss_scale)
         if self.template not in (None, "auto", *OWN_TEMPLATES):
             get_template(self.template)
-        if self.agent_template is not None:
+        if self.agent_template not in (None, *OWN_AGENTS):
             get_agent_format(self.agent_template)
         read_date(self.template_date)
 
@@ -225,8 +226,10 @@ class LoadedTemplate:
 
     def options_of(self, row: Mapping[str, Any]) -> RenderOptions:
         """The options for a row, whose ``chat_template_kwargs`` come before the flags."""
-        given = row.get("chat_template_kwargs")
-        thinking = given.get("enable_thinking", given.get("thinking")) if given else None
+        given = row.get("chat_template_kwargs") or {}
+        thinking = next((given[name] for name in ("enable_thinking", "thinking") if given.get(name) is not None), None)
+        if thinking is None and given.get("reasoning_effort"):
+            thinking = given["reasoning_effort"] != "none"
         return self.options if thinking is None else replace(self.options, enable_thinking=bool(thinking))
 
     def _with_agent(self, messages: Sequence[Message], tools: Any) -> Conversation | None:
@@ -278,23 +281,15 @@ def load_template(settings: TemplateSettings) -> LoadedTemplate:
     )
     thinking = settings.enable_thinking
     prompt_thinking = _thinks_by_default(settings, template, tokenizer) if thinking is None else thinking
-    format_name = settings.agent_template or (template.agent if template else "raw")
-    agent = get_agent_format(format_name) if format_name else None
     tools_template = _own_tools(settings, template, tokenizer)
+    format_name = settings.agent_template or (template.agent if template else "raw")
+    agent = get_agent_format(format_name) if format_name and format_name not in OWN_AGENTS else None
     literals = (*(template.literals if template else ()), *(agent.literals if agent else ()))
     literals += tools_template.literals if tools_template else ()
     segments = _load_segments(tokenizer, literals, settings.new_special_tokens)
+    eos = tokenizer.eos_token or ""
     return LoadedTemplate(
-        tokenizer,
-        template,
-        prompt_template,
-        segments,
-        bos,
-        tokenizer.eos_token or "",
-        agent,
-        options,
-        prompt_thinking,
-        tools_template,
+        tokenizer, template, prompt_template, segments, bos, eos, agent, options, prompt_thinking, tools_template
     )
 
 
@@ -358,7 +353,16 @@ def _thinks_by_default(
 def _own_tools(
     settings: TemplateSettings, template: Template | JinjaTemplate | None, tokenizer: Any
 ) -> JinjaTemplate | None:
-    """The model's own chat template, for rows with tools, where the family found for it writes those differently."""
+    """The model's own chat template, for rows with tools, where the family found for it writes those differently, or
+    where `--agent_template` names its format."""
+    if template is not None and settings.agent_template in OWN_AGENTS:
+        own = _jinja(settings, tokenizer) if tokenizer.chat_template else None
+        if own is None or not own.takes_tools or OWN_AGENTS[settings.agent_template] not in own.shape.chat.source:
+            raise UserError(
+                f"--agent_template {settings.agent_template}: the model's own chat template writes no tools in this "
+                "format; leave the flag out, or name one that is written as text, such as hermes"
+            )
+        return None if isinstance(template, JinjaTemplate) else own
     chosen = settings.agent_template or settings.template not in (None, "auto")
     if chosen or not isinstance(template, Template) or not tokenizer.chat_template:
         return None
