@@ -178,9 +178,9 @@ class Shape:
         """Tokens with their log probabilities and those of the likeliest, of which the token itself is the first."""
         columns: dict[str, Any] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
         for token, logprob, likely in tokens:
-            scores, offset = likely or {token: None}, self._offsets.get(index, 0)
-            texts = [self._token(other) for other in scores]
-            names = texts if self.tokens_as_ids else token_names(self.tokenizer, zip(scores, texts, strict=True))
+            ids, offset = list(likely or (token,)), self._offsets.get(index, 0)
+            texts = [self._token(one) for one in ids]
+            names = texts if self.tokens_as_ids else token_names(self.tokenizer, zip(ids, texts, strict=True))
             self._offsets[index] = offset + len(texts[0])
             top = None if likely is None else dict(zip(names, map(_finite, likely.values()), strict=True))
             values = (names[0], None if logprob is None else _finite(logprob), top, offset)
