@@ -6,8 +6,8 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 #: PEFT's initialisations that take the adapter's first values off the base's weights. From the base alone PEFT finds
-#: the first three again; of the others (drawn at random, or found with data) nothing does.
-_FOUND_AGAIN, _LOST = ("pissa", "olora", "loftq"), ("pissa_niter_", "corda", "lora_ga")
+#: those of the first list again; of the others (drawn at random, or found with data) nothing does.
+_FOUND_AGAIN, _LOST = ("pissa", "olora", "loftq", "kasa"), ("pissa_niter_", "corda", "lora_ga")
 #: Fields of a LoRA's configuration that mean something only PEFT's own layers compute.
 _BEYOND_LORA = {
     "use_dora": "DoRA", "modules_to_save": "whole layers (modules_to_save)", "lora_bias": "biases (lora_bias)",
@@ -63,6 +63,6 @@ def only_merged(config: Mapping[str, Any], tensors: Iterable[str] = ()) -> str |
     parts = [part for name, part in _BEYOND_LORA.items() if config.get(name)]
     if config.get("bias") not in (None, "none"):
         parts.append(f"biases (bias {config['bias']})")
-    if any("lora_embedding_" in name or ".base_layer." in name for name in tensors):
-        parts.append("embeddings")
+    if not parts and any(".lora_A." not in name and ".lora_B." not in name for name in tensors):
+        parts.append("embeddings or other whole weights")
     return f"has {', '.join(parts)}; {merge}" if parts else None

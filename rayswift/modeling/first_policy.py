@@ -21,7 +21,11 @@ def probe_layers(model: Any) -> Probes:
     from transformers.pytorch_utils import Conv1D
 
     kinds = (torch.nn.Linear, torch.nn.Embedding, Conv1D)
-    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, kinds)}
+    layers = {
+        name: layer
+        for name, layer in model.named_modules()
+        if isinstance(layer, kinds) and layer.weight.is_floating_point()
+    }
     inputs = {name: _input(layer) for name, layer in layers.items()}
     return {name: (inputs[name], _output(layer, inputs[name])) for name, layer in layers.items()}
 

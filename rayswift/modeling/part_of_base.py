@@ -70,7 +70,8 @@ def read_plain(folder: str, rank: int) -> tuple[Tensors, Tensors]:
     Raises:
         UserError: the checkpoint holds no such adapter.
     """
-    trained, first = load_file(Path(folder, ADAPTER_WEIGHTS)), {}
+    trained: Tensors = load_file(Path(folder, ADAPTER_WEIGHTS))
+    first: Tensors = {}
     for name in [name for name in trained if _side(name)]:
         sign, axis = (1, 0) if _side(name) == "A" else (-1, 1)
         if trained[name].shape[axis] != 2 * rank:

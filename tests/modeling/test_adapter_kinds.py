@@ -94,6 +94,8 @@ def test_an_adapter_whose_base_nobody_has_is_refused_by_every_command(way: str, 
         ({"trainable_token_indices": [1]}, [], "trained tokens"),
         ({"alora_invocation_tokens": [1]}, [], "invocation tokens"),
         ({}, ["model.embed_tokens.lora_embedding_A"], "has embeddings"),
+        ({}, ["q_proj.lora_A.weight", "model.embed_tokens.weight"], "has embeddings"),  # of a resized vocabulary
+        ({}, ["mlp.experts.base_layer.lora_A.weight"], None),
         ({"peft_type": "IA3"}, [], "is IA3"),
     ],
 )
