@@ -307,7 +307,7 @@ class WorkerArguments(RayArguments):
     )  # fmt: skip
     max_failures: int = arg(
         3, "how often a failed run starts again from its last checkpoint (-1: always)", ge=-1,
-        no_effect={"command=infer|sample": "an engine that dies is started again, and its rows are asked again"},
+        no_effect={"command=infer|sample": "engines that die are started again by themselves"},
     )  # fmt: skip
 
     def resolve(self) -> None:
