@@ -178,10 +178,20 @@ class AppArguments(WebPageArguments, DeployArguments):
     command: ClassVar[str] = "app"
 
     ssl_keyfile: str | None = arg_like(
-        ServerArguments, "ssl_keyfile", None, help="key of the page's TLS certificate", topic=WebPageArguments.topic
+        ServerArguments,
+        "ssl_keyfile",
+        None,
+        help="key of the page's TLS certificate",
+        topic=WebPageArguments.topic,
+        no_effect={"base_url!=none": ""},
     )
     ssl_certfile: str | None = arg_like(
-        ServerArguments, "ssl_certfile", None, help="TLS certificate of the page", topic=WebPageArguments.topic
+        ServerArguments,
+        "ssl_certfile",
+        None,
+        help="TLS certificate of the page",
+        topic=WebPageArguments.topic,
+        no_effect={"base_url!=none": ""},
     )
 
     task_type: str = arg_like(ModelArguments, "task_type", "causal_lm")
