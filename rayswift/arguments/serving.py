@@ -14,7 +14,6 @@ from rayswift.arguments.fields import arg, arg_like
 from rayswift.arguments.groups import SERVED_ELSEWHERE
 from rayswift.redaction import redact
 
-
 _NO_TLS = {"command=eval": "only this command asks its deployment, on 127.0.0.1"}
 
 
