@@ -37,7 +37,6 @@ from rayswift.arguments.training import (
 from rayswift.arguments.training_args import choices_of, passthrough_specs
 
 _GOING_ON = {"adapters=none": "only with --adapters"}
-_NO_TLS = "only this command asks its deployment, on 127.0.0.1"
 #: Values of --loss_scale that weigh every token 0 or 1.
 _UNWEIGHTED = (
     "default", "last_round", "all", "ignore_empty_think", "ignore_think_prefix", "last_round_with_ignore_empty_think",
@@ -178,10 +177,20 @@ class AppArguments(WebPageArguments, DeployArguments):
     command: ClassVar[str] = "app"
 
     ssl_keyfile: str | None = arg_like(
-        ServerArguments, "ssl_keyfile", None, help="key of the page's TLS certificate", topic=WebPageArguments.topic
+        ServerArguments,
+        "ssl_keyfile",
+        None,
+        help="key of the page's TLS certificate",
+        topic=WebPageArguments.topic,
+        no_effect={"base_url!=none": ""},
     )
     ssl_certfile: str | None = arg_like(
-        ServerArguments, "ssl_certfile", None, help="TLS certificate of the page", topic=WebPageArguments.topic
+        ServerArguments,
+        "ssl_certfile",
+        None,
+        help="TLS certificate of the page",
+        topic=WebPageArguments.topic,
+        no_effect={"base_url!=none": ""},
     )
 
     task_type: str = arg_like(ModelArguments, "task_type", "causal_lm")
@@ -258,8 +267,6 @@ class EvalArguments(BenchmarkArguments, DeployArguments):
     task_type: str = arg_like(ModelArguments, "task_type", "causal_lm")
 
     temperature: float | None = arg_like(GenerationArguments, "temperature", 0.0)
-    ssl_keyfile: str | None = arg_like(ServerArguments, "ssl_keyfile", None, no_effect=_NO_TLS)
-    ssl_certfile: str | None = arg_like(ServerArguments, "ssl_certfile", None, no_effect=_NO_TLS)
 
 
 @dataclass(init=False, repr=False, eq=False)

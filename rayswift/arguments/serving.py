@@ -14,6 +14,8 @@ from rayswift.arguments.fields import arg, arg_like
 from rayswift.arguments.groups import SERVED_ELSEWHERE
 from rayswift.redaction import redact
 
+_NO_TLS = {"command=eval": "only this command asks its deployment, on 127.0.0.1"}
+
 
 @dataclass(init=False, repr=False, eq=False)
 class ResultArguments(Arguments):
@@ -76,8 +78,8 @@ class ServerArguments(Arguments):
     upscale_delay: int = arg(10, "seconds of more load before a replica is added", ge=0)
     downscale_delay: int = arg(300, "seconds of less load before a replica is stopped", ge=0)
     drain_timeout: int = arg(600, "seconds that running requests may take when a replica stops", ge=0)
-    ssl_keyfile: str | None = arg(None, "key of the TLS certificate")
-    ssl_certfile: str | None = arg(None, "TLS certificate")
+    ssl_keyfile: str | None = arg(None, "key of the TLS certificate", no_effect=_NO_TLS)
+    ssl_certfile: str | None = arg(None, "TLS certificate", no_effect=_NO_TLS)
     max_logprobs: int = arg(
         20, "most alternatives per token a client may ask for", ge=0,
         no_effect={"engine=transformers": "only with the vLLM engine"},
