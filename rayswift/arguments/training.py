@@ -69,7 +69,7 @@ class TunerArguments(Arguments):
         if flags := self._given(names):
             yield f"{flags}: no effect with --train_type {self.train_type}"
         if self.train_type == "lora" and getattr(self, "adapters", None):
-            flags = self._given((*lora, "init_weights"))
+            flags = self._given(lora)
             yield from [f"{flags}: no effect with --adapters, whose own settings stay"] if flags else []
         elif self.train_type == "lora":
             parts = {
