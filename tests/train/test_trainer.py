@@ -28,6 +28,8 @@ COLLATE = Collator(0)
 @pytest.fixture(autouse=True, scope="module")
 def fast() -> Iterator[None]:
     """One thread suits models this small; and a Trainer ends with a collection of everything that is loaded."""
+    import rayswift.train.trainers.sft  # noqa: F401
+
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     gc.freeze()
