@@ -74,7 +74,8 @@ def ollama_template(encoder: Encoder) -> tuple[str, str]:
         start = start.replace(
             _literal(behind), f"{{{{ if .Tools }}}}{template.environment}{{{{ end }}}}{_literal(behind)}"
         )
-    old = _after(layout.text(_user(0), _reply(0), _user(1)), _QUERIES[0], _REPLIES[0])
+    prefix = template.reply_prefix if isinstance(template, Template) else ""  # before an answer, not before a call
+    old = _after(layout.text(_user(0), _reply(0), _user(1)), _QUERIES[0], _REPLIES[0]).removesuffix(prefix)
     between = _after(layout.text(_user(0), _reply(0), _user(1)), _REPLIES[0], _QUERIES[1])
     tail = _by_thinking([_literal(mode.text(_user(0)).partition(_QUERIES[0])[2]) for mode in modes])
     tools_first = ""
@@ -82,13 +83,11 @@ def ollama_template(encoder: Encoder) -> tuple[str, str]:
         tools_first = f"{{{{ if and $.Tools (not $later) }}}}{_tools(agent)}{{{{ end }}}}"
     user = f"{{{{ if $later }}}}{_literal(between)}{{{{ end }}}}{tools_first}{{{{ $later = true }}}}{{{{ .Content }}}}"
     reply, result, end = _literal(old), "", tail
-    said = "{{ .Content }}"
+    said = _if(".Content", _literal(prefix), "") + "{{ .Content }}"
     if agent is not None:
-        loop = _Loop.of(modes, agent)
+        loop = _Loop.of(modes, agent, prefix)
         reply = _if(_AFTER_RESULT, _if(_IN_LOOP, loop.goes_on, loop.went_on), _if(_IN_LOOP, loop.called, reply))
-        # What the model writes in front of an answer is in the heads of answers, not in those of a loop's turns.
-        prefix = template.reply_prefix if isinstance(template, Template) else ""
-        said = loop.thoughts + _if(f"and .Content ({_IN_LOOP})", _literal(prefix), "") + said + loop.calls
+        said = loop.thoughts + said + loop.calls
         result = f'{{{{ else if eq .Role "tool" }}}}{loop.result}'
         end = _if(_AFTER_RESULT, loop.end, tail)
     message = (
@@ -141,7 +140,7 @@ class _Loop:
     result: str
 
     @classmethod
-    def of(cls, modes: list[_Layout], agent: AgentFormat) -> _Loop:
+    def of(cls, modes: list[_Layout], agent: AgentFormat, prefix: str) -> _Loop:
         """Cut from conversations with one call and its result."""
         written = text_of(agent.write_call(_CALL["content"], first=True, last=True))  # type: ignore[arg-type]
         given = text_of(agent.write_result(_RESULT, first=True))  # type: ignore[arg-type]
@@ -171,7 +170,7 @@ class _Loop:
             called,
             goes_on,
             thoughts,
-            _literal(_after(ended, given, _REPLIES[0])),
+            _literal(_after(ended, given, _REPLIES[0]).removesuffix(prefix)),
             _by_thinking([_literal(text.partition(given)[2]) for text in running]),
             f"{{{{ if .ToolCalls }}}}{_if('.Content', _literal(agent.text_separator), '')}"
             "{{ range $n, $_ := .ToolCalls }}"

@@ -33,8 +33,9 @@ def test_what_is_trained_is_what_generation_would_write(file: Path, tmp_path: Pa
 def test_calls_that_the_chat_template_never_ends_are_refused(tmp_path: Path) -> None:
     calls = "{% for call in m.tool_calls or [] %}Action: {{ call.function | tojson }}{% endfor %}"
     source = (
-        "{{ tools | tojson if tools }}{% for m in messages %}<|" + "{{ m.role }}|>{{ m.content }}" + calls +
-        "{% if not m.tool_calls %}<|end|>{% endif %}{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+        "{{ tools | tojson if tools }}{% for m in messages %}<|turn|>{{ m.role }}: {{ m.content }}" + calls +
+        "{% if not m.tool_calls %}<|end|>{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}<|turn|>assistant: {% endif %}"
     )  # fmt: skip
     assert measure(source, tmp_path) == {scenario: [] for scenario in SCENARIOS}
     (dropped,) = Encoder(str(tmp_path)).encode_batch([CALLS])
