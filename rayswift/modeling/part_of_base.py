@@ -103,7 +103,7 @@ def _layers(model: Any) -> Iterator[tuple[str, Any, torch.Tensor]]:
 
     for name, layer in model.named_modules():
         if isinstance(layer, LoraLayer):
-            weight = layer.get_base_layer().weight
+            weight: Any = layer.get_base_layer().weight
             with gather_params_ctx(weight):
                 yield name, layer, weight
 
