@@ -30,7 +30,7 @@ def hf_training_arguments(
     dtype: str,
     use_gpu: bool,
     has_val: bool,
-    gradient_checkpointing: bool,
+    gradient_checkpointing: bool = False,
 ) -> TrainingArguments:
     """The Trainer's arguments for one worker.
 

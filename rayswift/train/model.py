@@ -54,13 +54,18 @@ def compute_dtype(args: Any, model_dir: str, use_gpu: bool) -> str:
 
 
 def build_model(
-    args: Any, model_dir: str, dtype: str, packing: PackedPlan | None, checkpointing: bool, resume: str | None = None
+    args: Any,
+    model_dir: str,
+    dtype: str,
+    packing: PackedPlan | None,
+    resume: str | None = None,
+    checkpointing: bool = False,
 ) -> Any:
     """The model to train, with its adapter if it gets one.
 
     Args:
-        checkpointing: whether its activations are computed twice.
         resume: the checkpoint that the run goes on from.
+        checkpointing: whether its activations are computed twice.
     """
     from rayswift.modeling.adapters import freeze_for_full, load_adapter
 

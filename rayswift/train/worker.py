@@ -135,7 +135,7 @@ def _build_trainer(
     encoder = replace(data.encoder, model_dir=model_dir)
     tokenizer = load_tokenizer(model_dir, trust_remote_code=args.trust_remote_code)
     tokenizer.add_tokens(args.new_special_tokens, special_tokens=True)
-    model = build_model(args, model_dir, config.dtype, config.packing, checkpointing, resume)
+    model = build_model(args, model_dir, config.dtype, config.packing, resume, checkpointing)
     pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
 
     def push(event: dict[str, Any]) -> None:

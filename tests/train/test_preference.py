@@ -81,7 +81,7 @@ class Run:
         self.trainer = PreferenceTrainer(
             model=model,
             ref_model=copy.deepcopy(model),
-            args=hf_training_arguments(args, plan, 1, str(folder), "float32", False, False, False),
+            args=hf_training_arguments(args, plan, 1, str(folder), "float32", False, False),
             processing_class=tokenizer,
             loader=[PAIR(rows) for rows in micro_batches],
             schedule=plan,

@@ -91,7 +91,7 @@ class Run:
         first = int(resume.rpartition("-")[2]) if resume else 0
         self.trainer = SftTrainer(
             model=llama(),
-            args=hf_training_arguments(self.args, self.plan, 1, str(folder), "float32", False, val is not None, False),
+            args=hf_training_arguments(self.args, self.plan, 1, str(folder), "float32", False, val is not None),
             processing_class=word_tokenizer(),
             loader=[COLLATE(rows) for step in steps[first:] for rows in step],
             schedule=self.plan,
