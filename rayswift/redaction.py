@@ -112,7 +112,9 @@ def _masking(make: Any) -> Any:
         if (masked := mask_known(message)) != message:
             made.msg, made.args = masked, ()
         if made.exc_info and made.exc_info[0]:
-            made.exc_text = mask_known(logging.Formatter().formatException(made.exc_info))
+            trace = logging.Formatter().formatException(made.exc_info)
+            if (masked := mask_known(trace)) != trace:
+                made.exc_text = masked
         return made
 
     return record
@@ -129,7 +131,7 @@ def mask_files(folder: str | os.PathLike[str]) -> None:
     """Mask known secrets in the files of a folder that another program wrote: its settings and logs."""
     for parent, _, names in os.walk(folder) if _spellings else ():
         for path in (os.path.join(parent, name) for name in names):
-            if os.path.islink(path) or os.path.getsize(path) > _LARGEST_LOG:
+            if os.path.islink(path) or os.path.getsize(path) > _LARGEST_LOG or not os.access(path, os.R_OK | os.W_OK):
                 continue
             with open(path, "r+", encoding="utf-8", errors="surrogateescape", newline="") as file:
                 text = file.read()
