@@ -20,7 +20,7 @@ from serving import MODEL, Deployment, deployed
 pytestmark = pytest.mark.slow
 
 CHAT = "/v1/chat/completions"
-LONG = 80
+LONG = 40
 
 
 def write_adapter(folder: Path, seed: int, hidden: int = 576) -> Path:
