@@ -29,7 +29,7 @@ from rayswift.serve.gateway.app import Gateway, ServedModel
 from rayswift.serve.gateway.shared import Counters, GatewayState, SharedState
 from rayswift.serve.openai_errors import ApiError
 from rayswift.serve.replica import transformers as transformers_replica
-from rayswift.serve.replica.adapter_book import AdapterBook
+from rayswift.serve.replica.adapter_book import AdapterBook, State
 from rayswift.serve.replica.adapters import AdapterKey, AdapterRefused
 from rayswift.serve.replica.transformers import TransformersServing
 
@@ -310,6 +310,12 @@ class World:
         found = (await asyncio.gather(asking, return_exceptions=True))[0]
         await self.keep_or_end(found if isinstance(found, Chat) else None, False)
 
+    async def gateway_dies(self, replica: int, name: str, path: str) -> None:
+        """Between a load at a replica and the word that it counts: the name means what it did."""
+        if not self.replicas[replica].is_full_without(name):
+            key = await self.gateways[0].models["m"].adapters.candidate(name, path, replace=True)
+            await self.replicas[replica].book.prepare(key)
+
     async def end(self, number: int) -> None:
         if self.chats:
             await self.chats.pop(number % len(self.chats)).using.__aexit__(None, None, None)
@@ -333,6 +339,8 @@ class World:
         for replica in self.replicas:
             assert await replica.engine.answer(replica.engine.handle_of("m")) == BASE_ANSWER
             assert set(replica.encoders) == {"", *replica.book._answering}
+            serving = [one.key.name for one in replica.book._adapters.values() if one.state is State.SERVING]
+            assert len(serving) == len(set(serving))
         for chat in self.chats:  # what is being answered stays what it was
             assert await chat.replica.engine.answer(chat.handle) == chat.answer
 
@@ -347,7 +355,8 @@ class World:
         for replica in self.replicas:
             await settle(replica)
             held = list(replica.book._adapters.values())
-            assert len(replica.engine.loaded()) == len(held) == len({one.key.name for one in held}) <= LIMIT
+            assert len(replica.engine.loaded()) == len(held)
+            assert len({one.key.name for one in held}) <= LIMIT
         for name in ("start", "one", "two", "mine"):
             await self.unload(0, name)
         for replica in self.replicas:
@@ -393,6 +402,7 @@ STEPS: list[tuple[Any, ...]] = [
     ("leave_while_it_loads", TWO, NAME),
     ("end", range(10)),
     ("retrain", ("one", "two")),
+    ("gateway_dies", TWO, ("mine", "one"), ("one", "two")),
     ("deaf", TWO),
     ("restart", TWO),
     ("forget_names",),

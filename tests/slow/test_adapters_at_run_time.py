@@ -20,7 +20,7 @@ from serving import MODEL, Deployment, deployed
 pytestmark = pytest.mark.slow
 
 CHAT = "/v1/chat/completions"
-LONG = 80
+LONG = 40
 
 
 def write_adapter(folder: Path, seed: int, hidden: int = 576) -> Path:
@@ -32,8 +32,8 @@ def write_adapter(folder: Path, seed: int, hidden: int = 576) -> Path:
     for layer in range(30):
         for module in ("q_proj", "o_proj"):
             name = f"base_model.model.model.layers.{layer}.self_attn.{module}"
-            tensors[f"{name}.lora_A.weight"] = torch.randn(4, hidden, generator=random) * 0.05
-            tensors[f"{name}.lora_B.weight"] = torch.randn(576, 4, generator=random) * 0.05
+            tensors[f"{name}.lora_A.weight"] = torch.randn(4, hidden, generator=random) * 0.12
+            tensors[f"{name}.lora_B.weight"] = torch.randn(576, 4, generator=random) * 0.12
     save_file(tensors, folder / "adapter_model.safetensors")
     return folder
 
