@@ -77,7 +77,7 @@ class PreferenceTrainer(StepTraining, DPOTrainer):
     def _add_reference(self, inputs: Batch) -> None:
         """The reference's log-probabilities: as it answers, without what training does to the modules that policy and
         reference share (NEFTune's noise, dropout, a router's jitter). TRL computes them in training mode."""
-        model = self.model if self.ref_model is None else self.ref_model
+        model: Any = self.model if self.ref_model is None else self.ref_model
         was_training = model.training
         model.eval()
         try:

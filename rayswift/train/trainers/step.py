@@ -166,9 +166,8 @@ class StepTraining(Trainer):
         if not isinstance(self.model, PeftModel) or self.is_fsdp_enabled:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         elif getattr(self.model, "first_values", None):
-            set_peft_model_state_dict(
-                self.model, read_plain(resume_from_checkpoint, self.model.peft_config["default"].r)[0]
-            )
+            config: Any = self.model.peft_config["default"]
+            set_peft_model_state_dict(self.model, read_plain(resume_from_checkpoint, config.r)[0])
         else:
             self.model.load_adapter(resume_from_checkpoint, "default", is_trainable=True)
 
