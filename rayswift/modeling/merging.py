@@ -117,7 +117,7 @@ def merged_model(model: Any) -> Any:
             parameter.data = parameter.data.to(dtype)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "All adapters are already merged")
-        merged = model.merge_and_unload()
+        merged: Any = model.merge_and_unload()
     head = merged.get_output_embeddings()
     if head is not None and head.weight is not merged.get_input_embeddings().weight:
         merged.config.tie_word_embeddings = merged.config.get_text_config().tie_word_embeddings = False

@@ -103,7 +103,8 @@ def _layers(model: Any) -> Iterator[tuple[str, Any, torch.Tensor]]:
 
     for name, layer in model.named_modules():
         if isinstance(layer, LoraLayer):
-            weight: Any = layer.get_base_layer().weight
+            base: Any = layer.get_base_layer()
+            weight = base.weight
             with gather_params_ctx(weight):
                 yield name, layer, weight
 
