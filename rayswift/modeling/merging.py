@@ -133,7 +133,7 @@ def _part_tied_weights(model: Any) -> None:
     embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
     adapted = isinstance(embeddings, BaseTunerLayer) or isinstance(head, BaseTunerLayer)
     if adapted and head is not None and head.weight is embeddings.weight:
-        own: Any = head.get_base_layer() if isinstance(head, BaseTunerLayer) else head
+        own: Any = getattr(head, "base_layer", head)
         own.weight = torch.nn.Parameter(own.weight.detach().clone(), requires_grad=False)
 
 
