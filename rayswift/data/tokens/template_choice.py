@@ -355,9 +355,10 @@ def _own_tools(
 ) -> JinjaTemplate | None:
     """The model's own chat template, for rows with tools, where the family found for it writes those differently, or
     where `--agent_template` names its format."""
-    if template is not None and settings.agent_template is not None and settings.agent_template in OWN_AGENTS:
+    mark = OWN_AGENTS.get(settings.agent_template or "")
+    if template is not None and mark is not None:
         own = _jinja(settings, tokenizer) if tokenizer.chat_template else None
-        if own is None or not own.takes_tools or OWN_AGENTS[settings.agent_template] not in own.shape.chat.source:
+        if own is None or not own.takes_tools or mark not in own.shape.chat.source:
             raise UserError(
                 f"--agent_template {settings.agent_template}: the model's own chat template writes no tools in this "
                 "format; leave the flag out, or name one that is written as text, such as hermes"
