@@ -102,11 +102,12 @@ def join_rows(
     """
     size, accumulation = schedule.per_device_batch_size, schedule.accumulation(workers.largest)
     # An accelerator's memory was planned for rows of --max_length.
-    most = min(JOINED_TOKENS_GPU, args.max_length or JOINED_TOKENS_GPU) if workers.use_gpu else JOINED_TOKENS
+    planned = (args.max_length or JOINED_TOKENS_GPU) * size
+    most = min(JOINED_TOKENS_GPU, planned) if workers.use_gpu else JOINED_TOKENS
     mean, spread = float(lengths.mean()), float(lengths.std())
     fitting = [
         count for count in range(2, accumulation + 1)
-        if count * size * mean + 2 * (count * size) ** 0.5 * spread <= most * size
+        if count * size * mean + 2 * (count * size) ** 0.5 * spread <= most
     ]  # fmt: skip
     if not fitting or args.attn_impl not in (None, "sdpa"):
         return None, schedule

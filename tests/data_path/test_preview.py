@@ -341,7 +341,7 @@ def test_no_row_fits(capsys: pytest.CaptureFixture[str], smollm2_dir: str) -> No
         (["--dataset", "d", "--preview_rows", "0"], "--preview_rows 0: expected a whole number of at least 1, or all"),
         (["--dataset", "d", "--output", "page.pdf"], "--output page.pdf: the page is HTML"),
         (["--dataset", "d", "--adapters", "a"], "--adapters: a preview needs the tokenizer only"),
-        (["--dataset", "d", "--lora_rank", "8"], "--lora_rank is no flag of rayswift data preview"),
+        (["--dataset", "d", "--lora_rank", "16"], "--lora_rank is no flag of rayswift data preview"),
     ],
 )
 def test_wrong_flags(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

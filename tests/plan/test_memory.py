@@ -49,7 +49,7 @@ def test_offloading_moves_the_optimiser_to_the_machine_where_there_is_a_gpu(smol
 
 
 def test_too_little_memory_is_foreseen(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory, "_free_bytes", lambda: 8 * 2**30)
+    monkeypatch.setattr(memory, "free_bytes", lambda: 8 * 2**30)
     seven_gib = MemoryNeed(7 * 2**30)
     assert shortage(seven_gib, 1, use_gpu=False) is None
     warning = shortage(seven_gib, 2, use_gpu=False)
@@ -60,5 +60,5 @@ def test_too_little_memory_is_foreseen(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_this_machine_says_what_it_has_free() -> None:
-    free = memory._free_bytes()
+    free = memory.free_bytes()
     assert free is None or 2**20 < free < 2**50

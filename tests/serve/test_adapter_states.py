@@ -188,7 +188,7 @@ class World:
     def _gateway(self) -> Gateway:
         gateway = object.__new__(type("Gateway", (Gateway,), {"__del__": lambda self: None}))
         registry = AdapterRegistry("m", {"start": str(self.root / "start")}, str(self.root), self.shared, MODELS)
-        gateway.models = {"m": ServedModel("m", self, registry, None, "", 0, False)}  # type: ignore[arg-type]
+        gateway.models = {"m": ServedModel("m", self, registry, None, "", 0, {}, False)}  # type: ignore[arg-type]
         return gateway
 
     # What a gateway's forwarder does.

@@ -128,6 +128,7 @@ def test_the_page_has_the_certificate(
     tls = certificate(tmp_path)
     chat_page.serve(Page(), make_arguments("app", model="m", **tls))
     assert launched.items() >= {**tls, "ssl_verify": False}.items()
+    caplog.clear()
     make_arguments("app", base_url="http://h/v1", **tls)
     assert not caplog.text
     make_arguments("app", model="m", host="0.0.0.0", api_key=["k"], **tls)

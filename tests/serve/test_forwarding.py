@@ -58,7 +58,8 @@ class Replicas:
     def options(self, **_: Any) -> Replicas:
         return self
 
-    def remote(self) -> Leases:
+    def remote(self, only_prepare: bool) -> Leases:
+        assert not only_prepare
         return Leases(self)
 
 
@@ -339,7 +340,7 @@ async def test_a_lease_is_not_kept_while_a_request_waits_for_a_place(monkeypatch
                 yield lease
 
     monkeypatch.setattr(leases, "KEEP_SECONDS", 60)
-    monkeypatch.setattr(Replicas, "remote", lambda self: OnePlace(self))
+    monkeypatch.setattr(Replicas, "remote", lambda self, _: OnePlace(self))
     async with served(streams(0, 4, ends=True)) as (forwarder, _, _), asyncio.timeout(5):
         assert len(await asyncio.gather(*(ask(forwarder, stream=True) for _ in range(3)))) == 3
 
@@ -377,7 +378,7 @@ async def test_a_request_that_waits_stands_in_the_line_of_all_gateways(monkeypat
         await asyncio.sleep(0)
         forwarder.close()
         monkeypatch.setattr(forwarding, "LINE_SECONDS", 0.01)
-        monkeypatch.setattr(Replicas, "remote", lambda self: Late(self))
+        monkeypatch.setattr(Replicas, "remote", lambda self, _: Late(self))
         assert (await ask(forwarder))[0] == 200
         assert line == ["in", "out"]
         forwarder.close()

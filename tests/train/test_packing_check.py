@@ -144,7 +144,7 @@ def test_a_verdict_is_tried_once_for_each_configuration(tmp_path: Path, monkeypa
     monkeypatch.setenv("RAYSWIFT_CACHE", str(tmp_path / "cache"))
     tried: list[str | None] = []
 
-    def in_this_process(trial: Any, _workers: Workers, _token: str | None) -> dict[str, Any]:
+    def in_this_process(trial: Any, *_: Any) -> dict[str, Any]:
         tried.append(trial.attn_impl)
         return packing.try_packing(trial)
 
