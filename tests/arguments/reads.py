@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
+import threading
 import types
 from collections.abc import Iterator
 from pathlib import Path
@@ -76,6 +77,8 @@ class _Queue:
         self.events: list[dict[str, Any]] = []
         self.push = self.drain = self
         self.remote = lambda event=None: self.events.append(event) if event else []
+        self.ended = threading.Event()
+        self.is_stopping = types.SimpleNamespace(remote=self.ended.wait)
 
 
 @contextlib.contextmanager
@@ -109,4 +112,5 @@ def training_here() -> Iterator[_Queue]:
             (packing, "_tried", lambda *_: {"attention": "sdpa", "by_row": []}),
         ):
             stack.enter_context(mock.patch.object(owner, name, value))
+        stack.callback(queue.ended.set)
         yield queue

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import shutil
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -29,10 +30,11 @@ ROW = {"messages": [{"role": "user", "content": "one"}, {"role": "assistant", "c
 
 
 @pytest.fixture
-def model(tiny_dir: str) -> str:
-    """The tiny model, with the settings it was trained with beside it."""
-    make_arguments("sft", model=tiny_dir, dataset=["d"]).save(Path(tiny_dir) / "args.json")
-    return tiny_dir
+def model(tiny_dir: str, tmp_path: Path) -> str:
+    """A copy of the tiny model, with the settings it was trained with beside it."""
+    folder = shutil.copytree(tiny_dir, tmp_path / "model")
+    make_arguments("sft", model=tiny_dir, dataset=["d"]).save(folder / "args.json")
+    return str(folder)
 
 
 def silent(args: Arguments, read: set[str]) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from datetime import datetime
 from importlib.util import find_spec
 from pathlib import Path
@@ -17,9 +18,10 @@ TRL = Path(find_spec("trl").submodule_search_locations[0]) / "chat_templates"  #
 CALLS = {"messages": SCENARIOS["calls"][0], "tools": TOOLS}
 
 
-#: TRL's variants for training render as the templates they are made of: they are asked in `-m slow`.
+#: TRL's variants for training render as the templates they are made of, and templates have versions: they are asked in
+#: `-m slow`.
 GATE = [
-    pytest.param(file, id=file.stem, marks=[pytest.mark.slow] if file.stem.endswith("_training") else [])
+    pytest.param(file, id=file.stem, marks=[pytest.mark.slow] if re.search(r"_training$|_v\d+$", file.stem) else [])
     for file in sorted(TRL.glob("*.jinja"))
 ]
 

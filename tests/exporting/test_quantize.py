@@ -58,7 +58,9 @@ def relative_error(folder: str, model_dir: str) -> float:
 
 
 @pytest.mark.skipif(not installed("compressed_tensors"), reason="compressed-tensors is not installed")
-@pytest.mark.parametrize(("method", "dtype", "error"), [("int8", "I8", 0.03), ("fp8", "F8_E4M3", 0.1)])
+@pytest.mark.parametrize(
+    ("method", "dtype", "error"), [pytest.param("int8", "I8", 0.03, marks=pytest.mark.slow), ("fp8", "F8_E4M3", 0.1)]
+)
 def test_eight_bit_weights_are_stored_in_eight_bits_and_load_again(
     ray_cluster: None, model_dir: str, method: str, dtype: str, error: float
 ) -> None:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import time_limit
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -37,6 +38,7 @@ def test_slow(own): time.sleep(0.5)
 """
 
 
+@pytest.mark.slow
 def test_a_test_that_takes_long_fails_without_the_time_of_what_tests_share(tmp_path: Path) -> None:
     (tmp_path / "test_it.py").write_text(TESTS)
     (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers = slow\n")

@@ -141,6 +141,7 @@ def test_a_run_that_was_stopped_goes_on_and_asks_nothing_twice(
     assert Path(found["output_file"]).read_bytes() == before
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("ray_cluster")
 def test_a_reward_model_scores_and_one_that_is_none_is_refused_first(
     tiny_dir: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -23,6 +23,8 @@ from rayswift.generate.model_spec import ModelSpec
 from rayswift.serve.deploy import stop_applications, wait_until_ready
 from rayswift.serve.gateways import Gateways
 
+pytestmark = pytest.mark.slow
+
 KEY, CHAT = "sk-of-this-test", "/v1/chat/completions"
 PLACES, LINE = 4, 3  # requests that the two replicas take at once, and that may wait
 

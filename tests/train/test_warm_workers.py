@@ -118,6 +118,7 @@ def test_a_notebook_trains_too(ray_cluster: None, tmp_path: Path) -> None:
     assert pid != os.getpid()
 
 
+@pytest.mark.slow
 def test_a_process_that_died_early_is_replaced_and_ctrl_c_ends_the_run_and_its_workers(
     ray_cluster: None, smollm2_dir: str, tmp_path: Path
 ) -> None:
