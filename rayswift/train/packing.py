@@ -107,7 +107,7 @@ def join_rows(
     mean, spread = float(lengths.mean()), float(lengths.std())
     fitting = [
         count for count in range(2, accumulation + 1)
-        if count * size * mean + 2 * (count * size) ** 0.5 * spread <= most
+        if count * size * mean + (count * size) ** 0.5 * spread <= most
     ]  # fmt: skip
     if not fitting or args.attn_impl not in (None, "sdpa"):
         return None, schedule
