@@ -264,6 +264,7 @@ def test_requests_that_share_batches_get_the_answers_they_get_alone(url: str, se
     assert 1 < max(sizes) <= 4
 
 
+@pytest.mark.slow
 def test_a_short_request_does_not_wait_for_the_end_of_a_long_one(
     url: str, serving: TransformersServing, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -150,6 +150,7 @@ def test_an_evaluation_is_the_mean_over_all_pairs(tokenizer: PreTrainedTokenizer
     assert {name: found[f"eval_{name}"] for name in expected} == pytest.approx(expected, rel=1e-3)
 
 
+@pytest.mark.slow
 def test_the_likelihood_of_the_chosen_answer_can_be_trained_too(
     tokenizer: PreTrainedTokenizerBase, tmp_path: Path
 ) -> None:

@@ -72,6 +72,7 @@ def sleep_after_saying_so() -> Callable[[dict[str, Any]], None]:
     return loop
 
 
+@pytest.mark.slow
 def test_a_run_begins_in_the_process_that_has_imported(ray_cluster: None, smollm2_dir: str, tmp_path: Path) -> None:
     import ray
 
