@@ -58,18 +58,20 @@ def memory_need(args: Any, model_dir: str, dtype: str, num_workers: int, use_gpu
     return MemoryNeed(device, host) if use_gpu else MemoryNeed(device + host)
 
 
-def activation_bytes(config: dict[str, Any], tokens: int, dtype: str) -> int:
+def activation_bytes(config: dict[str, Any], tokens: int, dtype: str, all_logits: bool = False) -> int:
     """What a forward pass of so many tokens keeps for its backward pass, without gradient checkpointing.
 
     Per token and layer about 24 numbers for each of the hidden size and 6 for each of the feed-forward size: measured
-    on Llama's layers with adapters (SmolLM2-135M: 46 KB in bfloat16).
+    on Llama's layers with adapters (SmolLM2-135M: 46 KB in bfloat16). ``all_logits``: the loss is taken from the logits
+    of all positions, 10 bytes each with their gradients.
     """
     text = config.get("text_config") or config
     hidden = text.get("hidden_size") or text.get("n_embd") or text.get("d_model") or 0
     experts = text.get("num_experts_per_tok") or 1
     inner = (text.get("moe_intermediate_size") if experts > 1 else None) or text.get("intermediate_size") or 4 * hidden
     layers = text.get("num_hidden_layers") or text.get("n_layer") or text.get("num_layers") or 0
-    return tokens * layers * (24 * hidden + 6 * inner * experts) * (4 if dtype == "float32" else 2)
+    logits = 10 * text.get("vocab_size", 0) if all_logits else 0
+    return tokens * (layers * (24 * hidden + 6 * inner * experts) * (4 if dtype == "float32" else 2) + logits)
 
 
 def shortage(need: MemoryNeed, num_workers: int, use_gpu: bool) -> str | None:

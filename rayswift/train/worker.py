@@ -15,6 +15,7 @@ from rayswift.errors import UserError, one_line
 from rayswift.train.checkpoints.store import CheckpointStore
 from rayswift.train.collate import Collate, Collator, PairCollator
 from rayswift.train.config import WorkerConfig
+from rayswift.train.deepspeed import deepspeed_config, zero_stage
 from rayswift.train.loader import EpochLoader, Rank, StreamLoader
 from rayswift.train.stopping import Notices
 
@@ -102,7 +103,8 @@ def _needs_checkpointing(config: WorkerConfig, model_dir: str, world_size: int, 
     if free is None or config.largest_pass is None:
         return True
     need = memory_need(config.args, model_dir, config.dtype, world_size, config.use_gpu)
-    kept = activation_bytes(read_config(model_dir), config.largest_pass, config.dtype)
+    without_head = zero_stage(deepspeed_config(config.args.deepspeed)) == 3  # see SftTrainer.loss_head
+    kept = activation_bytes(read_config(model_dir), config.largest_pass, config.dtype, all_logits=without_head)
     return need.device + kept > ROOM * free
 
 

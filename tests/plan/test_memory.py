@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from rayswift.arguments import make_arguments
 from rayswift.modeling.loading import parameter_counts
 from rayswift.plan import memory
 from rayswift.plan.memory import MemoryNeed, memory_need, shortage
+from rayswift.train.worker import _needs_checkpointing
 
 
 def need(model: str, dtype: str = "bfloat16", workers: int = 2, use_gpu: bool = False, **given: Any) -> MemoryNeed:
@@ -62,3 +64,28 @@ def test_too_little_memory_is_foreseen(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_this_machine_says_what_it_has_free() -> None:
     free = memory.free_bytes()
     assert free is None or 2**20 < free < 2**50
+
+
+@pytest.mark.parametrize(
+    ("free_gib", "tokens", "given", "twice"),
+    [
+        (8.0, 1024, {}, False),  # 0.3 GiB for the model, 1.3 for what a pass keeps
+        (1.9, 1024, {}, True),
+        (8.0, 16384, {}, True),
+        (8.0, None, {}, True),  # rows of any length
+        (6.0, 2048, {"train_type": "full"}, False),
+        (6.0, 2048, {"train_type": "full", "deepspeed": "zero3"}, True),  # and the logits of all positions
+    ],
+)
+def test_activations_are_computed_twice_where_they_might_not_fit(
+    smollm2_dir: str,
+    monkeypatch: pytest.MonkeyPatch,
+    free_gib: float,
+    tokens: int | None,
+    given: dict[str, Any],
+    twice: bool,
+) -> None:
+    monkeypatch.setattr(memory, "free_bytes", lambda: int(free_gib * memory.GIB))
+    args = make_arguments("sft", model=smollm2_dir, dataset=["d"], **given)
+    config: Any = SimpleNamespace(args=args, dtype="bfloat16", use_gpu=False, largest_pass=tokens)
+    assert _needs_checkpointing(config, smollm2_dir, 1, 1) is twice
