@@ -48,7 +48,9 @@ class Native:
         logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns at each number that it sets no timer
         for handler in get_logger().handlers:
             if not isinstance(handler, logging.FileHandler) and not is_debugging():
-                handler.addFilter(lambda record: record.levelno >= logging.ERROR)
+                handler.addFilter(
+                    lambda record: record.levelno >= logging.ERROR or not record.name.startswith("evalscope")
+                )
 
     def prepare(self, benchmark: Benchmark) -> None:
         from evalscope.api.registry import BENCHMARK_REGISTRY, get_benchmark
