@@ -11,6 +11,7 @@ import secrets
 import shlex
 import sys
 import tempfile
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
     from ray.job_submission import JobSubmissionClient
 
 _PACKAGE = "rayswift_job"
+#: How long a cluster may take to be ready for jobs.
+AGENT_SECONDS = 60
 _ADDRESS_HELP = "address of the cluster's dashboard (default: RAY_ADDRESS, else the cluster on this machine)"
 
 
@@ -69,9 +72,21 @@ def submit_job(words: Sequence[str], address: str | None = None, working_dir: st
         if shown != words:
             name = _write_words(folder, shown, words)
             runtime_env |= {"py_modules": [os.path.join(folder, _PACKAGE)], "env_vars": {JOB_WORDS: name}}
-        job = client.submit_job(entrypoint=shlex.join(["rayswift", *shown]), runtime_env=runtime_env)
+        job = _taken(client, shlex.join(["rayswift", *shown]), runtime_env)
     print(f"{job}: submitted. Log: ray job logs -f {job}; stop: ray job stop {job}", file=sys.stderr)
     return _follow(client, job) if wait else 0
+
+
+def _taken(client: JobSubmissionClient, entrypoint: str, runtime_env: dict[str, Any]) -> str:
+    """The job's id. A cluster that has just started takes no job for some seconds."""
+    deadline = time.monotonic() + AGENT_SECONDS
+    while True:
+        try:
+            return client.submit_job(entrypoint=entrypoint, runtime_env=runtime_env)
+        except RuntimeError as error:
+            if "No available agent" not in str(error) or time.monotonic() > deadline:
+                raise
+            time.sleep(1)
 
 
 def words_of(settings: Mapping[str, Any]) -> list[str]:

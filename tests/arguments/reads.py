@@ -109,6 +109,7 @@ def training_here() -> Iterator[_Queue]:
             (ray, "get", lambda value, **_: value),
             (ray.train, "get_context", lambda: rank),
             (ray.train, "report", lambda *_, **__: None),
+            (ray.train, "get_preemption_info", lambda: None),
             (packing, "_tried", lambda *_: {"attention": "sdpa", "by_row": []}),
         ):
             stack.enter_context(mock.patch.object(owner, name, value))
