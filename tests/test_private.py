@@ -260,6 +260,29 @@ def test_trl_has_the_hooks_that_preference_training_replaces() -> None:
 # --- Ray Serve -----------------------------------------------------------------------------------------------------
 
 
+def test_transformers_peft_and_uvicorn_have_what_our_classes_replace_or_read() -> None:
+    """Subclasses of theirs (`train/trainers`, `serve/connections.py`), and LoRA's layer (`train/fused_lora.py`)."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from peft.tuners.lora import Linear
+    from transformers import Trainer
+    from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+    names = {"_save", "_save_checkpoint", "_load_from_checkpoint", "_load_best_model", "_determine_best_metric",
+             "_get_num_items_in_batch", "get_batch_samples"}  # fmt: skip
+    assert names <= vars(Trainer).keys()
+    names = {"connection_made", "connection_lost", "data_received", "on_message_begin", "on_headers_complete"}
+    assert names <= vars(HttpToolsProtocol).keys()
+    assert {"config", "server_state", "app_state", "_loop"} <= set(inspect.signature(HttpToolsProtocol).parameters)
+    layer = get_peft_model(
+        torch.nn.Sequential(torch.nn.Linear(2, 2)), LoraConfig(target_modules=["0"])
+    ).base_model.model[0]
+    assert type(layer) is Linear
+    read = ("lora_A", "lora_B", "lora_dropout", "lora_variant", "scaling", "active_adapters", "disable_adapters",
+            "merged", "fan_in_fan_out", "base_layer")  # fmt: skip
+    assert [name for name in read if not hasattr(layer, name)] == []
+
+
 @pytest.mark.parametrize(("host", "opened"), [("127.0.0.1", "127.0.0.1:0"), ("fd00::1", "[fd00::1]:0")])
 @pytest.mark.parametrize("address", ["[::]:0", "0.0.0.0:0"])
 def test_a_replicas_port_is_opened_at_the_nodes_address(

@@ -91,7 +91,7 @@ def _check_actions(args: Any, name: str) -> None:
         resolve_datasets(args)
     if args.merge_lora:
         from rayswift.exporting.zero_shards import needs_gathering
-        from rayswift.modeling.adapters import check_adapter
+        from rayswift.modeling.adapter_folder import check_adapter
 
         if not needs_gathering(args.adapters[0]):
             check_adapter(args.adapters[0])

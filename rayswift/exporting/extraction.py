@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from rayswift.errors import UserError, one_line
 from rayswift.exporting.folder import building, copy_files
 from rayswift.exporting.peft_format import PREFIX, SIDE_FILES
-from rayswift.modeling.adapters import ADAPTER_WEIGHTS
+from rayswift.modeling.adapter_folder import ADAPTER_WEIGHTS
 from rayswift.modeling.loading import read_safetensors_header, weight_files
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ from rayswift.errors import UserError
 from rayswift.exporting.folder import building, copy_files
 from rayswift.exporting.source import SWIFT_ADAPTER
 from rayswift.files import parse_json
-from rayswift.modeling.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS, check_adapter
+from rayswift.modeling.adapter_folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, check_adapter
 
 PREFIX = "base_model.model."
 SIDE_FILES = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "chat_template*", "args.json")

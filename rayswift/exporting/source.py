@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rayswift import hub
-from rayswift.modeling.adapters import ADAPTER_CONFIG, base_model_of
+from rayswift.modeling.adapter_folder import ADAPTER_CONFIG, base_model_of
 from rayswift.modeling.resolved import completed
 
 #: Where SWIFT's own tuner backend puts an adapter, below the checkpoint.

@@ -19,7 +19,7 @@ from typing import Any
 from rayswift import private
 from rayswift.errors import UserError, one_line
 from rayswift.exporting.peft_format import peft_name
-from rayswift.modeling.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from rayswift.modeling.adapter_folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from rayswift.modeling.loading import read_safetensors_header
 
 logger = logging.getLogger("rayswift.exporting")

@@ -20,8 +20,8 @@ from rayswift.cluster import address_of, cpu_count
 from rayswift.errors import UserError
 from rayswift.generate.preflight import check_engine, check_model, cpu_cache_gib, wants_gpu
 from rayswift.generate.vllm_plugin import SWITCH
+from rayswift.modeling.adapter_folder import check_adapter, lora_rank, read_adapter_config
 from rayswift.modeling.adapter_kinds import only_merged
-from rayswift.modeling.adapters import check_adapter, lora_rank, read_adapter_config
 from rayswift.modeling.loading import folder_fingerprint, resolve_dtype
 from rayswift.modeling.resolved import ResolvedModel, resolve_model
 

@@ -13,7 +13,8 @@ from typing import Any
 
 from rayswift.errors import UserError
 from rayswift.files import atomic_folder
-from rayswift.modeling.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS, check_adapter, load_adapter
+from rayswift.modeling.adapter_folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, check_adapter
+from rayswift.modeling.adapters import load_adapter
 from rayswift.modeling.loading import (
     add_special_tokens,
     config_dtype,

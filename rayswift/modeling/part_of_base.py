@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from rayswift.errors import UserError, one_line
-from rayswift.modeling.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_adapter_config
+from rayswift.modeling.adapter_folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_adapter_config
 
 Tensors = dict[str, torch.Tensor]
 

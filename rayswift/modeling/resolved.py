@@ -15,7 +15,7 @@ from rayswift import hub
 from rayswift.arguments import read_saved_arguments
 from rayswift.cluster import address_of
 from rayswift.errors import UserError
-from rayswift.modeling.adapters import base_model_of, check_adapter
+from rayswift.modeling.adapter_folder import base_model_of, check_adapter
 from rayswift.modeling.loading import folder_fingerprint
 from rayswift.modeling.merging import merge_adapter
 

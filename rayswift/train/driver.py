@@ -26,7 +26,7 @@ from rayswift.train.checkpoints.manifest import list_checkpoints
 from rayswift.train.config import PackedPlan, RunData, WorkerConfig
 from rayswift.train.hf_arguments import best_is_last
 from rayswift.train.model import compute_dtype, find_model
-from rayswift.train.packing import join_rows, packing_plan
+from rayswift.train.packing import join_rows, longest_pass, packing_plan
 from rayswift.train.reporters import open_reporters, reporter_names
 from rayswift.train.resume import Resume, find_resume
 from rayswift.train.run_directory import RunDirectory, check_writable
@@ -302,9 +302,8 @@ def _largest_pass(args: Any, data: RunData, packing: PackedPlan | None, schedule
     longest = data.encoder.max_length if rows is None else int(rows.lengths.max())
     if args.packing:
         longest = args.packing_length or data.encoder.max_length
-    elif packing is not None and rows is not None:  # of joined rows hardly all are the longest
-        size = schedule.per_device_batch_size
-        return int(size * rows.lengths.mean() + 3 * size**0.5 * rows.lengths.std() + longest)
+    elif packing is not None and rows is not None:
+        return longest_pass(rows.lengths, schedule.per_device_batch_size)
     return longest and longest * schedule.per_device_batch_size
 
 

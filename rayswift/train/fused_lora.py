@@ -12,7 +12,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from peft.tuners.lora.layer import Linear
+from peft.tuners.lora import Linear
 from torch import nn
 
 #: Values that 16 random bits have.

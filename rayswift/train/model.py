@@ -20,8 +20,8 @@ def find_model(args: Any) -> str:
         UserError: it or ``--ref_model`` is not there, or has no weights; or training cannot begin with ``--adapters``.
     """
     from rayswift.hub import resolve_model
+    from rayswift.modeling.adapter_folder import check_adapter, read_adapter_config
     from rayswift.modeling.adapter_kinds import not_trainable
-    from rayswift.modeling.adapters import check_adapter, read_adapter_config
     from rayswift.modeling.loading import weight_files
 
     model_dir = resolve_model(args.model, revision=args.model_revision, use_hf=args.use_hf, token=args.hub_token)

@@ -101,15 +101,17 @@ def join_rows(
         are not worth it or not exact.
     """
     size, accumulation = schedule.per_device_batch_size, schedule.accumulation(workers.largest)
-    # An accelerator's memory was planned for rows of --max_length.
-    planned = (args.max_length or JOINED_TOKENS_GPU) * size
-    most = min(JOINED_TOKENS_GPU, planned) if workers.use_gpu else JOINED_TOKENS
     mean, spread = float(lengths.mean()), float(lengths.std())
-    fitting = [
-        count for count in range(2, accumulation + 1)
-        if count * size * mean + (count * size) ** 0.5 * spread <= most
-    ]  # fmt: skip
-    if not fitting or args.attn_impl not in (None, "sdpa"):
+
+    def fits(count: int) -> bool:
+        if workers.use_gpu:  # its memory may just do for rows of --max_length: no pass may need more
+            return longest_pass(lengths, count * size) <= min(JOINED_TOKENS_GPU, (args.max_length or math.inf) * size)
+        return count * size * mean + (count * size) ** 0.5 * spread <= JOINED_TOKENS
+
+    fitting = [count for count in range(2, accumulation + 1) if fits(count)]
+    # Rows of like length in one step would make some passes many times as long as the others.
+    by_length = args.training_args.get("train_sampling_strategy") == "group_by_length"
+    if not fitting or by_length or args.attn_impl not in (None, "sdpa"):
         return None, schedule
     passes = math.ceil(accumulation / fitting[-1])
     rows = size * math.ceil(accumulation / passes)
@@ -120,6 +122,13 @@ def join_rows(
     say(f"{rows} rows (about {rows * mean:.0f} tokens) share a forward pass, each trained as if alone; --packing false "
         f"gives each {size} its own")  # fmt: skip
     return PackedPlan(verdict["attention"]), replace(schedule, per_device_batch_size=rows)
+
+
+def longest_pass(lengths: np.ndarray, rows: int) -> int:
+    """Tokens of the longest pass that so many joined rows can make, whatever the order is."""
+    import numpy as np
+
+    return int(np.sort(lengths)[-rows:].sum())
 
 
 def _verdict(
@@ -164,7 +173,10 @@ def _tried(trial: _Trial, workers: Workers, hub_token: str | None, warm: list[An
     import ray
 
     if warm:
-        return ray.get(warm[0].try_packing.remote(trial, hub_token))
+        try:
+            return ray.get(warm[0].try_packing.remote(trial, hub_token))
+        except ray.exceptions.RayActorError:  # it did not live to see its work: elsewhere
+            pass
     resources = dict(workers.resources_per_worker)
     options = {"num_cpus": resources.pop("CPU", 0), "num_gpus": resources.pop("GPU", 0), "resources": resources}
     return ray.get(ray.remote(**options, max_calls=1)(try_packing).remote(trial, hub_token))

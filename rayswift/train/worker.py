@@ -82,8 +82,9 @@ def _prepare_process(config: WorkerConfig, rank: Rank, local_world_size: int) ->
         from rayswift.train.deepspeed import prepare_deepspeed
 
         prepare_deepspeed(config.use_gpu, local_world_size)
-    elif rank.world_size == 1:
-        # Accelerate reads it, and would wrap the model for a group of one.
+    elif rank.world_size == 1 and torch.cuda.device_count() <= 1:
+        # Accelerate reads it, and would wrap the model for a group of one. (Of several GPUs without it, the Trainer
+        # would make replicas.)
         os.environ.pop("LOCAL_RANK", None)
     set_seed(config.args.seed)
 

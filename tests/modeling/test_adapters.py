@@ -12,14 +12,8 @@ import torch
 from tiny_models import llama, lora_args, qwen25_half_billion_on_meta, randomise_lora
 
 from rayswift.errors import UserError
-from rayswift.modeling.adapters import (
-    add_lora,
-    base_model_of,
-    freeze_for_full,
-    load_adapter,
-    lora_rank,
-    parameter_info,
-)
+from rayswift.modeling.adapter_folder import base_model_of, lora_rank
+from rayswift.modeling.adapters import add_lora, freeze_for_full, load_adapter, parameter_info
 
 FREEZE_DEFAULTS: dict[str, Any] = {"freeze_parameters": [], "trainable_parameters": [], "freeze_parameters_ratio": 0.0}
 

@@ -15,7 +15,7 @@ from rayswift.arguments import parse_arguments
 from rayswift.errors import UserError
 from rayswift.exporting import ollama
 from rayswift.hub.datasets import choose_data_files
-from rayswift.modeling.adapters import lora_rank, read_adapter_config
+from rayswift.modeling.adapter_folder import lora_rank, read_adapter_config
 from rayswift.rewards import maths, outcome
 
 

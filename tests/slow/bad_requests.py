@@ -259,7 +259,9 @@ BROKEN: dict[str, bytes] = {
     "a header split in two": f"GET /v1/models HTTP/1.1\r\nX: a\r\n b\r\n{CLOSE}".encode(),
     "a NUL in the path": f"GET /v1/mod\0els HTTP/1.1\r\n{CLOSE}".encode(),
     "a path with broken escapes": f"GET /v1/%zz%00 HTTP/1.1\r\n{CLOSE}".encode(),
-    "a key that is no ASCII": "GET /v1/models HTTP/1.0\r\nHost: localhost\r\nAuthorization: Bearer ключ\r\n\r\n".encode(),
+    "a key that is no ASCII": (
+        "GET /v1/models HTTP/1.0\r\nHost: localhost\r\nAuthorization: Bearer ключ\r\n\r\n".encode()
+    ),
     "an upgrade to WebSocket": (
         f"GET /v1/chat/completions HTTP/1.1\r\n{START}Connection: close, Upgrade\r\nUpgrade: websocket\r\n"
         "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nSec-WebSocket-Version: 13\r\n\r\n"

@@ -131,7 +131,8 @@ def test_broken_http_is_refused_or_hung_up_on(server: Deployment, name: str) -> 
 def chat_head(body: bytes) -> bytes:
     """The head of a request with this body that keeps its connection."""
     return (
-        f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\n{KEY}Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+        f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\n{KEY}Content-Type: application/json\r\n"
+        f"Content-Length: {len(body)}\r\n\r\n"
     ).encode()
 
 

@@ -31,6 +31,7 @@ def join(
     verdict: dict[str, Any] = EXACT,
     size: int = 1,
     world_size: int = 1,
+    use_gpu: bool = False,
     **flags: Any,
 ) -> tuple[PackedPlan | None, StepSchedule]:
     """What becomes of steps of 16 rows; ``verdict``: what the trial of the model finds."""
@@ -38,7 +39,7 @@ def join(
     monkeypatch.setattr(packing, "_tried", lambda *_: verdict)
     llama_config().save_pretrained(tmp_path)
     args = make_arguments("sft", model=str(tmp_path), dataset=["d"], per_device_train_batch_size=size, **flags)
-    workers = Workers(world_size, False, {"CPU": 1.0})
+    workers = Workers(world_size, use_gpu, {"CPU": 1.0})
     schedule = StepSchedule(16, size, 10, 10)
     return packing.join_rows(args, str(tmp_path), "bfloat16", workers, lengths, schedule, [])
 
@@ -70,13 +71,31 @@ def test_as_many_rows_share_a_pass_as_make_its_size(
         (np.full(50, 20), {"refused": "bloom does not keep joined rows apart"}, {}),
         (np.full(50, 20), {"attention": NAME, "by_row": ["Lfm2ShortConv"]}, {}),
         (np.full(50, 20), EXACT, {"attn_impl": "eager"}),
+        (np.full(50, 20), EXACT, {"train_sampling_strategy": "group_by_length"}),
+        (np.array([20] * 45 + [1100] * 5), EXACT, {"use_gpu": True, "max_length": 2048}),
     ],
-    ids=["long", "some long", "not exact", "one row at a time", "an attention of the user's"],
+    ids=[
+        "long",
+        "some long",
+        "not exact",
+        "one row at a time",
+        "an attention of the user's",
+        "like lengths",
+        "more than --max_length in a GPU's worst pass",
+    ],
 )
 def test_steps_stay_as_they_are(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lengths: np.ndarray, verdict: dict[str, Any], flags: dict[str, Any]
 ) -> None:
     assert join(tmp_path, monkeypatch, lengths, verdict, **flags) == (None, StepSchedule(16, 1, 10, 10))
+
+
+def test_no_pass_on_a_gpu_needs_more_than_rows_of_max_length(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lengths = np.array([100] * 45 + [600] * 5)
+    _, schedule = join(tmp_path, monkeypatch, lengths, use_gpu=True, max_length=2048)
+    assert schedule.per_device_batch_size == 3
+    assert packing.longest_pass(lengths, 3) == 1800
+    assert packing.longest_pass(lengths, 8) == 5 * 600 + 3 * 100
 
 
 def test_the_gradients_of_a_step_are_those_of_its_rows_one_by_one() -> None:

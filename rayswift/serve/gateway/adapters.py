@@ -13,7 +13,7 @@ from collections.abc import Container
 from pathlib import Path
 
 from rayswift import hub
-from rayswift.modeling.adapters import ADAPTER_CONFIG
+from rayswift.modeling.adapter_folder import ADAPTER_CONFIG
 from rayswift.serve.gateway.shared import SharedState
 from rayswift.serve.replica.adapters import AdapterKey, AdapterRefused, check_name
 

@@ -23,7 +23,6 @@ import aiohttp
 from fastapi import Depends, FastAPI, Request
 from fastapi.openapi.docs import get_swagger_ui_html
 from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse
-from pydantic import BaseModel
 from ray import serve
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -34,7 +33,7 @@ from rayswift.serve.gateway.adapters import AdapterRegistry
 from rayswift.serve.gateway.cross_origin import allow_origins
 from rayswift.serve.gateway.forwarding import Forwarder, GatewayRequest
 from rayswift.serve.gateway.metrics import as_prometheus
-from rayswift.serve.gateway.schema import public_schema
+from rayswift.serve.gateway.schema import AdapterRequest, public_schema
 from rayswift.serve.gateway.shared import Counters, SharedState
 from rayswift.serve.model_cards import model_cards
 from rayswift.serve.node_address import keep_replica_ports_inside
@@ -53,15 +52,6 @@ FORWARDED = (
 #: What the last words to the replicas, which leases are given back, need to leave this process.
 GOODBYE_SECONDS = 0.2
 FAILURE = "the gateway failed; its log says why"
-
-
-class AdapterRequest(BaseModel):
-    """What vLLM takes to load and unload an adapter."""
-
-    lora_name: str
-    lora_path: str | None = None
-    load_inplace: bool = False
-    model: str | None = None
 
 
 async def _read_body(request: Request) -> dict[str, Any]:

@@ -1,10 +1,21 @@
-"""``/openapi.json``: the gateway's own paths, and the engine's schema of those that it forwards."""
+"""``/openapi.json``: the gateway's own paths and what they take, and the engine's schema of those that it forwards."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Iterable
 from typing import Any
+
+from pydantic import BaseModel
+
+
+class AdapterRequest(BaseModel):
+    """What vLLM takes to load and unload an adapter."""
+
+    lora_name: str
+    lora_path: str | None = None
+    load_inplace: bool = False
+    model: str | None = None
 
 
 def public_schema(own: dict[str, Any], engine: dict[str, Any] | None, forwarded: Iterable[str]) -> dict[str, Any]:

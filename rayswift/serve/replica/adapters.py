@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rayswift import hub, private
 from rayswift.errors import UserError
+from rayswift.modeling.adapter_folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, check_adapter, read_adapter_config
 from rayswift.modeling.adapter_kinds import only_merged
-from rayswift.modeling.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS, check_adapter, read_adapter_config
 from rayswift.modeling.loading import read_safetensors_header, weight_files
 from rayswift.serve.openai_errors import ApiError
 
