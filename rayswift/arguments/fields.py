@@ -171,6 +171,11 @@ def _bool(raw: Any) -> bool:
     return text in _TRUE
 
 
+def read_auto(raw: Any) -> bool | None:
+    """None for ``auto``, what a run decides by itself; else true or false."""
+    return None if str(raw).strip().lower() == "auto" else _bool(raw)
+
+
 def _number(raw: Any) -> int | float:
     if isinstance(raw, bool):
         raise _expected("float")

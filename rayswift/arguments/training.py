@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from rayswift.arguments.base import Arguments
-from rayswift.arguments.fields import arg, read_json
+from rayswift.arguments.fields import arg, read_auto, read_json
 from rayswift.arguments.groups import DTYPE_NAMES, DTYPES, DatasetArguments, ModelArguments, TemplateArguments
 
 DEEPSPEED_PRESETS = ("zero0", "zero1", "zero2", "zero3", "zero2_offload", "zero3_offload")
@@ -148,7 +148,7 @@ class OptimizerArguments(Arguments):
     adam_epsilon: float = arg(1e-8, "Adam's term against division by zero", gt=0)
     max_grad_norm: float = arg(1.0, "gradients are clipped to this norm; 0 for never", ge=0)
     gradient_checkpointing: bool | None = arg(
-        None, "compute activations twice to save memory", shown="true where they would not fit"
+        None, "compute activations twice to save memory", parse=read_auto, shown="auto: where they would not fit"
     )
     gradient_checkpointing_kwargs: dict[str, Any] = arg({}, "settings of gradient checkpointing, as JSON")
     seed: int = arg(42, "seed of training", ge=0)
@@ -237,9 +237,10 @@ class BatchingArguments(Arguments):
     lazy_tokenize: bool | None = arg(None, "encode rows when they are needed instead of before", shown="false")
     packing: bool | None = arg(
         None,
-        "fill each sequence with several rows; false: never join rows; unset: join the rows of a step to fewer forward "
+        "fill each sequence with several rows; false: never join rows; auto: join the rows of a step to fewer forward "
         "passes where they are short and the model trains each as if alone",
-        shown="rows of a step are joined where that changes nothing",
+        parse=read_auto,
+        shown="auto",
     )
     packing_length: int | None = arg(
         None, "length of a packed sequence", ge=1, shown="--max_length",

@@ -36,6 +36,8 @@ def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
         ("--packing", "packing", True),
         ("--packing yes", "packing", True),
         ("--packing 0", "packing", False),
+        ("--packing auto", "packing", None),
+        ("--gradient_checkpointing AUTO", "gradient_checkpointing", None),
         ("--no_add_version", "add_version", False),
         ("--no-gradient-checkpointing", "gradient_checkpointing", False),
         ("--target_modules q_proj v_proj", "target_modules", ["q_proj", "v_proj"]),
