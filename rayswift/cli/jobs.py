@@ -84,8 +84,13 @@ def _taken(client: JobSubmissionClient, entrypoint: str, runtime_env: dict[str, 
         try:
             return client.submit_job(entrypoint=entrypoint, runtime_env=runtime_env)
         except RuntimeError as error:
-            if "No available agent" not in str(error) or time.monotonic() > deadline:
+            if "No available agent" not in str(error):
                 raise
+            if time.monotonic() > deadline:
+                raise UserError(
+                    f"the cluster takes no job since {AGENT_SECONDS} s: its job agent does not listen. Another Ray on "
+                    "that machine may hold port 52365: start the head with --dashboard-agent-listen-port 0"
+                ) from error
             time.sleep(1)
 
 

@@ -251,6 +251,18 @@ def test_a_job_without_secrets_is_sent_as_it_is(jobs: Jobs) -> None:
     assert jobs.sent == {"entrypoint": shlex.join(["rayswift", *words]), "runtime_env": {"working_dir": "."}}
 
 
+def test_a_cluster_whose_job_agent_never_listens_is_named_with_its_mend(
+    jobs: Jobs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(**_: Any) -> str:
+        raise RuntimeError("Request failed with status code 500: No available agent to submit job.")
+
+    monkeypatch.setattr(jobs, "submit_job", refuse)
+    monkeypatch.setattr("rayswift.cli.jobs.AGENT_SECONDS", 0)
+    with pytest.raises(UserError, match="--dashboard-agent-listen-port 0"):
+        submit(["--no_wait", "infer", "--model", "m", "--result_path", "/o/r"])
+
+
 @pytest.fixture
 def head(tmp_path: Path) -> Iterator[Head]:
     """A Ray head of its own, started as ``ray start`` starts one."""
