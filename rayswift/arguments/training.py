@@ -152,6 +152,14 @@ class OptimizerArguments(Arguments):
     )
     gradient_checkpointing_kwargs: dict[str, Any] = arg({}, "settings of gradient checkpointing, as JSON")
     seed: int = arg(42, "seed of training", ge=0)
+    on_nan: str = arg(
+        "stop", "at a step whose loss or gradients are no numbers: end the run, or leave the step out (its rows are "
+        "saved either way)", choices=("stop", "skip"),
+    )  # fmt: skip
+    step_timeout: float | None = arg(
+        None, "seconds after which a forward and backward pass, or a collective, that has not ended ends the run, with "
+        "the stack of each worker", gt=0, shown="never", example="600",
+    )  # fmt: skip
     deepspeed: str | dict[str, Any] | None = arg(
         None, f"{', '.join(DEEPSPEED_PRESETS)}, JSON, or a .json file", parse=read_deepspeed, example="zero2"
     )

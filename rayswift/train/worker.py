@@ -11,13 +11,15 @@ from typing import TYPE_CHECKING, Any
 from rayswift import private
 from rayswift.data.tokens.row_index import LazyRows
 from rayswift.data.tokens.table import LazyItems, StreamPlaces, StreamPosition, TokenRows, TrainItems
-from rayswift.errors import UserError, one_line
+from rayswift.errors import RunFailedError, UserError, one_line
 from rayswift.train.checkpoints.store import CheckpointStore
+from rayswift.train.clock import Clock
 from rayswift.train.collate import Collate, Collator, PairCollator
 from rayswift.train.config import WorkerConfig
 from rayswift.train.deepspeed import deepspeed_config, zero_stage
 from rayswift.train.loader import EpochLoader, Rank, StreamLoader
 from rayswift.train.stopping import Notices
+from rayswift.train.watch import watch
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -37,7 +39,7 @@ def train_loop(loop_config: dict[str, Any]) -> dict[str, Any]:
 
     config: WorkerConfig = loop_config["config"]
     context = ray.train.get_context()
-    rank = Rank(context.get_world_rank(), context.get_world_size())
+    rank, clock = Rank(context.get_world_rank(), context.get_world_size()), Clock()
     _prepare_process(config, rank, context.get_local_world_size())
     local_world_size = context.get_local_world_size()
     store = CheckpointStore(config, rank, context.get_local_rank(), local_world_size)
@@ -47,16 +49,23 @@ def train_loop(loop_config: dict[str, Any]) -> dict[str, Any]:
     if position is not None and position.stream is not None and position.data == config.data.fingerprint:
         places = tuple(StreamPosition(*place) for place in position.stream)
     try:
-        trainer = _build_trainer(config, rank, local_world_size, store, resume, start_step, places)
+        trainer = _build_trainer(config, rank, local_world_size, store, resume, start_step, places, clock)
     except Exception as error:
         # What fails before the first step fails again: restarting the group would only cost minutes.
         logger.exception("the trainer could not be built")
         return {"user_error" if isinstance(error, UserError) else "error": one_line(error)}
     if rank.rank == 0:
-        config.events.push.remote({"event": "resume", "step": start_step, "history": store.history(resume)})
-    with private.no_pickled_code():  # a checkpoint may be a stranger's
-        trainer.train(resume_from_checkpoint=resume)
+        history, seconds = store.history(resume), clock.read()
+        config.events.push.remote({"event": "resume", "step": start_step, "history": history, "seconds": seconds})
+    if config.args.step_timeout:
+        watch(clock, rank, config.args.step_timeout, config.events.push.remote)
+    try:
+        with private.no_pickled_code():  # a checkpoint may be a stranger's
+            trainer.train(resume_from_checkpoint=resume)
+    except RunFailedError as error:  # all workers: to try again would be the same
+        return {"failed": str(error)}
     trainer.save_final()
+    _tell_end(config, rank, clock)
     state = trainer.state
     if config.args.load_best_model_at_end and state.best_global_step:
         trainer.load_checkpoint(store.fetch(f"{store.run_path}/checkpoint-{state.best_global_step}"))
@@ -67,6 +76,20 @@ def train_loop(loop_config: dict[str, Any]) -> dict[str, Any]:
         "best_step": state.best_global_step,
         "last_step": trainer.last_saved_step if trainer.last_saved_step > 0 else None,
     }
+
+
+def _tell_end(config: WorkerConfig, rank: Rank, clock: Clock) -> None:
+    """What the summary says of the workers."""
+    import torch
+
+    from rayswift.train.trainers.step import peak_memory
+
+    clock.enter("start")  # nothing is watched any more
+    memory: list[Any] = [peak_memory()] * rank.world_size
+    if rank.world_size > 1:
+        torch.distributed.all_gather_object(memory, memory[0])
+    if rank.rank == 0:
+        config.events.push.remote({"event": "end", "memory": memory, "seconds": clock.read()})
 
 
 def _prepare_process(config: WorkerConfig, rank: Rank, local_world_size: int) -> None:
@@ -117,7 +140,10 @@ def _build_trainer(
     resume: str | None,
     start_step: int,
     places: StreamPlaces,
+    clock: Clock,
 ) -> StepTraining:
+    import torch
+
     from rayswift.hub import resolve_model
     from rayswift.modeling.adapters import parameter_info
     from rayswift.modeling.loading import load_tokenizer
@@ -146,7 +172,9 @@ def _build_trainer(
 
     if rank.rank == 0:
         kept = "computed twice" if checkpointing else "kept"
-        push({"event": "start", "parameter_info": parameter_info(model), "activations": kept})
+        device = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+        push({"event": "start", "parameter_info": parameter_info(model), "activations": kept, "device": device,
+              "workers": rank.world_size})  # fmt: skip
     collate = PairCollator(pad_token_id) if encoder.preference else Collator(pad_token_id)
     train_collate = Collator(pad_token_id, flat=True) if config.packing else collate
     val_rows = TokenRows(data.val) if data.val is not None else None
@@ -163,6 +191,8 @@ def _build_trainer(
         "save": store.save,
         "wish": Notices(config.events, rank).wish,
         "collate": collate,
+        "on_nan": args.on_nan,
+        "clock": clock,
     }
     if encoder.preference:
         from rayswift.train.trainers.dpo import PreferenceTrainer
