@@ -152,14 +152,6 @@ class OptimizerArguments(Arguments):
     )
     gradient_checkpointing_kwargs: dict[str, Any] = arg({}, "settings of gradient checkpointing, as JSON")
     seed: int = arg(42, "seed of training", ge=0)
-    on_nan: str = arg(
-        "stop", "at a step whose loss or gradients are no numbers: end the run, or leave the step out (its rows are "
-        "saved either way)", choices=("stop", "skip"),
-    )  # fmt: skip
-    step_timeout: float | None = arg(
-        None, "seconds after which a forward and backward pass, or a collective, that has not ended ends the run, with "
-        "the stack of each worker", gt=0, shown="never", example="600",
-    )  # fmt: skip
     deepspeed: str | dict[str, Any] | None = arg(
         None, f"{', '.join(DEEPSPEED_PRESETS)}, JSON, or a .json file", parse=read_deepspeed, example="zero2"
     )
@@ -299,7 +291,8 @@ class CheckpointArguments(Arguments):
     )
     eval_steps: int | float | None = arg(
         None, "steps between evaluations", gt=0, shown="--save_steps", example="100",
-        no_effect={"eval_strategy=no|epoch": "only with --eval_strategy steps", **_EVALUATED},
+        no_effect={"eval_strategy=no|epoch": "only with --eval_strategy steps",
+                   "eval_async=true": "every checkpoint is evaluated", **_EVALUATED},
     )  # fmt: skip
     eval_on_start: bool = arg(False, "evaluate before the first step", no_effect=_EVALUATED)
     per_device_eval_batch_size: int = arg(

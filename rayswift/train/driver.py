@@ -10,14 +10,12 @@ import importlib.util
 import logging
 import os
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from rayswift import cluster as ray_cluster
 from rayswift import private
 from rayswift.console import say
-from rayswift.data.files import locate
 from rayswift.data.flow.prepare import first_usable_row
 from rayswift.data.flow.stage_bars import StageBars
 from rayswift.data.names import ResolvedDatasets, resolve_datasets
@@ -39,7 +37,7 @@ from rayswift.train.schedule import StepSchedule, plan_steps
 from rayswift.train.start import make_trainer, torch_config
 from rayswift.train.start.warm_workers import start_warm_workers
 from rayswift.train.stopping import end_if_asked, saved_on_sigterm
-from rayswift.train.summary import Summary
+from rayswift.train.summary import Summary, length_line
 
 if TYPE_CHECKING:
     from rayswift.cluster import Workers
@@ -114,7 +112,7 @@ def train(args: Any) -> dict[str, Any]:
     _say_data(inputs, machines, loaded, data, schedule, first_row)
 
     run = _open_run(inputs, loaded)
-    outcome = _fit(inputs, machines, data, packing, schedule, run, functools.partial(_place, data, loaded.origins))
+    outcome = _fit(inputs, machines, data, packing, schedule, run, loaded.origins)
     _print_end(args, outcome)
     return outcome
 
@@ -227,12 +225,6 @@ def _say_data(
         say(line)
 
 
-def length_line(lengths: Any) -> str:
-    """SWIFT's ``172.068281±93.875049, min=36.000000, max=866.000000, size=48330``."""
-    spread = f"{lengths.mean():.6f}±{lengths.std():.6f}"
-    return f"{spread}, min={lengths.min():.6f}, max={lengths.max():.6f}, size={len(lengths)}"
-
-
 def _open_run(inputs: Inputs, loaded: TrainData) -> RunDirectory:
     """The run directory, with what the run begins with."""
     going_on, args = inputs.resume.run_directory, inputs.args
@@ -257,10 +249,11 @@ def _fit(
     packing: PackedPlan | None,
     schedule: StepSchedule,
     run: RunDirectory,
-    place: Callable[[Any], str],
+    origins: dict[str, tuple[str, str]],
 ) -> dict[str, Any]:
     """Train with Ray Train, and show it."""
     from rayswift.modeling.loading import model_fingerprint
+    from rayswift.train.evaluation import spare_resources
     from rayswift.train.events import start_event_queue
     from rayswift.train.progress import Progress
 
@@ -279,9 +272,11 @@ def _fit(
         run_uri=run.uri,
         resume=inputs.resume.checkpoint,
         events=events,
+        spare=spare_resources(args, machines.workers) if data.val is not None else None,
     )
     trainer = _torch_trainer(config, machines, run)
     reporters, summary = open_reporters(args, run), Summary.of(run, inputs.began)
+    place = functools.partial(place_of, data.train, origins=origins)
     progress = Progress(events, schedule, run, reporters, summary, place, args.step_timeout)
     try:
         with progress, saved_on_sigterm(events) as ending:
@@ -307,11 +302,6 @@ def _fit(
     finally:
         run.close()
     return outcome
-
-
-def _place(data: RunData, origins: dict[str, tuple[str, str]], row: Any) -> str:
-    """``file:line`` of a row that a worker names."""
-    return place_of(data.train, row, origins) if data.train is not None else locate(*row)
 
 
 def _largest_pass(args: Any, data: RunData, packing: PackedPlan | None, schedule: StepSchedule) -> int | None:

@@ -10,6 +10,7 @@ import json
 import time
 from typing import TYPE_CHECKING, Any
 
+from rayswift.files import write_whole
 from rayswift.train.clock import PHASES
 from rayswift.train.flops import peak_tflops
 
@@ -28,6 +29,12 @@ def format_seconds(seconds: float) -> str:
     parts = [f"{hours}h"] if hours else []
     parts += [f"{minutes}m"] if minutes or hours else []
     return " ".join([*parts, f"{left}s"])
+
+
+def length_line(lengths: Any) -> str:
+    """SWIFT's ``172.068281±93.875049, min=36.000000, max=866.000000, size=48330``."""
+    spread = f"{lengths.mean():.6f}±{lengths.std():.6f}"
+    return f"{spread}, min={lengths.min():.6f}, max={lengths.max():.6f}, size={len(lengths)}"
 
 
 class Goodput:
@@ -108,7 +115,7 @@ class Summary:
 
     def write(self, run: RunDirectory) -> None:
         """Keep what a command that goes on has to know."""
-        run.write_jsonl(FILE, [self.goodput.state()])
+        write_whole(run.local / FILE, json.dumps(self.goodput.state()))
 
     def add(self, work: dict[str, float]) -> None:
         """Count what workers did since the last row of the log."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -17,8 +17,9 @@ from rayswift.train.clock import Clock
 from rayswift.train.collate import Collate, Collator, PairCollator
 from rayswift.train.config import WorkerConfig
 from rayswift.train.deepspeed import deepspeed_config, zero_stage
+from rayswift.train.evaluation import Evaluations
 from rayswift.train.loader import EpochLoader, Rank, StreamLoader
-from rayswift.train.stopping import Notices
+from rayswift.train.stopping import Notices, Wish
 from rayswift.train.watch import watch
 
 if TYPE_CHECKING:
@@ -40,7 +41,7 @@ def train_loop(loop_config: dict[str, Any]) -> dict[str, Any]:
     config: WorkerConfig = loop_config["config"]
     context = ray.train.get_context()
     rank, clock = Rank(context.get_world_rank(), context.get_world_size()), Clock()
-    _prepare_process(config, rank, context.get_local_world_size())
+    prepare_process(config, rank, context.get_local_world_size())
     local_world_size = context.get_local_world_size()
     store = CheckpointStore(config, rank, context.get_local_rank(), local_world_size)
     resume, start_step = store.resume_from()
@@ -48,8 +49,9 @@ def train_loop(loop_config: dict[str, Any]) -> dict[str, Any]:
     places: StreamPlaces = () if streams is None else streams.start()  # also after --ignore_data_skip
     if position is not None and position.stream is not None and position.data == config.data.fingerprint:
         places = tuple(StreamPosition(*place) for place in position.stream)
+    wish = Notices(config.events, rank).wish
     try:
-        trainer = _build_trainer(config, rank, local_world_size, store, resume, start_step, places, clock)
+        trainer = build_trainer(config, rank, local_world_size, store, resume, start_step, places, clock, wish)
     except Exception as error:
         # What fails before the first step fails again: restarting the group would only cost minutes.
         logger.exception("the trainer could not be built")
@@ -57,6 +59,8 @@ def train_loop(loop_config: dict[str, Any]) -> dict[str, Any]:
     if rank.rank == 0:
         history, seconds = store.history(resume), clock.read()
         config.events.push.remote({"event": "resume", "step": start_step, "history": history, "seconds": seconds})
+    if config.spare and rank.rank == 0:
+        trainer.evaluations = Evaluations(config, store)
     if config.args.step_timeout:
         watch(clock, rank, config.args.step_timeout, config.events.push.remote)
     try:
@@ -67,6 +71,8 @@ def train_loop(loop_config: dict[str, Any]) -> dict[str, Any]:
     trainer.save_final()
     _tell_end(config, rank, clock)
     state = trainer.state
+    if config.spare:
+        _await_scores(trainer, rank)
     if config.args.load_best_model_at_end and state.best_global_step:
         trainer.load_checkpoint(store.fetch(f"{store.run_path}/checkpoint-{state.best_global_step}"))
     store.close()
@@ -92,7 +98,21 @@ def _tell_end(config: WorkerConfig, rank: Rank, clock: Clock) -> None:
         config.events.push.remote({"event": "end", "memory": memory, "seconds": clock.read()})
 
 
-def _prepare_process(config: WorkerConfig, rank: Rank, local_world_size: int) -> None:
+def _await_scores(trainer: StepTraining, rank: Rank) -> None:
+    """Have the best checkpoint known to every worker, when all are evaluated."""
+    import torch
+
+    state = trainer.state
+    if rank.rank == 0:
+        trainer.take_scores(wait=True)
+        trainer.evaluations.close()
+    best = [state.best_global_step, state.best_metric]
+    if rank.world_size > 1:
+        torch.distributed.broadcast_object_list(best, src=0)
+    state.best_global_step, state.best_metric = best
+
+
+def prepare_process(config: WorkerConfig, rank: Rank, local_world_size: int) -> None:
     """Threads, DeepSpeed and seeds, before any model is loaded."""
     import torch
     from transformers import set_seed
@@ -132,7 +152,7 @@ def _needs_checkpointing(config: WorkerConfig, model_dir: str, world_size: int, 
     return need.device + kept > ROOM * free
 
 
-def _build_trainer(
+def build_trainer(
     config: WorkerConfig,
     rank: Rank,
     local_world_size: int,
@@ -141,6 +161,7 @@ def _build_trainer(
     start_step: int,
     places: StreamPlaces,
     clock: Clock,
+    wish: Callable[[], Wish],
 ) -> StepTraining:
     import torch
 
@@ -158,7 +179,8 @@ def _build_trainer(
         checkpointing = _needs_checkpointing(config, model_dir, rank.world_size, local_world_size)
     # DeepSpeed's ZeRO-3 shards the model while it loads, and learns of it from these arguments: they come first.
     hf_arguments = hf_training_arguments(
-        args, schedule, rank.world_size, store.local_dir, config.dtype, config.use_gpu, data.val is not None,
+        args, schedule, rank.world_size, store.local_dir, config.dtype, config.use_gpu,
+        data.val is not None and not config.spare,
         checkpointing,
     )  # fmt: skip
     encoder = replace(data.encoder, model_dir=model_dir)
@@ -189,7 +211,7 @@ def _build_trainer(
         "push": push,
         "kept": store.kept_steps(),
         "save": store.save,
-        "wish": Notices(config.events, rank).wish,
+        "wish": wish,
         "collate": collate,
         "on_nan": args.on_nan,
         "clock": clock,

@@ -213,8 +213,8 @@ def test_the_worker_that_others_wait_for(reports: dict[int, dict[str, Any]], bla
 
 def test_the_line_of_a_worker_that_hangs() -> None:
     line = hang_line({0: report(WAITS), 1: report(SLEEPS)}, 2, 60)
-    assert line == ("nothing got on for 60 s (--step_timeout): worker 1 hangs in /x/lib/python3.11/threading.py:1 wait, "
-                    "called from /home/me/rows.py:7 read (data)")  # fmt: skip
+    assert line == ("nothing got on for 60 s (--step_timeout): worker 1 hangs in /x/lib/python3.11/threading.py:1 "
+                    "wait, called from /home/me/rows.py:7 read (data)")  # fmt: skip
     assert hang_line({0: report(WAITS)}, 2, 60).endswith("worker 1 does not answer at all")
 
 

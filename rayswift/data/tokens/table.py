@@ -6,7 +6,7 @@ import bisect
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from rayswift.data import json_text
 from rayswift.data.files import Position, locate
@@ -114,18 +114,20 @@ class TokenRows(ArrowRows):
         return batch[row]
 
 
-def place_of(rows: RowIndex, number: int, origins: Mapping[str, tuple[str, str]]) -> str:
-    """``file:line`` of a row of a dataset.
+def place_of(rows: RowIndex | None, row: int | tuple[str, Position], origins: Mapping[str, tuple[str, str]]) -> str:
+    """``file:line`` of a row of training.
 
     Args:
-        rows: the dataset.
-        number: of the row in it.
+        rows: the dataset; None for a stream.
+        row: what :data:`PlacedRow` has of it.
         origins: for each file of token rows, the file of standard rows that it was made from, and the data file of
             those. A file that is not there (of ``--cached_dataset``) is named itself.
     """
     import numpy as np
 
-    stored = ArrowRows(rows)
+    if rows is None or not isinstance(row, int):
+        return locate(*cast("tuple[str, Position]", row))
+    number, stored = row, ArrowRows(rows)
     file, batch, row = stored.find(number)
     found, path = stored.batch(file, batch), rows.files[file]
     if isinstance(rows, LazyRows):

@@ -26,6 +26,7 @@ from rayswift.train.stopping import Wish
 from rayswift.train.trainers.spikes import Spikes
 
 if TYPE_CHECKING:
+    from rayswift.train.evaluation import Evaluations
     from rayswift.train.schedule import StepSchedule
 
 Push = Callable[[dict[str, Any]], None]
@@ -89,6 +90,7 @@ class StepTraining(Trainer):
         # On the device, so that counting never waits for it.
         self._counts = torch.zeros(self.NUM_COUNTS, dtype=torch.float64, device=self.args.device)
         self._logged_at = time.monotonic()
+        self.evaluations: Evaluations | None = None
         self.on_nan, self.clock, self._spikes = on_nan, clock or Clock(), Spikes()
         self._losses: list[torch.Tensor] = []  # of the step's micro-batches
         self._flops, self._work = flop_count(self.model, self.REFERENCE_PASSES), torch.zeros(3, dtype=torch.float64)
@@ -268,6 +270,29 @@ class StepTraining(Trainer):
             return False
         return bool(super()._determine_best_metric(metrics, trial))
 
+    def take_scores(self, wait: bool = False) -> None:
+        """First worker: log what evaluations beside training have found since the last time, and follow it. ``wait``:
+        for all of them."""
+        if self.evaluations is None:
+            return
+        for step, scores in self.evaluations.finished(wait, self.clock.tick):
+            if isinstance(scores, str):
+                self.push({"event": "note", "line": f"checkpoint-{step} was not evaluated ({scores})"})
+                continue
+            row = {**scores, "epoch": self.schedule.epoch_of(step), "global_step": step}
+            self.state.log_history.append(row)
+            self.push({"event": "log", "row": row, "seconds": self.clock.read()})
+            self._rank_checkpoint(step, scores)
+            self.evaluations.note(step, scores, self.state)
+
+    def _rank_checkpoint(self, step: int, scores: dict[str, float]) -> None:
+        """Whether a checkpoint is the best so far."""
+        metric, best = str(self.args.metric_for_best_model).removeprefix("eval_"), self.state.best_metric
+        value = scores[f"eval_{metric}"]
+        if best is None or (value > best if self.args.greater_is_better else value < best):
+            self.state.best_global_step, self.state.best_metric = step, value
+            self.state.best_model_checkpoint = os.path.join(str(self.args.output_dir), f"checkpoint-{step}")
+
     # --- checkpoints ---
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
@@ -282,6 +307,8 @@ class StepTraining(Trainer):
         if saved:
             self.last_saved_step = self.state.global_step
             self._best_saved = (self.state.best_global_step, self.state.best_metric)
+            if self.evaluations is not None:
+                self.evaluations.ask(self.state.global_step)
         elif self.state.best_global_step == self.state.global_step:  # nobody can have it
             self.state.best_global_step, self.state.best_metric = self._best_saved
             self.state.best_model_checkpoint = None
@@ -333,11 +360,15 @@ class _StepEvents(TrainerCallback):
             state.best_global_step = state.best_metric = state.best_model_checkpoint = None
         self.trainer._best_saved = (state.best_global_step, state.best_metric)
         self.trainer._steps_logged = state.global_step
+        if self.trainer.evaluations is not None:
+            for step, scores in self.trainer.evaluations.scored():
+                self.trainer._rank_checkpoint(step, scores)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> Any:
         """After each optimiser step."""
         if state.is_world_process_zero:
             self.trainer.push({"event": "step", "step": state.global_step, "seconds": self.trainer.clock.read()})
+        self.trainer.take_scores()
         if state.global_step >= state.max_steps:
             control.should_log = True
             control.should_evaluate = control.should_evaluate or args.eval_strategy != "no"
