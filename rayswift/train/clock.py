@@ -45,5 +45,4 @@ class Clock:
 
     def read(self) -> dict[str, float]:
         """The seconds of each phase until now."""
-        self.enter(self._phase)
-        return dict(self._seconds)
+        return self._seconds | {self._phase: self._seconds[self._phase] + time.monotonic() - self._entered}

@@ -275,7 +275,7 @@ def _fit(
         spare=spare_resources(args, machines.workers) if data.val is not None else None,
     )
     trainer = _torch_trainer(config, machines, run)
-    reporters, summary = open_reporters(args, run), Summary.of(run, inputs.began)
+    reporters, summary = open_reporters(args, run), Summary.of(run, inputs.began, bool(inputs.resume.run_directory))
     place = functools.partial(place_of, data.train, origins=origins)
     progress = Progress(events, schedule, run, reporters, summary, place, args.step_timeout)
     try:

@@ -6,6 +6,7 @@ failure was lost. It is that of a run directory, of all commands that went on wi
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 from typing import TYPE_CHECKING, Any
@@ -107,11 +108,15 @@ class Summary:
         self._work = {"tokens": 0.0, "trained": 0.0, "flops": 0.0, "seconds": 0.0}
 
     @classmethod
-    def of(cls, run: RunDirectory, began: float) -> Summary:
-        """For a command that began then, and may go on with the run of others."""
-        run.fetch(FILE)
-        path = run.local / FILE
-        return cls(Goodput(began, json.loads(path.read_text(encoding="utf-8")) if path.exists() else None))
+    def of(cls, run: RunDirectory, began: float, goes_on: bool) -> Summary:
+        """For a command that began then; where it goes on with a run, that counts on."""
+        if goes_on:
+            run.fetch(FILE)
+            with contextlib.suppress(
+                OSError, ValueError, LookupError, TypeError, AttributeError
+            ):  # none, or broken
+                return cls(Goodput(began, json.loads((run.local / FILE).read_text(encoding="utf-8"))))
+        return cls(Goodput(began))
 
     def write(self, run: RunDirectory) -> None:
         """Keep what a command that goes on has to know."""

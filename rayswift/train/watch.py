@@ -32,7 +32,7 @@ def watch(clock: Clock, rank: Rank, timeout: float, push: Callable[[dict[str, An
         while True:
             left = timeout - (time.monotonic() - clock.ticked)
             if left > 0 or clock.phase == "start":
-                time.sleep(max(min(left, timeout / 4), 0.05))
+                time.sleep(min(max(left, 0.1), 1.0))
                 continue
             stack = traceback.extract_stack(sys._current_frames().get(watched))
             frames = [(frame.filename, frame.lineno or 0, frame.name) for frame in stack]

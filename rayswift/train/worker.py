@@ -99,12 +99,12 @@ def _tell_end(config: WorkerConfig, rank: Rank, clock: Clock) -> None:
 
 
 def _await_scores(trainer: StepTraining, rank: Rank) -> None:
-    """Have the best checkpoint known to every worker, when all are evaluated."""
+    """Have the best checkpoint known to every worker, when all are evaluated; who asks for the end does not wait."""
     import torch
 
     state = trainer.state
     if rank.rank == 0:
-        trainer.take_scores(wait=True)
+        trainer.take_scores(wait=not trainer.stopped)
         trainer.evaluations.close()
     best = [state.best_global_step, state.best_metric]
     if rank.world_size > 1:

@@ -89,7 +89,7 @@ def test_what_is_trained_again_was_lost(clock: Time) -> None:
 
 def test_a_command_goes_on_with_the_time_of_those_before_it(clock: Time, tmp_path: Path) -> None:
     run = RunDirectory.create(str(tmp_path), add_version=True)
-    first = Summary.of(run, clock.now)
+    first = Summary.of(run, clock.now, goes_on=False)
     clock.now += 10
     first.goodput.attempt(0, seconds())
     clock.now += 20
@@ -99,13 +99,15 @@ def test_a_command_goes_on_with_the_time_of_those_before_it(clock: Time, tmp_pat
     first.goodput.hear(seconds(step=30))
     first.write(run)  # and is killed
     clock.now += 1000
-    second = Summary.of(run, clock.now)
+    second = Summary.of(run, clock.now, goes_on=True)
     clock.now += 7
     second.goodput.attempt(2, seconds(start=2))
     clock.now += 13
     second.goodput.hear(seconds(start=5, step=10))
     assert told(second.goodput) == {"start": 10, "step": 30, "restarts": 20}
     assert second.row()["goodput"] == 0.5
+    (run.local / "goodput.json").write_text('{"seconds": [')
+    assert told(Summary.of(run, clock.now, goes_on=True).goodput) == {}
 
 
 def test_what_the_end_says(clock: Time) -> None:

@@ -91,6 +91,7 @@ class StepTraining(Trainer):
         self._counts = torch.zeros(self.NUM_COUNTS, dtype=torch.float64, device=self.args.device)
         self._logged_at = time.monotonic()
         self.evaluations: Evaluations | None = None
+        self.stopped = False  # somebody asked for it
         self.on_nan, self.clock, self._spikes = on_nan, clock or Clock(), Spikes()
         self._losses: list[torch.Tensor] = []  # of the step's micro-batches
         self._flops, self._work = flop_count(self.model, self.REFERENCE_PASSES), torch.zeros(3, dtype=torch.float64)
@@ -129,7 +130,7 @@ class StepTraining(Trainer):
         loss = torch.stack(self._losses).sum().float() / self.rank.world_size
         if self.rank.world_size > 1:
             torch.distributed.all_reduce(loss)
-        mean, size = torch.stack([loss, torch.as_tensor(norm).to(loss)]).tolist()
+        mean, size = torch.stack([loss, torch.as_tensor(0.0 if norm is None else norm).to(loss)]).tolist()
         bad = [what for what, value in (("loss", mean), ("gradients", size)) if not math.isfinite(value)]
         if bad == ["gradients"] and self.args.fp16:  # too large for float16 at this scale of the loss, which adapts
             return norm
@@ -377,4 +378,5 @@ class _StepEvents(TrainerCallback):
             control.should_save = control.should_save or args.save_strategy != "no"
             if wish is Wish.STOP:
                 control.should_training_stop, control.should_evaluate = True, False
+                self.trainer.stopped = True
         return control
