@@ -112,9 +112,7 @@ class Summary:
         """For a command that began then; where it goes on with a run, that counts on."""
         if goes_on:
             run.fetch(FILE)
-            with contextlib.suppress(
-                OSError, ValueError, LookupError, TypeError, AttributeError
-            ):  # none, or broken
+            with contextlib.suppress(OSError, ValueError, LookupError, TypeError, AttributeError):  # none, or broken
                 return cls(Goodput(began, json.loads((run.local / FILE).read_text(encoding="utf-8"))))
         return cls(Goodput(began))
 

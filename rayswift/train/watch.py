@@ -18,8 +18,11 @@ if TYPE_CHECKING:
     from rayswift.train.clock import Clock
     from rayswift.train.loader import Rank
 
-#: What a thread that waits for other workers is in.
-_WAITING = ("torch/distributed/", "torch/autograd/graph.py", "deepspeed/comm/", "train/stopping.py")
+#: What a thread that waits for other workers is in; on GPUs, whose operations run behind it, it waits for the device.
+_WAITING = (
+    "torch/distributed/", "torch/autograd/graph.py", "deepspeed/comm/", "train/stopping.py",
+    "trainers/step.py:_get_grad_norm", "trainers/step.py:_all_reduce",
+)  # fmt: skip
 #: Frames of an operation's own library, which say less than who called it.
 _LIBRARIES = ("site-packages", "dist-packages", "/lib/python")
 
@@ -45,7 +48,8 @@ def watch(clock: Clock, rank: Rank, timeout: float, push: Callable[[dict[str, An
 
 def is_waiting(frames: list[tuple[str, int, str]]) -> bool:
     """Whether a stack, innermost frame last, is one that waits for other workers."""
-    return any(part in name.replace(os.sep, "/") for name, _, _ in frames[-3:] for part in _WAITING)
+    inner = [f"{file.replace(os.sep, '/')}:{name}" for file, _, name in frames[-3:]]
+    return any(part in one for one in inner for part in _WAITING)
 
 
 def blame(reports: dict[int, dict[str, Any]], workers: int) -> list[int]:

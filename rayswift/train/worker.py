@@ -103,10 +103,10 @@ def _await_scores(trainer: StepTraining, rank: Rank) -> None:
     import torch
 
     state = trainer.state
-    if rank.rank == 0:
+    if trainer.evaluations is not None:
         trainer.take_scores(wait=not trainer.stopped)
         trainer.evaluations.close()
-    best = [state.best_global_step, state.best_metric]
+    best: list[Any] = [state.best_global_step, state.best_metric]
     if rank.world_size > 1:
         torch.distributed.broadcast_object_list(best, src=0)
     state.best_global_step, state.best_metric = best

@@ -143,14 +143,14 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def encoder_of(model: str) -> Encoder:
-    return Encoder(model, use_chat_template=False, loss_scale="all")
+@pytest.fixture(scope="module")
+def encoder(smollm2_dir: str) -> Encoder:
+    return Encoder(smollm2_dir, use_chat_template=False, loss_scale="all")
 
 
 @pytest.mark.parametrize(("lazy", "packed"), [(False, False), (False, True), (True, False)])
-def test_the_place_of_a_row(files: Path, smollm2_dir: str, tmp_path: Path, lazy: bool, packed: bool) -> None:
+def test_the_place_of_a_row(files: Path, encoder: Encoder, tmp_path: Path, lazy: bool, packed: bool) -> None:
     """Shuffled, over two epochs, on two workers: each row is where its text says."""
-    encoder = encoder_of(smollm2_dir)
     args = make_arguments("sft", model="m/m", dataset=[str(files)], split_dataset_ratio=0, lazy_tokenize=lazy)
     data = load_train_data(args, resolve_datasets(args), encoder, lambda *_: None, TokenCache(str(tmp_path)))
     assert data.train is not None
@@ -172,9 +172,9 @@ def test_the_place_of_a_row(files: Path, smollm2_dir: str, tmp_path: Path, lazy:
     assert len(set(seen)) == 10
 
 
-def test_a_row_of_an_encoded_dataset_is_named_by_its_own_file(files: Path, smollm2_dir: str, tmp_path: Path) -> None:
+def test_a_row_of_an_encoded_dataset_is_named_by_its_own_file(files: Path, encoder: Encoder, tmp_path: Path) -> None:
     args = make_arguments("sft", model="m/m", dataset=[str(files / "a.jsonl")], split_dataset_ratio=0)
-    data = load_train_data(args, resolve_datasets(args), encoder_of(smollm2_dir), lambda *_: None,
+    data = load_train_data(args, resolve_datasets(args), encoder, lambda *_: None,
                            TokenCache(str(tmp_path)))  # fmt: skip
     assert data.train is not None
     one = data.train.select(np.array([3]))
@@ -182,8 +182,7 @@ def test_a_row_of_an_encoded_dataset_is_named_by_its_own_file(files: Path, smoll
 
 
 @pytest.mark.parametrize("length", [None, 24])
-def test_the_place_of_a_row_of_a_stream(files: Path, smollm2_dir: str, length: int | None) -> None:
-    encoder = encoder_of(smollm2_dir)
+def test_the_place_of_a_row_of_a_stream(files: Path, encoder: Encoder, length: int | None) -> None:
     args = make_arguments("sft", model="m/m", dataset=[str(files)], streaming=True, max_steps=10)
     streams = plan_streams(args, resolve_datasets(args).train, length)
     (plan,) = streams.plans

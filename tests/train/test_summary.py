@@ -143,11 +143,9 @@ def test_peaks_of_devices(device: str | None, peak: float | None) -> None:
     assert peak_tflops(device) == peak
 
 
-@pytest.mark.parametrize("kind", ["full", "lora", "frozen"])
-def test_operations_are_those_that_pytorch_counts(kind: str) -> None:
-    """But for the positions that attention may not see, which PyTorch's products of whole matrices compute too."""
+def flops_of(kind: str) -> tuple[Any, FlopCount]:
+    """A model of eight layers, and what it costs."""
     from peft import LoraConfig, get_peft_model
-    from torch.utils.flop_counter import FlopCounterMode
 
     model: Any = llama(num_hidden_layers=8, attn_implementation="eager").train()
     if kind == "lora":
@@ -155,21 +153,42 @@ def test_operations_are_those_that_pytorch_counts(kind: str) -> None:
     if kind == "frozen":
         for name, weight in model.named_parameters():
             weight.requires_grad = ".6." in name or ".7." in name
+    return model, FlopCount.of(model)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["full", "lora", "frozen"])
+def test_operations_are_those_that_pytorch_counts(kind: str) -> None:
+    """But for the positions that attention may not see, which PyTorch's products of whole matrices compute too."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    model, found = flops_of(kind)
     ids = torch.randint(3, 150, (2, 24))
-    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     with FlopCounterMode(display=False) as counter:
-        model(**batch, labels=ids).loss.backward()
-    found = FlopCount.of(model)
+        model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids).loss.backward()
     whole = (found.token + found.scored) * ids.numel() + sum(cost * 2 * 24 * 24 for cost, _ in found.attention)
     assert whole == pytest.approx(counter.get_total_flops(), rel=0.01)
-    labels = ids.clone()
+
+
+def test_operations_of_a_batch() -> None:
+    blocks, head = 8 * (2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 48), 160 * 32
+    _, full = flops_of("full")
+    assert (full.token, full.scored) == (6 * blocks, 6 * head)
+    _, lora = flops_of("lora")
+    adapters = 8 * 2 * (2 * (32 + 32) + 2 * (32 + 16) + 3 * (32 + 48))
+    assert lora.token == pytest.approx(4 * blocks + 6 * adapters, rel=0.01)  # nothing lies before the first layer
+    assert lora.scored == 4 * head
+    _, frozen = flops_of("frozen")
+    assert frozen.token == pytest.approx((6 * 2 + 2 * 6) * blocks / 8, rel=0.01)
+    attention = 2.0 * 4 * 16
+    assert [found.attention for found in (full, lora, frozen)] == [
+        ((8 * 3 * attention, None),), ((8 * 3 * attention, None),), ((12 * attention, None),)]  # fmt: skip
+    labels = torch.full((2, 24), 5)
     labels[:, :10] = -100
-    tokens, trained, flops = found.of_batch({**batch, "labels": labels})
-    assert (tokens, trained) == (48, 28)
-    assert flops == found.token * 48 + found.scored * 28 + sum(cost * 2 * 300 for cost, _ in found.attention)
+    expected = (48, 28, full.token * 48 + full.scored * 28 + 8 * 3 * attention * 2 * 300)
+    assert full.of_batch({"attention_mask": torch.ones_like(labels), "labels": labels}) == expected
     bounds = torch.tensor([0, 24, 48], dtype=torch.int32)
-    joined = {"cu_seq_lens_q": bounds, "labels": torch.cat([labels[0], labels[1]])[None]}
-    assert found.of_batch(joined) == (tokens, trained, flops)
+    assert full.of_batch({"cu_seq_lens_q": bounds, "labels": labels.reshape(1, -1)}) == expected
 
 
 def test_windows_bound_attention() -> None:
@@ -211,6 +230,8 @@ def report(frames: list[tuple[str, int, str]], ticks: int = 5) -> dict[str, Any]
 def test_the_worker_that_others_wait_for(reports: dict[int, dict[str, Any]], blamed: list[int]) -> None:
     assert blame(reports, 3) == blamed
     assert not is_waiting(SLEEPS)
+    assert is_waiting([("/x/rayswift/train/trainers/step.py", 130, "_get_grad_norm")])  # for a GPU
+    assert not is_waiting([("/x/rayswift/train/trainers/step.py", 120, "training_step")])
 
 
 def test_the_line_of_a_worker_that_hangs() -> None:
