@@ -7,6 +7,7 @@ an attempt that goes on asks for those without.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import os
 from collections.abc import Iterator
@@ -149,7 +150,8 @@ class Evaluations:
         store = self._store
         write_scores(store.filesystem, f"{store.run_path}/checkpoint-{step}", scores)
         whole = list_checkpoints(store.filesystem, store.run_path)
-        store.keep(state, whole[-1].step if whole else step)
+        with contextlib.suppress(OSError):  # who writes the next one tidies up as well
+            store.keep(state, whole[-1].step if whole else step)
 
     def _send(self) -> None:
         for step in list(self._unsent):

@@ -1,7 +1,7 @@
 """What workers tell the driver while they train: a small actor, because ``ray.train.report`` costs seconds.
 
 Events are plain dicts with an ``event`` key: ``start`` (model facts), ``resume`` (step, and the rows
-logged before it), ``step`` (one optimiser step done), ``log`` (a row for logging.jsonl), ``checkpoint`` (a checkpoint
+logged before it), ``step`` (one optimiser step done), ``save`` (a checkpoint begins), ``log`` (a row for logging.jsonl), ``checkpoint`` (a checkpoint
 became whole), ``drops`` (rows a stream dropped), ``note`` (a line for the person). The other way goes one word: `stop`.
 """
 

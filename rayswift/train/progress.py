@@ -196,6 +196,10 @@ class Progress:
         for reporter in self._reporters:
             reporter.log(values, row["global_step"])
 
+    def _on_save(self, event: dict[str, Any]) -> None:
+        self._hear(event)
+        self.summary.goodput.save(event["step"])
+
     def _on_checkpoint(self, event: dict[str, Any]) -> None:
         self.last_step, self.best_step = event["step"], event["best"]
         self._say(f"saved checkpoint-{event['step']}")

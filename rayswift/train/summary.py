@@ -52,6 +52,7 @@ class Goodput:
         self._began, self._heard = began, began
         #: Seconds of steps by the step of a checkpoint.
         self._trained = {int(step): float(seconds) for step, seconds in state["trained"].items()}
+        self._saving: dict[int, float] = {}
         self._goes_on = before is not None
         self._attempt = self._base = dict.fromkeys(PHASES, 0.0)
 
@@ -71,9 +72,13 @@ class Goodput:
         """A sign of the first worker."""
         self._attempt, self._heard = seconds, time.monotonic()
 
+    def save(self, step: int) -> None:
+        """A checkpoint of what was trained until now begins."""
+        self._saving[step] = self._now()["step"]
+
     def checkpoint(self, step: int) -> None:
-        """What was trained until now is kept."""
-        self._trained[step] = self._now()["step"]
+        """It is whole: that is kept."""
+        self._trained[step] = self._saving.pop(step, self._now()["step"])
 
     def _end_attempt(self) -> None:
         self._seconds, self._base = self._now(), self._attempt

@@ -73,9 +73,10 @@ def test_what_is_trained_again_was_lost(clock: Time) -> None:
     goodput.attempt(0, seconds())
     clock.now += 20
     goodput.hear(seconds(step=20))
-    goodput.checkpoint(2)
+    goodput.save(2)
     clock.now += 10
     goodput.hear(seconds(step=30))
+    goodput.checkpoint(2)  # whole only now
     clock.now += 5
     goodput.attempt(2, seconds(start=3))
     clock.now += 12

@@ -303,6 +303,8 @@ class StepTraining(Trainer):
             self.state.best_model_checkpoint = os.path.join(str(self.args.output_dir), best)
         self._last_tried_step = self.state.global_step
         write = super()._save_checkpoint
+        if self.rank.rank == 0:  # it may be whole only later
+            self.push({"event": "save", "step": self.state.global_step, "seconds": self.clock.read()})
         with self.clock.within("checkpoint"):
             saved = self.save(self, lambda: write(model, trial))
         if saved:
