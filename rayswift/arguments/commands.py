@@ -35,6 +35,7 @@ from rayswift.arguments.training import (
     TunerArguments,
 )
 from rayswift.arguments.training_args import choices_of, passthrough_specs
+from rayswift.arguments.watching import EvaluationArguments, StepArguments
 
 _GOING_ON = {"adapters=none": "only with --adapters"}
 #: Values of --loss_scale that weigh every token 0 or 1.
@@ -45,7 +46,15 @@ _MODEL_EXAMPLE = "for example --model Qwen/Qwen2.5-7B-Instruct"
 
 
 @dataclass(init=False, repr=False, eq=False)
-class SftArguments(TunerArguments, BatchingArguments, CheckpointArguments, WorkerArguments, TrainingRules):
+class SftArguments(
+    TunerArguments,
+    BatchingArguments,
+    EvaluationArguments,
+    CheckpointArguments,
+    WorkerArguments,
+    StepArguments,
+    TrainingRules,
+):
     """Fine-tune a model on conversations, with LoRA or whole."""
 
     command: ClassVar[str] = "sft"

@@ -291,7 +291,8 @@ class CheckpointArguments(Arguments):
     )
     eval_steps: int | float | None = arg(
         None, "steps between evaluations", gt=0, shown="--save_steps", example="100",
-        no_effect={"eval_strategy=no|epoch": "only with --eval_strategy steps", **_EVALUATED},
+        no_effect={"eval_strategy=no|epoch": "only with --eval_strategy steps",
+                   "eval_async=true": "every checkpoint is evaluated", **_EVALUATED},
     )  # fmt: skip
     eval_on_start: bool = arg(False, "evaluate before the first step", no_effect=_EVALUATED)
     per_device_eval_batch_size: int = arg(

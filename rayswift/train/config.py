@@ -74,6 +74,7 @@ class WorkerConfig:
         run_uri: the run directory, a local path or a URI.
         resume: the checkpoint to start from, or None.
         events: the driver's event queue.
+        spare: the resources of ``--eval_async``'s evaluator; None where workers evaluate.
     """
 
     args: Any
@@ -88,3 +89,4 @@ class WorkerConfig:
     run_uri: str
     resume: str | None
     events: Any
+    spare: dict[str, float] | None = None

@@ -3,11 +3,13 @@ resolve, check, build, run."""
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import importlib.util
 import logging
 import os
+import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +21,7 @@ from rayswift.data.flow.stage_bars import StageBars
 from rayswift.data.names import ResolvedDatasets, resolve_datasets
 from rayswift.data.tokens.encoder import Encoder
 from rayswift.data.tokens.row_index import LazyRows
+from rayswift.data.tokens.table import place_of
 from rayswift.errors import RunFailedError, UserError
 from rayswift.modeling.resolved import resolve_model
 from rayswift.plan.memory import memory_need, shortage
@@ -34,6 +37,7 @@ from rayswift.train.schedule import StepSchedule, plan_steps
 from rayswift.train.start import make_trainer, torch_config
 from rayswift.train.start.warm_workers import start_warm_workers
 from rayswift.train.stopping import end_if_asked, saved_on_sigterm
+from rayswift.train.summary import Summary, length_line
 
 if TYPE_CHECKING:
     from rayswift.cluster import Workers
@@ -51,6 +55,7 @@ class Inputs:
     resume: Resume
     model_dir: str
     datasets: ResolvedDatasets
+    began: float
 
 
 @dataclass(frozen=True)
@@ -72,6 +77,7 @@ def train(args: Any) -> dict[str, Any]:
     Raises:
         UserError: bad input; nothing is left half-written.
     """
+    began = time.monotonic()
     if not private.in_ray_job():  # whose folder goes with it
         args = args.with_absolute_paths()
     if args.adapters:
@@ -81,7 +87,7 @@ def train(args: Any) -> dict[str, Any]:
     reporter_names(args)
     resume = find_resume(args.resume_from_checkpoint, base, args.add_version)
     ray_cluster.check_before_start(args)
-    inputs = Inputs(args, base, resume, find_model(args), resolve_datasets(args))
+    inputs = Inputs(args, base, resume, find_model(args), resolve_datasets(args), began)
     resume.check_model(args, inputs.model_dir)
     first_row = first_usable_row([*inputs.datasets.train, *inputs.datasets.val], args.strict)
     for dataset in [*inputs.datasets.train, *inputs.datasets.val]:
@@ -106,7 +112,7 @@ def train(args: Any) -> dict[str, Any]:
     _say_data(inputs, machines, loaded, data, schedule, first_row)
 
     run = _open_run(inputs, loaded)
-    outcome = _fit(inputs, machines, data, packing, schedule, run)
+    outcome = _fit(inputs, machines, data, packing, schedule, run, loaded.origins)
     _print_end(args, outcome)
     return outcome
 
@@ -219,12 +225,6 @@ def _say_data(
         say(line)
 
 
-def length_line(lengths: Any) -> str:
-    """SWIFT's ``172.068281±93.875049, min=36.000000, max=866.000000, size=48330``."""
-    spread = f"{lengths.mean():.6f}±{lengths.std():.6f}"
-    return f"{spread}, min={lengths.min():.6f}, max={lengths.max():.6f}, size={len(lengths)}"
-
-
 def _open_run(inputs: Inputs, loaded: TrainData) -> RunDirectory:
     """The run directory, with what the run begins with."""
     going_on, args = inputs.resume.run_directory, inputs.args
@@ -249,9 +249,11 @@ def _fit(
     packing: PackedPlan | None,
     schedule: StepSchedule,
     run: RunDirectory,
+    origins: dict[str, tuple[str, str]],
 ) -> dict[str, Any]:
     """Train with Ray Train, and show it."""
     from rayswift.modeling.loading import model_fingerprint
+    from rayswift.train.evaluation import spare_resources
     from rayswift.train.events import start_event_queue
     from rayswift.train.progress import Progress
 
@@ -270,9 +272,12 @@ def _fit(
         run_uri=run.uri,
         resume=inputs.resume.checkpoint,
         events=events,
+        spare=spare_resources(args, machines.workers) if data.val is not None else None,
     )
     trainer = _torch_trainer(config, machines, run)
-    progress = Progress(events, schedule, run, open_reporters(args, run))
+    reporters, summary = open_reporters(args, run), Summary.of(run, inputs.began, bool(inputs.resume.run_directory))
+    place = functools.partial(place_of, data.train, origins=origins)
+    progress = Progress(events, schedule, run, reporters, summary, place, args.step_timeout)
     try:
         with progress, saved_on_sigterm(events) as ending:
             result = _run_trainer(trainer)
@@ -280,11 +285,14 @@ def _fit(
         outcome = _outcome(run, result)
         # SWIFT's closing row.
         lengths = {name: length_line(rows.lengths) for name, rows in data.token_parts.items()}
+        closing = {**lengths, "model_parameter_info": progress.parameter_info, **outcome, **progress.summary.row()}
         try:
-            run.append_jsonl("logging.jsonl", {**lengths, "model_parameter_info": progress.parameter_info, **outcome})
+            run.append_jsonl("logging.jsonl", closing)
         except OSError as error:
             say(f"{run.uri}: its log cannot be written ({error.strerror})")
     except (KeyboardInterrupt, RunFailedError):
+        with contextlib.suppress(OSError):
+            run.append_jsonl("logging.jsonl", progress.summary.row())
         if progress.last_step:
             say(f"stopped; checkpoint-{progress.last_step} in {run.uri} is whole. Go on with the same command and "
                 "--resume_from_checkpoint true")  # fmt: skip
@@ -366,6 +374,8 @@ def _outcome(run: RunDirectory, result: Any) -> dict[str, Any]:
     returned = result.return_value or {}
     if "user_error" in returned:
         raise UserError(returned["user_error"])
+    if "failed" in returned:
+        raise RunFailedError(returned["failed"])
     if "error" in returned:
         raise RunFailedError(f"training could not start: {returned['error']}")
     found = list_checkpoints(run.filesystem, run.path)

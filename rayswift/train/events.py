@@ -1,8 +1,10 @@
 """What workers tell the driver while they train: a small actor, because ``ray.train.report`` costs seconds.
 
-Events are plain dicts with an ``event`` key: ``start`` (model facts), ``resume`` (step, and the rows
-logged before it), ``step`` (one optimiser step done), ``log`` (a row for logging.jsonl), ``checkpoint`` (a checkpoint
-became whole), ``drops`` (rows a stream dropped), ``note`` (a line for the person). The other way goes one word: `stop`.
+Events are plain dicts with an ``event`` key: ``start`` (model facts), ``resume`` (step, and the rows logged before it),
+``step`` (one optimiser step done), ``log`` (a row for logging.jsonl), ``bad_step`` (rows of a step without a number for
+its loss), ``hang`` (where a worker is that does not get on), ``save`` (a checkpoint begins), ``checkpoint`` (it became
+whole), ``drops`` (rows a stream dropped), ``note`` (a line for the person), ``end`` (the workers' memory); ``seconds``
+are those of the first worker's clock. The other way goes one word: `stop`.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ _SAME = (
     "metric_for_best_model", "greater_is_better", "eval_on_start", "num_train_epochs",
 )  # fmt: skip
 #: Further fields that are not passed on: these things are not the Trainer's here.
-_OURS = ("use_cpu", "dataloader_", "hub_", "push_to_hub", "fsdp")
+_OURS = ("use_cpu", "dataloader_", "hub_", "push_to_hub", "fsdp", "logging_nan_inf_filter")
 
 
 def hf_training_arguments(
@@ -74,6 +74,8 @@ def hf_training_arguments(
         "logging_steps": args.logging_steps,
         "deepspeed": deepspeed,
         "ddp_find_unused_parameters": False,
+        # It would wait for the device at every forward pass; --on_nan looks once a step.
+        "logging_nan_inf_filter": False,
         # The loader starts at the step to resume at: there is nothing to skip.
         "ignore_data_skip": True,
         "report_to": "none",

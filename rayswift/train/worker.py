@@ -5,20 +5,23 @@ from __future__ import annotations
 import ctypes
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from rayswift import private
 from rayswift.data.tokens.row_index import LazyRows
 from rayswift.data.tokens.table import LazyItems, StreamPlaces, StreamPosition, TokenRows, TrainItems
-from rayswift.errors import UserError, one_line
+from rayswift.errors import RunFailedError, UserError, one_line
 from rayswift.train.checkpoints.store import CheckpointStore
+from rayswift.train.clock import Clock
 from rayswift.train.collate import Collate, Collator, PairCollator
 from rayswift.train.config import WorkerConfig
 from rayswift.train.deepspeed import deepspeed_config, zero_stage
+from rayswift.train.evaluation import Evaluations
 from rayswift.train.loader import EpochLoader, Rank, StreamLoader
-from rayswift.train.stopping import Notices
+from rayswift.train.stopping import Notices, Wish
+from rayswift.train.watch import watch
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -38,8 +41,8 @@ def train_loop(loop_config: dict[str, Any]) -> dict[str, Any]:
 
     config: WorkerConfig = loop_config["config"]
     context = ray.train.get_context()
-    rank = Rank(context.get_world_rank(), context.get_world_size())
-    _prepare_process(config, rank, context.get_local_world_size())
+    rank, clock = Rank(context.get_world_rank(), context.get_world_size()), Clock()
+    prepare_process(config, rank, context.get_local_world_size())
     local_world_size = context.get_local_world_size()
     store = CheckpointStore(config, rank, context.get_local_rank(), local_world_size)
     resume, start_step = store.resume_from()
@@ -47,18 +50,30 @@ def train_loop(loop_config: dict[str, Any]) -> dict[str, Any]:
     places: StreamPlaces = () if streams is None else streams.start()  # also after --ignore_data_skip
     if position is not None and position.stream is not None and position.data == config.data.fingerprint:
         places = tuple(StreamPosition(*place) for place in position.stream)
+    wish = Notices(config.events, rank).wish
     try:
-        trainer = _build_trainer(config, rank, local_world_size, store, resume, start_step, places)
+        trainer = build_trainer(config, rank, local_world_size, store, resume, start_step, places, clock, wish)
     except Exception as error:
         # What fails before the first step fails again: restarting the group would only cost minutes.
         logger.exception("the trainer could not be built")
         return {"user_error" if isinstance(error, UserError) else "error": one_line(error)}
     if rank.rank == 0:
-        config.events.push.remote({"event": "resume", "step": start_step, "history": store.history(resume)})
-    with private.no_pickled_code():  # a checkpoint may be a stranger's
-        trainer.train(resume_from_checkpoint=resume)
+        history, seconds = store.history(resume), clock.read()
+        config.events.push.remote({"event": "resume", "step": start_step, "history": history, "seconds": seconds})
+    if config.spare and rank.rank == 0:
+        trainer.evaluations = Evaluations(config, store)
+    if config.args.step_timeout:
+        watch(clock, rank, config.args.step_timeout, config.events.push.remote)
+    try:
+        with private.no_pickled_code():  # a checkpoint may be a stranger's
+            trainer.train(resume_from_checkpoint=resume)
+    except RunFailedError as error:  # all workers: to try again would be the same
+        return {"failed": str(error)}
     trainer.save_final()
+    _tell_end(config, rank, clock)
     state = trainer.state
+    if config.spare:
+        _await_scores(trainer, rank)
     if config.args.load_best_model_at_end and state.best_global_step:
         trainer.load_checkpoint(store.fetch(f"{store.run_path}/checkpoint-{state.best_global_step}"))
     store.close()
@@ -70,7 +85,35 @@ def train_loop(loop_config: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _prepare_process(config: WorkerConfig, rank: Rank, local_world_size: int) -> None:
+def _tell_end(config: WorkerConfig, rank: Rank, clock: Clock) -> None:
+    """What the summary says of the workers."""
+    import torch
+
+    from rayswift.train.trainers.step import peak_memory
+
+    clock.enter("start")  # nothing is watched any more
+    memory: list[Any] = [peak_memory()] * rank.world_size
+    if rank.world_size > 1:
+        torch.distributed.all_gather_object(memory, memory[0])
+    if rank.rank == 0:
+        config.events.push.remote({"event": "end", "memory": memory, "seconds": clock.read()})
+
+
+def _await_scores(trainer: StepTraining, rank: Rank) -> None:
+    """Have the best checkpoint known to every worker, when all are evaluated; who asks for the end does not wait."""
+    import torch
+
+    state = trainer.state
+    if trainer.evaluations is not None:
+        trainer.take_scores(wait=not trainer.stopped)
+        trainer.evaluations.close()
+    best: list[Any] = [state.best_global_step, state.best_metric]
+    if rank.world_size > 1:
+        torch.distributed.broadcast_object_list(best, src=0)
+    state.best_global_step, state.best_metric = best
+
+
+def prepare_process(config: WorkerConfig, rank: Rank, local_world_size: int) -> None:
     """Threads, DeepSpeed and seeds, before any model is loaded."""
     import torch
     from transformers import set_seed
@@ -121,7 +164,7 @@ def _needs_checkpointing(config: WorkerConfig, model_dir: str, world_size: int, 
     return need.device + kept > ROOM * free
 
 
-def _build_trainer(
+def build_trainer(
     config: WorkerConfig,
     rank: Rank,
     local_world_size: int,
@@ -129,7 +172,11 @@ def _build_trainer(
     resume: str | None,
     start_step: int,
     places: StreamPlaces,
+    clock: Clock,
+    wish: Callable[[], Wish],
 ) -> StepTraining:
+    import torch
+
     from rayswift.hub import resolve_model
     from rayswift.modeling.adapters import parameter_info
     from rayswift.modeling.loading import load_tokenizer
@@ -144,7 +191,8 @@ def _build_trainer(
         checkpointing = _needs_checkpointing(config, model_dir, rank.world_size, local_world_size)
     # DeepSpeed's ZeRO-3 shards the model while it loads, and learns of it from these arguments: they come first.
     hf_arguments = hf_training_arguments(
-        args, schedule, rank.world_size, store.local_dir, config.dtype, config.use_gpu, data.val is not None,
+        args, schedule, rank.world_size, store.local_dir, config.dtype, config.use_gpu,
+        data.val is not None and not config.spare,
         checkpointing,
     )  # fmt: skip
     encoder = replace(data.encoder, model_dir=model_dir)
@@ -158,7 +206,9 @@ def _build_trainer(
 
     if rank.rank == 0:
         kept = "computed twice" if checkpointing else "kept"
-        push({"event": "start", "parameter_info": parameter_info(model), "activations": kept})
+        device = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+        push({"event": "start", "parameter_info": parameter_info(model), "activations": kept, "device": device,
+              "workers": rank.world_size})  # fmt: skip
     collate = PairCollator(pad_token_id) if encoder.preference else Collator(pad_token_id)
     train_collate = Collator(pad_token_id, flat=True) if config.packing else collate
     val_rows = TokenRows(data.val) if data.val is not None else None
@@ -173,8 +223,10 @@ def _build_trainer(
         "push": push,
         "kept": store.kept_steps(),
         "save": store.save,
-        "wish": Notices(config.events, rank).wish,
+        "wish": wish,
         "collate": collate,
+        "on_nan": args.on_nan,
+        "clock": clock,
     }
     if encoder.preference:
         from rayswift.train.trainers.dpo import PreferenceTrainer

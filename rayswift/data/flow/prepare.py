@@ -123,7 +123,8 @@ def load_train_data(
         reasons = "; ".join(run.drops.lines())
         raise UserError(f"--dataset {' '.join(args.dataset)}: no row is left to train on; {reasons}")
     val_rows = list(iter_standard_rows(val)) if ratio and len(val) else []
-    return TrainData(None if args.streaming else encoded, encoded_val or None, run.drops, val_rows)
+    origins = {cache.path(task.key): (file, task.chunk.path) for file, task in run.tasks.items()}
+    return TrainData(None if args.streaming else encoded, encoded_val or None, run.drops, val_rows, origins)
 
 
 def _evaluates_nothing(args: Any) -> bool:

@@ -57,8 +57,8 @@ def stream_tokens(
     reader: Any | None = None,
     num_cpus: float = 1,
 ) -> Dataset:
-    """The stream as a lazy dataset of token rows: ``input_ids``, ``labels``, ``loss_scale``, and the place of each:
-    ``task``, ``item`` and ``item_rows``, the number of rows of that item.
+    """The stream as a lazy dataset of token rows: ``input_ids``, ``labels``, ``loss_scale``; where each is from:
+    ``path``, ``kind``, ``number``; its place: ``task``, ``item`` and ``item_rows``, the number of rows of that item.
 
     Args:
         plan: the frozen plan.
@@ -195,8 +195,20 @@ def _encoded(
             part = group[start : start + STREAM_BATCH]
             drops = DropReport()
             places = [(path, position) for _, path, position in part]
-            yield encode_rows([row for row, _, _ in part], places, encoder, drops, np.arange(len(part)))
+            tokens = encode_rows([row for row, _, _ in part], places, encoder, drops, np.arange(len(part)))
+            yield _with_places(tokens, places)
             _tell(drops, strict, drop_log)
+
+
+def _with_places(tokens: pa.RecordBatch, places: list[tuple[str, Position]]) -> pa.RecordBatch:
+    """Token rows with the file and position of each: ``path``, ``kind``, ``number``."""
+    import pyarrow as pa
+
+    table, found = pa.Table.from_batches([tokens]), [places[source] for source in tokens["source"].to_pylist()]
+    table = table.append_column("path", pa.array([path for path, _ in found], pa.string()))
+    table = table.append_column("kind", pa.array([position.kind for _, position in found], pa.string()))
+    table = table.append_column("number", pa.array([position.number for _, position in found], pa.int64()))
+    return table.combine_chunks().to_batches()[0] if len(table) else pa.RecordBatch.from_pylist([], table.schema)
 
 
 def _packed(batches: Iterator[pa.RecordBatch], packing_length: int) -> Iterator[tuple[pa.RecordBatch, np.ndarray]]:

@@ -56,6 +56,7 @@ class CheckpointStore:
         name = os.path.basename(config.run_uri)
         self.local_dir = os.path.join(tempfile.gettempdir(), f"rayswift-{name}") if self.remote else self.run_path
         self._size = 0  # bytes of the checkpoint before
+        self.waiting: set[str] = set()  # checkpoints that are evaluated
         os.makedirs(self.local_dir, exist_ok=True)
 
     def resume_from(self) -> tuple[str | None, int]:
@@ -219,13 +220,18 @@ class CheckpointStore:
 
     def _tidy(self, state: Any) -> None:
         """Rank 0, when a checkpoint is whole: remove what it replaces, and tell the news."""
-        args, step = self.config.args, state.global_step
+        step = state.global_step
         checkpoints.end_checkpoint(self.filesystem, self.run_path, f"checkpoint-{step}")
-        checkpoints.keep_only(self.filesystem, self.run_path, args.save_total_limit, state.best_model_checkpoint)
+        self.keep(state, step)
+        self.config.events.push.remote({"event": "checkpoint", "step": step, "best": state.best_global_step})
+
+    def keep(self, state: Any, last: int) -> None:
+        """Rank 0: keep the checkpoints that ``--save_total_limit`` means, and name the last and the best."""
+        args, best = self.config.args, state.best_model_checkpoint
+        checkpoints.keep_only(self.filesystem, self.run_path, args.save_total_limit, best, self.waiting)
         if args.create_checkpoint_symlink and not self.remote:
             with contextlib.suppress(OSError):  # a disk without room for a name
-                self._link(step, state.best_global_step or step)
-        self.config.events.push.remote({"event": "checkpoint", "step": step, "best": state.best_global_step})
+                self._link(last, state.best_global_step or last)
 
     def _link(self, last: int, best: int) -> None:
         for link, target in (("last", last), ("best", best)):

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import os
 import resource
 import shutil
 import time
 from collections.abc import Callable, Collection
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
 from peft import PeftModel, set_peft_model_state_dict
@@ -15,15 +16,27 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from rayswift.data.tokens.table import TokenRows
+from rayswift.errors import RunFailedError
 from rayswift.modeling.part_of_base import read_plain, write_plain
+from rayswift.train.clock import Clock
 from rayswift.train.collate import Batch, Collate
+from rayswift.train.flops import flop_count
 from rayswift.train.loader import Rank, eval_batches
 from rayswift.train.stopping import Wish
+from rayswift.train.trainers.spikes import Spikes
 
 if TYPE_CHECKING:
+    from rayswift.train.evaluation import Evaluations
     from rayswift.train.schedule import StepSchedule
 
 Push = Callable[[dict[str, Any]], None]
+
+
+def peak_memory() -> float:
+    """The most GiB that this worker has taken: of its accelerator, or without one of its process."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_reserved() / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
 class StepTraining(Trainer):
@@ -43,10 +56,14 @@ class StepTraining(Trainer):
         save: called on every worker with what writes a checkpoint's files; makes it whole, False where it could not.
         wish: what the workers do after a step beside training on, which all of them agree about.
         collate: validation rows to a batch.
+        on_nan: what happens at a step whose loss or gradients are no numbers, ``stop`` or ``skip``.
+        clock: where its time goes.
     """
 
     #: How many numbers ``_counts`` holds.
     NUM_COUNTS: ClassVar[int]
+    #: Forward passes of a reference beside the model's.
+    REFERENCE_PASSES: ClassVar[int] = 0
 
     def __init__(
         self,
@@ -60,6 +77,8 @@ class StepTraining(Trainer):
         save: Callable[[Any, Callable[[], None]], bool],
         wish: Callable[[], Wish],
         collate: Collate,
+        on_nan: str = "stop",
+        clock: Clock | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
@@ -71,6 +90,12 @@ class StepTraining(Trainer):
         # On the device, so that counting never waits for it.
         self._counts = torch.zeros(self.NUM_COUNTS, dtype=torch.float64, device=self.args.device)
         self._logged_at = time.monotonic()
+        self.evaluations: Evaluations | None = None
+        self.stopped = False  # somebody asked for it
+        self.on_nan, self.clock, self._spikes = on_nan, clock or Clock(), Spikes()
+        self._losses: list[torch.Tensor] = []  # of the step's micro-batches
+        self._flops, self._work = flop_count(self.model, self.REFERENCE_PASSES), torch.zeros(3, dtype=torch.float64)
+        self._busy, self._skipped, self._steps_logged = 0.0, 0, 0
         self.remove_callback(PrinterCallback)
         self.remove_callback(ProgressCallback)
         self.add_callback(_StepEvents(self))
@@ -81,7 +106,83 @@ class StepTraining(Trainer):
         """The loader itself."""
         return self.loader
 
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> tuple[list[Batch], Any]:
+        """The micro-batches of a step, whose counts a step that is left out does not add to."""
+        self._before_step, self._losses = (self._tr_loss.clone(), self._counts.clone()), []
+        self.clock.enter("data")
+        found = super().get_batch_samples(epoch_iterator, num_batches, device)
+        self.clock.enter("step")
+        return found
+
+    # --- steps that are no steps ---
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Forward and backward pass of a micro-batch."""
+        loss = super().training_step(*args, **kwargs)
+        self._losses.append(loss)
+        self.clock.tick()
+        return loss
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        """The norm of a step's gradients; None for a step that is left out. Every worker finds the same: gradients are
+        those of all workers, and so is the loss. Here, once a step, the host waits for the device."""
+        norm = super()._get_grad_norm(model, grad_norm)
+        loss = torch.stack(self._losses).sum().float() / self.rank.world_size
+        if self.rank.world_size > 1:
+            torch.distributed.all_reduce(loss)
+        mean, size = torch.stack([loss, torch.as_tensor(0.0 if norm is None else norm).to(loss)]).tolist()
+        bad = [what for what, value in (("loss", mean), ("gradients", size)) if not math.isfinite(value)]
+        if bad == ["gradients"] and self.args.fp16:  # too large for float16 at this scale of the loss, which adapts
+            return norm
+        if not bad:
+            if self._spikes.is_spike(mean):
+                self._report_rows(f"the loss jumps to {mean:.4g}", "goes on")
+            return norm
+        what = f"its loss is {mean}" if "loss" in bad else "its gradients are not finite, though its loss is"
+        applied = self.is_deepspeed_enabled and not getattr(self.model_wrapped.optimizer, "overflow", False)
+        end = "stop" if applied else self.on_nan
+        self._report_rows(what, end)
+        if end == "stop":
+            raise RunFailedError(f"step {self.state.global_step + 1}: {what}")
+        self._leave_out(model)
+        return None
+
+    def _report_rows(self, what: str, then: str) -> None:
+        """Tell the driver which rows a step has, of all workers: those of micro-batches whose loss is not finite, or
+        where there are none all of them. ``then``: what happens to the run, ``stop``, ``skip`` or ``goes on``."""
+        losses, tokenizer = torch.stack(self._losses).tolist(), cast(Any, self.processing_class)
+        own = [
+            {"worker": self.rank.rank, "micro_batch": number, "loss": loss, "row": place,
+             "text": tokenizer.decode(row.input_ids)}
+            for number, (loss, rows) in enumerate(
+                zip(losses, self.loader.rows_of(self.state.global_step), strict=False))
+            for place, row in rows
+        ]  # fmt: skip
+        found: list[Any] = [own] * self.rank.world_size
+        if self.rank.world_size > 1:
+            torch.distributed.all_gather_object(found, own)
+        rows = [row for one in found for row in one]
+        rows = [row for row in rows if not math.isfinite(row["loss"])] or rows
+        if self.rank.rank == 0:
+            step = self.state.global_step + 1
+            self.push({"event": "bad_step", "step": step, "what": what, "then": then, "rows": rows})
+
+    def _leave_out(self, model: Any) -> None:
+        """Have this step change nothing: optimisers pass over weights without gradients."""
+        model.zero_grad(set_to_none=True)
+        self._tr_loss.copy_(self._before_step[0])
+        self._counts.copy_(self._before_step[1])
+        self._skipped += 1
+        if self.is_deepspeed_enabled and self.model_wrapped.lr_scheduler is not None:
+            cast(Any, self.model_wrapped).lr_scheduler.step()  # as without DeepSpeed: the rate is that of the step
+
     # --- metrics ---
+
+    def floating_point_ops(self, inputs: Batch) -> int:
+        """What a micro-batch costs, and on the way what there is in it."""
+        all_tokens, trained, flops = self._flops.of_batch(inputs)
+        self._work += torch.tensor([all_tokens, trained, flops], dtype=torch.float64)
+        return int(flops)
 
     def train_metrics(self, counts: torch.Tensor, seconds: float, loss: float) -> dict[str, float]:
         """What a row of the log says, ``loss`` among it where anything was trained; ``counts`` are those of all workers
@@ -99,8 +200,16 @@ class StepTraining(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Complete a row with the metrics of all workers and send it to the driver. Its memory is the peak of this
         worker's accelerator, or without one of its process."""
+        event: dict[str, Any] = {"event": "log"}
         if "loss" in logs:
+            steps = self.state.global_step - self._steps_logged
+            if steps > self._skipped:
+                logs["loss"] *= steps / (steps - self._skipped)
+            self._steps_logged, self._skipped = self.state.global_step, 0
+            if not math.isfinite(logs.get("grad_norm", 0.0)):  # of float16, whose scaler left the step out
+                del logs["grad_norm"]
             counts = self._all_reduce(self._counts)
+            event["work"] = self._work_done()
             now = time.monotonic()
             logs.update(self.train_metrics(counts, max(now - self._logged_at, 1e-9), logs.pop("loss")))
             if self.args.include_num_input_tokens_seen != "no":
@@ -108,14 +217,19 @@ class StepTraining(Trainer):
             self._counts.zero_()
             self._logged_at = now
         logs["epoch"] = self.schedule.epoch_of(self.state.global_step)
-        if torch.cuda.is_available():
-            peak = torch.cuda.max_memory_reserved() / 2**30
-        else:
-            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-        row = {**logs, "global_step": self.state.global_step, "memory(GiB)": peak}
+        row = {**logs, "global_step": self.state.global_step, "memory(GiB)": peak_memory()}
         self.state.log_history.append(row)
         if self.is_world_process_zero():
-            self.push({"event": "log", "row": row})
+            self.push({**event, "row": row, "seconds": self.clock.read()})
+
+    def _work_done(self) -> dict[str, float]:
+        """Tokens, trained tokens and floating-point operations of all workers since the last row of the log, and the
+        seconds that they took: of steps, and of waiting for their rows."""
+        tokens, trained, flops = self._all_reduce(self._work.to(self._counts.device)).tolist()
+        self._work.zero_()
+        seconds = self.clock.read()
+        before, self._busy = self._busy, seconds["step"] + seconds["data"]
+        return {"tokens": tokens, "trained": trained, "flops": flops, "seconds": self._busy - before}
 
     def _all_reduce(self, values: torch.Tensor) -> torch.Tensor:
         total = values.clone()
@@ -133,8 +247,11 @@ class StepTraining(Trainer):
         started, model = time.monotonic(), self.model_wrapped
         was_training = model.training
         model.eval()
-        batches = eval_batches(self.val_rows, self.args.per_device_eval_batch_size, self.rank, self.collate)
-        counts = [self.eval_counts(self._prepare_inputs(batch)) for batch in batches]
+        counts = []
+        with self.clock.within("evaluation"):
+            for batch in eval_batches(self.val_rows, self.args.per_device_eval_batch_size, self.rank, self.collate):
+                counts.append(self.eval_counts(self._prepare_inputs(batch)))
+                self.clock.tick()
         model.train(was_training)
         seconds = time.monotonic() - started
         named = self.eval_means(self._all_reduce(torch.stack(counts).sum(0))) | {
@@ -154,6 +271,29 @@ class StepTraining(Trainer):
             return False
         return bool(super()._determine_best_metric(metrics, trial))
 
+    def take_scores(self, wait: bool = False) -> None:
+        """First worker: log what evaluations beside training have found since the last time, and follow it. ``wait``:
+        for all of them."""
+        if self.evaluations is None:
+            return
+        for step, scores in self.evaluations.finished(wait, self.clock.tick):
+            if isinstance(scores, str):
+                self.push({"event": "note", "line": f"checkpoint-{step} was not evaluated ({scores})"})
+                continue
+            row = {**scores, "epoch": self.schedule.epoch_of(step), "global_step": step}
+            self.state.log_history.append(row)
+            self.push({"event": "log", "row": row, "seconds": self.clock.read()})
+            self._rank_checkpoint(step, scores)
+            self.evaluations.note(step, scores, self.state)
+
+    def _rank_checkpoint(self, step: int, scores: dict[str, float]) -> None:
+        """Whether a checkpoint is the best so far."""
+        metric, best = str(self.args.metric_for_best_model).removeprefix("eval_"), self.state.best_metric
+        value = scores[f"eval_{metric}"]
+        if best is None or (value > best if self.args.greater_is_better else value < best):
+            self.state.best_global_step, self.state.best_metric = step, value
+            self.state.best_model_checkpoint = os.path.join(str(self.args.output_dir), f"checkpoint-{step}")
+
     # --- checkpoints ---
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
@@ -163,9 +303,15 @@ class StepTraining(Trainer):
             self.state.best_model_checkpoint = os.path.join(str(self.args.output_dir), best)
         self._last_tried_step = self.state.global_step
         write = super()._save_checkpoint
-        if self.save(self, lambda: write(model, trial)):
+        if self.rank.rank == 0:  # it may be whole only later
+            self.push({"event": "save", "step": self.state.global_step, "seconds": self.clock.read()})
+        with self.clock.within("checkpoint"):
+            saved = self.save(self, lambda: write(model, trial))
+        if saved:
             self.last_saved_step = self.state.global_step
             self._best_saved = (self.state.best_global_step, self.state.best_metric)
+            if self.evaluations is not None:
+                self.evaluations.ask(self.state.global_step)
         elif self.state.best_global_step == self.state.global_step:  # nobody can have it
             self.state.best_global_step, self.state.best_metric = self._best_saved
             self.state.best_model_checkpoint = None
@@ -216,11 +362,16 @@ class _StepEvents(TrainerCallback):
         if state.best_global_step not in self.trainer.kept:
             state.best_global_step = state.best_metric = state.best_model_checkpoint = None
         self.trainer._best_saved = (state.best_global_step, state.best_metric)
+        self.trainer._steps_logged = state.global_step
+        if self.trainer.evaluations is not None:
+            for step, scores in self.trainer.evaluations.scored():
+                self.trainer._rank_checkpoint(step, scores)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> Any:
         """After each optimiser step."""
         if state.is_world_process_zero:
-            self.trainer.push({"event": "step", "step": state.global_step})
+            self.trainer.push({"event": "step", "step": state.global_step, "seconds": self.trainer.clock.read()})
+        self.trainer.take_scores()
         if state.global_step >= state.max_steps:
             control.should_log = True
             control.should_evaluate = control.should_evaluate or args.eval_strategy != "no"
@@ -229,4 +380,5 @@ class _StepEvents(TrainerCallback):
             control.should_save = control.should_save or args.save_strategy != "no"
             if wish is Wish.STOP:
                 control.should_training_stop, control.should_evaluate = True, False
+                self.trainer.stopped = True
         return control
