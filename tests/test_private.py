@@ -127,17 +127,17 @@ def test_it_is_said_when_ray_may_listen_everywhere(
 def test_the_autoscalers_table_is_read(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     from ray._private.state import state
 
-    group = SimpleNamespace(resources={"GPU": 8, "CPU": 96})
+    group = SimpleNamespace(name="a100", resources={"GPU": 8, "CPU": 96}, max_count=4)
     monkeypatch.setattr(state, "get_max_resources_from_cluster_config", lambda: {"GPU": 64.0})
     monkeypatch.setattr(state, "get_cluster_config", lambda: SimpleNamespace(node_group_configs=[group]))
     assert private.autoscaler_limits() == {"GPU": 64.0}
-    assert private.autoscaler_nodes() == [{"GPU": 8, "CPU": 96}]
+    assert private.autoscaler_types() == [("a100", {"GPU": 8, "CPU": 96}, 4)]
     monkeypatch.undo()
     assert callable(state.get_max_resources_from_cluster_config)
     monkeypatch.delattr(type(state), "get_max_resources_from_cluster_config")
     monkeypatch.delattr(type(state), "get_cluster_config")
     assert private.autoscaler_limits() == {}
-    assert private.autoscaler_nodes() == []
+    assert private.autoscaler_types() == []
     assert len(caplog.messages) == 1
     assert "only nodes that run already are counted" in caplog.text
 

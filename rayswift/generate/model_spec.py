@@ -39,7 +39,8 @@ class ModelSpec:
 
     ``model``: folder, id or URI. ``engine_kwargs``: vLLM's. ``adapters``: name → folder, given at start;
     ``default_adapter`` answers for the model's own name. ``template``: fields of :class:`Encoder`. ``bundles``: Ray
-    resources of a replica, the first with the replica itself. ``local``: gateway and replicas share this machine.
+    resources of a replica, the first with the replica itself; ``node_labels``: those of its nodes. ``local``: gateway
+    and replicas share this machine.
     ``sampling``: what requests that do not say so get (the flags' names; ``max_new_tokens`` is also their limit).
     ``fingerprints``: served name → what tells the weights behind it from others: with other weights in the same folder
     deploying again replaces the replicas, and ``/v1/models`` tells clients.
@@ -75,6 +76,7 @@ class ModelSpec:
     downscale_delay: int = 300
     drain_timeout: int = 600
     bundles: list[dict[str, float]] = field(default_factory=lambda: [{"CPU": 1.0}])
+    node_labels: dict[str, str] = field(default_factory=dict)
     env_vars: dict[str, str] = field(default_factory=dict)
     local: bool = True
 
@@ -82,6 +84,11 @@ class ModelSpec:
     def takes_adapters(self) -> bool:
         """Whether the engine has to be ready for LoRA."""
         return bool(self.adapters or self.adapter_root)
+
+    @property
+    def placement_strategy(self) -> str:
+        """How the bundles lie on nodes: tensor parallel parts speak at every layer, and share one."""
+        return "PACK" if self.engine_kwargs.get("pipeline_parallel_size", 1) > 1 else "STRICT_PACK"
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON-able values; what is at its default is left out."""
@@ -124,7 +131,7 @@ class ModelSpec:
         return {
             "model_loading_config": {"model_id": self.name, "model_source": model_dir},
             "engine_kwargs": kwargs,
-            "placement_group_config": {"bundles": self.bundles},
+            "placement_group_config": {"bundles": self.bundles, "strategy": self.placement_strategy},
             "accelerator_config": {"kind": "gpu" if self.use_gpu else "cpu"},
             # vLLM's own metrics stay on; Ray's copy of them costs a call per metric and step.
             "log_engine_metrics": False,

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from rayswift import private
 from rayswift.errors import UserError
 from rayswift.generate.model_spec import ModelSpec, hub_token, model_specs
+from rayswift.generate.preflight import check_nodes
 from rayswift.serve.application import GATEWAY, app_name, serve_config
 from rayswift.serve.gateways import Gateways
 from rayswift.serve.ports import require_free_port
@@ -131,6 +132,8 @@ def check_room(specs: list[ModelSpec], cluster: Cluster) -> None:
             if name == "GPU" and not available:
                 mend = "--use_gpu false serves on CPUs"
             raise UserError(f"--min_replicas: the replicas need {needed:g} {name}s and {cluster.describe()}; {mend}")
+    for spec in specs:
+        check_nodes(spec, cluster)
 
 
 # --- while it runs ------------------------------------------------------------------------------------------------

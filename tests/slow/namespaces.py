@@ -93,7 +93,8 @@ class Node:
         assert done.returncode == 0, done.stderr
 
     def kill(self) -> None:
-        """Switch it off: no process of it lives to see what happened."""
+        """Switch it off: no process of it lives to see what happened, and none of its connections says goodbye."""
+        self.cut()
         psutil.Process(self.pid).kill()
 
 

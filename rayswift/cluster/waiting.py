@@ -1,0 +1,67 @@
+"""What a run waits for on a cluster, said on one line every ten seconds."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import threading
+from collections.abc import Callable, Iterator
+
+from rayswift import private
+from rayswift.cluster.placement import NODE, NodeKind, node_kinds
+from rayswift.cluster.workers import Workers
+from rayswift.console import say
+
+logger = logging.getLogger("rayswift.cluster")
+
+SECONDS = 10.0
+#: How long Ray Train waits for the nodes of a fixed group before that is a failure of the run: machines start in
+#: minutes. An elastic group waits without such a limit, and with it would not try a smaller size.
+START_SECONDS = 1800
+_START_VARIABLE = "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"
+
+
+@contextlib.contextmanager
+def waiting_said(workers: Workers) -> Iterator[None]:
+    """Within, say while this job's worker group has no place what is asked, what is there, and what the autoscaler
+    does."""
+    if isinstance(workers.num_workers, int):
+        os.environ.setdefault(_START_VARIABLE, str(START_SECONDS))
+    done = threading.Event()
+    thread = threading.Thread(target=_look, args=(workers, done), name="rayswift-waiting", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join(SECONDS)
+
+
+def _look(workers: Workers, done: threading.Event, tell: Callable[[str], None] = say) -> None:
+    has_waited = False
+    while not done.wait(SECONDS):
+        try:
+            groups = private.own_groups()
+            # An elastic group is not asked for before there is room for it; each other one is soon replaced.
+            waits = not groups or not all(groups)
+            if waits and (has_waited or groups):
+                tell(waiting_line(workers))
+            has_waited = waits
+        except Exception as error:  # a cluster out of reach is another's to report
+            logger.debug("nothing is known of what this run waits for: %s", error)
+
+
+def waiting_line(workers: Workers) -> str:
+    """``waiting for 2 workers of 1 CPU (PACK): there is room for 1 on 3 nodes; the autoscaler starts 1 gpu``."""
+    free, nodes = private.free_resources(), [kind for kind in node_kinds() if kind.takes(workers.selector)]
+    ids = {kind.labels.get(NODE) for kind in nodes if kind.labels} & set(free)
+    room = sum(NodeKind(free[node], None).room(workers.resources_per_worker) for node in ids)
+    starting = ", ".join(f"{count} {name}" for name, count in sorted(private.starting_nodes().items()))
+    if starting:
+        scaler = f"the autoscaler starts {starting}"
+    elif private.autoscaler_types():
+        scaler = "the autoscaler starts none"
+    else:
+        scaler = "without an autoscaler: a node has to join, or another job to end"
+    return f"waiting for {workers.describe()}: now there is room for {room} on {len(ids)} node(s); {scaler}"
