@@ -97,8 +97,15 @@ def _subclusters(kinds: Iterable[NodeKind]) -> set[str | None]:
 
 
 def train_selector(kinds: Iterable[NodeKind], node_labels: Mapping[str, str]) -> dict[str, str]:
-    """The nodes that train: those of ``--node_labels``, and none that is for data unless there are no others."""
-    apart = {SUBCLUSTER: f"!{DATA}", **node_labels}
-    kinds = list(kinds)
+    """The nodes that train: those of ``--node_labels``, and none that is, or may turn out to be, for data unless there
+    are no others."""
+    apart, kinds = {SUBCLUSTER: f"!{DATA}", **node_labels}, list(kinds)
+    mixed = DATA in _subclusters(kinds) or any(kind.labels is None for kind in kinds)
     others = any(kind.takes(apart) and (kind.resources.get("CPU") or kind.resources.get("GPU")) for kind in kinds)
-    return apart if others and data_selector(kinds) == {SUBCLUSTER: DATA} else dict(node_labels)
+    return apart if mixed and others else dict(node_labels)
+
+
+def others_read(kinds: Iterable[NodeKind], selector: Mapping[str, str]) -> bool:
+    """Whether nodes for data run, beside those of this selector."""
+    data = [kind for kind in kinds if kind.labels and kind.labels.get(SUBCLUSTER) == DATA and kind.resources.get("CPU")]
+    return bool(data) and not any(kind.takes(selector) for kind in data)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from rayswift.cluster.connection import Cluster, address_of, cpu_count, has_nvidia_driver
-from rayswift.cluster.placement import SUBCLUSTER, NodeKind, total, train_selector
+from rayswift.cluster.placement import SUBCLUSTER, NodeKind, others_read, total, train_selector
 from rayswift.errors import UserError
 
 
@@ -80,11 +80,9 @@ def plan_workers(args: Any, cluster: Cluster) -> Workers:
         resources.setdefault("GPU", 1)
     selector = train_selector(cluster.kinds, args.node_labels)
     kinds = [kind for kind in cluster.kinds if kind.takes(selector)]
-    apart = SUBCLUSTER in selector and SUBCLUSTER not in args.node_labels
-    cpus = (
-        min(cluster.cpus, sum(kind.resources.get("CPU", 0) * kind.count for kind in kinds)) if kinds else cluster.cpus
-    )
-    share = min(1.0, int(max(cpus if apart else cpus - 1, cpus / 2) * 100 / largest) / 100)
+    cpus = min(cluster.cpus, total(kinds, "CPU")) if kinds else cluster.cpus
+    left_free = 0.0 if others_read(cluster.kinds, selector) else 1.0
+    share = min(1.0, int(max(cpus - left_free, cpus / 2) * 100 / largest) / 100)
     strategy = args.placement_strategy or _strategy(args, num_workers, cluster)
     if "CPU" not in resources:
         # Less where nodes have few cores for their GPUs.
@@ -142,9 +140,8 @@ def _check_nodes(args: Any, workers: Workers, cluster: Cluster, kinds: list[Node
     if not isinstance(workers.num_workers, int) and not unlabelled:
         raise UserError(f"--num_workers MIN,MAX: Ray reckons only with nodes without the label {SUBCLUSTER}, and those "
                         "that could train carry it; start them without it, or give one number")  # fmt: skip
-    apart = workers.selector.get(SUBCLUSTER, "").startswith("!")
     left = total(kinds, "CPU") - bundle["CPU"] * min(workers.largest, places)
-    if args.streaming and not apart and left < 0.01:
+    if args.streaming and left < 0.01 and not others_read(cluster.kinds, workers.selector):
         lower = f"'{{\"CPU\": {bundle['CPU'] * 0.9:g}}}'"
         raise UserError("--resources_per_worker: the workers would have all CPUs, and --streaming true reads beside "
                         f"them: lower CPU, for example {lower}")  # fmt: skip

@@ -53,7 +53,7 @@ def test_a_selector_means_what_ray_takes_it_for(labels: dict[str, str] | None, w
         ([DATA, LABELLED], {"ray-subcluster": "data"}, {"ray-subcluster": "train"}, {"ray-subcluster": "!data"}),
         ([HEAD, LABELLED], {"ray-subcluster": "train"}, {"ray-subcluster": "train"}, {}),
         ([HEAD, DATA], {"ray-subcluster": "data"}, {"ray-subcluster": "data"}, {}),
-        ([HEAD, UNKNOWN], {}, {}, {}),
+        ([HEAD, UNKNOWN], {}, {}, {"ray-subcluster": "!data"}),
     ],
 )
 def test_data_nodes_read_and_encode_and_the_others_train(

@@ -28,6 +28,7 @@ ROOT = Path(__file__).resolve().parents[2]
 HEAD_ADDRESS = "10.77.0.1"
 #: What Ray takes at least, in bytes.
 OBJECT_STORE = 80 * 2**20
+_FAKE_HEAD = "f" * 51 + "00000"
 _NAMESPACE = ["unshare", "--net", "--mount", "--uts", "--pid", "--fork", "--mount-proc", "--kill-child"]
 #: Its own /tmp and home, with the shared folders at their places: $1 the host's name, $2 the addresses, then folders.
 _PREPARE = """
@@ -127,7 +128,7 @@ class Nodes:
                 return found[0].pid
         raise AssertionError(f"namespaces: {Path(log.name).read_text()}")
 
-    def add(self, name: str, *flags: str, wait: bool = True) -> Node:
+    def add(self, name: str, *flags: str, wait: bool = True, **environment: str) -> Node:
         """A node that has joined Ray; the first one is the head. ``flags``: more of ``ray start``'s."""
         number = len(self.nodes) + 1
         address = f"10.77.0.{number}"
@@ -148,19 +149,53 @@ class Nodes:
                 line = shlex.quote(f"{address} {name}")
                 _run("nsenter", "--target", str(other.pid), "--mount", "sh", "-c", f"echo {line} >> /tmp/hosts")
         self.nodes[name] = node
-        self.start_ray(node, *flags)
+        self.start_ray(node, *flags, **environment)
         if wait:
             self.wait_for_ray(node)
         return node
 
-    def start_ray(self, node: Node, *flags: str) -> None:
+    def start_ray(self, node: Node, *flags: str, **environment: str) -> None:
         """``ray start`` on a node: the head where it is the first."""
         place = ["--address", f"{HEAD_ADDRESS}:6379"]
         if node.address == HEAD_ADDRESS:
             place = ["--head", "--port", "6379", "--dashboard-host", "127.0.0.1"]
         flags = ("--node-ip-address", node.address, "--object-store-memory", str(OBJECT_STORE), "--block", *flags)
-        process = node.start(f"{Path(sys.executable).parent}/ray", "start", *place, *flags, log=node.log)
+        command = [f"{Path(sys.executable).parent}/ray", "start", *place, *flags]
+        process = node.start(*command, log=node.log, **environment)
         self._processes.append(process)
+
+    def add_autoscaling_head(self, types: dict[str, dict[str, Any]], idle_minutes: float = 0.2) -> Node:
+        """A head without CPUs whose autoscaler (version 2) starts nodes of these types, by Ray's own provider of fake
+        nodes: real raylets on the head's address, which end when they are idle.
+
+        Args:
+            types: for each its ``resources``, ``max_workers``, and ``labels``.
+        """
+        head = "ray.head.default"  # the provider's name for it
+        empty_lists = ("initialization_commands", "setup_commands", "head_setup_commands", "worker_setup_commands",
+                       "head_start_ray_commands", "worker_start_ray_commands", "cluster_synced_files", "rsync_exclude",
+                       "rsync_filter")  # fmt: skip
+        node_types = {head: {"resources": {"CPU": 0}, "max_workers": 0, "node_config": {}}}
+        for name, one in types.items():
+            resources = {"object_store_memory": OBJECT_STORE, **one["resources"]}
+            node_types[name] = {"min_workers": 0, "node_config": {}, **one, "resources": resources}
+        config = {
+            "cluster_name": "fake", "max_workers": 8, "upscaling_speed": 4.0, "idle_timeout_minutes": idle_minutes,
+            "provider": {
+                "type": "fake_multinode", "use_node_id_as_ip": True, "disable_node_updaters": True,
+                "disable_launch_config_check": True, "launch_multiple": True, "head_node_id": _FAKE_HEAD,
+                "gcs_address": f"{HEAD_ADDRESS}:6379",
+            },
+            "available_node_types": node_types, "head_node_type": head, "auth": {}, "docker": {}, "file_mounts": {},
+            "file_mounts_sync_continuously": False, **{name: [] for name in empty_lists},
+        }  # fmt: skip
+        file = self.folder / "autoscaling.yaml"
+        file.write_text(json.dumps(config))  # which YAML is
+        return self.add(
+            "head", "--num-cpus", "0", "--autoscaling-config", str(file), RAY_FAKE_CLUSTER="1",
+            AUTOSCALER_UPDATE_INTERVAL_S="1", RAY_enable_autoscaler_v2="1", RAY_CLOUD_INSTANCE_ID=_FAKE_HEAD,
+            RAY_OVERRIDE_NODE_ID_FOR_TESTING=_FAKE_HEAD,
+        )  # fmt: skip
 
     def wait_for_ray(self, node: Node, times: int = 1, timeout: float = 240) -> None:
         """Until Ray runs on a node (has been started there so many times)."""

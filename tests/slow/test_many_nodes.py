@@ -42,7 +42,7 @@ print(json.dumps([hosts.get(task.node_id) for task in list_tasks(limit=9000) if 
 def shared(tiny_dir: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What all nodes reach: two data sets, the results, the model."""
     folder = tmp_path_factory.mktemp("shared")
-    lines = gzip.open(TEXTS, "rt").read().splitlines()
+    lines = gzip.decompress(TEXTS.read_bytes()).decode().splitlines()
     for number in range(2):
         (folder / f"part{number}.jsonl").write_text("\n".join(lines[number::2]) + "\n")
     return folder
