@@ -266,7 +266,8 @@ def check_ray_train() -> None:
 
     checks = {
         "TorchTrainer": arguments(TorchTrainer, "_create_default_callbacks") == []
-        and arguments(TorchTrainer, "_initialize_and_run_controller") == ["controller_init_kwargs"],
+        and arguments(TorchTrainer, "_initialize_and_run_controller") == ["controller_init_kwargs"]
+        and arguments(TorchTrainer, "_register_sigint_handler") == ["controller"],
         "TrainController": arguments(TrainController, "run") == arguments(TrainController, "get_result") == []
         and hasattr(TrainController, "worker_group_cls"),
         "FixedScalingPolicy": arguments(FixedScalingPolicy, "after_controller_start") == ["train_run_context"]

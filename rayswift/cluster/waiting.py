@@ -39,13 +39,13 @@ def waiting_said(workers: Workers) -> Iterator[None]:
 
 
 def _look(workers: Workers, done: threading.Event, tell: Callable[[str], None] = say) -> None:
-    has_waited = False
+    has_waited, is_elastic = False, not isinstance(workers.num_workers, int)
     while not done.wait(SECONDS):
         try:
             groups = private.own_groups()
-            # An elastic group is not asked for before there is room for it; each other one is soon replaced.
-            waits = not groups or not all(groups)
-            if waits and (has_waited or groups):
+            # An elastic group is not asked for before there is room for it; one that grows is gone for a moment.
+            waits = not all(groups) or (is_elastic and not groups)
+            if waits and (groups or has_waited):
                 tell(waiting_line(workers))
             has_waited = waits
         except Exception as error:  # a cluster out of reach is another's to report

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from types import SimpleNamespace
 from typing import Any
 
@@ -178,20 +179,38 @@ def test_a_waiting_run_says_what_is_there(
 
 
 @pytest.mark.parametrize(
-    ("looks", "lines"),
-    [([[True]], 0), ([[False]], 1), ([[], [True]], 0), ([[], []], 1), ([[False], [True, False], [True]], 2)],
-)
+    ("num_workers", "looks", "lines"),
+    [(1, [[True]], 0), (1, [[False]], 1), (1, [[False], [True, False], [True]], 2), (1, [[], []], 0),
+     ((1, 2), [[], []], 1), ((1, 2), [[], [True]], 0)],
+)  # fmt: skip
 def test_a_run_waits_while_its_group_has_no_place(
-    monkeypatch: pytest.MonkeyPatch, looks: list[list[bool]], lines: int
+    monkeypatch: pytest.MonkeyPatch, num_workers: Any, looks: list[list[bool]], lines: int
 ) -> None:
     """An elastic group is not asked for before there is room: without any, the second look is believed."""
     said: list[str] = []
     steps = iter(looks)
     monkeypatch.setattr(waiting, "private", SimpleNamespace(own_groups=lambda: next(steps)))
     monkeypatch.setattr(waiting, "waiting_line", lambda workers: "waiting")
-    done = iter([*([False] * len(looks)), True])
-    waiting._look(Workers(1, False, {}), SimpleNamespace(wait=lambda _: next(done)), said.append)  # type: ignore[arg-type]
+    ends = iter([*([False] * len(looks)), True])
+    done: Any = SimpleNamespace(wait=lambda _: next(ends))
+    waiting._look(Workers(num_workers, False, {}), done, said.append)
     assert len(said) == lines
+
+
+def test_ctrl_c_ends_a_run_that_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its controller does not answer before it has its nodes."""
+    from rayswift.train.start.lean_trainer import LeanTorchTrainer
+
+    asked: list[str] = []
+    controller = SimpleNamespace(abort=SimpleNamespace(remote=lambda: asked.append("abort")))
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        LeanTorchTrainer._register_sigint_handler(None, controller)  # type: ignore[arg-type]
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert asked == ["abort"]
 
 
 # --- reading ------------------------------------------------------------------------------------------------------

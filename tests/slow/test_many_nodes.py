@@ -15,15 +15,13 @@ from namespaces import Node, Nodes, nodes
 
 pytestmark = pytest.mark.slow
 
-STEPS = 12
+STEPS = 30
 TEXTS = Path(__file__).resolve().parents[1] / "data/pretrain_en.jsonl.gz"
-#: A model that is set up here is on no other node.
-WORKERS = """
-names = {node["NodeID"]: node["NodeName"] for node in ray.nodes()}
+HOSTS = """
 hosts = {node["NodeID"]: node["NodeManagerHostname"] for node in ray.nodes()}
 from ray.util.state import list_actors, list_tasks
 """
-#: Where the actors of a class are, or were.
+#: Where actors and the tasks that read are, or were.
 ACTORS = (
     WORKERS
     + """
@@ -50,12 +48,12 @@ def shared(tiny_dir: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def command(shared: Path, tiny_dir: str) -> list[str]:
-    """Two streams, two workers, two packs a worker and step; all that a run's numbers depend on."""
+    """Two streams, two workers, two packs a worker in each step; all that a run's numbers depend on."""
     data = [str(shared / f"part{number}.jsonl") for number in range(2)]
     return [
         "pt", "--model", tiny_dir, "--train_type", "full", "--dataset", *data, "--streaming", "true",
         "--interleave_prob", "0.5", "0.5", "--packing", "true", "--max_length", "64", "--truncation_strategy", "split",
-        "--max_steps", str(STEPS), "--save_steps", "2", "--gradient_accumulation_steps", "8", "--logging_steps", "1",
+        "--max_steps", str(STEPS), "--save_steps", "2", "--gradient_accumulation_steps", "2", "--logging_steps", "1",
         "--learning_rate", "1e-3", "--torch_dtype", "float32", "--gradient_checkpointing", "false",
         "--report_to", "none", "--num_workers", "2",
     ]  # fmt: skip
@@ -126,11 +124,15 @@ def test_data_nodes_read_and_training_nodes_train(
 
 
 def lose(cluster: Nodes, name: str, command: list[str], label: str) -> tuple[Any, Path, Node]:
-    """A run that is at its third step, and one of the nodes that it trains (or reads) on, not its first worker's."""
+    """A run that has a checkpoint, and one of the nodes that it trains (or reads) on, not its first worker's."""
     driver, log = start(cluster, name, command)
-    wait_for(lambda: step_of(log.with_suffix("")) >= 3 or driver.poll() is not None, 300, "step 3")
+    output = log.with_suffix("")
+    wait_for(lambda: step_of(output) >= 1 or driver.poll() is not None, 500, "step 1")
+    hosts = actors(cluster, "RayTrainWorker", "ALIVE") if label == "train" else cluster.nodes["head"].ask(TASKS)
+    wait_for(
+        lambda: any(output.glob("v*/checkpoint-*/manifest.json")) or driver.poll() is not None, 200, "a checkpoint"
+    )
     assert driver.poll() is None, log.read_text()[-4000:]
-    hosts = actors(cluster, "RayTrainWorker", "ALIVE") if label == "train" else cluster.nodes["head"].ask(TASKS)[-1:]
     return driver, log, cluster.nodes[hosts[-1]]
 
 
