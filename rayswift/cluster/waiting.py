@@ -6,7 +6,7 @@ import contextlib
 import logging
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 from rayswift import private
 from rayswift.cluster.placement import NODE, NodeKind, node_kinds
@@ -46,17 +46,23 @@ def _look(workers: Workers, done: threading.Event, tell: Callable[[str], None] =
             # An elastic group is not asked for before there is room for it; one that grows is gone for a moment.
             waits = not all(groups) or (is_elastic and not groups)
             if waits and (groups or has_waited):
-                tell(waiting_line(workers))
+                tell(waiting_line(workers.describe(), workers.resources_per_worker, workers.selector))
             has_waited = waits
         except Exception as error:  # a cluster out of reach is another's to report
             logger.debug("nothing is known of what this run waits for: %s", error)
 
 
-def waiting_line(workers: Workers) -> str:
-    """``waiting for 2 workers of 1 CPU (PACK): there is room for 1 on 3 nodes; the autoscaler starts 1 gpu``."""
-    free, nodes = private.free_resources(), [kind for kind in node_kinds() if kind.takes(workers.selector)]
+def waiting_line(asked: str, bundle: Mapping[str, float], selector: Mapping[str, str]) -> str:
+    """``waiting for 2 workers of 1 CPU: now there is room for 1 on 3 node(s); the autoscaler starts 1 gpu``.
+
+    Args:
+        asked: what is waited for, in words.
+        bundle: the resources of one of them, on one node.
+        selector: the labels of the nodes that it may lie on.
+    """
+    free, nodes = private.free_resources(), [kind for kind in node_kinds() if kind.takes(selector)]
     ids = {kind.labels.get(NODE) for kind in nodes if kind.labels} & set(free)
-    room = sum(NodeKind(free[node], None).room(workers.resources_per_worker) for node in ids)
+    room = sum(NodeKind(free[node], None).room(bundle) for node in ids)
     starting = ", ".join(f"{count} {name}" for name, count in sorted(private.starting_nodes().items()))
     if starting:
         scaler = f"the autoscaler starts {starting}"
@@ -64,4 +70,4 @@ def waiting_line(workers: Workers) -> str:
         scaler = "the autoscaler starts none"
     else:
         scaler = "without an autoscaler: a node has to join, or another job to end"
-    return f"waiting for {workers.describe()}: now there is room for {room} on {len(ids)} node(s); {scaler}"
+    return f"waiting for {asked}: now there is room for {room} on {len(ids)} node(s); {scaler}"

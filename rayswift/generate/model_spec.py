@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import os
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -84,6 +85,11 @@ class ModelSpec:
     def takes_adapters(self) -> bool:
         """Whether the engine has to be ready for LoRA."""
         return bool(self.adapters or self.adapter_root)
+
+    @property
+    def together(self) -> dict[str, float]:
+        """The resources of a replica in all its bundles."""
+        return dict(sum((Counter(bundle) for bundle in self.bundles), Counter[str]()))  # type: ignore[arg-type]
 
     @property
     def placement_strategy(self) -> str:

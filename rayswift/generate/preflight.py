@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import math
 import os
-from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 from rayswift.cluster import address_of, connect, has_nvidia_driver
@@ -63,10 +62,9 @@ def check_nodes(spec: ModelSpec, cluster: Cluster) -> None:
     if cluster.kinds and not labelled:
         asked = ", ".join(f"{key}={value}" for key, value in spec.node_labels.items())
         raise UserError(f"--node_labels {asked}: no node here, and none that the autoscaler can start, has them")
-    together = sum((Counter(bundle) for bundle in spec.bundles), Counter[str]())
-    if spec.placement_strategy == "PACK" or not labelled or any(kind.room(together) for kind in labelled):
+    if spec.placement_strategy == "PACK" or not labelled or any(kind.room(spec.together) for kind in labelled):
         return
-    needed = ", ".join(f"{amount:g} {name}" for name, amount in together.items())
+    needed = ", ".join(f"{amount:g} {name}" for name, amount in spec.together.items())
     mend = "lower --resources_per_worker"
     if len(spec.bundles) > 1:
         mend = "lower --vllm_tensor_parallel_size; --vllm_pipeline_parallel_size spreads a model over nodes"

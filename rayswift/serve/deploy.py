@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from rayswift import private
+from rayswift.cluster import waiting_line
 from rayswift.errors import UserError
 from rayswift.generate.model_spec import ModelSpec, hub_token, model_specs
 from rayswift.generate.preflight import check_nodes
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger("rayswift.serve.deploy")
 
 _POLL_SECONDS = 1.0
+#: Between lines about what replicas wait for.
+_WAITING_SECONDS = 10.0
 #: Between looks whether an application has stopped; beyond --drain_timeout, for the end of its processes.
 _STOP_POLL_SECONDS, _STOP_SECONDS = 0.1, 30.0
 #: A Ray that is started for one deployment looks after it once a second instead of ten times, and counts nothing for
@@ -144,6 +147,7 @@ def wait_until_ready(args: DeployArguments, specs: list[ModelSpec], gateways: Ga
     from ray import serve
 
     started, said = time.monotonic(), ""
+    looked = started
     while True:
         apps, names = serve.status().applications, [*gateways.names, *gateways.others]
         states = {name: str(getattr(apps.get(name), "status", "NOT_STARTED")).rpartition(".")[2] for name in names}
@@ -156,6 +160,11 @@ def wait_until_ready(args: DeployArguments, specs: list[ModelSpec], gateways: Ga
         if line != said:
             logger.info("%5.1f s  %s", time.monotonic() - started, line)
             said = line
+        if time.monotonic() - looked > _WAITING_SECONDS:
+            looked = time.monotonic()
+            if not all(private.own_groups()):
+                for spec in specs:
+                    logger.info(waiting_line(f"a replica of {spec.name}", spec.together, spec.node_labels))
         time.sleep(_POLL_SECONDS)
     scheme = "https" if args.ssl_certfile else "http"
     models = ", ".join(spec.name for spec in specs)

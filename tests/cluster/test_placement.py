@@ -174,8 +174,9 @@ def test_a_waiting_run_says_what_is_there(
     monkeypatch.setattr(waiting, "private", known)
     monkeypatch.setattr(waiting, "node_kinds", lambda: nodes)
     workers = Workers(4, False, {"CPU": 1.0}, "SPREAD", {"ray-subcluster": "!data"})
+    found = waiting.waiting_line(workers.describe(), workers.resources_per_worker, workers.selector)
     line = "waiting for 4 workers of 1 CPU (SPREAD, ray-subcluster=!data): now there is room for 3 on 3 node(s); "
-    assert waiting.waiting_line(workers) == line + expected
+    assert found == line + expected
 
 
 @pytest.mark.parametrize(
@@ -190,7 +191,7 @@ def test_a_run_waits_while_its_group_has_no_place(
     said: list[str] = []
     steps = iter(looks)
     monkeypatch.setattr(waiting, "private", SimpleNamespace(own_groups=lambda: next(steps)))
-    monkeypatch.setattr(waiting, "waiting_line", lambda workers: "waiting")
+    monkeypatch.setattr(waiting, "waiting_line", lambda *_: "waiting")
     ends = iter([*([False] * len(looks)), True])
     done: Any = SimpleNamespace(wait=lambda _: next(ends))
     waiting._look(Workers(num_workers, False, {}), done, said.append)
