@@ -285,6 +285,7 @@ class RayArguments(Arguments):
     node_labels: dict[str, str] = arg(
         {}, "labels of the nodes to use, KEY=VALUE,…; VALUE may be !V, in(V,W) or !in(V,W)", parse=read_labels,
         example="ray.io/accelerator-type=A100-80G",
+        no_effect={"command=infer|sample engine=transformers num_workers=none": "give --num_workers"},
     )  # fmt: skip
     storage_path: str | None = arg(
         None,

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from rayswift import hub
 from rayswift.arguments import DeployArguments, make_arguments, read_saved_arguments, take_over
 from rayswift.arguments.fields import specs_of
-from rayswift.cluster import address_of, cpu_count
+from rayswift.cluster import Cluster, address_of, cpu_count
 from rayswift.errors import UserError
 from rayswift.generate.preflight import check_engine, check_model, cpu_cache_gib, wants_gpu
 from rayswift.generate.vllm_plugin import SWITCH
@@ -245,6 +245,22 @@ def check_served(adapters: Mapping[str, str]) -> None:
     for folder in adapters.values():
         if reason := only_merged(read_adapter_config(folder), check_adapter(folder)):
             raise UserError(f"--adapters {folder}: {reason}, or add --merge_lora true")
+
+
+def check_nodes(spec: ModelSpec, cluster: Cluster) -> None:
+    """Raises UserError when no node, and none that the autoscaler may start, can hold an engine: it would wait for
+    ever."""
+    labelled = [kind for kind in cluster.kinds if kind.takes(spec.node_labels)]
+    if cluster.kinds and not labelled:
+        asked = ", ".join(f"{key}={value}" for key, value in spec.node_labels.items())
+        raise UserError(f"--node_labels {asked}: no node here, and none that the autoscaler can start, has them")
+    if spec.placement_strategy == "PACK" or not labelled or any(kind.room(spec.together) for kind in labelled):
+        return
+    needed = ", ".join(f"{amount:g} {name}" for name, amount in spec.together.items())
+    mend = "lower --resources_per_worker"
+    if len(spec.bundles) > 1:
+        mend = "lower --vllm_tensor_parallel_size; --vllm_pipeline_parallel_size spreads a model over nodes"
+    raise UserError(f"{spec.name}: an engine needs {needed} on one node, and no node can have that; {mend}")
 
 
 def serving_settings(args: Any) -> Any:

