@@ -62,7 +62,7 @@ def waiting_line(asked: str, bundle: Mapping[str, float], selector: Mapping[str,
     """
     free, nodes = private.free_resources(), [kind for kind in node_kinds() if kind.takes(selector)]
     ids = {kind.labels.get(NODE) for kind in nodes if kind.labels} & set(free)
-    room = sum(NodeKind(free[node], None).room(bundle) for node in ids)
+    room = sum(NodeKind(left, None).room(bundle) for node, left in free.items() if node in ids)
     starting = ", ".join(f"{count} {name}" for name, count in sorted(private.starting_nodes().items()))
     if starting:
         scaler = f"the autoscaler starts {starting}"
