@@ -7,6 +7,7 @@ import logging
 import os
 import threading
 from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 from rayswift import private
 from rayswift.cluster.placement import NODE, NodeKind, node_kinds
@@ -50,6 +51,18 @@ def _look(workers: Workers, done: threading.Event, tell: Callable[[str], None] =
             has_waited = waits
         except Exception as error:  # a cluster out of reach is another's to report
             logger.debug("nothing is known of what this run waits for: %s", error)
+
+
+def wait_for_task(reference: Any, asked: str, bundle: Mapping[str, float], selector: Mapping[str, str]) -> Any:
+    """What a task returns; says every ten seconds while no node runs that could take it. Arguments: see
+    :func:`waiting_line`."""
+    import ray
+
+    while not ray.wait([reference], timeout=SECONDS)[0]:
+        running = (kind for kind in node_kinds() if kind.labels and NODE in kind.labels)
+        if not any(kind.takes(selector) and kind.room(bundle) for kind in running):
+            say(waiting_line(asked, bundle, selector))
+    return ray.get(reference)
 
 
 def waiting_line(asked: str, bundle: Mapping[str, float], selector: Mapping[str, str]) -> str:

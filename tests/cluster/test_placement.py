@@ -197,6 +197,21 @@ def test_a_run_waits_while_its_group_has_no_place(
     assert len(said) == lines
 
 
+def test_a_task_that_no_node_can_take_yet_is_waited_for_aloud(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that runs long says nothing."""
+    said: list[str] = []
+    small, large = (NodeKind({"GPU": gpus}, {"ray.io/node-id": str(gpus)}) for gpus in (0, 8))
+    looks = iter([[small, UNKNOWN], [small, UNKNOWN], [small, large]])
+    ready = iter([[], [], [], ["task"]])
+    monkeypatch.setattr("ray.wait", lambda tasks, timeout: (next(ready), tasks))
+    monkeypatch.setattr("ray.get", lambda task: f"of {task}")
+    monkeypatch.setattr(waiting, "node_kinds", lambda: next(looks))
+    monkeypatch.setattr(waiting, "waiting_line", lambda asked, *_: asked)
+    monkeypatch.setattr(waiting, "say", said.append)
+    assert waiting.wait_for_task("task", "a node", {"GPU": 1}, {}) == "of task"
+    assert said == ["a node"] * 2
+
+
 def test_ctrl_c_ends_a_run_that_waits(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its controller does not answer before it has its nodes."""
     from rayswift.train.start.lean_trainer import LeanTorchTrainer
