@@ -14,6 +14,7 @@ import inspect
 import logging
 import os
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, cast
@@ -94,16 +95,63 @@ def autoscaler_limits() -> dict[str, float]:
         return {}
 
 
-def autoscaler_nodes() -> list[dict[str, float]]:
-    """The resources of each kind of node that the autoscaler may start."""
+def autoscaler_types() -> list[tuple[str, dict[str, float], int]]:
+    """Name, resources and most nodes of each kind of node that the autoscaler may start."""
     try:
         from ray._private.state import state
 
         config = state.get_cluster_config()
-        return [dict(group.resources) for group in config.node_group_configs] if config else []
+        groups = config.node_group_configs if config else []
+        return [(one.name, dict(one.resources), one.max_count if one.max_count >= 0 else sys.maxsize) for one in groups]
     except MOVED:
         report("Ray's table of the autoscaler", "only nodes that run already are counted")
         return []
+
+
+def starting_nodes() -> Counter[str]:
+    """How many nodes of which type the autoscaler (version 2) starts at this moment."""
+    try:
+        import ray
+        from ray.autoscaler.v2.sdk import get_cluster_status
+
+        status = get_cluster_status(ray.get_runtime_context().gcs_address, timeout=5)
+        found = Counter({one.ray_node_type_name: one.count for one in status.pending_launches})
+        return found + Counter(node.ray_node_type_name for node in status.pending_nodes)
+    except (*MOVED, RuntimeError):
+        report("Ray's status of the autoscaler", "what it does is not said while a run waits")
+        return Counter()
+
+
+def own_groups() -> list[bool]:
+    """Of each placement group of this process's job that was not removed, whether it has its place."""
+    try:
+        import ray
+        from ray._private.state import state
+        from ray.core.generated import gcs_pb2
+
+        table, own = gcs_pb2.PlacementGroupTableData, ray.get_runtime_context().get_job_id()
+        groups = [table.FromString(one) for one in state._connect_and_get_accessor().get_placement_group_table()]
+        return [
+            one.state == table.CREATED
+            for one in groups
+            if one.creator_job_id.hex() == own and one.state != table.REMOVED
+        ]
+    except MOVED:
+        report("Ray's table of placement groups", "waiting for nodes is not said")
+        return [True]
+
+
+def free_resources() -> dict[str, dict[str, float]]:
+    """What nobody has asked for on each node, by the node's id."""
+    try:
+        from ray._private.state import available_resources_per_node
+
+        return available_resources_per_node()
+    except MOVED:
+        import ray
+
+        report("Ray's free resources of each node", "those of all nodes are taken together")
+        return {"": ray.available_resources()}
 
 
 def keep_secret(name: str, value: str | None) -> None:
@@ -218,7 +266,8 @@ def check_ray_train() -> None:
 
     checks = {
         "TorchTrainer": arguments(TorchTrainer, "_create_default_callbacks") == []
-        and arguments(TorchTrainer, "_initialize_and_run_controller") == ["controller_init_kwargs"],
+        and arguments(TorchTrainer, "_initialize_and_run_controller") == ["controller_init_kwargs"]
+        and arguments(TorchTrainer, "_register_sigint_handler") == ["controller"],
         "TrainController": arguments(TrainController, "run") == arguments(TrainController, "get_result") == []
         and hasattr(TrainController, "worker_group_cls"),
         "FixedScalingPolicy": arguments(FixedScalingPolicy, "after_controller_start") == ["train_run_context"]

@@ -127,19 +127,48 @@ def test_it_is_said_when_ray_may_listen_everywhere(
 def test_the_autoscalers_table_is_read(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     from ray._private.state import state
 
-    group = SimpleNamespace(resources={"GPU": 8, "CPU": 96})
+    group = SimpleNamespace(name="a100", resources={"GPU": 8, "CPU": 96}, max_count=4)
     monkeypatch.setattr(state, "get_max_resources_from_cluster_config", lambda: {"GPU": 64.0})
     monkeypatch.setattr(state, "get_cluster_config", lambda: SimpleNamespace(node_group_configs=[group]))
     assert private.autoscaler_limits() == {"GPU": 64.0}
-    assert private.autoscaler_nodes() == [{"GPU": 8, "CPU": 96}]
+    assert private.autoscaler_types() == [("a100", {"GPU": 8, "CPU": 96}, 4)]
     monkeypatch.undo()
     assert callable(state.get_max_resources_from_cluster_config)
     monkeypatch.delattr(type(state), "get_max_resources_from_cluster_config")
     monkeypatch.delattr(type(state), "get_cluster_config")
     assert private.autoscaler_limits() == {}
-    assert private.autoscaler_nodes() == []
+    assert private.autoscaler_types() == []
     assert len(caplog.messages) == 1
     assert "only nodes that run already are counted" in caplog.text
+
+
+def test_what_a_job_waits_for_is_read(
+    ray_cluster: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    import ray
+    from ray._private import state
+    from ray.util.placement_group import placement_group, remove_placement_group
+
+    before = private.own_groups()
+    groups = [placement_group([{"CPU": amount}]) for amount in (0.01, 100)]
+    groups[0].wait(30)
+    assert sorted(private.own_groups()) == sorted([*before, False, True])
+    for group in groups:
+        remove_placement_group(group)
+    assert private.own_groups() == before
+    node = ray.get_runtime_context().get_node_id()
+    assert private.free_resources()[node]["CPU"] > 0
+    assert private.starting_nodes() == {}
+    assert caplog.messages == []
+
+    monkeypatch.delattr(type(state.state), "_connect_and_get_accessor")
+    monkeypatch.delattr(state, "available_resources_per_node")
+    monkeypatch.setattr("ray.available_resources", lambda: {"CPU": 2.0})
+    monkeypatch.delattr("ray.autoscaler.v2.sdk.get_cluster_status")
+    assert private.own_groups() == [True]
+    assert private.free_resources() == {"": {"CPU": 2.0}}
+    assert private.starting_nodes() == {}
+    assert len(caplog.messages) == 3
 
 
 def test_blocks_come_by_reference_and_without_that_as_copies(

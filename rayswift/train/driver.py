@@ -10,6 +10,7 @@ import importlib.util
 import logging
 import os
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -137,8 +138,8 @@ def _connect(inputs: Inputs) -> Machines:
     counts, elastic = parameter_counts(model_dir), isinstance(workers.num_workers, tuple)
     count = " to ".join(map(str, workers.num_workers)) if isinstance(workers.num_workers, tuple) else workers.largest
     say(f"model: {args.model} ({counts.parameters / 1e6:.1f}M parameters, {dtype}), {args.train_type} training")
-    spread = ", spread over nodes" if workers.spread else ""
-    say(f"workers: {count} on {'GPU' if workers.use_gpu else 'CPU'}{spread}, DeepSpeed {args.deepspeed or 'off'}; "
+    device = ", ".join(["GPU" if workers.use_gpu else "CPU", *workers.where])
+    say(f"workers: {count} on {device}, DeepSpeed {args.deepspeed or 'off'}; "
         f"{cluster.describe()}")  # fmt: skip
     need = memory_need(args, model_dir, dtype, workers.largest, workers.use_gpu)
     say(need.line())
@@ -279,7 +280,8 @@ def _fit(
     place = functools.partial(place_of, data.train, origins=origins)
     progress = Progress(events, schedule, run, reporters, summary, place, args.step_timeout)
     try:
-        with progress, saved_on_sigterm(events) as ending:
+        waiting = nullcontext() if machines.embedded else ray_cluster.waiting_said(machines.workers)
+        with progress, saved_on_sigterm(events) as ending, waiting:
             result = _run_trainer(trainer)
         end_if_asked(ending, (result.return_value or {}).get("global_step") == schedule.max_steps)
         outcome = _outcome(run, result)
@@ -334,7 +336,8 @@ def _torch_trainer(config: WorkerConfig, machines: Machines, run: RunDirectory) 
             num_workers=workers.num_workers,
             use_gpu=workers.use_gpu,
             resources_per_worker=workers.resources_per_worker,
-            placement_strategy="SPREAD" if workers.spread else "PACK",
+            placement_strategy=workers.strategy,
+            label_selector=workers.selector or None,
         ),
         run_config=RunConfig(
             name=name,
