@@ -140,14 +140,17 @@ TOLERANCE = 1e-4
 
 
 @pytest.fixture(scope="module")
-def words(tiny: Path) -> list[str]:
-    """The command that trains the tiny model on rows of which no two are alike."""
+def words(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """The command that trains a tiny model on rows of which no two are alike."""
+    folder = tmp_path_factory.mktemp("words")
+    llama().save_pretrained(folder / "model")
+    word_tokenizer().save_pretrained(folder / "model")
     drawn = random.Random(0)
     rows = [[" ".join(f"w{drawn.randint(3, 159)}" for _ in range(drawn.randint(4, 16))) for _ in range(2)]
             for _ in range(96)]  # fmt: skip
     lines = [json.dumps({"query": query, "response": response}) for query, response in rows]
-    (tiny / "words.jsonl").write_text("\n".join(lines))
-    return [*ELASTIC, "--model", str(tiny / "model"), "--dataset", str(tiny / "words.jsonl")]
+    (folder / "words.jsonl").write_text("\n".join(lines))
+    return [*ELASTIC, "--model", str(folder / "model"), "--dataset", str(folder / "words.jsonl")]
 
 
 @pytest.fixture(scope="module")
