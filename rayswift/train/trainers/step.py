@@ -10,6 +10,7 @@ from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
+from accelerate.utils import DeepSpeedSchedulerWrapper
 from peft import PeftModel, set_peft_model_state_dict
 from transformers import Trainer, TrainerCallback
 from transformers.trainer import SCHEDULER_NAME
@@ -208,9 +209,10 @@ class StepTraining(Trainer):
             return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
         prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
         load_zero_state(self.model_wrapped, resume_from_checkpoint)
-        assert self.lr_scheduler is not None
-        scheduler = torch.load(os.path.join(resume_from_checkpoint, SCHEDULER_NAME), weights_only=True)
-        self.lr_scheduler.load_state_dict(scheduler)
+        if isinstance(self.lr_scheduler, DeepSpeedSchedulerWrapper):  # of a --deepspeed file, DeepSpeed's to load
+            scheduler = torch.load(os.path.join(resume_from_checkpoint, SCHEDULER_NAME), weights_only=True)
+            self.lr_scheduler.load_state_dict(scheduler)
+        self._load_optimizer_and_scheduler(resume_from_checkpoint)
         return prepared
 
     def save_final(self) -> None:
