@@ -14,7 +14,7 @@ from pathlib import Path
 
 
 def main(base: str, checkpoint: str, expected: str, shards: str) -> None:
-    os.environ.update(DS_ACCELERATOR="cpu", LOCAL_SIZE="1", RANK="0", LOCAL_RANK="0", WORLD_SIZE="1")
+    os.environ.update(DS_ACCELERATOR="cpu", RANK="0", LOCAL_RANK="0", WORLD_SIZE="1")
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=os.environ.get("TEST_PORT", "29517"))
     import deepspeed
     import torch
@@ -25,8 +25,9 @@ def main(base: str, checkpoint: str, expected: str, shards: str) -> None:
     from rayswift.modeling.loading import load_model
     from rayswift.train.checkpoints.manifest import hash_files, write_manifest
     from rayswift.train.checkpoints.zero import save_zero_state
+    from rayswift.train.deepspeed import prepare_deepspeed
 
-    deepspeed.init_distributed(dist_backend="gloo")
+    prepare_deepspeed(use_gpu=False, local_world_size=1)
     config = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
     model = get_peft_model(load_model(base, torch_dtype="float32"), config)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
