@@ -496,9 +496,9 @@ def zero_layout(engine: Any) -> tuple[list[list[tuple[str, int, int, int]]], dic
     """
     zero = engine.optimizer
     try:
-        names = zero.param_names
         if type(zero).__name__ not in _ZERO_STATE or engine.has_moe_layers or zero.elastic_checkpoint:
             return None
+        names = zero.param_names
         if hasattr(zero, "fp16_groups"):  # stage 3: of every parameter each worker has an equal part
             if zero.swap_optimizer or zero.params_in_nvme_and_cpu:
                 return None
