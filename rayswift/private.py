@@ -529,6 +529,73 @@ def no_pickled_code() -> Iterator[None]:
             os.environ[variable] = before
 
 
+#: Where a kind of ZeRO has a worker's float32 vectors, and its ``state_dict`` that of the optimiser that steps them.
+_ZERO_STATE = {
+    "DeepSpeedZeroOptimizer": ("single_partition_of_fp32_groups", "base_optimizer_state"),
+    "DeepSpeedZeroOptimizer_Stage3": ("fp32_partitioned_groups_flat", "optimizer_state_dict"),
+}
+
+
+def zero_layout(engine: Any) -> tuple[list[list[tuple[str, int, int, int]]], dict[str, list[int]]] | None:
+    """What lies in each flat vector of a worker of a DeepSpeed engine, as (parameter, place in the vector, place in the
+    parameter, how many numbers), and the shapes of those parameters.
+
+    None where that is not known (MoE, state on NVMe, ZeRO++'s and other kinds of ZeRO): then only DeepSpeed itself can
+    save and load the state, for the same number of workers.
+    """
+    zero = engine.optimizer
+    try:
+        if type(zero).__name__ not in _ZERO_STATE or engine.has_moe_layers or zero.elastic_checkpoint:
+            return None
+        names = zero.param_names
+        if hasattr(zero, "fp16_groups"):  # stage 3: of every parameter each worker has an equal part
+            if zero.swap_optimizer or zero.params_in_nvme_and_cpu:
+                return None
+            shapes = {names[one]: list(one.ds_shape) for group in zero.fp16_groups for one in group}
+            layout: list[list[tuple[str, int, int, int]]] = []
+            for group in zero.fp16_groups:
+                layout.append([])
+                place = 0
+                for one in group:
+                    part = int(one.partition_numel())
+                    start = zero._get_param_partition_rank(one) * part
+                    if (count := min(part, one.ds_numel - start)) > 0:
+                        layout[-1].append((names[one], place, start, count))
+                    place += part
+            return layout, shapes
+        shapes = {names[one]: list(one.shape) for group in zero.bit16_groups for one in group}
+        found = [[(names[one], one._hp_mapping) for one in group if one._hp_mapping] for group in zero.bit16_groups]
+        return [
+            [(name, of.hp_fragment_address.start, of.lp_fragment_address.start, of.hp_fragment_address.numel)
+             for name, of in group]
+            for group in found
+        ], shapes  # fmt: skip
+    except MOVED:
+        report("DeepSpeed's ZeRO optimiser", "its checkpoints are for the same number of workers")
+        return None
+
+
+def zero_state(engine: Any) -> tuple[dict[str, Any], list[Any], dict[str, Any]]:
+    """The state of a worker's ZeRO optimiser, the float32 vectors that it steps, and in the state the ``state_dict`` of
+    what steps them: its entry N is of vector N."""
+    vectors, base = _ZERO_STATE[type(engine.optimizer).__name__]
+    state = engine.optimizer.state_dict()
+    return state, getattr(engine.optimizer, vectors), state[base]
+
+
+def load_zero_state(engine: Any, state: dict[str, Any]) -> None:
+    """Take a state that `zero_state` gave and that was changed with its vectors, and have the weights follow."""
+    import torch
+
+    zero = engine.optimizer
+    own = {torch.distributed.get_rank(group=zero.dp_process_group): state}
+    for event in ("checkpoint_event_prologue", "load", "update_lp_params", "checkpoint_event_epilogue"):
+        if event == "load":
+            zero.load_state_dict(own, load_optimizer_states=True, load_from_fp32_weights=True)
+        elif hasattr(zero, event):
+            getattr(zero, event)()
+
+
 def cpu_has_bfloat16() -> bool:
     """Whether this CPU multiplies bfloat16 matrices at speed."""
     import torch

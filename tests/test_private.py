@@ -298,7 +298,8 @@ def test_transformers_peft_and_uvicorn_have_what_our_classes_replace_or_read() -
     from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
     names = {"_save", "_save_checkpoint", "_load_from_checkpoint", "_load_best_model", "_determine_best_metric",
-             "_get_num_items_in_batch", "get_batch_samples"}  # fmt: skip
+             "_get_num_items_in_batch", "get_batch_samples", "_save_optimizer_and_scheduler",
+             "_prepare_for_training"}  # fmt: skip
     assert names <= vars(Trainer).keys()
     names = {"connection_made", "connection_lost", "data_received", "on_message_begin", "on_headers_complete"}
     assert names <= vars(HttpToolsProtocol).keys()
@@ -465,6 +466,42 @@ def test_pickles_give_tensors_and_deepspeeds_classes_and_run_nothing(tmp_path: P
         with pytest.raises(pickle.UnpicklingError):
             torch.load(tmp_path / "code.pt", weights_only=False)
     assert dict(os.environ) == before
+
+
+def test_deepspeeds_zero_has_what_its_checkpoints_read_and_write() -> None:
+    from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+    from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+    from deepspeed.utils.tensor_fragment import tensor_fragment
+
+    both = {"load_state_dict", "state_dict", "param_names", "elastic_checkpoint", "dp_process_group"}
+    names = {
+        DeepSpeedZeroOptimizer: {*both, "bit16_groups", "single_partition_of_fp32_groups", "update_lp_params"},
+        DeepSpeedZeroOptimizer_Stage3: {
+            *both, "fp16_groups", "fp32_partitioned_groups_flat", "_get_param_partition_rank",
+            "swap_optimizer", "params_in_nvme_and_cpu", "checkpoint_event_prologue", "checkpoint_event_epilogue",
+        },
+    }  # fmt: skip
+    assert {kind.__name__ for kind in names} == private._ZERO_STATE.keys()
+    for kind, wanted in names.items():
+        source = Path(inspect.getfile(kind)).read_text(encoding="utf-8")
+        assert [name for name in wanted if f"self.{name} " not in source and name not in vars(kind)] == []
+    assert "update_lp_params" not in vars(DeepSpeedZeroOptimizer_Stage3)  # called where it is
+    assert {"lp_fragment_address", "hp_fragment_address"} <= tensor_fragment.__dataclass_fields__.keys()
+
+
+def test_another_zero_is_left_to_deepspeed(caplog: pytest.LogCaptureFixture) -> None:
+    class DeepSpeedZeroOptimizer(SimpleNamespace):
+        pass
+
+    def layout(zero: Any) -> Any:
+        return private.zero_layout(SimpleNamespace(optimizer=zero, has_moe_layers=False))
+
+    assert layout(SimpleNamespace()) is None
+    assert caplog.records == []
+    assert layout(DeepSpeedZeroOptimizer(param_names={}, elastic_checkpoint=False, bit16_groups=[])) == ([], {})
+    assert layout(DeepSpeedZeroOptimizer(param_names={}, elastic_checkpoint=False)) is None
+    (record,) = caplog.records
+    assert "DeepSpeed's ZeRO optimiser is not as in the version" in record.getMessage()
 
 
 def test_pefts_rules_for_names() -> None:

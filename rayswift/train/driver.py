@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from rayswift import cluster as ray_cluster
 from rayswift import private
 from rayswift.console import say
+from rayswift.data.files import filesystem_of
 from rayswift.data.flow.prepare import first_usable_row
 from rayswift.data.flow.stage_bars import StageBars
 from rayswift.data.names import ResolvedDatasets, resolve_datasets
@@ -27,7 +28,9 @@ from rayswift.errors import RunFailedError, UserError
 from rayswift.modeling.resolved import resolve_model
 from rayswift.plan.memory import memory_need, shortage
 from rayswift.train.checkpoints.manifest import list_checkpoints
+from rayswift.train.checkpoints.reshard import check_zero_resume
 from rayswift.train.config import PackedPlan, RunData, WorkerConfig
+from rayswift.train.deepspeed import deepspeed_config, zero_stage
 from rayswift.train.hf_arguments import best_is_last
 from rayswift.train.model import compute_dtype, find_model
 from rayswift.train.packing import join_rows, longest_pass, packing_plan
@@ -128,6 +131,9 @@ def _connect(inputs: Inputs) -> Machines:
     args, model_dir = inputs.args, inputs.model_dir
     cluster = ray_cluster.connect(args)
     workers = ray_cluster.plan_workers(args, cluster)
+    if inputs.resume.uri:
+        stage = zero_stage(deepspeed_config(args.deepspeed))
+        check_zero_resume(*filesystem_of(inputs.resume.uri), stage, workers.num_workers)
     dtype = compute_dtype(args, model_dir, workers.use_gpu)
     if args.training_args.get("use_liger_kernel") and not (
         workers.use_gpu and importlib.util.find_spec("liger_kernel")

@@ -9,10 +9,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from pyarrow.fs import LocalFileSystem
+
 from rayswift import private
 from rayswift.data.tokens.row_index import LazyRows
 from rayswift.data.tokens.table import LazyItems, StreamPlaces, StreamPosition, TokenRows, TrainItems
 from rayswift.errors import RunFailedError, UserError, one_line
+from rayswift.train.checkpoints.reshard import check_zero_resume
 from rayswift.train.checkpoints.store import CheckpointStore
 from rayswift.train.clock import Clock
 from rayswift.train.collate import Collate, Collator, PairCollator
@@ -52,6 +55,9 @@ def train_loop(loop_config: dict[str, Any]) -> dict[str, Any]:
         places = tuple(StreamPosition(*place) for place in position.stream)
     wish = Notices(config.events, rank).wish
     try:
+        if resume:  # of an attempt of this run, on another number of workers
+            stage = zero_stage(deepspeed_config(config.args.deepspeed))
+            check_zero_resume(LocalFileSystem(), resume, stage, rank.world_size)
         trainer = build_trainer(config, rank, local_world_size, store, resume, start_step, places, clock, wish)
     except Exception as error:
         # What fails before the first step fails again: restarting the group would only cost minutes.
