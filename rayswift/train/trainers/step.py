@@ -71,6 +71,7 @@ class StepTraining(Trainer):
         # On the device, so that counting never waits for it.
         self._counts = torch.zeros(self.NUM_COUNTS, dtype=torch.float64, device=self.args.device)
         self._logged_at = time.monotonic()
+        self._data_wait = 0.0  # seconds since then that this worker waited for batches
         self.remove_callback(PrinterCallback)
         self.remove_callback(ProgressCallback)
         self.add_callback(_StepEvents(self))
@@ -80,6 +81,14 @@ class StepTraining(Trainer):
     def get_train_dataloader(self) -> Any:
         """The loader itself."""
         return self.loader
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        """The micro-batches of a step, and how long they were waited for."""
+        started = time.monotonic()
+        try:
+            return super().get_batch_samples(*args, **kwargs)
+        finally:
+            self._data_wait += time.monotonic() - started
 
     # --- metrics ---
 
@@ -99,14 +108,17 @@ class StepTraining(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Complete a row with the metrics of all workers and send it to the driver. Its memory is the peak of this
         worker's accelerator, or without one of its process."""
+        waited: dict[str, float] = {}
         if "loss" in logs:
             counts = self._all_reduce(self._counts)
             now = time.monotonic()
-            logs.update(self.train_metrics(counts, max(now - self._logged_at, 1e-9), logs.pop("loss")))
+            seconds = max(now - self._logged_at, 1e-9)
+            logs.update(self.train_metrics(counts, seconds, logs.pop("loss")))
+            waited["data_wait"] = self._data_wait / seconds
             if self.args.include_num_input_tokens_seen != "no":
                 logs["num_input_tokens_seen"] = self.state.num_input_tokens_seen
             self._counts.zero_()
-            self._logged_at = now
+            self._logged_at, self._data_wait = now, 0.0
         logs["epoch"] = self.schedule.epoch_of(self.state.global_step)
         if torch.cuda.is_available():
             peak = torch.cuda.max_memory_reserved() / 2**30
@@ -115,7 +127,7 @@ class StepTraining(Trainer):
         row = {**logs, "global_step": self.state.global_step, "memory(GiB)": peak}
         self.state.log_history.append(row)
         if self.is_world_process_zero():
-            self.push({"event": "log", "row": row})
+            self.push({"event": "log", "row": row, **waited})
 
     def _all_reduce(self, values: torch.Tensor) -> torch.Tensor:
         total = values.clone()
