@@ -140,6 +140,17 @@ def in_ray_job() -> bool:
     return RAY_JOB_CONFIG_JSON_ENV_VAR in os.environ
 
 
+def session_folder() -> str:
+    """Where Ray keeps this node's logs, sockets, packages and spilled objects."""
+    try:
+        from ray._private.worker import _global_node
+
+        return str(_global_node.get_session_dir_path())
+    except MOVED:
+        report("Ray's folder", "/tmp is taken for it")
+        return "/tmp"
+
+
 def dashboard_get(client: Any, path: str, **params: Any) -> bytes:
     """What a cluster's dashboard answers at a path that its client has no method for; empty where it has no such.
 

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 from rayswift import private
 from rayswift.cluster.board import read_notes
-from rayswift.errors import one_line
 from rayswift.redaction import redact_command, redact_text
 
 if TYPE_CHECKING:
@@ -59,7 +58,7 @@ def job_list(client: JobSubmissionClient) -> list[dict[str, Any]]:
             "id": job.submission_id or job.job_id, "driver": job.job_id, "submitted": bool(job.submission_id),
             "status": job.status.lower(), "entrypoint": redact_command(job.entrypoint or ""),
             "started": _seconds(job.start_time), "ended": _seconds(job.end_time), "exit_code": job.driver_exit_code,
-            "message": redact_text(one_line(job.message or "")),
+            "message": redact_text(" ".join((job.message or "").split())),
         })  # fmt: skip
     return found
 
@@ -100,8 +99,8 @@ def describe_run(notes: list[dict[str, Any]], is_alive: bool, now: float) -> dic
     if facts is None:
         return None
     last_attempt = max((number for number, one in enumerate(notes) if "attempt" in one), default=0)
-    steps = [(one["time"], one.get("step", one.get("attempt"))) for one in notes[last_attempt:]]
-    steps = [(when, step) for when, step in steps if step is not None]
+    reached = [(one["time"], one.get("step", one.get("attempt"))) for one in notes[last_attempt:]]
+    steps = [(float(when), int(step)) for when, step in reached if step is not None]
     rows = [{**one["row"], "step": one["step"], "time": one["time"]} for one in notes if "row" in one]
     (first_time, first), (last_time, step) = (steps[0], steps[-1]) if steps else ((now, 0), (now, 0))
     speed = (step - first) / (last_time - first_time) if last_time > first_time else 0.0
@@ -181,7 +180,7 @@ def _rates(gateways: list[list[dict[str, Any]]], now: float) -> dict[str, Any]:
         seconds = min(max(last["time"] - before["time"], 1e-6), last["seconds"])
         if now - last["time"] < 3 * last["seconds"] and last is not before:
             for name in ("requests", "tokens"):
-                sums[f"{name}/s"] += (last["counters"][name] - before["counters"][name]) / seconds  # type: ignore[assignment]
+                sums[f"{name}/s"] += (last["counters"][name] - before["counters"][name]) / seconds
     names = ("requests", "errors", "tokens", "running", "waiting", "requests/s", "tokens/s")
     return {name: round(sums[name], 2) for name in names}
 
@@ -193,8 +192,9 @@ def _autoscaler(client: JobSubmissionClient) -> dict[str, list[str]]:
 
 
 def autoscaler_lines(status: str) -> dict[str, list[str]]:
-    """`ray status`'s text by section: ``pending``, ``failures``, ``demands``; those that say ``(none)`` are empty."""
-    names = {"Pending": "pending", "Recent failures": "failures", "Total Demands": "demands"}
+    """`ray status`'s text by section: ``pending``, ``failures``, ``demands``; one that says ``(no …)`` is empty."""
+    names = {"Pending": "pending", "Recent failures": "failures", "Total Demands": "demands",
+             "Pending Demands": "demands"}  # fmt: skip
     found: dict[str, list[str]] = {name: [] for name in names.values()}
     section = ""
     for line in status.splitlines():

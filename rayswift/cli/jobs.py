@@ -121,6 +121,8 @@ def _checked(words: Sequence[str], working_dir: str) -> list[str]:
     from rayswift.cli.main import COMMANDS, find_command
 
     command, rest = find_command(words)
+    if command == "doctor":
+        return [command, *rest]
     if command not in COMMANDS:
         raise UserError(f"{command} cannot be submitted; choose from {', '.join(COMMANDS)}")
     if working_dir.lower() == "none":
@@ -235,8 +237,9 @@ def jobs_parser(command: str) -> Parser:
         parser.add_argument("--all", action="store_true", help="also those that were not submitted, but connected")
     elif command == "logs":
         parser.add_argument("job", nargs="?", metavar="JOB", help="the job's id (default: the newest)")
-        parser.add_argument("-f", "--follow", action="store_true", help="until the job ends; exits as the job does")
-        parser.add_argument("--tail", type=int, metavar="N", help="only its last N lines")
+        parts = parser.add_mutually_exclusive_group()
+        parts.add_argument("-f", "--follow", action="store_true", help="until the job ends; exits as the job does")
+        parts.add_argument("--tail", type=int, metavar="N", help="only its last N lines")
     else:
         parser.add_argument("jobs", nargs="+", metavar="JOB", help="the job's id")
         parser.add_argument("--no_wait", "--no-wait", action="store_true", help="return once they are told")

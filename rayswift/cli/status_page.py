@@ -17,7 +17,8 @@ WIDTH, HEIGHT, LEFT = 900, 180, 70
 _CURVES = ("loss", "eval_loss", "tokens/s", "learning_rate", "grad_norm", "goodput", "data_wait")
 _STYLE = """
 body{font:14px/1.45 system-ui,sans-serif;margin:2rem auto;max-width:1040px;padding:0 1rem;color:#222;background:#fff}
-h1{font-size:1.4rem}h2{font-size:1.1rem;margin-top:2rem;border-bottom:1px solid #ddd}h3{font-size:.95rem;margin:.8rem 0 0}
+h1{font-size:1.4rem}h2{font-size:1.1rem;margin-top:2rem;border-bottom:1px solid #ddd}
+h3{font-size:.95rem;margin:.8rem 0 0}
 table{border-collapse:collapse;width:100%}td,th{padding:.2rem .6rem .2rem 0;text-align:left;vertical-align:top}
 td.code{font-family:ui-monospace,monospace;font-size:12px;word-break:break-all}
 svg{display:block;max-width:100%}svg text{font-size:11px;fill:#555}.line{fill:none;stroke:#2b6cb0;stroke-width:1.5}

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from rayswift import cluster as ray_cluster
 from rayswift import private
+from rayswift.cluster.doctor import quick_look
 from rayswift.console import say
 from rayswift.data.flow.prepare import first_usable_row
 from rayswift.data.flow.stage_bars import StageBars
@@ -121,6 +122,7 @@ def _connect(inputs: Inputs) -> Machines:
     args, model_dir = inputs.args, inputs.model_dir
     cluster = ray_cluster.connect(args)
     workers = ray_cluster.plan_workers(args, cluster)
+    quick_look(cluster, inputs.base)
     dtype = compute_dtype(args, model_dir, workers.use_gpu)
     if args.training_args.get("use_liger_kernel") and not (
         workers.use_gpu and importlib.util.find_spec("liger_kernel")
