@@ -160,7 +160,7 @@ def check_bandwidth(speeds: Mapping[str, float | str], has_gpus: bool) -> Iterat
             yield Finding("network", Level.ERROR, f"{way}: {speed}", "let nodes speak to each other at all ports")
         elif speed < limit:
             yield Finding("network", Level.WARNING, f"{way}: {speed * 8 / 1e9:.2f} GBit/s",
-                          "nodes of one zone and placement group; ray start --node-ip-address of the fast one")  # fmt: skip
+                          "nodes of one zone and placement group; --node-ip-address of the fast one")  # fmt: skip
     known = [speed for speed in speeds.values() if not isinstance(speed, str)]
     if known and min(known) >= limit:
         yield Finding("network", Level.OK, f"at least {min(known) * 8 / 1e9:.1f} GBit/s between nodes")
@@ -186,8 +186,8 @@ def check_accelerators(reports: Reports, counted: Mapping[str, float], refusal: 
         seen = len(one["gpus"])
         if seen != counted.get(address, 0) and (seen or counted.get(address)):
             text = f"{address}: its driver shows {seen} GPUs and Ray counts {counted.get(address, 0):g}"
-            yield Finding("accelerators", Level.ERROR, text,
-                          "nvidia-smi there; then ray start anew, without --num-gpus and CUDA_VISIBLE_DEVICES")  # fmt: skip
+            mend = "nvidia-smi there; then ray start anew, without --num-gpus and CUDA_VISIBLE_DEVICES"
+            yield Finding("accelerators", Level.ERROR, text, mend)
     kinds = Counter(f"{gpu['name']} (driver {gpu['driver']})" for one in reports.values() for gpu in one["gpus"])
     if len(kinds) > 1:
         yield Finding("accelerators", Level.WARNING, f"different ones: {', '.join(sorted(kinds))}",
