@@ -1,7 +1,7 @@
 """Align Qwen2.5-0.5B-Instruct with DPO on pairs of a chosen and a rejected answer: LoRA, one 24 GB GPU.
 
 python jobs/dpo_qwen05b.py --dataset pairs.jsonl
-ray job submit -- python jobs/dpo_qwen05b.py --num_workers 8    # a cluster; any setting can follow, as for `rayswift rlhf`
+ray job submit -- python jobs/dpo_qwen05b.py --num_workers 8    # a cluster; any setting of rlhf can follow
 """
 
 import sys

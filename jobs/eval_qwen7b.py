@@ -1,7 +1,7 @@
 """Score Qwen2.5-7B-Instruct on GSM8K, ARC and IFEval; the engine starts with the job and ends with it.
 
 python jobs/eval_qwen7b.py --eval_limit 100
-ray job submit -- python jobs/eval_qwen7b.py --max_replicas 8    # a cluster; any setting can follow, as for `rayswift eval`
+ray job submit -- python jobs/eval_qwen7b.py --max_replicas 8    # a cluster; any setting of eval can follow
 """
 
 import sys

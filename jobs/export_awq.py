@@ -1,4 +1,4 @@
-"""Quantise Qwen2.5-7B-Instruct to 4 bits with AWQ, calibrated on conversations: vLLM serves it in a third of the memory.
+"""Quantise Qwen2.5-7B-Instruct to 4 bits with AWQ, calibrated on conversations: a third of the memory to serve.
 
 python jobs/export_awq.py --output_dir Qwen2.5-7B-Instruct-awq
 ray job submit -- python jobs/export_awq.py --adapters /mnt/shared/runs/v0/checkpoint-500 --output_dir /mnt/shared/awq

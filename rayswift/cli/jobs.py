@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 _PACKAGE = "rayswift_job"
 #: How long a cluster may take to be ready for jobs.
 AGENT_SECONDS = 60
+#: Characters of a command line that a list shows.
+_WIDEST = 80
 ADDRESS_HELP = "address of the cluster's dashboard (default: RAY_ADDRESS, else the cluster on this machine)"
 
 
@@ -251,7 +253,6 @@ def jobs(argv: Sequence[str]) -> int:
     options = jobs_parser("jobs").parse_args(list(argv))
     client = connect_client(options.address)
     from rayswift.cli.cluster_state import job_list
-    from rayswift.cli.status import job_lines
 
     with as_user_error("the cluster does not answer"):
         found = [job for job in job_list(client) if job["submitted"] or options.all]
@@ -261,6 +262,14 @@ def jobs(argv: Sequence[str]) -> int:
     for line in job_lines(found):
         say(line)
     return 0
+
+
+def job_lines(jobs: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """One line a job."""
+    for job in jobs:
+        line = job["entrypoint"]
+        shown = line if len(line) <= _WIDEST else f"{line[: _WIDEST - 3]}..."
+        yield f"{job['id'] or '-':<26} {job['status']:<9} {shown}"
 
 
 def logs(argv: Sequence[str]) -> int:

@@ -8,11 +8,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from rayswift.arguments.help import Parser
-from rayswift.cli.jobs import ADDRESS_HELP, as_user_error, connect_client
+from rayswift.cli.jobs import ADDRESS_HELP, as_user_error, connect_client, job_lines
 from rayswift.console import say
 from rayswift.errors import UserError
-
-_WIDEST = 80
 
 
 def status_parser() -> Parser:
@@ -76,14 +74,6 @@ def status_lines(state: Mapping[str, Any]) -> Iterator[str]:
             yield f"    {model['name']}  {model['replicas']}/{model['wanted']} replicas{_places(model['nodes'])}"
     yield f"{len(state['jobs'])} jobs"
     yield from (f"  {line}" for line in job_lines(state["jobs"]))
-
-
-def job_lines(jobs: Sequence[Mapping[str, Any]]) -> Iterator[str]:
-    """One line a job."""
-    for job in jobs:
-        line = job["entrypoint"]
-        shown = line if len(line) <= _WIDEST else f"{line[: _WIDEST - 3]}..."
-        yield f"{job['id'] or '-':<26} {job['status']:<9} {shown}"
 
 
 def resources_line(resources: Mapping[str, float]) -> str:

@@ -181,7 +181,7 @@ def jobs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Jobs:
     client = Jobs(tmp_path / "node")
     (tmp_path / "work").mkdir()
     monkeypatch.chdir(tmp_path / "work")
-    monkeypatch.setattr("rayswift.cli.jobs._client", lambda address: client)
+    monkeypatch.setattr("rayswift.cli.jobs.connect_client", lambda address: client)
     return client
 
 

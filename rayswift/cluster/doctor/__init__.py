@@ -2,6 +2,6 @@
 mean, and `examine` brings both together."""
 
 from rayswift.cluster.doctor.checks import Finding, Level
-from rayswift.cluster.doctor.examine import Examination, default_hub, examine, quick_look
+from rayswift.cluster.doctor.examination import Examination, default_hub, examine, quick_look
 
 __all__ = ["Examination", "Finding", "Level", "default_hub", "examine", "quick_look"]
