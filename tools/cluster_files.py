@@ -132,7 +132,7 @@ def _replace_block(text: str, first: str, block: str) -> str:
 IMAGE = "REGISTRY/rayswift:cuda"  # cluster/Dockerfile
 _SHARED = {"name": "shared", "mountPath": "/mnt/shared"}
 _HEADS = {
-    "raycluster": """A cluster for many jobs. `rayswift submit` and `rayswift status` find it with RAY_ADDRESS=http://127.0.0.1:8265 after
+    "raycluster": """A cluster for many jobs. `rayswift submit --address http://127.0.0.1:8265 pt …` after
 #   kubectl port-forward svc/rayswift-head-svc 8265:8265
 #   export RAY_AUTH_TOKEN=$(kubectl get secret rayswift -o jsonpath='{.data.auth_token}' | base64 -d)""",
     "rayjob": """One training job with a cluster of its own. When the cluster is lost (its head too) the operator

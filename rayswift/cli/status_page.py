@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
-from rayswift.cli.status import resources_line, run_line
+from rayswift.cli.status_text import resources_line, run_line
 
 WIDTH, HEIGHT, LEFT = 900, 180, 70
 _CURVES = ("loss", "eval_loss", "tokens/s", "learning_rate", "grad_norm", "goodput", "data_wait")

@@ -13,7 +13,8 @@ import pytest
 
 from rayswift.cli import cluster_state, jobs
 from rayswift.cli.cluster_state import autoscaler_lines, deployments, describe_run, job_list
-from rayswift.cli.status import duration, status, status_lines
+from rayswift.cli.status import status
+from rayswift.cli.status_text import duration, status_lines
 from rayswift.cluster.board import MARK
 from rayswift.errors import UserError
 

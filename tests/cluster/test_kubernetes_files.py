@@ -182,7 +182,7 @@ def test_a_command_line_parses(words: list[str]) -> None:
 
 def test_there_are_command_lines_in_the_files() -> None:
     files = {param.id.split(":")[0] for param in command_lines()}
-    assert files >= {"rayjob.yaml", "rayservice.yaml", "skypilot.yaml", "slurm.sh", "autoscaler.yaml", "Dockerfile"}
+    assert files >= {"rayjob.yaml", "rayservice.yaml", "skypilot.yaml", "autoscaler.yaml", "Dockerfile"}
 
 
 def test_slurm_runs_one_line_on_every_node(tmp_path: Path) -> None:
