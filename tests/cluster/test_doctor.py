@@ -97,6 +97,7 @@ def test_a_probe_sees_what_others_wrote_and_leaves_nothing(tmp_path: Path) -> No
     assert list((tmp_path / "nfs").iterdir()) == []
     (tmp_path / "file").write_text("")
     assert "Not a directory" in one.write(f"{tmp_path}/file/runs", "one", "x")
+    assert "nowhere" in one.write("nowhere://bucket/runs", "one", "x")
 
 
 def test_a_probe_measures_this_machine() -> None:
@@ -138,6 +139,28 @@ def test_a_command_says_where_its_results_go_and_how_large_its_checkpoints_are(t
     assert sizes == [100, 2000 + 1000 * 12, 2000]
     with pytest.raises(UserError, match="status needs no look"):
         cli._command_arguments(["status"])
+
+
+def test_a_node_that_answers_no_more_is_a_finding(monkeypatch: pytest.MonkeyPatch) -> None:
+    import ray
+
+    from rayswift.cluster.doctor import examination
+
+    def find(*_: Any) -> Any:
+        yield Finding("clocks", Level.OK, "within 0.1 s")
+        raise ray.exceptions.GetTimeoutError("no answer in 60 s")
+
+    node = {"Alive": True, "NodeManagerAddress": "10.0.0.1", "NodeManagerPort": 1, "Resources": {}}
+    monkeypatch.setattr(ray, "nodes", lambda: [node, {**node, "Alive": False, "NodeManagerAddress": "10.0.0.9"}])
+    monkeypatch.setattr(ray, "kill", lambda _: None)
+    monkeypatch.setattr(examination, "_start", lambda *_: ({"10.0.0.1": "probe"}, {"10.0.0.1": WELL}))
+    monkeypatch.setattr(examination, "_find", find)
+    found = examination.examine(quick=True)
+    assert [(one.check, one.level) for one in found.findings] == [
+        ("nodes", "warning"), ("clocks", "ok"), ("nodes", "error"),
+    ]  # fmt: skip
+    assert "10.0.0.9" in found.findings[0].message
+    assert "no answer in 60 s" in found.findings[-1].message
 
 
 def test_the_hub_is_the_one_that_the_environment_names(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -64,11 +64,14 @@ def examine(
     try:
         nodes = {name: node for node in alive if (name := _name(node, alive)) in probes}
         if probes:
-            findings += _find(probes, reports, nodes, storage, checkpoint, refusal, None if quick else hub)
+            findings.extend(_find(probes, reports, nodes, storage, checkpoint, refusal, None if quick else hub))
         if not quick and len(probes) > 1:
-            findings += checks.check_bandwidth(_speeds(probes, nodes), _gpus(nodes) > 0)
+            findings.extend(checks.check_bandwidth(_speeds(probes, nodes), _gpus(nodes) > 0))
         if not quick:
-            findings += _reduce(probes, nodes)
+            findings.extend(_reduce(probes, nodes))
+    except ray.exceptions.RayError as error:
+        mend = "the logs of Ray there (raylet.out, dmesg): memory, disk, the network"
+        findings.append(Finding("nodes", Level.ERROR, f"one answers no more ({one_line(error)})", mend))
     finally:
         for probe in probes.values():
             ray.kill(probe)

@@ -78,7 +78,7 @@ class NodeProbe:
             filesystem.create_dir(path, recursive=True)
             with filesystem.open_output_stream(f"{path}/{name}") as file:
                 file.write(text.encode())
-        except OSError as error:
+        except (OSError, ValueError) as error:
             return str(error)
         return ""
 
