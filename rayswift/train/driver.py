@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from rayswift import cluster as ray_cluster
 from rayswift import private
+from rayswift.cluster.doctor import quick_look
 from rayswift.console import say
 from rayswift.data.files import filesystem_of
 from rayswift.data.flow.prepare import first_usable_row
@@ -131,6 +132,7 @@ def _connect(inputs: Inputs) -> Machines:
     args, model_dir = inputs.args, inputs.model_dir
     cluster = ray_cluster.connect(args)
     workers = ray_cluster.plan_workers(args, cluster)
+    quick_look(cluster, inputs.base)
     if inputs.resume.uri:
         stage = zero_stage(deepspeed_config(args.deepspeed))
         check_zero_resume(*filesystem_of(inputs.resume.uri), stage, workers.num_workers)
@@ -162,6 +164,7 @@ def _connect(inputs: Inputs) -> Machines:
 
 def _load_data(inputs: Inputs, machines: Machines) -> tuple[TrainData, RunData]:
     """Token rows, or for ``--streaming true`` the plan of a stream; and the validation rows."""
+    from rayswift.cluster.board import Meters
     from rayswift.data.flow.cache import TokenCache, encoder_hash
     from rayswift.data.flow.plan import plan_streams
     from rayswift.data.flow.prepare import load_train_data
@@ -177,9 +180,10 @@ def _load_data(inputs: Inputs, machines: Machines) -> tuple[TrainData, RunData]:
     # This machine's token cache; on a cluster one beside the runs, which every node reaches.
     root = default_root() if machines.embedded else f"{inputs.base}/.token_cache"
     with StageBars() as bars:
-        loaded = load_train_data(
-            args, inputs.datasets, encoder, bars.update, TokenCache(root, args.load_from_cache_file)
-        )
+        cache = TokenCache(root, args.load_from_cache_file)
+        loaded = load_train_data(args, inputs.datasets, encoder, bars.update, cache)
+    if not machines.embedded:
+        Meters().count_up_to(**{f"rayswift_token_cache_{name}": cache.counts[name] for name in ("hits", "misses")})
     if loaded.train is None:
         stream = plan_streams(args, inputs.datasets.train, length)
         return loaded, RunData(None, None, stream, loaded.val, encoder, stream.fingerprint(encoder))
@@ -261,11 +265,11 @@ def _fit(
     """Train with Ray Train, and show it."""
     from rayswift.modeling.loading import model_fingerprint
     from rayswift.train.evaluation import spare_resources
-    from rayswift.train.events import start_event_queue
+    from rayswift.train.events import run_facts, start_event_queue
     from rayswift.train.progress import Progress
 
     args = inputs.args
-    events = start_event_queue()
+    events = start_event_queue(None if machines.embedded else run_facts(args, machines.workers, schedule, run))
     config = WorkerConfig(
         args=args,
         model=inputs.model_dir if os.path.isdir(args.model) else args.model,
