@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from rayswift.arguments.tasks import TaskSettings
 from rayswift.data.tokens.row_index import LazyRows, RowIndex
 
 if TYPE_CHECKING:
@@ -74,6 +75,7 @@ class WorkerConfig:
         run_uri: the run directory, a local path or a URI.
         resume: the checkpoint to start from, or None.
         events: the driver's event queue.
+        task: of the losses of tasks that tell numbers.
     """
 
     args: Any
@@ -88,3 +90,4 @@ class WorkerConfig:
     run_uri: str
     resume: str | None
     events: Any
+    task: TaskSettings = field(default_factory=TaskSettings)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from rayswift import cluster as ray_cluster
 from rayswift import private
+from rayswift.arguments.tasks import TaskSettings
 from rayswift.console import say
 from rayswift.data.flow.prepare import first_usable_row
 from rayswift.data.flow.stage_bars import StageBars
@@ -21,6 +22,7 @@ from rayswift.data.tokens.encoder import Encoder
 from rayswift.data.tokens.row_index import LazyRows
 from rayswift.errors import RunFailedError, UserError
 from rayswift.modeling.resolved import resolve_model
+from rayswift.modeling.task_models import reads_plain_texts
 from rayswift.plan.memory import memory_need, shortage
 from rayswift.train.checkpoints.manifest import list_checkpoints
 from rayswift.train.config import PackedPlan, RunData, WorkerConfig
@@ -44,13 +46,15 @@ logger = logging.getLogger("rayswift.train")
 
 @dataclass(frozen=True)
 class Inputs:
-    """What the arguments lead to: where runs go, the checkpoint to go on from, the model, the data files."""
+    """What the arguments lead to: where runs go, the checkpoint to go on from, the model, the data files, and what the
+    environment says of the losses of ``--task_type``."""
 
     args: Any
     base: str
     resume: Resume
     model_dir: str
     datasets: ResolvedDatasets
+    task: TaskSettings
 
 
 @dataclass(frozen=True)
@@ -81,7 +85,11 @@ def train(args: Any) -> dict[str, Any]:
     reporter_names(args)
     resume = find_resume(args.resume_from_checkpoint, base, args.add_version)
     ray_cluster.check_before_start(args)
-    inputs = Inputs(args, base, resume, find_model(args), resolve_datasets(args))
+    model_dir, task = find_model(args), TaskSettings.from_environment()
+    if args.task_type != "causal_lm" and not args.is_set("use_chat_template") and reads_plain_texts(model_dir):
+        args.use_chat_template = False
+        say("texts are read as the model's tokenizer gives them (--use_chat_template true lays them out as chats)")
+    inputs = Inputs(args, base, resume, model_dir, resolve_datasets(args), task)
     resume.check_model(args, inputs.model_dir)
     first_row = first_usable_row([*inputs.datasets.train, *inputs.datasets.val], args.strict)
     for dataset in [*inputs.datasets.train, *inputs.datasets.val]:
@@ -200,7 +208,7 @@ def _say_data(
     first: Encoded | Dropped
     if data.train is not None and not isinstance(data.train, LazyRows):
         read = TokenRows(data.train)[0]
-        first = Encoded(read.input_ids, read.labels, rejected_start=read.rejected_start)
+        first = Encoded(read.input_ids, read.labels, 0, None, read.rejected_start, read.text_ends, read.targets)
     else:
         assert first_row is not None
         first = data.encoder.encode_batch([first_row])[0]
@@ -270,6 +278,7 @@ def _fit(
         run_uri=run.uri,
         resume=inputs.resume.checkpoint,
         events=events,
+        task=inputs.task,
     )
     trainer = _torch_trainer(config, machines, run)
     progress = Progress(events, schedule, run, open_reporters(args, run))
@@ -388,7 +397,8 @@ def _print_end(args: Any, outcome: dict[str, Any]) -> None:
     if result is None:
         return
     flag = "--model" if args.train_type == "full" else "--adapters"
+    asked = "--stream true" if args.task_type == "causal_lm" else "--val_dataset ROWS.jsonl"
     say("next:")
-    say(f"  rayswift infer {flag} {result} --stream true")
+    say(f"  rayswift infer {flag} {result} {asked}")
     if flag == "--adapters":
-        say(f"  rayswift infer {flag} {result} --stream true --merge_lora true")
+        say(f"  rayswift infer {flag} {result} {asked} --merge_lora true")

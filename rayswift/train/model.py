@@ -79,6 +79,8 @@ def build_model(
     model.config.use_cache = False
     if args.train_type == "full":
         freeze_for_full(model, args)
+        if args.task_type == "embedding":
+            _freeze_unused_head(model)
     elif args.adapters:
         model = load_adapter(model, args.adapters[0], is_trainable=True)
     else:
@@ -91,6 +93,13 @@ def build_model(
         # Frozen embeddings give inputs without gradients, and recomputed layers would then have none either.
         model.enable_input_require_grads()
     return model
+
+
+def _freeze_unused_head(model: Any) -> None:
+    """No vector depends on an output layer of its own: distributed training waits for every gradient."""
+    head = model.get_output_embeddings()
+    if head is not None and head.weight is not model.get_input_embeddings().weight:
+        head.requires_grad_(False)
 
 
 def _with_new_adapter(model: Any, args: Any, resume: str | None) -> Any:
@@ -136,16 +145,21 @@ def _load(args: Any, model_dir: str, dtype: str, attn_impl: str | None) -> Any:
     Full training keeps float32 master weights: DeepSpeed makes its own from half-precision ones, without it the model
     is loaded in float32 and computes under autocast (bfloat16 weights would lose updates smaller than 1/256).
     """
-    from rayswift.modeling.loading import add_special_tokens, load_model, load_tokenizer
+    from rayswift.modeling.loading import add_special_tokens, load_tokenizer
+    from rayswift.modeling.task_models import load_task_model
 
-    model = load_model(
+    tokenizer = load_tokenizer(model_dir, trust_remote_code=args.trust_remote_code)
+    model = load_task_model(
         model_dir,
+        args.task_type,
+        args.num_labels,
+        args.problem_type,
+        tokenizer,
         torch_dtype="float32" if args.train_type == "full" and not args.deepspeed else dtype,
         attn_impl=attn_impl,
         trust_remote_code=args.trust_remote_code,
         model_kwargs=args.model_kwargs,
     )
     if args.new_special_tokens:
-        tokenizer = load_tokenizer(model_dir, trust_remote_code=args.trust_remote_code)
         add_special_tokens(model, tokenizer, args.new_special_tokens)
     return model

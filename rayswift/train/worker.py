@@ -13,7 +13,7 @@ from rayswift.data.tokens.row_index import LazyRows
 from rayswift.data.tokens.table import LazyItems, StreamPlaces, StreamPosition, TokenRows, TrainItems
 from rayswift.errors import UserError, one_line
 from rayswift.train.checkpoints.store import CheckpointStore
-from rayswift.train.collate import Collate, Collator, PairCollator
+from rayswift.train.collate import Collate, Collator, PairCollator, TaskCollator
 from rayswift.train.config import WorkerConfig
 from rayswift.train.deepspeed import deepspeed_config, zero_stage
 from rayswift.train.loader import EpochLoader, Rank, StreamLoader
@@ -121,6 +121,7 @@ def _build_trainer(
     from rayswift.hub import resolve_model
     from rayswift.modeling.adapters import parameter_info
     from rayswift.modeling.loading import load_tokenizer
+    from rayswift.modeling.task_models import is_classifier, use_own_pad
     from rayswift.train.hf_arguments import hf_training_arguments
     from rayswift.train.model import build_model, reference_model
 
@@ -138,6 +139,8 @@ def _build_trainer(
     encoder = replace(data.encoder, model_dir=model_dir)
     tokenizer = load_tokenizer(model_dir, trust_remote_code=args.trust_remote_code)
     tokenizer.add_tokens(args.new_special_tokens, special_tokens=True)
+    if is_classifier(args.task_type):
+        use_own_pad(tokenizer)
     model = build_model(args, model_dir, config.dtype, config.packing, resume, checkpointing)
     pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
 
@@ -147,7 +150,9 @@ def _build_trainer(
     if rank.rank == 0:
         kept = "computed twice" if checkpointing else "kept"
         push({"event": "start", "parameter_info": parameter_info(model), "activations": kept})
-    collate = PairCollator(pad_token_id) if encoder.preference else Collator(pad_token_id)
+    collate: Collate = PairCollator(pad_token_id) if encoder.preference else Collator(pad_token_id)
+    if args.task_type != "causal_lm":
+        collate = TaskCollator(pad_token_id, args.task_type, encoder.problem, args.num_labels or 1, config.task)
     train_collate = Collator(pad_token_id, flat=True) if config.packing else collate
     val_rows = TokenRows(data.val) if data.val is not None else None
     settings: dict[str, Any] = {
@@ -169,6 +174,12 @@ def _build_trainer(
 
         reference = reference_model(args, model_dir, config.dtype)
         trainer: StepTraining = PreferenceTrainer(ref_model=reference, **settings)
+    elif args.task_type != "causal_lm":
+        from rayswift.train.trainers.task import TaskTrainer
+
+        trainer = TaskTrainer(
+            run_args=args, model_dir=model_dir, task_settings=config.task, eval_dataset=val_rows, **settings
+        )
     else:
         from rayswift.train.trainers.sft import SftTrainer
 
