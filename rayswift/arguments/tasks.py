@@ -52,6 +52,7 @@ class TaskRules(Arguments):
         [], "loss of the task: infonce, cosine_similarity, contrastive or online_contrastive of vectors, "
         "pointwise_reranker or listwise_reranker of ranks",
         shown="cross_entropy; embedding: infonce; rerankers: pointwise_reranker",
+        no_effect={"task_type=causal_lm|seq_cls": "text and classes have one loss"},
     )  # fmt: skip
     mrl_dims: dict[int, float] | None = arg(
         None, "Matryoshka: lengths of the vector that are trained, with the weight of each, as JSON", parse=read_dims,

@@ -83,6 +83,7 @@ class TunerArguments(Arguments):
             parts = {
                 "--lora_bias all": self.lora_bias == "all", "--use_dora true": self.use_dora,
                 "--modules_to_save": bool(self.modules_to_save),
+                "the head of --task_type": getattr(self, "task_type", "") in ("seq_cls", "reranker"),
                 "--new_special_tokens": bool(getattr(self, "new_special_tokens", None)),
                 "--target_modules with embeddings": not _EMBEDDINGS.isdisjoint(self.target_modules),
             }  # fmt: skip

@@ -16,8 +16,8 @@ import numpy as np
 from rayswift.data.chat.conversation import DropRow, Message
 from rayswift.data.rows.columns import MEDIA
 from rayswift.data.rows.messages import prompt_of
-from rayswift.data.tokens.task_rows import cut, encode_laid_out, lay_out, task_texts
-from rayswift.data.tokens.template_choice import TemplateSettings, load_template, one_of
+from rayswift.data.tokens.task_rows import TextSettings, cut, encode_laid_out, lay_out, task_texts
+from rayswift.data.tokens.template_choice import load_template, one_of
 from rayswift.errors import UserError
 
 TRUNCATION_STRATEGIES = ("delete", "left", "right", "split")
@@ -77,7 +77,7 @@ class EncodedBatch:
 
 
 @dataclass(frozen=True)
-class Encoder(TemplateSettings):
+class Encoder(TextSettings):
     """Encodes standard rows for training and messages for generation. Fields are SWIFT's flags of the same name.
 
     `max_length` in tokens, None is no limit. `preference`: each row is a pair: its conversation, then the one that
@@ -88,12 +88,7 @@ class Encoder(TemplateSettings):
         UserError: a setting has no such value; the message names flag and choices.
     """
 
-    max_length: int | None = None
-    truncation_strategy: str = "delete"
     preference: bool = False
-    task_type: str = "causal_lm"
-    num_labels: int | None = None
-    problem_type: str | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -125,11 +120,6 @@ class Encoder(TemplateSettings):
         if encoder.task_type == "generative_reranker" and encoder.enable_thinking is None:
             encoder = replace(encoder, enable_thinking=False)  # the judge answers at once
         return encoder
-
-    @property
-    def problem(self) -> str:
-        """What the label of a `seq_cls` row is."""
-        return self.problem_type or ("regression" if self.num_labels == 1 else "single_label_classification")
 
     def settings(self) -> dict[str, Any]:
         """The settings by name, as hashes and files hold them: there `preference` is `pairs`, its name before."""

@@ -9,15 +9,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from rayswift.data.chat.conversation import DropRow, Message
-from rayswift.data.tokens.template_choice import LoadedTemplate, load_template, refuse_media
-
-if TYPE_CHECKING:
-    from rayswift.data.tokens.encoder import Encoder
+from rayswift.data.tokens.template_choice import LoadedTemplate, TemplateSettings, load_template, refuse_media
 
 #: One text: a row as the template takes it.
 TextRow = dict[str, Any]
@@ -29,7 +27,26 @@ JUDGE = (
 INSTRUCTION = "Given a web search query, retrieve relevant passages that answer the query"
 
 
-def task_texts(encoder: Encoder, row: Mapping[str, Any]) -> tuple[list[TextRow], list[float]]:
+@dataclass(frozen=True)
+class TextSettings(TemplateSettings):
+    """What decides how texts become token ids, and what is told of them. Fields are SWIFT's flags of the same name.
+
+    `max_length` in tokens, None is no limit.
+    """
+
+    max_length: int | None = None
+    truncation_strategy: str = "delete"
+    task_type: str = "causal_lm"
+    num_labels: int | None = None
+    problem_type: str | None = None
+
+    @property
+    def problem(self) -> str:
+        """What the label of a `seq_cls` row is."""
+        return self.problem_type or ("regression" if self.num_labels == 1 else "single_label_classification")
+
+
+def task_texts(settings: TextSettings, row: Mapping[str, Any]) -> tuple[list[TextRow], list[float]]:
     """The texts of a row, and what is to be told: ``seq_cls`` its label (the numbers of several classes, or values);
     ``embedding`` anchor, positive, negatives, and how alike the first two are; rerankers each document, 1 for those
     that fit the query.
@@ -38,11 +55,11 @@ def task_texts(encoder: Encoder, row: Mapping[str, Any]) -> tuple[list[TextRow],
         DropRow: the row is none of this task.
     """
     refuse_media(row)
-    if encoder.task_type == "seq_cls":
-        return [dict(row)], _label(encoder, row.get("label"))
+    if settings.task_type == "seq_cls":
+        return [dict(row)], _label(settings, row.get("label"))
     positive, negative = (_conversations(row, f"{side}_messages") for side in ("positive", "negative"))
     messages = list(row["messages"])
-    if encoder.task_type == "embedding":
+    if settings.task_type == "embedding":
         if not positive and messages and messages[-1]["role"] == "assistant":  # query and response
             positive, messages = [[{"role": "user", "content": messages[-1]["content"]}]], messages[:-1]
         if not positive or not messages:
@@ -63,11 +80,11 @@ def _conversations(row: Mapping[str, Any], name: str) -> list[list[Message]]:
     return [list(one) for one in row.get(name) or ()]
 
 
-def _label(encoder: Encoder, label: Any) -> list[float]:
+def _label(settings: TextSettings, label: Any) -> list[float]:
     if label is None:
         raise DropRow("no label")
     values = list(label) if isinstance(label, (list, tuple)) else [label]
-    problem, count = encoder.problem, encoder.num_labels or 0
+    problem, count = settings.problem, settings.num_labels or 0
     if problem == "regression":
         if len(values) != count or not all(map(_is_number, values)):
             raise DropRow(f"label {_short(label)}: expected {count} number{'s' if count > 1 else ''} (--num_labels)")
@@ -88,26 +105,26 @@ def _short(label: Any) -> str:
     return repr(label)[:60]
 
 
-def text_ids(encoder: Encoder, rows: Sequence[TextRow]) -> list[np.ndarray]:
+def text_ids(settings: TextSettings, rows: Sequence[TextRow]) -> list[np.ndarray]:
     """The token ids of texts, uncut. Raises DropRow for one that cannot be laid out."""
-    return encode_laid_out(encoder, lay_out(encoder, rows))
+    return encode_laid_out(settings, lay_out(settings, rows))
 
 
-def lay_out(encoder: Encoder, rows: Sequence[TextRow]) -> list[Any]:
+def lay_out(settings: TextSettings, rows: Sequence[TextRow]) -> list[Any]:
     """Texts as :func:`encode_laid_out` takes them. Raises DropRow for one that cannot be laid out."""
-    if encoder.task_type == "generative_reranker":
-        rows = [judged(encoder, row) for row in rows]
-    if not encoder.use_chat_template:
-        return [_plain(encoder, row) for row in rows]
-    loaded = load_template(encoder)
+    if settings.task_type == "generative_reranker":
+        rows = [judged(settings, row) for row in rows]
+    if not settings.use_chat_template:
+        return [_plain(settings, row) for row in rows]
+    loaded = load_template(settings)
     return [_spans(loaded, row) for row in rows]
 
 
-def encode_laid_out(encoder: Encoder, texts: Sequence[Any]) -> list[np.ndarray]:
+def encode_laid_out(settings: TextSettings, texts: Sequence[Any]) -> list[np.ndarray]:
     """The token ids of texts that were laid out, in one batch."""
-    if not encoder.use_chat_template:
-        return [np.array(encoder.tokenizer(*pair)["input_ids"], np.int32) for pair in texts]
-    batch = load_template(encoder).segments.batch()
+    if not settings.use_chat_template:
+        return [np.array(settings.tokenizer(*pair)["input_ids"], np.int32) for pair in texts]
+    batch = load_template(settings).segments.batch()
     for spans in texts:
         batch.plan(spans)
     ids, _, offsets = batch.assemble()
@@ -121,10 +138,10 @@ def _spans(loaded: LoadedTemplate, row: TextRow) -> Any:
     return loaded.render_prompt(messages, row.get("tools"))
 
 
-def _plain(encoder: Encoder, row: TextRow) -> list[str]:
+def _plain(settings: TextSettings, row: TextRow) -> list[str]:
     """The messages before a reply as one text, and the reply, if there is one, as a second."""
     messages = list(row["messages"])
-    system = messages.pop(0)["content"] if messages and messages[0]["role"] == "system" else encoder.system
+    system = messages.pop(0)["content"] if messages and messages[0]["role"] == "system" else settings.system
     replies = [messages.pop()["content"]] if len(messages) > 1 and messages[-1]["role"] == "assistant" else []
     texts = ["".join(message["content"] for message in messages), *replies]
     texts[0] = f"{system} {texts[0]}" if system else texts[0]
@@ -133,7 +150,7 @@ def _plain(encoder: Encoder, row: TextRow) -> list[str]:
     return texts
 
 
-def judged(encoder: Encoder, row: TextRow) -> TextRow:
+def judged(settings: TextSettings, row: TextRow) -> TextRow:
     """Query and document as Qwen3-Reranker is asked about them; a system text is the instruction."""
     messages = list(row["messages"])
     instruction = messages.pop(0)["content"] if messages and messages[0]["role"] == "system" else INSTRUCTION
@@ -141,17 +158,17 @@ def judged(encoder: Encoder, row: TextRow) -> TextRow:
         raise DropRow("a document is judged behind a query: messages of user and assistant")
     query = "".join(message["content"] for message in messages[:-1])
     question = f"<Instruct>: {instruction}\n<Query>: {query}\n<Document>: {messages[-1]['content']}"
-    system = [{"role": "system", "content": JUDGE if encoder.system is None else encoder.system}]
+    system = [{"role": "system", "content": JUDGE if settings.system is None else settings.system}]
     return {**row, "messages": [*system, {"role": "user", "content": question}]}
 
 
-def cut(encoder: Encoder, ids: np.ndarray) -> np.ndarray:
+def cut(settings: TextSettings, ids: np.ndarray) -> np.ndarray:
     """A text within ``--max_length``. Raises DropRow for one that is too long under truncation_strategy `delete`."""
-    limit = encoder.max_length
+    limit = settings.max_length
     if not len(ids):
         raise DropRow("the text is empty")
     if limit is None or len(ids) <= limit:
         return ids
-    if encoder.truncation_strategy == "delete":
+    if settings.truncation_strategy == "delete":
         raise DropRow(f"longer than --max_length {limit}")
-    return ids[:limit] if encoder.truncation_strategy == "right" else ids[-limit:]
+    return ids[:limit] if settings.truncation_strategy == "right" else ids[-limit:]
