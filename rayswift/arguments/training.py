@@ -304,14 +304,10 @@ class CheckpointArguments(Arguments):
         1, "rows per worker and forward pass in evaluation", ge=1, no_effect=_EVALUATED
     )
     eval_metric: str | None = arg(
-        None,
-        "metrics of evaluation",
-        choices=("acc", "infonce", "paired", "reranker"),
-        swift_only=("nlg",),
-        aliases=("metric",),
-        shown="those of --task_type; embedding: infonce with --loss_type infonce, else paired",
+        None, "metrics of evaluation", choices=("acc", "infonce", "paired", "reranker"), swift_only=("nlg",),
+        aliases=("metric",), shown="those of --task_type; embedding: infonce with --loss_type infonce, else paired",
         no_effect={"task_type!=embedding": "the metrics of the task are always measured"},
-    )
+    )  # fmt: skip
     early_stop_interval: int | None = arg(
         None, "stop after as many evaluations without a better --metric_for_best_model", ge=1, shown="never",
         example="3", no_effect=_EVALUATED,

@@ -20,7 +20,7 @@ from rayswift.errors import UserError, one_line
 from rayswift.generate.types import Answer, AnswerSource, Request
 from rayswift.modeling.adapters import load_adapter
 from rayswift.modeling.loading import load_tokenizer, read_config, resolve_dtype, supports_bfloat16
-from rayswift.modeling.task_models import classes_of_adapter, is_classifier, load_task_model, reads_plain_texts
+from rayswift.modeling.task_models import classes_of_adapter, is_classifier, load_task_model, settle_layout
 from rayswift.modeling.telling import Teller
 
 if TYPE_CHECKING:
@@ -172,12 +172,11 @@ def open_task_answers(job: AnswerJob) -> Iterator[AnswerSource]:
         raise UserError(f"{name}: numbers are no stream; leave --stream out")
     model = job.model.merged()
     folder = model.folder()
-    encoder = Encoder.from_args(model.args, folder)
-    if not model.args.is_set("use_chat_template") and model.adapter is None and reads_plain_texts(folder):
-        encoder = replace(encoder, use_chat_template=False)
+    settle_layout(model.args, folder)
     engine = TaskEngine.load(
-        encoder, model.adapter, torch_dtype=args.torch_dtype, exact_dtype="torch_dtype" in args.given,
-        attn_impl=args.attn_impl, use_gpu=args.use_gpu, model_kwargs=args.model_kwargs,
+        Encoder.from_args(model.args, folder), model.adapter, torch_dtype=args.torch_dtype,
+        exact_dtype="torch_dtype" in args.given, attn_impl=args.attn_impl, use_gpu=args.use_gpu,
+        model_kwargs=args.model_kwargs,
     )  # fmt: skip
 
     def answers(requests: Sequence[Request]) -> Iterator[tuple[int, Answer]]:

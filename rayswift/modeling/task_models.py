@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from rayswift.console import say
 from rayswift.errors import UserError
 from rayswift.modeling.adapter_folder import ADAPTER_WEIGHTS, read_adapter_config
 from rayswift.modeling.loading import load_model, read_config, read_safetensors_header
@@ -32,6 +33,13 @@ def reads_plain_texts(model_dir: str) -> bool:
     folder = Path(model_dir)
     is_ours = (folder / "args.json").is_file()
     return not is_ours and ((folder / _MODULES).is_file() or not writes_text(model_dir))
+
+
+def settle_layout(args: Any, model_dir: str) -> None:
+    """Have a model that was made to read plain texts read such (``use_chat_template``), unless the user says how."""
+    if args.task_type != "causal_lm" and not args.is_set("use_chat_template") and reads_plain_texts(model_dir):
+        args.use_chat_template = False
+        say("texts are read as the model's tokenizer gives them (--use_chat_template true lays them out as chats)")
 
 
 def auto_class_of(task_type: str, model_dir: str) -> str:

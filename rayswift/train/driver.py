@@ -22,7 +22,6 @@ from rayswift.data.tokens.encoder import Encoder
 from rayswift.data.tokens.row_index import LazyRows
 from rayswift.errors import RunFailedError, UserError
 from rayswift.modeling.resolved import resolve_model
-from rayswift.modeling.task_models import reads_plain_texts
 from rayswift.plan.memory import memory_need, shortage
 from rayswift.train.checkpoints.manifest import list_checkpoints
 from rayswift.train.config import PackedPlan, RunData, WorkerConfig
@@ -85,12 +84,9 @@ def train(args: Any) -> dict[str, Any]:
     reporter_names(args)
     resume = find_resume(args.resume_from_checkpoint, base, args.add_version)
     ray_cluster.check_before_start(args)
-    model_dir, task = find_model(args), TaskSettings.from_environment()
-    if args.task_type != "causal_lm" and not args.is_set("use_chat_template") and reads_plain_texts(model_dir):
-        args.use_chat_template = False
-        say("texts are read as the model's tokenizer gives them (--use_chat_template true lays them out as chats)")
-    inputs = Inputs(args, base, resume, model_dir, resolve_datasets(args), task)
-    resume.check_model(args, inputs.model_dir)
+    model_dir = find_model(args)
+    inputs = Inputs(args, base, resume, model_dir, resolve_datasets(args), TaskSettings.from_environment())
+    resume.check_model(args, model_dir)
     first_row = first_usable_row([*inputs.datasets.train, *inputs.datasets.val], args.strict)
     for dataset in [*inputs.datasets.train, *inputs.datasets.val]:
         say(dataset.describe())

@@ -14,7 +14,8 @@ _ZERO_PRODUCT = ("true", "gaussian", "false")
 
 
 def find_model(args: Any) -> str:
-    """The local folder of ``--model``, downloaded if need be.
+    """The local folder of ``--model``, downloaded if need be. A model that was made to read plain texts is trained on
+    such (``args.use_chat_template``).
 
     Raises:
         UserError: it or ``--ref_model`` is not there, or has no weights; or training cannot begin with ``--adapters``.
@@ -23,6 +24,7 @@ def find_model(args: Any) -> str:
     from rayswift.modeling.adapter_folder import check_adapter, read_adapter_config
     from rayswift.modeling.adapter_kinds import not_trainable
     from rayswift.modeling.loading import weight_files
+    from rayswift.modeling.task_models import settle_layout
 
     model_dir = resolve_model(args.model, revision=args.model_revision, use_hf=args.use_hf, token=args.hub_token)
     weight_files(model_dir)
@@ -35,6 +37,7 @@ def find_model(args: Any) -> str:
             weight_files(_reference_dir(args))
         except UserError as error:
             raise UserError(str(error).replace("--model ", "--ref_model ")) from None
+    settle_layout(args, model_dir)
     return model_dir
 
 

@@ -29,6 +29,7 @@ from rayswift.train.loader import Rank
 from rayswift.train.model import build_model
 from rayswift.train.schedule import StepSchedule
 from rayswift.train.stopping import Wish
+from rayswift.train.task_loss import infonce_loss
 
 TASKS: dict[str, dict[str, Any]] = {
     "seq_cls": {"task_type": "seq_cls", "num_labels": 3},
@@ -286,3 +287,32 @@ def test_what_is_no_label_is_left_out_with_its_reason(base_dir: str) -> None:
     assert all("label" in str(reason) for reason in reasons[2:])
     encoder = Encoder(base_dir, task_type="reranker", use_chat_template=False)
     assert encoder.encode_batch([asked])[0].reason == "no positive_messages"  # type: ignore[union-attr]
+
+
+def test_rows_of_all_workers_are_each_others_negatives(base_dir: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two workers' losses are that of all rows in one, and so is the mean of their gradients, as DDP takes it."""
+    from rayswift.train.trainers.task import TaskTrainer
+
+    torch.manual_seed(0)
+    vectors, sizes = torch.nn.functional.normalize(torch.randn(10, 8), dim=-1), [2, 3, 2, 3]
+    parts = [(vectors[:5], sizes[:2]), (vectors[5:], sizes[2:])]
+    whole = vectors.clone().requires_grad_()
+    expected = infonce_loss(whole, sizes, TaskSettings())
+    expected.backward()
+
+    def gather(found: list[Any], _own: Any) -> None:
+        found[:] = parts
+
+    monkeypatch.setattr(torch.distributed, "all_gather_object", gather)
+    gradients = []
+    for number, (own, own_sizes) in enumerate(parts):
+        trainer: Any = object.__new__(TaskTrainer)
+        trainer.run_args = make_arguments("sft", model=base_dir, dataset=["d"], task_type="embedding")
+        trainer.settings, trainer.rank = TaskSettings(), Rank(number, 2)
+        assert trainer._sees_all
+        mine = own.clone().requires_grad_()
+        loss, rows = trainer._loss_over_workers(mine, own_sizes)
+        loss.backward()
+        assert (float(loss), rows) == (pytest.approx(float(expected)), 4)
+        gradients.append(mine.grad / 2)
+    assert torch.allclose(torch.cat(gradients), whole.grad, atol=1e-6)
