@@ -29,10 +29,7 @@ from rayswift.arguments.serving import (
 )
 from rayswift.arguments.tasks import TaskRules
 from rayswift.arguments.training import (
-    BatchingArguments,
-    CheckpointArguments,
     OptimizerArguments,
-    TrainingRules,
     TunerArguments,
 )
 from rayswift.arguments.training_args import choices_of, passthrough_specs
@@ -50,7 +47,7 @@ _MODEL_EXAMPLE = "for example --model Qwen/Qwen2.5-7B-Instruct"
 
 
 @dataclass(init=False, repr=False, eq=False)
-class SftArguments(TaskRules, TunerArguments, BatchingArguments, CheckpointArguments, WorkerArguments, TrainingRules):
+class SftArguments(TaskRules, TunerArguments, WorkerArguments):
     """Fine-tune a model on conversations, with LoRA or whole; or to tell classes, vectors or ranks of texts."""
 
     command: ClassVar[str] = "sft"

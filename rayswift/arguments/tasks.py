@@ -5,12 +5,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
-from rayswift.arguments.base import Arguments
 from rayswift.arguments.fields import arg, read_json
+from rayswift.arguments.training import BatchingArguments, CheckpointArguments, TrainingRules
 from rayswift.errors import UserError
 
 _RANK_LOSSES = ("pointwise_reranker", "listwise_reranker")
@@ -24,7 +24,6 @@ LOSSES: dict[str, tuple[str, ...]] = {
 }
 #: SWIFT's names for what an evaluation measures, by task; of vectors by ``--eval_metric``.
 METRICS_OF_TASK: dict[str, tuple[str, ...]] = {
-    "causal_lm": ("loss", "token_acc"),
     "seq_cls": ("loss", "acc"),
     "regression": ("loss",),
     "infonce": ("loss", "margin", "mean_neg", "mean_pos"),
@@ -43,7 +42,7 @@ def read_dims(raw: Any) -> dict[int, float]:
 
 
 @dataclass(init=False, repr=False, eq=False)
-class TaskRules(Arguments):
+class TaskRules(BatchingArguments, CheckpointArguments, TrainingRules):
     """What a model that tells numbers is trained by."""
 
     topic: ClassVar[str] = "Tasks other than text"
@@ -60,7 +59,7 @@ class TaskRules(Arguments):
     )  # fmt: skip
 
     def problems(self) -> Iterator[str]:
-        task = getattr(self, "task_type", "causal_lm")
+        task = self.task_type
         if self.command == "rlhf":  # its losses are TRL's
             return
         if (given := " ".join(self.loss_type)) and given not in LOSSES[task]:
@@ -93,6 +92,8 @@ class TaskRules(Arguments):
     def metric_names(self) -> tuple[str, ...]:
         """What an evaluation measures."""
         name = self.task_type
+        if name == "causal_lm":
+            return super().metric_names()
         if name == "seq_cls" and self.problem_type == "regression":
             name = "regression"
         elif name == "embedding":
@@ -143,7 +144,7 @@ class TaskSettings:
                 continue
             kind = str(field.type).partition(" ")[0]
             try:
-                found[field.name] = {"float": float, "int": int, "bool": _switch, "str": str}[kind](text)
+                found[field.name] = _READ[kind](text)
             except ValueError:
                 raise UserError(f"{field.name.upper()}={text}: expected {_EXPECTED[kind]}") from None
         return cls(**found)
@@ -157,3 +158,6 @@ def _switch(text: str) -> bool:
     if text.strip().lower() not in known:
         raise ValueError(text)
     return known[text.strip().lower()]
+
+
+_READ: dict[str, Callable[[str], Any]] = {"float": float, "int": int, "bool": _switch, "str": str}

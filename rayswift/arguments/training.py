@@ -11,7 +11,6 @@ from typing import Any, ClassVar
 from rayswift.arguments.base import Arguments
 from rayswift.arguments.fields import arg, read_auto, read_json
 from rayswift.arguments.groups import DTYPE_NAMES, DTYPES, DatasetArguments, ModelArguments, TemplateArguments
-from rayswift.arguments.tasks import METRICS_OF_TASK
 
 DEEPSPEED_PRESETS = ("zero0", "zero1", "zero2", "zero3", "zero2_offload", "zero3_offload")
 #: What says which weights an adapter, or full training, has and what they mean.
@@ -357,7 +356,7 @@ class CheckpointArguments(Arguments):
 
     def metric_names(self) -> tuple[str, ...]:
         """What an evaluation measures."""
-        return METRICS_OF_TASK["causal_lm"]
+        return ("loss", "token_acc")
 
     def _best_may_not_be_saved(self) -> bool:
         by_steps = self.save_strategy == "steps" and self.eval_strategy in (None, "steps")

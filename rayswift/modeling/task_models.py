@@ -62,10 +62,18 @@ def load_task_model(
         if task_type == "seq_cls" and problem_type:
             kwargs["problem_type"] = problem_type
         use_own_pad(tokenizer)
-    model = load_model(
-        model_dir, auto_class=auto_class_of(task_type, model_dir), model_kwargs=kwargs,
-        new_head=is_classifier(task_type), **options,
-    )  # fmt: skip
+    from transformers.utils import logging as transformers_logging
+
+    verbosity = transformers_logging.get_verbosity()
+    try:
+        if is_classifier(task_type):  # a table would say that the head is new
+            transformers_logging.set_verbosity_error()
+        model = load_model(
+            model_dir, auto_class=auto_class_of(task_type, model_dir), model_kwargs=kwargs,
+            new_head=is_classifier(task_type), **options,
+        )  # fmt: skip
+    finally:
+        transformers_logging.set_verbosity(verbosity)
     if is_classifier(task_type):
         model.config.pad_token_id = model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     return model

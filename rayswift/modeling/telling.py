@@ -32,7 +32,7 @@ class PooledHead:
 
     def _forward(self, hidden: torch.Tensor) -> torch.Tensor:
         if self.mask is None:
-            return self._logits(hidden)  # type: ignore[no-any-return]
+            return self._logits(hidden)
         self.states = pooled(hidden, self.mask, self._pooling)
         return self._logits(self.states[:, None]) if self._gives_logits else self.states[:, None]
 
@@ -51,7 +51,7 @@ class Teller:
         self.task = task
         self.head: PooledHead | None = None
         self.pooling, self.is_normal = pooling_of(model_dir) if self.task == "embedding" else ("last", False)
-        base = model.get_base_model() if isinstance(model, PeftModel) else model
+        base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
         layer = None if is_classifier(self.task) else base.get_output_embeddings()
         if layer is not None:
             self.head = PooledHead(layer, self.task == "generative_reranker", self.pooling)
@@ -80,5 +80,5 @@ class Teller:
         logits = output.logits.float()
         if self.task == "generative_reranker":
             yes, no = self.answers
-            return logits[:, 0, yes] - logits[:, 0, no]  # type: ignore[no-any-return]
-        return logits[:, 0] if self.task == "reranker" else logits  # type: ignore[no-any-return]
+            return logits[:, 0, yes] - logits[:, 0, no]
+        return logits[:, 0] if self.task == "reranker" else logits

@@ -64,8 +64,8 @@ def infonce_loss(vectors: torch.Tensor, sizes: Sequence[int], settings: TaskSett
         groups = [_with_negatives(group, settings.infonce_hard_negatives) for group in groups]
     minus = torch.tensor(float("-inf"), device=vectors.device, dtype=vectors.dtype)
     if not settings.infonce_use_batch:
-        scores = [(group[1:] @ group[0]) / settings.infonce_temperature for group in groups]
-        return torch.stack([_found(one, 0) for one in scores]).mean()
+        each = [_found((group[1:] @ group[0]) / settings.infonce_temperature, 0) for group in groups]
+        return torch.stack(each).mean()
     anchors, documents = torch.stack([group[0] for group in groups]), torch.cat([group[1:] for group in groups])
     positives = list(accumulate((len(group) - 1 for group in groups[:-1]), initial=0))
     rows, places = torch.arange(len(groups)), torch.tensor(positives)

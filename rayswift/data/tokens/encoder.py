@@ -293,8 +293,8 @@ class Encoder(TextSettings):
         decode = functools.partial(self.tokenizer.decode, skip_special_tokens=False)
         if encoded.text_ends is not None and encoded.targets is not None:
             texts = [text.tolist() for text in np.split(encoded.input_ids, encoded.text_ends[:-1])]
-            shown = [line for text in texts for line in (f"[INPUT_IDS] {text}", f"[INPUT] {decode(text)}")]
-            return [*shown, f"[LABELS] {encoded.targets.tolist()}"]
+            lines = [line for text in texts for line in (f"[INPUT_IDS] {text}", f"[INPUT] {decode(text)}")]
+            return [*lines, f"[LABELS] {encoded.targets.tolist()}"]
         shown, start = "", 0
         for end in range(1, len(labels) + 1):
             if end == len(labels) or (labels[end] == IGNORED) != (labels[start] == IGNORED):

@@ -67,13 +67,13 @@ def task_texts(settings: TextSettings, row: Mapping[str, Any]) -> tuple[list[Tex
         like = row.get("label")
         if like is not None and not _is_number(like):
             raise DropRow(f"label {_short(like)}: how alike two texts are is a number")
-        texts = [messages, positive[0], *negative]
-        return [{**row, "messages": text} for text in texts], [1.0 if like is None else float(like)]
+        vectors = [messages, positive[0], *negative]
+        return [{**row, "messages": text} for text in vectors], [1.0 if like is None else float(like)]
     if not positive:
         raise DropRow("no positive_messages")
     documents = [[*messages, *document] for document in (*positive, *negative)]
-    texts = [{**row, "messages": document} for document in documents]
-    return texts, [1.0] * len(positive) + [0.0] * len(negative)
+    ranked = [{**row, "messages": document} for document in documents]
+    return ranked, [1.0] * len(positive) + [0.0] * len(negative)
 
 
 def _conversations(row: Mapping[str, Any], name: str) -> list[list[Message]]:

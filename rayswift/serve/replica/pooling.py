@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Annotated, Any, Literal
 
+import numpy as np
 from fastapi import FastAPI
 from pydantic import Field, model_validator
 
@@ -86,8 +87,6 @@ class TextReader:
         config: of the model, as ``config.json`` has it.
     """
 
-    context_length: int
-
     def __init__(self, encoder: Encoder, served_model_name: str, task: str, config: dict[str, Any]) -> None:
         self.encoder, self.name, self.makes_vectors = encoder, served_model_name, task == "embedding"
         self.tokenizer, self.config, self.was_trained = encoder.tokenizer, config, encoder.task_type != "causal_lm"
@@ -95,6 +94,11 @@ class TextReader:
         self.labels = {int(number): str(label) for number, label in labels.items()}
         self.tells_classes = task == "seq_cls"
         self.requests = self.tokens = 0
+
+    @property
+    def context_length(self) -> int:
+        """Tokens that a text, or a pair of texts, may have."""
+        raise NotImplementedError
 
     def names(self) -> list[str]:
         """What clients may ask for."""
@@ -237,7 +241,7 @@ class PoolingServing(TextReader):
         import torch
 
         if isinstance(self.engine, TaskEngine):
-            told = self.engine.tell([row["input_ids"] for row in rows])
+            told = self.engine.tell([np.array(row["input_ids"], np.int32) for row in rows])
             return told if self.makes_vectors else [self._activated(one) for one in told]
         order = sorted(range(len(rows)), key=lambda place: len(rows[place]["input_ids"]))  # little padding
         found: dict[int, Any] = {}

@@ -34,8 +34,12 @@ class VllmReader(TextReader):
         config, encoder = client.model_config.hf_config, encoders[""]
         super().__init__(encoder, served_model_name, encoder.task_type, config.to_dict())
         self._client, self._encoders, self._adapters = client, encoders, adapters
-        self.context_length = int(client.model_config.max_model_len)
         self.app = make_app(self)
+
+    @property
+    def context_length(self) -> int:
+        """As :class:`TextReader`."""
+        return int(self._client.model_config.max_model_len)
 
     def names(self) -> list[str]:
         """The model and its adapters."""

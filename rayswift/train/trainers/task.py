@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import PeftModel
@@ -128,12 +128,12 @@ class TaskTrainer(StepTraining):
             return {}
         if args.task_type == "seq_cls":
             one_class = args.problem_type == "single_label_classification"
-            right = told.argmax(-1) == targets if one_class else ((told > 0) == (targets > 0.5)).all(-1)
-            return {"judged": len(told), "right": float(right.sum())}
+            good = told.argmax(-1) == targets if one_class else ((told > 0) == (targets > 0.5)).all(-1)
+            return {"judged": len(told), "right": float(good.sum())}
         lists = task_loss.ranked_lists(told, targets)
         ranks = [1 + int((one[1:] > one[0]).sum()) for one in lists if len(one) > 1]
         listwise = self._loss_type == "listwise_reranker"
-        right = [one.argmax() == 0 for one in lists] if listwise else (told > 0) == (targets > 0.5)
+        right = [bool(one.argmax() == 0) for one in lists] if listwise else ((told > 0) == (targets > 0.5)).tolist()
         return {
             "judged": len(right),
             "right": float(sum(map(int, right))),
@@ -191,8 +191,5 @@ class TaskTrainer(StepTraining):
         """The model; beside one that makes vectors, how they are made."""
         super()._save(output_dir, state_dict)
         if self.run_args.task_type == "embedding" and not isinstance(self.model, PeftModel):
-            folder, size = (
-                Path(output_dir or str(self.args.output_dir)),
-                self.model.config.get_text_config().hidden_size,
-            )
-            write_sentence_transformers_files(folder, self.model_dir, size)
+            folder, model = Path(output_dir or str(self.args.output_dir)), cast("Any", self.model)
+            write_sentence_transformers_files(folder, self.model_dir, model.config.get_text_config().hidden_size)
