@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from rayswift import cluster as ray_cluster
 from rayswift import private
+from rayswift.arguments.tasks import TaskSettings
 from rayswift.cluster.doctor import quick_look
 from rayswift.console import say
 from rayswift.data.files import filesystem_of
@@ -53,7 +54,8 @@ logger = logging.getLogger("rayswift.train")
 
 @dataclass(frozen=True)
 class Inputs:
-    """What the arguments lead to: where runs go, the checkpoint to go on from, the model, the data files."""
+    """What the arguments lead to: where runs go, the checkpoint to go on from, the model, the data files, and what the
+    environment says of the losses of ``--task_type``."""
 
     args: Any
     base: str
@@ -61,6 +63,7 @@ class Inputs:
     model_dir: str
     datasets: ResolvedDatasets
     began: float
+    task: TaskSettings
 
 
 @dataclass(frozen=True)
@@ -92,8 +95,10 @@ def train(args: Any) -> dict[str, Any]:
     reporter_names(args)
     resume = find_resume(args.resume_from_checkpoint, base, args.add_version)
     ray_cluster.check_before_start(args)
-    inputs = Inputs(args, base, resume, find_model(args), resolve_datasets(args), began)
-    resume.check_model(args, inputs.model_dir)
+    model_dir = find_model(args)
+    task = TaskSettings.from_environment()
+    inputs = Inputs(args, base, resume, model_dir, resolve_datasets(args), began, task)
+    resume.check_model(args, model_dir)
     first_row = first_usable_row([*inputs.datasets.train, *inputs.datasets.val], args.strict)
     for dataset in [*inputs.datasets.train, *inputs.datasets.val]:
         say(dataset.describe())
@@ -217,7 +222,7 @@ def _say_data(
     first: Encoded | Dropped
     if data.train is not None and not isinstance(data.train, LazyRows):
         read = TokenRows(data.train)[0]
-        first = Encoded(read.input_ids, read.labels, rejected_start=read.rejected_start)
+        first = Encoded(read.input_ids, read.labels, 0, None, read.rejected_start, read.text_ends, read.targets)
     else:
         assert first_row is not None
         first = data.encoder.encode_batch([first_row])[0]
@@ -284,6 +289,7 @@ def _fit(
         resume=inputs.resume.checkpoint,
         events=events,
         spare=spare_resources(args, machines.workers) if data.val is not None else None,
+        task=inputs.task,
     )
     trainer = _torch_trainer(config, machines, run)
     reporters, summary = open_reporters(args, run), Summary.of(run, inputs.began, bool(inputs.resume.run_directory))
@@ -411,7 +417,8 @@ def _print_end(args: Any, outcome: dict[str, Any]) -> None:
     if result is None:
         return
     flag = "--model" if args.train_type == "full" else "--adapters"
+    asked = "--stream true" if args.task_type == "causal_lm" else "--val_dataset ROWS.jsonl"
     say("next:")
-    say(f"  rayswift infer {flag} {result} --stream true")
+    say(f"  rayswift infer {flag} {result} {asked}")
     if flag == "--adapters":
-        say(f"  rayswift infer {flag} {result} --stream true --merge_lora true")
+        say(f"  rayswift infer {flag} {result} {asked} --merge_lora true")

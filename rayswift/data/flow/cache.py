@@ -8,7 +8,8 @@ Schemas:
         :class:`~rayswift.data.files.Position`).
     tokens: ``input_ids: list<int32>``, ``labels: list<int32>`` (−100 where not trained), ``loss_scale: list<float>``
         (null where every weight is 0 or 1), ``rejected_start: int32`` (of a pair, where the rejected conversation
-        begins; else null), ``source: int64`` (number of the standard row it came from), ``length: int32`` (tokens).
+        begins; else null), ``source: int64`` (number of the standard row it came from), ``length: int32`` (tokens),
+        ``text_ends: list<int32>`` and ``targets: list<float>`` (of tasks that tell numbers; else null).
 """
 
 from __future__ import annotations

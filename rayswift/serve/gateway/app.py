@@ -48,7 +48,7 @@ logger = logging.getLogger("rayswift.serve.gateway.app")
 #: Requests that a replica answers.
 FORWARDED = (
     "/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages", "/v1/messages/count_tokens",
-    "/v1/embeddings", "/v1/score", "/v1/rerank", "/v2/rerank", "/tokenize", "/detokenize",
+    "/v1/embeddings", "/classify", "/v1/score", "/v1/rerank", "/v2/rerank", "/tokenize", "/detokenize",
 )  # fmt: skip
 #: What the last words to the replicas, which leases are given back, need to leave this process.
 GOODBYE_SECONDS = 0.2
