@@ -35,7 +35,7 @@ _LATER = ("template_date",)
 # What may name files and folders: an args.json is read in other folders than it was written in.
 _PATHS = (
     "model", "adapters", "ref_model", "ref_adapters", "reward_model", "dataset", "val_dataset", "cached_dataset",
-    "custom_dataset_info",
+    "cached_val_dataset", "custom_dataset_info",
 )  # fmt: skip
 # A checkpoint may be a stranger's: what runs code comes from the user's own command line or YAML alone.
 _RUN_CODE = ("external_plugins", "trust_remote_code")

@@ -17,6 +17,7 @@ from rayswift.arguments.groups import (
     TemplateArguments,
     WorkerArguments,
 )
+from rayswift.arguments.optimizers import LargeModelOptimizers
 from rayswift.arguments.rlhf import DPO_LOSSES, PREFERENCE_METRICS, RlhfRules
 from rayswift.arguments.serving import (
     BenchmarkArguments,
@@ -32,9 +33,9 @@ from rayswift.arguments.training import (
     CheckpointArguments,
     OptimizerArguments,
     TrainingRules,
-    TunerArguments,
 )
 from rayswift.arguments.training_args import choices_of, passthrough_specs
+from rayswift.arguments.tuner import QuantizedBaseArguments, TunerArguments
 
 _GOING_ON = {"adapters=none": "only with --adapters"}
 #: Values of --loss_scale that weigh every token 0 or 1.
@@ -45,7 +46,15 @@ _MODEL_EXAMPLE = "for example --model Qwen/Qwen2.5-7B-Instruct"
 
 
 @dataclass(init=False, repr=False, eq=False)
-class SftArguments(TunerArguments, BatchingArguments, CheckpointArguments, WorkerArguments, TrainingRules):
+class SftArguments(
+    TunerArguments,
+    QuantizedBaseArguments,
+    LargeModelOptimizers,
+    BatchingArguments,
+    CheckpointArguments,
+    WorkerArguments,
+    TrainingRules,
+):
     """Fine-tune a model on conversations, with LoRA or whole."""
 
     command: ClassVar[str] = "sft"

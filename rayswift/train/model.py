@@ -60,12 +60,14 @@ def build_model(
     packing: PackedPlan | None,
     resume: str | None = None,
     checkpointing: bool = False,
+    max_steps: int = 1,
 ) -> Any:
     """The model to train, with its adapter if it gets one.
 
     Args:
         resume: the checkpoint that the run goes on from.
         checkpointing: whether its activations are computed twice.
+        max_steps: steps of the run.
     """
     from rayswift.modeling.adapters import freeze_for_full, load_adapter
 
@@ -82,7 +84,7 @@ def build_model(
     elif args.adapters:
         model = load_adapter(model, args.adapters[0], is_trainable=True)
     else:
-        model = _with_new_adapter(model, args, resume)
+        model = _with_new_adapter(model, args, resume, max_steps)
     if args.train_type != "full" and zero_stage(deepspeed_config(args.deepspeed)) != 3:
         from rayswift.train.fused_lora import fuse_lora
 
@@ -93,21 +95,23 @@ def build_model(
     return model
 
 
-def _with_new_adapter(model: Any, args: Any, resume: str | None) -> Any:
-    """``model`` with a fresh LoRA, of which is checked that it changes nothing.
+def _with_new_adapter(model: Any, args: Any, resume: str | None, max_steps: int) -> Any:
+    """``model`` with a fresh adapter, of which is checked that it changes nothing.
 
     One that begins as a part of the base's weights has its first values as ``first_values`` and is saved as plain LoRA;
     going on, they are those of the checkpoint.
     """
     from rayswift.modeling.adapter_kinds import changes_base
-    from rayswift.modeling.adapters import add_lora
     from rayswift.modeling.first_policy import check_first_policy, probe_layers
     from rayswift.modeling.part_of_base import first_values, read_plain, take_off
+    from rayswift.modeling.tuners import add_tuner
 
+    if args.train_type != "lora":
+        return add_tuner(model, args, max_steps)
     way = changes_base({"init_lora_weights": args.init_weights})
     # `true` and `gaussian` leave B at zero; `false` is another model, as the user was told.
     before = probe_layers(model) if args.use_dora or args.init_weights.lower() not in _ZERO_PRODUCT else None
-    model = add_lora(model, args)
+    model = add_tuner(model, args, max_steps)
     if way:
         model.first_values = read_plain(resume, args.lora_rank)[1] if resume else first_values(model, way)
         take_off(model, model.first_values)

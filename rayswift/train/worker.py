@@ -123,6 +123,7 @@ def _build_trainer(
     from rayswift.modeling.loading import load_tokenizer
     from rayswift.train.hf_arguments import hf_training_arguments
     from rayswift.train.model import build_model, reference_model
+    from rayswift.train.optimizers import trainer_settings
 
     args, data, schedule = config.args, config.data, config.schedule
     # What the driver found may be on its machine only.
@@ -138,7 +139,7 @@ def _build_trainer(
     encoder = replace(data.encoder, model_dir=model_dir)
     tokenizer = load_tokenizer(model_dir, trust_remote_code=args.trust_remote_code)
     tokenizer.add_tokens(args.new_special_tokens, special_tokens=True)
-    model = build_model(args, model_dir, config.dtype, config.packing, resume, checkpointing)
+    model = build_model(args, model_dir, config.dtype, config.packing, resume, checkpointing, schedule.max_steps)
     pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
 
     def push(event: dict[str, Any]) -> None:
@@ -163,6 +164,7 @@ def _build_trainer(
         "save": store.save,
         "wish": Notices(config.events, rank).wish,
         "collate": collate,
+        **trainer_settings(args),
     }
     if encoder.preference:
         from rayswift.train.trainers.dpo import PreferenceTrainer
@@ -172,7 +174,7 @@ def _build_trainer(
     else:
         from rayswift.train.trainers.sft import SftTrainer
 
-        trainer = SftTrainer(eval_dataset=val_rows, **settings)
+        trainer = SftTrainer(eval_dataset=val_rows, router_aux_loss_coef=args.router_aux_loss_coef, **settings)
     if args.early_stop_interval and val_rows is not None:
         from transformers import EarlyStoppingCallback
 

@@ -16,6 +16,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from rayswift.data.tokens.table import TokenRows
 from rayswift.modeling.part_of_base import read_plain, write_plain
+from rayswift.train import adalora
 from rayswift.train.collate import Batch, Collate
 from rayswift.train.loader import Rank, eval_batches
 from rayswift.train.stopping import Wish
@@ -43,6 +44,7 @@ class StepTraining(Trainer):
         save: called on every worker with what writes a checkpoint's files; makes it whole, False where it could not.
         wish: what the workers do after a step beside training on, which all of them agree about.
         collate: validation rows to a batch.
+        own_optimizer: Transformers' factory of an optimiser and its keywords; None for that of ``args``.
     """
 
     #: How many numbers ``_counts`` holds.
@@ -60,9 +62,12 @@ class StepTraining(Trainer):
         save: Callable[[Any, Callable[[], None]], bool],
         wish: Callable[[], Wish],
         collate: Collate,
+        own_optimizer: tuple[Any, dict[str, Any]] | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
+        if own_optimizer is not None:
+            self.optimizer_cls_and_kwargs = own_optimizer
         self.loader, self.schedule, self.val_rows, self.rank = loader, schedule, val_rows, rank
         self.kept = kept
         self.push, self.save, self.wish, self.collate = push, save, wish, collate
@@ -74,6 +79,13 @@ class StepTraining(Trainer):
         self.remove_callback(PrinterCallback)
         self.remove_callback(ProgressCallback)
         self.add_callback(_StepEvents(self))
+        if self._is_adalora:
+            self.add_callback(adalora.Ranks(self))
+
+    @property
+    def _is_adalora(self) -> bool:
+        config: Any = getattr(self.model, "peft_config", {}).get("default")
+        return config is not None and config.peft_type == "ADALORA"
 
     # --- data: RaySwift's loaders are already sharded, so Accelerate must not shard them again ---
 
@@ -178,6 +190,8 @@ class StepTraining(Trainer):
             shutil.rmtree(os.path.join(folder, "ref"), ignore_errors=True)  # TRL's copy of the run's first policy
             if first := getattr(self.model, "first_values", None):
                 write_plain(folder, first)
+            if self._is_adalora:
+                adalora.save_state(self.model, folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         """The trained adapter; beside folders of others Transformers would pass it over."""
@@ -186,6 +200,8 @@ class StepTraining(Trainer):
         elif getattr(self.model, "first_values", None):
             config: Any = self.model.peft_config["default"]
             set_peft_model_state_dict(self.model, read_plain(resume_from_checkpoint, config.r)[0])
+        elif self._is_adalora:
+            adalora.load_state(self.model, resume_from_checkpoint)
         else:
             self.model.load_adapter(resume_from_checkpoint, "default", is_trainable=True)
 
