@@ -84,7 +84,6 @@ class VllmArguments(Arguments):
         None,
         "longest prompt and answer together",
         ge=1,
-        aliases=("max_model_len",),
         shown="the model's",
         no_effect=_VLLM_OR_SERVED,
     )

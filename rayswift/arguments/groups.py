@@ -111,13 +111,15 @@ class ModelArguments(Arguments):
             self.use_hf = os.environ.get(_HUB_ENV, "").strip().lower() in ("1", "true", "yes")
         if self.experts_impl:  # Transformers' name for it, where the model is loaded
             self.model_kwargs = {**self.model_kwargs, "experts_implementation": self.experts_impl}
-        self.model_kwargs = {**self.model_kwargs, **self.positions}
+        given = {"rope_scaling": self.rope_scaling, "max_model_len": self.max_model_len}
+        self.model_kwargs = {**self.model_kwargs, **{name: value for name, value in given.items() if value is not None}}
 
     @property
     def positions(self) -> dict[str, Any]:
         """What is given of ``rope_scaling`` and ``max_model_len``."""
-        given = {"rope_scaling": self.rope_scaling, "max_model_len": self.max_model_len}
-        return {name: value for name, value in given.items() if value is not None}
+        return {
+            name: self.model_kwargs[name] for name in ("rope_scaling", "max_model_len") if name in self.model_kwargs
+        }
 
     @property
     def model_suffix(self) -> str:
@@ -142,7 +144,7 @@ class DatasetArguments(Arguments):
         no_effect={"command=infer|sample": "its rows are token ids, which cannot be asked"},
     )  # fmt: skip
     cached_val_dataset: list[str] = arg(
-        [], "the same, for validation", example="cached_dataset/val",
+        [], "the same, for validation", example="cached_dataset/val", decides="",
         no_effect={"command=infer|sample": "its rows are token ids, which cannot be asked"},
     )  # fmt: skip
     val_dataset: list[str] = arg([], "validation datasets, written like --dataset", example="val.jsonl")

@@ -150,7 +150,8 @@ class TunerArguments(Arguments):
 
     def resolve(self) -> None:
         self.train_type = _ALIASES.get(self.train_type, self.train_type)
-        self.tuner_backend = "peft"
+        if self.tuner_backend == "unsloth":
+            self.tuner_backend = "peft"
         if self.target_parameters and not self.is_set("lora_dropout"):
             self.lora_dropout = 0.0
 
@@ -178,6 +179,8 @@ def trained_weights(train_type: str) -> tuple[str, ...]:
     return _WEIGHTS[train_type]
 
 
+#: Kinds of adapters that PEFT has for quantised layers.
+_ON_QUANTIZED = {"bnb": ("lora", "adalora", "ia3", "vera"), "hqq": ("lora",)}
 _QUANTIZED = {"quant_method=none": "only with --quant_method"}
 _BNB_4BIT = {"quant_method!=bnb": "only with --quant_method bnb", "quant_bits!=4": "only with --quant_bits 4"}
 
@@ -224,6 +227,10 @@ class QuantizedBaseArguments(Arguments):
             yield f"--quant_bits {self.quant_bits}: --quant_method {self.quant_method} does {known}"
         if getattr(self, "train_type", "lora") in ("full", "dummy"):
             yield f"--quant_method {self.quant_method} contradicts --train_type full: quantised weights stay as they are"
+        kind = _ALIASES.get(getattr(self, "train_type", "lora"), getattr(self, "train_type", "lora"))
+        if kind != "full" and kind not in _ON_QUANTIZED[self.quant_method]:
+            able = ", ".join(_ON_QUANTIZED[self.quant_method])
+            yield f"--train_type {kind} contradicts --quant_method {self.quant_method}: PEFT has {able} on such weights"
         if getattr(self, "zero_stage", None) == 3:
             yield f"--quant_method {self.quant_method} contradicts --deepspeed zero3, which shards plain weights; give zero2"
 

@@ -37,7 +37,7 @@ def add_tuner(model: Any, args: Any, max_steps: int) -> Any:
 def _config(model: Any, args: Any, max_steps: int) -> Any:
     import peft
 
-    shared = {
+    shared: dict[str, Any] = {
         "target_modules": find_targets(model, args.target_modules, args.target_regex),
         "modules_to_save": find_modules_to_save(model, args.modules_to_save) or None,
         "task_type": "CAUSAL_LM",

@@ -120,6 +120,21 @@ def _with_new_adapter(model: Any, args: Any, resume: str | None, max_steps: int)
     return model
 
 
+def remarks(model: Any, args: Any) -> list[str]:
+    """What is to be said about a model and the flags beside it, which only the built model shows."""
+    from rayswift.modeling.adapters import expert_parameters
+
+    lines = []
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    experts = expert_parameters(base)
+    if experts and args.train_type != "full" and not args.adapters and not args.target_parameters:
+        more = f"; --target_parameters {' '.join(experts)} trains them" if args.train_type == "lora" else ""
+        lines.append(f"experts stay as they are: {', '.join(experts)} are no linear layers{more}")
+    if args.router_aux_loss_coef and not hasattr(base, "router_aux_loss_coef"):
+        lines.append("--router_aux_loss_coef has no effect here: the model has no router that Transformers balances")
+    return lines
+
+
 def reference_model(args: Any, model_dir: str, dtype: str) -> Any:
     """The frozen model that full training is compared with: ``--ref_model``, else the one in ``model_dir``. None for
     adapters, which are switched off instead."""
@@ -147,9 +162,20 @@ def _load(args: Any, model_dir: str, dtype: str, attn_impl: str | None) -> Any:
         torch_dtype="float32" if args.train_type == "full" and not args.deepspeed else dtype,
         attn_impl=attn_impl,
         trust_remote_code=args.trust_remote_code,
-        model_kwargs=args.model_kwargs,
+        model_kwargs={**args.model_kwargs, **_quantization(args, dtype)},
     )
     if args.new_special_tokens:
         tokenizer = load_tokenizer(model_dir, trust_remote_code=args.trust_remote_code)
         add_special_tokens(model, tokenizer, args.new_special_tokens)
     return model
+
+
+def _quantization(args: Any, dtype: str) -> dict[str, Any]:
+    """How Transformers quantises a model while it loads it; empty where it does not."""
+    settings = args.quantization(dtype)
+    if settings is None:
+        return {}
+    from transformers import BitsAndBytesConfig, HqqConfig
+
+    kinds = {"bnb": BitsAndBytesConfig, "hqq": HqqConfig}
+    return {"quantization_config": kinds[settings.pop("quant_method")](**settings)}

@@ -18,6 +18,10 @@ def trainer_settings(args: Any) -> dict[str, Any]:
     """What the command's arguments add to any trainer: ``callbacks`` and ``own_optimizer``."""
     lisa = Lisa(args.lisa_activated_layers, args.lisa_step_interval, args.seed)
     takes_turns = args.lisa_activated_layers and args.train_type == "full"
+    if args.use_galore:  # in a checkpoint's optimiser state, which may hold nothing else
+        from galore_torch.galore_projector import GaLoreProjector
+
+        torch.serialization.add_safe_globals([GaLoreProjector])
     muon = (_make_muon, muon_arguments(args)) if args.optimizer == "muon" else None
     return {"callbacks": [lisa] if takes_turns else [], "own_optimizer": muon}
 

@@ -118,11 +118,12 @@ def _build_trainer(
     start_step: int,
     places: StreamPlaces,
 ) -> StepTraining:
+    from rayswift.data.tokens.carried_template import carry_ends, carry_template
     from rayswift.hub import resolve_model
-    from rayswift.modeling.adapters import parameter_info
+    from rayswift.modeling.adapters import linear_suffixes, parameter_info
     from rayswift.modeling.loading import load_tokenizer
     from rayswift.train.hf_arguments import hf_training_arguments
-    from rayswift.train.model import build_model, reference_model
+    from rayswift.train.model import build_model, reference_model, remarks
     from rayswift.train.optimizers import trainer_settings
 
     args, data, schedule = config.args, config.data, config.schedule
@@ -140,6 +141,8 @@ def _build_trainer(
     tokenizer = load_tokenizer(model_dir, trust_remote_code=args.trust_remote_code)
     tokenizer.add_tokens(args.new_special_tokens, special_tokens=True)
     model = build_model(args, model_dir, config.dtype, config.packing, resume, checkpointing, schedule.max_steps)
+    carried = carry_template(encoder, tokenizer)
+    carry_ends(encoder, model.generation_config)
     pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
 
     def push(event: dict[str, Any]) -> None:
@@ -148,6 +151,14 @@ def _build_trainer(
     if rank.rank == 0:
         kept = "computed twice" if checkpointing else "kept"
         push({"event": "start", "parameter_info": parameter_info(model), "activations": kept})
+        lines = remarks(model, args)
+        if not carried:
+            lines.append(f"--template {encoder.template_name} cannot be written as a chat template: the checkpoints' "
+                         "tokenizer keeps what it has, and other programs need the template's own prompts")  # fmt: skip
+        if lines:
+            push({"event": "drops", "lines": lines})
+    if args.use_galore and not args.galore_target_modules:
+        hf_arguments.optim_target_modules = sorted(linear_suffixes(model))
     collate = PairCollator(pad_token_id) if encoder.preference else Collator(pad_token_id)
     train_collate = Collator(pad_token_id, flat=True) if config.packing else collate
     val_rows = TokenRows(data.val) if data.val is not None else None

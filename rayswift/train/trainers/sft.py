@@ -42,7 +42,8 @@ class SftTrainer(StepTraining):
         (no synchronisation)."""
         if not self.router_aux_loss_coef:
             return self._token_loss(model, inputs, return_outputs, num_items_in_batch)
-        loss, outputs = self._token_loss(model, {**inputs, "output_router_logits": True}, True, num_items_in_batch)
+        asked: Any = {**inputs, "output_router_logits": True}
+        loss, outputs = self._token_loss(model, asked, True, num_items_in_batch)
         # Transformers' loss for the balance of experts, the mean over the micro-batches of a step.
         loss = loss + self.router_aux_loss_coef * outputs.aux_loss / self.current_gradient_accumulation_steps
         return (loss, outputs) if return_outputs else loss

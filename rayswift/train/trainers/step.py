@@ -188,6 +188,8 @@ class StepTraining(Trainer):
         if isinstance(self.model, PeftModel):
             folder = output_dir or str(self.args.output_dir)
             shutil.rmtree(os.path.join(folder, "ref"), ignore_errors=True)  # TRL's copy of the run's first policy
+            base: Any = self.model.get_base_model()
+            base.generation_config.save_pretrained(folder)
             if first := getattr(self.model, "first_values", None):
                 write_plain(folder, first)
             if self._is_adalora:
