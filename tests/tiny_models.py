@@ -7,7 +7,8 @@ from typing import Any
 
 LORA_DEFAULTS = {
     "lora_rank": 8, "lora_alpha": 32.0, "lora_dropout": 0.05, "lora_bias": "none", "lora_dtype": None,
-    "target_modules": ["all-linear"], "target_regex": None, "target_parameters": [], "modules_to_save": [], "use_rslora": False,
+    "target_modules": ["all-linear"], "target_regex": None, "target_parameters": [],
+    "modules_to_save": [], "use_rslora": False,
     "use_dora": False, "init_weights": "true",
 }  # fmt: skip
 

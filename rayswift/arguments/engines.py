@@ -217,3 +217,5 @@ class EngineArguments(VllmArguments):
                 setattr(self, self._ON_VLLM[engine][name], getattr(self, name))
                 self.given = self.given - {name} | {self._ON_VLLM[engine][name]}
             setattr(self, self._engine_flag, "vllm")
+        if "max_model_len" in self.given and "vllm_max_model_len" not in self.given:
+            self.vllm_max_model_len = getattr(self, "max_model_len", None)

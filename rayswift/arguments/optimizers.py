@@ -72,7 +72,7 @@ class LargeModelOptimizers(Arguments):
                 yield "--optimizer muon contradicts --use_galore true: give one of the two"
         if self.lisa_activated_layers and is_full:
             if sharded:
-                yield "--lisa_activated_layers contradicts --deepspeed, which needs the same weights each step; drop one"
+                yield "--lisa_activated_layers contradicts --deepspeed, whose shards are those of one set; drop one"
             if self.use_galore or self.optimizer == "galore":
                 yield "--lisa_activated_layers contradicts --use_galore true: give one of the two"
         if self.use_galore or self.optimizer == "galore":

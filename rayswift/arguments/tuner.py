@@ -40,7 +40,7 @@ class TunerArguments(Arguments):
             "whole attention",
             "adapter": "PEFT has no bottleneck adapters; --train_type lora is nearest",
             "reft": "PEFT has no interventions; --train_type ia3 trains as few weights",
-            "llamapro": "PEFT adds no blocks; --train_type full --freeze_parameters_ratio 0.9 trains the last ones alone",
+            "llamapro": "PEFT adds no blocks; --train_type full --freeze_parameters_ratio 0.9 trains the last ones",
         },
     )  # fmt: skip
     tuner_backend: str = arg("peft", "library that makes the adapter", choices=("peft", "unsloth"))
@@ -66,7 +66,7 @@ class TunerArguments(Arguments):
     use_rslora: bool = arg(False, "rank-stabilised LoRA", no_effect=_LORA)
     use_dora: bool = arg(False, "weight-decomposed LoRA", no_effect=_LORA)
     init_weights: str = arg(
-        "true", "how the adapter starts: true, false; lora: gaussian, orthogonal, pissa, pissa_niter_N, olora; bone: bat",
+        "true", "how the adapter starts: true, false; lora: gaussian, orthogonal, pissa(_niter_N), olora; bone: bat",
         parse=lambda raw: str(raw).lower(), no_effect=_only("lora", "adalora", "bone"),
     )  # fmt: skip
     freeze_parameters: list[str] = arg([], "full: name prefixes of weights to freeze", no_effect=_FULL)
@@ -226,13 +226,13 @@ class QuantizedBaseArguments(Arguments):
             known = ", ".join(map(str, bits))
             yield f"--quant_bits {self.quant_bits}: --quant_method {self.quant_method} does {known}"
         if getattr(self, "train_type", "lora") in ("full", "dummy"):
-            yield f"--quant_method {self.quant_method} contradicts --train_type full: quantised weights stay as they are"
+            yield f"--quant_method {self.quant_method} contradicts --train_type full: such weights stay as they are"
         kind = _ALIASES.get(getattr(self, "train_type", "lora"), getattr(self, "train_type", "lora"))
         if kind != "full" and kind not in _ON_QUANTIZED[self.quant_method]:
             able = ", ".join(_ON_QUANTIZED[self.quant_method])
             yield f"--train_type {kind} contradicts --quant_method {self.quant_method}: PEFT has {able} on such weights"
         if getattr(self, "zero_stage", None) == 3:
-            yield f"--quant_method {self.quant_method} contradicts --deepspeed zero3, which shards plain weights; give zero2"
+            yield f"--quant_method {self.quant_method} contradicts --deepspeed zero3, which shards whole weights"
 
     def quantization(self, dtype: str) -> dict[str, Any] | None:
         """The keywords of Transformers' configuration of the quantisation, with its name in ``quant_method``."""

@@ -30,7 +30,7 @@ def changed_positions(
     theta = own.get("rope_theta", config.get("rope_theta"))
     if not length or any(isinstance(value, Mapping) for value in own.values()):
         raise UserError("--rope_scaling: this model's config.json has no positions of one kind to scale")
-    wanted = {"rope_type": rope_scaling} if isinstance(rope_scaling, str) else dict(rope_scaling)
+    wanted: dict[str, Any] = {"rope_type": rope_scaling} if isinstance(rope_scaling, str) else dict(rope_scaling)
     wanted["rope_type"] = kind = str(wanted.pop("type", None) or wanted["rope_type"])
     original = wanted.pop("original_max_position_embeddings", None) or own.get("original_max_position_embeddings")
     original = int(original or length)

@@ -46,8 +46,8 @@ def _config(model: Any, args: Any, max_steps: int) -> Any:
         case "adalora":
             if args.adalora_tinit + args.adalora_tfinal >= max_steps:
                 raise UserError(
-                    f"--adalora_tinit {args.adalora_tinit} and --adalora_tfinal {args.adalora_tfinal} leave none of the "
-                    f"run's {max_steps} steps to lower ranks in"
+                    f"--adalora_tinit {args.adalora_tinit} and --adalora_tfinal {args.adalora_tfinal} leave none "
+                    f"of the run's {max_steps} steps to lower ranks in"
                 )
             return peft.AdaLoraConfig(
                 init_r=args.adalora_init_r, target_r=args.adalora_target_r, tinit=args.adalora_tinit,

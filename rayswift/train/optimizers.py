@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,7 +12,11 @@ from transformers import Trainer, TrainerCallback
 from rayswift.errors import UserError
 
 #: What ``--optim_args`` may say to Muon, and how it is read.
-_MUON_ARGS = {"momentum": float, "ns_steps": int, "nesterov": lambda text: text.lower() == "true"}
+_MUON_ARGS: dict[str, Callable[[str], Any]] = {
+    "momentum": float,
+    "ns_steps": int,
+    "nesterov": lambda text: text.lower() == "true",
+}
 
 
 def trainer_settings(args: Any) -> dict[str, Any]:

@@ -40,8 +40,8 @@ SFT = "sft --model m --dataset d"
         (f"{SFT} --lorap_lr_ratio 16", "--lorap_lr_ratio is SWIFT's; RaySwift does not have it yet"),
         (
             f"{SFT} --optimizer muonclip",
-            "--optimizer muonclip: SWIFT has it, RaySwift has not; PyTorch has Muon without the clipping of queries and "
-            "keys; give --optimizer muon, for example --optimizer muon",
+            "--optimizer muonclip: SWIFT has it, RaySwift has not; PyTorch has Muon without the clipping of queries "
+            "and keys; give --optimizer muon, for example --optimizer muon",
         ),
         (
             f"{SFT} --optimizer muon --deepspeed zero2",
@@ -51,7 +51,7 @@ SFT = "sft --model m --dataset d"
         (f"{SFT} --quant_method bnb --quant_bits 3", "--quant_bits 3: --quant_method bnb does 4, 8"),
         (
             f"{SFT} --quant_method bnb --quant_bits 4 --train_type full",
-            "--quant_method bnb contradicts --train_type full: quantised weights stay as they are",
+            "--quant_method bnb contradicts --train_type full: such weights stay as they are",
         ),
         (
             f"{SFT} --quant_method hqq --quant_bits 4 --train_type vera",
@@ -96,8 +96,8 @@ SFT = "sft --model m --dataset d"
         (f"{SFT} --deepspeed '{{bad'", "--deepspeed {bad: not valid JSON"),
         (
             f"{SFT} --train_type reft",
-            "--train_type reft: SWIFT has it, RaySwift has not; PEFT has no interventions; --train_type ia3 trains as few "
-            "weights, for example --train_type lora",
+            "--train_type reft: SWIFT has it, RaySwift has not; PEFT has no interventions; --train_type ia3 trains as "
+            "few weights, for example --train_type lora",
         ),
         (f"{SFT} --max_steps ten", "--max_steps ten: expected a whole number, for example --max_steps 1000"),
         (f"{SFT} --max_steps 1.5", "--max_steps 1.5: expected a whole number"),

@@ -103,6 +103,7 @@ def logits(model: Any) -> torch.Tensor:
         return model.eval()(input_ids=IDS).logits
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_of_adapter_trains_loads_goes_on_and_merges(kind: str, base: str, tmp_path: Path) -> None:
     flags = {"train_type": kind, "lora_dropout": 0.0, **KINDS[kind]}
@@ -135,6 +136,7 @@ def mixture(tmp_path_factory: pytest.TempPathFactory) -> str:
 EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 
 
+@pytest.mark.slow
 def test_target_parameters_trains_experts_and_keeps_what_it_trained(mixture: str, tmp_path: Path) -> None:
     flags = {"target_parameters": EXPERTS, "target_modules": ["q_proj"]}
     run = Run(mixture, tmp_path / "a", **flags)
@@ -159,6 +161,7 @@ def test_what_experts_there_are_is_known_by_name(mixture: str) -> None:
         find_parameters(model, ["mlp.x"])
 
 
+@pytest.mark.slow
 def test_the_auxiliary_loss_is_that_of_transformers(mixture: str, tmp_path: Path) -> None:
     """One micro-batch a step, the first loss: the tokens' own plus Transformers' with this coefficient."""
     from transformers import AutoModelForCausalLM
@@ -174,6 +177,7 @@ def test_the_auxiliary_loss_is_that_of_transformers(mixture: str, tmp_path: Path
     assert not saved.get("output_router_logits")
 
 
+@pytest.mark.slow
 def test_lisa_trains_few_layers_at_a_time_and_goes_on_exactly(base: str, tmp_path: Path) -> None:
     flags = {"train_type": "full", "lisa_activated_layers": 1, "lisa_step_interval": 1, "seed": 3}
     run = Run(base, tmp_path / "a", **flags)
@@ -195,6 +199,7 @@ def _active(lisa: Lisa, step: int) -> int:
     return next(number for number, layer in enumerate(lisa.layers) if layer.weight.requires_grad)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("train_type", ["lora", "full"])
 def test_muon_trains_matrices_and_adam_the_rest_and_both_go_on_exactly(
     train_type: str, base: str, tmp_path: Path
