@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from rayswift.arguments.training import FULL_WEIGHTS, LORA_WEIGHTS
+from rayswift.arguments.tuner import trained_weights
 from rayswift.console import say
 from rayswift.data.files import filesystem_of
 from rayswift.data.flow.cache import code_hash
@@ -77,7 +77,7 @@ class Resume:
                 f"{saved['deepspeed'] or 'none'}, and its optimiser cannot be taken over; give that, or begin a new "
                 "run on what it trained"
             )
-        for name in ("train_type", "optim", *(LORA_WEIGHTS if args.train_type == "lora" else FULL_WEIGHTS)):
+        for name in ("train_type", "optim", "optimizer", *trained_weights(args.train_type)):
             if name in saved and saved[name] != given[name]:
                 raise UserError(
                     f"--{name} {given[name]}: the checkpoint was trained with {saved[name]}; give that, or "
