@@ -211,7 +211,8 @@ def build_trainer(
         use_own_pad(tokenizer)
     model = build_model(args, model_dir, config.dtype, config.packing, resume, checkpointing, schedule.max_steps)
     carried = carry_template(encoder, tokenizer)
-    carry_ends(encoder, model.generation_config)
+    if (generation_config := getattr(model, "generation_config", None)) is not None:
+        carry_ends(encoder, generation_config)
     pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
 
     def push(event: dict[str, Any]) -> None:
