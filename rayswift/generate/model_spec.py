@@ -89,7 +89,7 @@ class ModelSpec:
     @property
     def together(self) -> dict[str, float]:
         """The resources of a replica in all its bundles."""
-        return dict(sum((Counter(bundle) for bundle in self.bundles), Counter[str]()))  # type: ignore[arg-type]
+        return dict(sum((Counter(bundle) for bundle in self.bundles), Counter[str]()))
 
     @property
     def placement_strategy(self) -> str:
