@@ -41,6 +41,15 @@ def no_room(error: BaseException | None) -> str:
     return ""
 
 
+def checkpoint_bytes(model: Any, args: Any) -> int:
+    """What a checkpoint takes at least: trained weights (of full training all of them) and two moments of each."""
+    trained = [weight for weight in model.parameters() if weight.requires_grad]
+    saved = trained if args.train_type == "lora" else list(model.parameters())
+    moments = 0 if args.save_only_model else 2
+    shards = [getattr(weight, "ds_numel", weight.numel()) * weight.element_size() for weight in saved]
+    return sum(shards) + moments * sum(getattr(one, "ds_numel", one.numel()) * one.element_size() for one in trained)
+
+
 class CheckpointStore:
     """Brings checkpoints to the run directory and back.
 
@@ -54,12 +63,14 @@ class CheckpointStore:
         self.remote = "://" in config.run_uri
         self.filesystem, self.run_path = filesystem_of(config.run_uri)
         name = os.path.basename(config.run_uri)
-        self.local_dir = os.path.join(tempfile.gettempdir(), f"rayswift-{name}") if self.remote else self.run_path
+        self._staging = os.path.join(tempfile.gettempdir(), f"rayswift-{name}")
+        self.local_dir = self._staging if self.remote else self.run_path
         self._size = 0  # bytes of the checkpoint before
         os.makedirs(self.local_dir, exist_ok=True)
 
-    def resume_from(self) -> tuple[str | None, int]:
-        """The newest whole checkpoint of this run, else the one the run was told to start from; rank 0 decides."""
+    def resume_from(self) -> tuple[str | None, int, bool]:
+        """The newest whole checkpoint of this run, else the one the run was told to start from; its step, and whether
+        it is the latter. Rank 0 decides."""
         import torch
 
         found: list[Any] = [None]
@@ -68,28 +79,31 @@ class CheckpointStore:
             # Of an attempt that died: what it left half-done, or what came to harm since.
             checkpoints.make_way(self.filesystem, self.run_path, whole[-1].step if whole else -1)
             whole = checkpoints.list_checkpoints(self.filesystem, self.run_path)
-            found = [(whole[-1].path, whole[-1].step) if whole else None]
-            if not whole and self.config.resume:
-                found = [(self.config.resume, int(self.config.resume.rstrip("/").rsplit("-", 1)[1]))]
+            told = (self.config.resume, self.config.resume_step, True) if self.config.resume else None
+            found = [told]
+            if whole and not (told and told[1] >= whole[-1].step):
+                prefix = self.config.run_uri.removesuffix(self.run_path)
+                found = [(prefix + whole[-1].path, whole[-1].step, False)]
         if self.rank.world_size > 1:
             torch.distributed.broadcast_object_list(found, src=0)
         if found[0] is None:
-            return None, 0
-        path, step = found[0]
-        return self.fetch(path), step
+            return None, 0, False
+        uri, step, told = found[0]
+        return self.fetch(uri), step, told
 
-    def fetch(self, path: str) -> str:
+    def fetch(self, uri: str) -> str:
         """A checkpoint as a folder of this node; every worker calls it."""
         import torch
 
-        if not self.remote or os.path.isdir(path):
-            return path
-        local = os.path.join(self.local_dir, "resume", os.path.basename(path))
+        if "://" not in uri:
+            return uri
+        local = os.path.join(self._staging, "resume", os.path.basename(uri))
         if self.local_rank == 0:
             from pyarrow import fs
 
             shutil.rmtree(local, ignore_errors=True)
-            fs.copy_files(path, local, source_filesystem=self.filesystem)
+            filesystem, path = filesystem_of(uri)
+            fs.copy_files(path, local, source_filesystem=filesystem)
         if self.rank.world_size > 1:
             torch.distributed.barrier()
         return local
@@ -111,6 +125,17 @@ class CheckpointStore:
         with open(os.path.join(checkpoint, "trainer_state.json"), encoding="utf-8") as file:
             rows = json.load(file)["log_history"]
         return [row for row in rows if "global_step" in row]
+
+    def check_room(self, model: Any) -> None:
+        """Say before the first step that two checkpoints have no room: one is deleted when the next is whole."""
+        if self.remote or self.rank.rank > 0:
+            return
+        need, free = 2 * checkpoint_bytes(model, self.config.args), shutil.disk_usage(self.run_path).free
+        if free < need:
+            line = (f"warning: {self.run_path} has room for {free / 2**30:.2f} GiB, and two checkpoints take about "
+                    f"{need / 2**30:.2f}: those that find none are not saved (--save_total_limit 1 keeps one, "
+                    "--save_only_model true saves no optimiser)")  # fmt: skip
+            self.config.events.push.remote({"event": "note", "line": line})
 
     def save(self, trainer: StepTraining, write: Callable[[], None]) -> bool:
         """Have ``write`` write the files of this step's checkpoint, on every worker, and make it whole.
@@ -237,5 +262,5 @@ class CheckpointStore:
 
     def close(self) -> None:
         """Remove this node's staging folder."""
-        if self.remote and self.local_rank == 0:
-            shutil.rmtree(self.local_dir, ignore_errors=True)
+        if self.local_rank == 0:
+            shutil.rmtree(self._staging, ignore_errors=True)

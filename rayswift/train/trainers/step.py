@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from peft import PeftModel, set_peft_model_state_dict
-from transformers import Trainer, TrainerCallback
+from transformers import TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from rayswift.data.tokens.table import TokenRows
@@ -19,6 +19,7 @@ from rayswift.modeling.part_of_base import read_plain, write_plain
 from rayswift.train.collate import Batch, Collate
 from rayswift.train.loader import Rank, eval_batches
 from rayswift.train.stopping import Wish
+from rayswift.train.trainers.going_on import GoingOn
 
 if TYPE_CHECKING:
     from rayswift.train.schedule import StepSchedule
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 Push = Callable[[dict[str, Any]], None]
 
 
-class StepTraining(Trainer):
+class StepTraining(GoingOn):
     """What RaySwift changes about any trainer of Transformers or TRL: it trains from a loader that knows its own
     position, reports every step, and saves whole checkpoints.
 
