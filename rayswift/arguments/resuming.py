@@ -1,6 +1,5 @@
 """The flags of a run that goes on from a checkpoint."""
 
-
 from __future__ import annotations
 
 from collections.abc import Iterator

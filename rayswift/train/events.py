@@ -1,8 +1,9 @@
 """What workers tell the driver while they train: a small actor, because ``ray.train.report`` costs seconds.
 
 Events are plain dicts with an ``event`` key: ``start`` (model facts), ``resume`` (step, and the rows
-logged before it), ``step`` (one optimiser step done), ``log`` (a row for logging.jsonl), ``checkpoint`` (a checkpoint
-became whole), ``drops`` (rows a stream dropped), ``note`` (a line for the person). The other way goes one word: `stop`.
+logged before it), ``step`` (one optimiser step done), ``log`` (a row for logging.jsonl), ``checkpoint`` (one became
+whole, and the seconds that took), ``drops`` (rows a stream dropped), ``note`` (a line for the person). The other way
+goes one word: `stop`.
 """
 
 from __future__ import annotations

@@ -161,7 +161,8 @@ class Progress:
 
     def _on_checkpoint(self, event: dict[str, Any]) -> None:
         self.last_step, self.best_step = event["step"], event["best"]
-        self._say(f"saved checkpoint-{event['step']}")
+        times = f" ({event['seconds']:.1f} s; training waited {event['waited']:.2f} s)" if "waited" in event else ""
+        self._say(f"saved checkpoint-{event['step']}{times}")
         self.run.sync()
 
     def _on_note(self, event: dict[str, Any]) -> None:

@@ -179,6 +179,7 @@ def _build_trainer(
         "push": push,
         "kept": store.kept_steps(),
         "save": store.save,
+        "settle": store.settle,
         "wish": Notices(config.events, rank).wish,
         "collate": collate,
     }

@@ -77,7 +77,7 @@ def test_room_for_two_checkpoints_is_looked_at_before_the_first_step(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, said = llama(), []
-    args = SimpleNamespace(train_type="full", save_only_model=False)
+    args = SimpleNamespace(save_only_model=False)
     weights = sum(weight.numel() for weight in model.parameters()) * 4
     assert checkpoint_bytes(model, args) == 3 * weights
     events = SimpleNamespace(push=SimpleNamespace(remote=lambda event: said.append(event["line"])))

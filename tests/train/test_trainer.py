@@ -90,7 +90,7 @@ class Run:
         val = [row(100)] if losses is not None else None
         first = json.loads((Path(resume) / "trainer_state.json").read_text())["global_step"] if resume else 0
         self.trainer = SftTrainer(
-            model=llama(),
+            model=self.model(),
             args=hf_training_arguments(self.args, self.plan, 1, str(folder), "float32", False, val is not None),
             processing_class=word_tokenizer(),
             loader=[COLLATE(rows) for step in steps[first:] for rows in step],
@@ -108,8 +108,16 @@ class Run:
         if losses is not None:
             scripted = iter(losses)
             self.trainer.eval_means = lambda counts: {"loss": next(scripted), "token_acc": 0.5}  # type: ignore[method-assign]
+        self.prepare(folder)
         self.trainer.train(resume_from_checkpoint=resume)
         self.trainer.save_final()
+
+    def model(self) -> Any:
+        """What is trained."""
+        return llama()
+
+    def prepare(self, folder: Path) -> None:
+        """Last changes before the first step."""
 
     @property
     def log(self) -> list[dict[str, Any]]:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer
+from transformers.trainer_callback import ExportableState
 
 
 class GoingOn(Trainer):
@@ -52,6 +53,21 @@ class GoingOn(Trainer):
             else:
                 group["lr"] = rate
         schedule._last_lr = rates
+
+    def exported_state(self) -> Any:
+        """The Trainer's state as a checkpoint holds it, which later steps leave alone."""
+        for one in [*self.callback_handler.callbacks, self.control]:
+            if isinstance(one, ExportableState):
+                kept: Any = self.state.stateful_callbacks
+                name = type(one).__name__
+                if isinstance(kept.get(name), list):
+                    kept[name].append(one.state())
+                else:
+                    kept[name] = one.state()
+        state = copy.copy(self.state)
+        state.log_history = list(state.log_history)
+        state.stateful_callbacks = copy.deepcopy(state.stateful_callbacks)
+        return state
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         if "rng" not in self.left_out:
