@@ -311,7 +311,7 @@ class CheckpointArguments(ResumeArguments):
         no_effect={"save_strategy!=steps eval_strategy!=steps": "only with --save_strategy steps"},
     )  # fmt: skip
     save_total_limit: int | None = arg(None, "checkpoints to keep (the best and the newest)", ge=1, shown="all")
-    save_only_model: bool = arg(False, "save no optimiser state; such a run cannot be resumed")
+    save_only_model: bool = arg(False, "save no optimiser state: a run that goes on begins with a new one")
     metric_for_best_model: str = arg("loss", "evaluation metric that picks the best checkpoint")
     greater_is_better: bool | None = arg(None, "whether a higher metric is better", shown="false for losses")
     load_best_model_at_end: bool = arg(False, "the best checkpoint is the result, not the last one")

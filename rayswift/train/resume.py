@@ -93,6 +93,13 @@ class Resume:
                 f"--model {args.model}: not the model that the checkpoint was trained from (its weights differ); give "
                 "that one, or --adapters CHECKPOINT to begin a new run on this one"
             )
+        if not args.resume_only_model and not self._has_optimizer():
+            if args.deepspeed:
+                raise UserError(
+                    f"--resume_from_checkpoint {self.uri}: holds no optimiser state (--save_only_model true), which "
+                    "DeepSpeed needs; begin a new run on its weights (--adapters or --model)"
+                )
+            say("the checkpoint holds no optimiser state (--save_only_model true): the optimiser begins anew")
         saved, given = self._saved_arguments(), args.to_dict()
         if not args.resume_only_model and "deepspeed" in saved and bool(saved["deepspeed"]) != bool(given["deepspeed"]):
             raise UserError(
@@ -107,6 +114,12 @@ class Resume:
                     f"--{name} {given[name]}: the checkpoint was trained with {saved[name]}; give that, or "
                     "leave --resume_from_checkpoint out"
                 )
+
+    def _has_optimizer(self) -> bool:
+        """Whether there is Transformers' file, or DeepSpeed's folder."""
+        filesystem, inner = filesystem_of(self.uri or "")
+        files = (checkpoints.read_manifest(filesystem, inner) or {"files": {}})["files"]
+        return any(name == "optimizer.pt" or name.startswith("global_step") for name in files)
 
     def _saved_arguments(self) -> dict[str, Any]:
         """The ``args.json`` of the checkpoint; empty without one, or of another program's."""

@@ -60,6 +60,13 @@ def test_what_is_left_behind(ended: Run, tmp_path: Path, flags: dict[str, Any], 
     assert step == (3 if kept else 1)
 
 
+def test_a_checkpoint_without_optimiser_goes_on_at_its_place_in_the_schedule(tmp_path: Path) -> None:
+    Run(tmp_path / "one", plain_steps(4), **ADAM, save_only_model=True)
+    whole = Run(tmp_path / "whole", plain_steps(4), **ADAM)
+    run = Run(tmp_path / "two", plain_steps(4), resume=str(tmp_path / "one" / "checkpoint-2"), **ADAM)
+    assert rates(run) == rates(whole)[2:]
+
+
 def save(folder: Path, step: int) -> Path:
     folder.mkdir(parents=True)
     (folder / "weights").write_bytes(b"x" * step)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Collection
 from typing import Any
 
@@ -31,18 +32,19 @@ class GoingOn(Trainer):
         for name in set(fresh) & set(self.left_out):
             self._part(name).load_state_dict(fresh[name])
         if checkpoint is not None:
-            self._set_learning_rate()
+            self._set_learning_rate(checkpoint)
 
     def _part(self, name: str) -> Any:
         return self.optimizer if name == "optimizer" else self.lr_scheduler
 
-    def _set_learning_rate(self) -> None:
+    def _set_learning_rate(self, checkpoint: str) -> None:
         """A saved optimiser has the learning rate that came next in the schedule of its run, which may be another: that
         of a run that was over is 0."""
         schedule = getattr(self.lr_scheduler, "scheduler", self.lr_scheduler)  # DeepSpeed's is wrapped
         if not isinstance(schedule, LambdaLR):
             return
-        if "scheduler" in self.left_out:
+        saved = self.is_deepspeed_enabled or os.path.isfile(os.path.join(checkpoint, "scheduler.pt"))
+        if "scheduler" in self.left_out or not saved:
             schedule.last_epoch = self.state.global_step
         rates = [
             base * at(schedule.last_epoch) for base, at in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)

@@ -72,7 +72,7 @@ class StepTraining(GoingOn):
         self.push, self.save, self.settle, self.wish, self.collate = push, save, settle, wish, collate
         self.last_saved_step = self._last_tried_step = -1
         self._best_saved: tuple[int | None, float | None] = (None, None)
-        self._best_before = self._best_saved
+        self._best_before: tuple[int | None, float | None] = (None, None)
         # On the device, so that counting never waits for it.
         self._counts = torch.zeros(self.NUM_COUNTS, dtype=torch.float64, device=self.args.device)
         self._logged_at = time.monotonic()
