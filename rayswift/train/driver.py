@@ -10,7 +10,7 @@ import importlib.util
 import logging
 import os
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from rayswift import cluster as ray_cluster
@@ -27,6 +27,7 @@ from rayswift.modeling.resolved import resolve_model
 from rayswift.plan.memory import memory_need, shortage
 from rayswift.train.checkpoints.manifest import list_checkpoints
 from rayswift.train.config import PackedPlan, RunData, WorkerConfig
+from rayswift.train.failures import ended_by
 from rayswift.train.hf_arguments import best_is_last
 from rayswift.train.model import compute_dtype, find_model
 from rayswift.train.packing import join_rows, longest_pass, packing_plan
@@ -89,6 +90,9 @@ def train(args: Any) -> dict[str, Any]:
     ray_cluster.check_before_start(args)
     inputs = Inputs(args, base, resume, find_model(args), resolve_datasets(args), began)
     resume.check_model(args, inputs.model_dir)
+    if args.begins_anew:  # a run of its own, on another's weights
+        resume = replace(resume, run_directory=None, position=None)
+        inputs = replace(inputs, resume=resume)
     first_row = first_usable_row([*inputs.datasets.train, *inputs.datasets.val], args.strict)
     for dataset in [*inputs.datasets.train, *inputs.datasets.val]:
         say(dataset.describe())
@@ -104,6 +108,7 @@ def train(args: Any) -> dict[str, Any]:
     schedule = planned(global_batch_size=saved)
     if line := resume.kept_line(args, planned().global_batch_size):
         say(line)
+    inputs = replace(inputs, args=resume.with_kept(args))
     if packing is None and args.packing is None and args.command != "rlhf" and "train_dataset" in data.token_parts:
         lengths = data.token_parts["train_dataset"].lengths
         packing, schedule = join_rows(
@@ -270,7 +275,8 @@ def _fit(
         largest_pass=_largest_pass(args, data, packing, schedule),
         schedule=schedule,
         run_uri=run.uri,
-        resume=inputs.resume.checkpoint,
+        resume=inputs.resume.uri,
+        resume_step=inputs.resume.step,
         events=events,
         spare=spare_resources(args, machines.workers) if data.val is not None else None,
     )
@@ -290,12 +296,15 @@ def _fit(
             run.append_jsonl("logging.jsonl", closing)
         except OSError as error:
             say(f"{run.uri}: its log cannot be written ({error.strerror})")
-    except (KeyboardInterrupt, RunFailedError):
+    except (KeyboardInterrupt, RunFailedError, UserError):
         with contextlib.suppress(OSError):
             run.append_jsonl("logging.jsonl", progress.summary.row())
-        if progress.last_step:
-            say(f"stopped; checkpoint-{progress.last_step} in {run.uri} is whole. Go on with the same command and "
+        if whole := list_checkpoints(run.filesystem, run.path):
+            say(f"stopped; checkpoint-{whole[-1].step} in {run.uri} is whole. Go on with the same command and "
                 "--resume_from_checkpoint true")  # fmt: skip
+        elif inputs.resume.checkpoint:
+            say("stopped before its first checkpoint (--save_steps); --resume_from_checkpoint "
+                f"{inputs.resume.uri} is where it began")  # fmt: skip
         else:
             say("stopped before the first checkpoint (--save_steps)")
         raise
@@ -352,19 +361,14 @@ def _torch_trainer(config: WorkerConfig, machines: Machines, run: RunDirectory) 
 
 
 def _run_trainer(trainer: Any) -> Any:
-    """``fit``; a worker's failure becomes one line that says which worker, why, and where its log is."""
+    """``fit``; a worker's failure becomes one line that says which worker, and why."""
     from ray.train import TrainingFailedError
 
     try:
         return trainer.fit()
     except TrainingFailedError as error:
-        failures = getattr(error, "worker_failures", None) or {}
-        rank, cause = next(iter(failures.items()), (None, error))
-        where = f"worker {rank}" if rank is not None else "the training controller"
-        lines = [line for line in str(cause).strip().splitlines() if line.strip()]
-        why = f"{type(cause).__name__}: {lines[-1].strip() if lines else 'no message'}"
         logger.debug("training failed", exc_info=error)
-        raise RunFailedError(f"training failed in {where}: {why}") from error
+        raise ended_by(getattr(error, "worker_failures", None) or {}, error) from error
 
 
 # --- after ------------------------------------------------------------------------------------------------------

@@ -202,7 +202,8 @@ class Progress:
 
     def _on_checkpoint(self, event: dict[str, Any]) -> None:
         self.last_step, self.best_step = event["step"], event["best"]
-        self._say(f"saved checkpoint-{event['step']}")
+        times = f" ({event['seconds']:.1f} s; training waited {event['waited']:.2f} s)" if "waited" in event else ""
+        self._say(f"saved checkpoint-{event['step']}{times}")
         self.summary.goodput.checkpoint(event["step"])
         self.summary.write(self.run)
         self.run.sync()

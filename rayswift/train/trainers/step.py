@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
 from peft import PeftModel, set_peft_model_state_dict
-from transformers import Trainer, TrainerCallback
+from transformers import TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from rayswift.data.tokens.table import TokenRows
@@ -23,6 +23,7 @@ from rayswift.train.collate import Batch, Collate
 from rayswift.train.flops import flop_count
 from rayswift.train.loader import Rank, eval_batches
 from rayswift.train.stopping import Wish
+from rayswift.train.trainers.going_on import GoingOn
 from rayswift.train.trainers.spikes import Spikes
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ def peak_memory() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
-class StepTraining(Trainer):
+class StepTraining(GoingOn):
     """What RaySwift changes about any trainer of Transformers or TRL: it trains from a loader that knows its own
     position, reports every step, and saves whole checkpoints.
 
@@ -53,7 +54,9 @@ class StepTraining(Trainer):
         val_rows: validation rows, or None.
         rank: this worker's share.
         push: sends an event to the driver.
-        save: called on every worker with what writes a checkpoint's files; makes it whole, False where it could not.
+        save: called on every worker with what writes a checkpoint's files; makes it whole, perhaps while training goes
+            on, False where it could not.
+        settle: waits until a checkpoint that is being written is whole, or tells `not_saved`.
         wish: what the workers do after a step beside training on, which all of them agree about.
         collate: validation rows to a batch.
         on_nan: what happens at a step whose loss or gradients are no numbers, ``stop`` or ``skip``.
@@ -75,6 +78,7 @@ class StepTraining(Trainer):
         rank: Rank,
         push: Push,
         save: Callable[[Any, Callable[[], None]], bool],
+        settle: Callable[[Any], None] = lambda trainer: None,
         wish: Callable[[], Wish],
         collate: Collate,
         on_nan: str = "stop",
@@ -84,9 +88,10 @@ class StepTraining(Trainer):
         super().__init__(*args, **kwargs)
         self.loader, self.schedule, self.val_rows, self.rank = loader, schedule, val_rows, rank
         self.kept = kept
-        self.push, self.save, self.wish, self.collate = push, save, wish, collate
+        self.push, self.save, self.settle, self.wish, self.collate = push, save, settle, wish, collate
         self.last_saved_step = self._last_tried_step = -1
         self._best_saved: tuple[int | None, float | None] = (None, None)
+        self._best_before: tuple[int | None, float | None] = (None, None)
         # On the device, so that counting never waits for it.
         self._counts = torch.zeros(self.NUM_COUNTS, dtype=torch.float64, device=self.args.device)
         self._logged_at = time.monotonic()
@@ -269,6 +274,7 @@ class StepTraining(Trainer):
         """Whether a step is the best so far: one that is saved as well, for what is not kept is the best of nothing."""
         if not self.control.should_save and self.args.save_strategy != "best":
             return False
+        self.settle(self)
         return bool(super()._determine_best_metric(metrics, trial))
 
     def take_scores(self, wait: bool = False) -> None:
@@ -309,10 +315,21 @@ class StepTraining(Trainer):
             saved = self.save(self, lambda: write(model, trial))
         if saved:
             self.last_saved_step = self.state.global_step
+            self._best_before = self._best_saved
             self._best_saved = (self.state.best_global_step, self.state.best_metric)
             if self.evaluations is not None:
                 self.evaluations.ask(self.state.global_step)
-        elif self.state.best_global_step == self.state.global_step:  # nobody can have it
+        else:
+            self._no_best(self.state.global_step)
+
+    def not_saved(self, step: int) -> None:
+        """A checkpoint that was being written had no room."""
+        self._best_saved = self._best_before
+        self._no_best(step)
+
+    def _no_best(self, step: int) -> None:
+        """A step that nobody can have is not the best."""
+        if self.state.best_global_step == step:
             self.state.best_global_step, self.state.best_metric = self._best_saved
             self.state.best_model_checkpoint = None
 
@@ -339,6 +356,7 @@ class StepTraining(Trainer):
         """The last step is always evaluated and saved (SWIFT), also when a stream ended early."""
         if self.args.save_strategy != "no" and self._last_tried_step != self.state.global_step > 0:
             self._save_checkpoint(self.model_wrapped, None)
+        self.settle(self)
 
     def load_checkpoint(self, folder: str) -> None:
         """Take the weights of a checkpoint of this run, as ``--load_best_model_at_end`` asks for."""
