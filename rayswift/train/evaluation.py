@@ -127,6 +127,8 @@ class Evaluations:
         left = START_SECONDS
         while True:
             self._send()
+            if wait:  # all are written: what is not whole never will be
+                self._unsent.clear()
             asked = list(self._sent)
             for reference in ray.wait(asked, num_returns=len(asked), timeout=0)[0] if asked else []:
                 step = self._sent.pop(reference)
@@ -135,7 +137,7 @@ class Evaluations:
                     yield step, ray.get(reference)
                 except Exception as error:  # of the evaluator, whatever it is: training goes on
                     yield step, one_line(error)
-            if not wait or not (self._sent or self._unsent):
+            if not wait or not self._sent:
                 return
             tick()
             if not ray.wait([self._ready], timeout=0)[0]:
@@ -143,7 +145,7 @@ class Evaluations:
                 if left <= 0:
                     yield from ((step, "its resources are not free") for step in self._sent.values())
                     return
-            ray.wait(list(self._sent) or [self._ready], timeout=1.0)
+            ray.wait(list(self._sent), timeout=1.0)
 
     def note(self, step: int, scores: dict[str, float], state: Any) -> None:
         """Keep the scores of a checkpoint with it, and the checkpoints that they mean."""
