@@ -231,8 +231,8 @@ def report(frames: list[tuple[str, int, str]], ticks: int = 5) -> dict[str, Any]
 def test_the_worker_that_others_wait_for(reports: dict[int, dict[str, Any]], blamed: list[int]) -> None:
     assert blame(reports, 3) == blamed
     assert not is_waiting(SLEEPS)
-    assert is_waiting([("/x/rayswift/train/trainers/step.py", 130, "_get_grad_norm")])  # for a GPU
-    assert not is_waiting([("/x/rayswift/train/trainers/step.py", 120, "training_step")])
+    assert is_waiting([("/x/rayswift/train/trainers/checked_steps.py", 130, "_get_grad_norm")])  # for a GPU
+    assert not is_waiting([("/x/rayswift/train/trainers/checked_steps.py", 120, "training_step")])
 
 
 def test_the_line_of_a_worker_that_hangs() -> None:

@@ -8,7 +8,7 @@ import resource
 import shutil
 import time
 from collections.abc import Callable, Collection
-from typing import TYPE_CHECKING, Any, ClassVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from peft import PeftModel, set_peft_model_state_dict
@@ -16,13 +16,13 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from rayswift.data.tokens.table import TokenRows
-from rayswift.errors import RunFailedError
 from rayswift.modeling.part_of_base import read_plain, write_plain
 from rayswift.train.clock import Clock
 from rayswift.train.collate import Batch, Collate
 from rayswift.train.flops import flop_count
 from rayswift.train.loader import Rank, eval_batches
 from rayswift.train.stopping import Wish
+from rayswift.train.trainers.checked_steps import CheckedSteps
 from rayswift.train.trainers.going_on import GoingOn
 from rayswift.train.trainers.spikes import Spikes
 
@@ -40,7 +40,7 @@ def peak_memory() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
-class StepTraining(GoingOn):
+class StepTraining(GoingOn, CheckedSteps):
     """What RaySwift changes about any trainer of Transformers or TRL: it trains from a loader that knows its own
     position, reports every step, and saves whole checkpoints.
 
@@ -98,9 +98,8 @@ class StepTraining(GoingOn):
         self.evaluations: Evaluations | None = None
         self.stopped = False  # somebody asked for it
         self.on_nan, self.clock, self._spikes = on_nan, clock or Clock(), Spikes()
-        self._losses: list[torch.Tensor] = []  # of the step's micro-batches
         self._flops, self._work = flop_count(self.model, self.REFERENCE_PASSES), torch.zeros(3, dtype=torch.float64)
-        self._busy, self._skipped, self._steps_logged = 0.0, 0, 0
+        self._busy, self._steps_logged = 0.0, 0
         self.remove_callback(PrinterCallback)
         self.remove_callback(ProgressCallback)
         self.add_callback(_StepEvents(self))
@@ -110,76 +109,6 @@ class StepTraining(GoingOn):
     def get_train_dataloader(self) -> Any:
         """The loader itself."""
         return self.loader
-
-    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> tuple[list[Batch], Any]:
-        """The micro-batches of a step, whose counts a step that is left out does not add to."""
-        self._before_step, self._losses = (self._tr_loss.clone(), self._counts.clone()), []
-        self.clock.enter("data")
-        found = super().get_batch_samples(epoch_iterator, num_batches, device)
-        self.clock.enter("step")
-        return found
-
-    # --- steps that are no steps ---
-
-    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """Forward and backward pass of a micro-batch."""
-        loss = super().training_step(*args, **kwargs)
-        self._losses.append(loss)
-        self.clock.tick()
-        return loss
-
-    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
-        """The norm of a step's gradients; None for a step that is left out. Every worker finds the same: gradients are
-        those of all workers, and so is the loss. Here, once a step, the host waits for the device."""
-        norm = super()._get_grad_norm(model, grad_norm)
-        loss = torch.stack(self._losses).sum().float() / self.rank.world_size
-        if self.rank.world_size > 1:
-            torch.distributed.all_reduce(loss)
-        mean, size = torch.stack([loss, torch.as_tensor(0.0 if norm is None else norm).to(loss)]).tolist()
-        bad = [what for what, value in (("loss", mean), ("gradients", size)) if not math.isfinite(value)]
-        if bad == ["gradients"] and self.args.fp16:  # too large for float16 at this scale of the loss, which adapts
-            return norm
-        if not bad:
-            if self._spikes.is_spike(mean):
-                self._report_rows(f"the loss jumps to {mean:.4g}", "goes on")
-            return norm
-        what = f"its loss is {mean}" if "loss" in bad else "its gradients are not finite, though its loss is"
-        applied = self.is_deepspeed_enabled and not getattr(self.model_wrapped.optimizer, "overflow", False)
-        end = "stop" if applied else self.on_nan
-        self._report_rows(what, end)
-        if end == "stop":
-            raise RunFailedError(f"step {self.state.global_step + 1}: {what}")
-        self._leave_out(model)
-        return None
-
-    def _report_rows(self, what: str, then: str) -> None:
-        """Tell the driver which rows a step has, of all workers: those of micro-batches whose loss is not finite, or
-        where there are none all of them. ``then``: what happens to the run, ``stop``, ``skip`` or ``goes on``."""
-        losses, tokenizer = torch.stack(self._losses).tolist(), cast(Any, self.processing_class)
-        own = [
-            {"worker": self.rank.rank, "micro_batch": number, "loss": loss, "row": place,
-             "text": tokenizer.decode(row.input_ids)}
-            for number, (loss, rows) in enumerate(
-                zip(losses, self.loader.rows_of(self.state.global_step), strict=False))
-            for place, row in rows
-        ]  # fmt: skip
-        found: list[Any] = [own] * self.rank.world_size
-        if self.rank.world_size > 1:
-            torch.distributed.all_gather_object(found, own)
-        rows = [row for one in found for row in one]
-        rows = [row for row in rows if not math.isfinite(row["loss"])] or rows
-        if self.rank.rank == 0:
-            step = self.state.global_step + 1
-            self.push({"event": "bad_step", "step": step, "what": what, "then": then, "rows": rows})
-
-    def _leave_out(self, model: Any) -> None:
-        """Have this step change nothing: optimisers pass over weights without gradients."""
-        model.zero_grad(set_to_none=True)
-        self._tr_loss.copy_(self._before_step[0])
-        self._counts.copy_(self._before_step[1])
-        self._skipped += 1
-        if self.is_deepspeed_enabled and self.model_wrapped.lr_scheduler is not None:
-            cast(Any, self.model_wrapped).lr_scheduler.step()  # as without DeepSpeed: the rate is that of the step
 
     # --- metrics ---
 
