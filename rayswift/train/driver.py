@@ -38,7 +38,7 @@ from rayswift.train.schedule import StepSchedule, plan_steps
 from rayswift.train.start import make_trainer, torch_config
 from rayswift.train.start.warm_workers import start_warm_workers
 from rayswift.train.stopping import end_if_asked, saved_on_sigterm
-from rayswift.train.summary import Summary, length_line
+from rayswift.train.summary import Summary, length_line, say_end
 
 if TYPE_CHECKING:
     from rayswift.cluster import Workers
@@ -118,7 +118,7 @@ def train(args: Any) -> dict[str, Any]:
 
     run = _open_run(inputs, loaded)
     outcome = _fit(inputs, machines, data, packing, schedule, run, loaded.origins)
-    _print_end(args, outcome)
+    say_end(args, outcome)
     return outcome
 
 
@@ -392,17 +392,3 @@ def _outcome(run: RunDirectory, result: Any) -> dict[str, Any]:
         "best_model_checkpoint": paths.get(best, paths.get(last)),
         "best_metric": returned.get("best_metric") if best in paths else None,
     }
-
-
-def _print_end(args: Any, outcome: dict[str, Any]) -> None:
-    last, best = outcome["last_model_checkpoint"], outcome["best_model_checkpoint"]
-    say(f"last_model_checkpoint: {last}")
-    say(f"best_model_checkpoint: {best}")
-    result = best if args.load_best_model_at_end else last
-    if result is None:
-        return
-    flag = "--model" if args.train_type == "full" else "--adapters"
-    say("next:")
-    say(f"  rayswift infer {flag} {result} --stream true")
-    if flag == "--adapters":
-        say(f"  rayswift infer {flag} {result} --stream true --merge_lora true")
