@@ -180,7 +180,7 @@ def test_operations_of_a_batch() -> None:
     assert lora.token == pytest.approx(4 * blocks + 6 * adapters, rel=0.01)  # nothing lies before the first layer
     assert lora.scored == 4 * head
     _, frozen = flops_of("frozen")
-    assert frozen.token == pytest.approx((6 * 2 + 2 * 6) * blocks / 8, rel=0.01)
+    assert frozen.token == pytest.approx((6 * 2 + 2 * 6) * blocks / 8, rel=0.02)  # the same of its first layer
     attention = 2.0 * 4 * 16
     assert [found.attention for found in (full, lora, frozen)] == [
         ((8 * 3 * attention, None),), ((8 * 3 * attention, None),), ((12 * attention, None),)]  # fmt: skip

@@ -27,7 +27,6 @@ from rayswift.train.trainers.going_on import GoingOn
 from rayswift.train.trainers.spikes import Spikes
 
 if TYPE_CHECKING:
-    from rayswift.train.evaluation import Evaluations
     from rayswift.train.schedule import StepSchedule
 
 Push = Callable[[dict[str, Any]], None]
@@ -95,7 +94,7 @@ class StepTraining(GoingOn, CheckedSteps):
         # On the device, so that counting never waits for it.
         self._counts = torch.zeros(self.NUM_COUNTS, dtype=torch.float64, device=self.args.device)
         self._logged_at = time.monotonic()
-        self.evaluations: Evaluations | None = None
+        self.evaluations: Any = None  # those beside training, of the first worker
         self.stopped = False  # somebody asked for it
         self.on_nan, self.clock, self._spikes = on_nan, clock or Clock(), Spikes()
         self._flops, self._work = flop_count(self.model, self.REFERENCE_PASSES), torch.zeros(3, dtype=torch.float64)
