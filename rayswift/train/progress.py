@@ -221,7 +221,7 @@ class Progress:
 
     def _on_bad_step(self, event: dict[str, Any]) -> None:
         """A step whose loss or gradients are no numbers, or whose loss jumps: its rows are kept."""
-        rows = [{"place": self._place_of(row.pop("row")), **row} for row in event["rows"]]
+        rows = [{"place": self._located(row.pop("row")), **row} for row in event["rows"]]
         rows.sort(key=lambda row: math.isfinite(row["loss"]) and -row["loss"])
         name = f"bad_steps/step-{event['step']}.jsonl"
         (self.run.local / "bad_steps").mkdir(exist_ok=True)
@@ -234,6 +234,13 @@ class Progress:
         else:
             left_out = "the step is left out" if event["then"] == "skip" else "training goes on"
             self._say(f"{line}; {left_out}")
+
+    def _located(self, row: Any) -> str:
+        try:
+            return self._place_of(row)
+        except Exception as error:  # the files may have gone since
+            logger.debug("no place of row %s: %s", row, error)
+            return f"row {row}"
 
     def _on_hang(self, event: dict[str, Any]) -> None:
         self._hung_since = self._hung_since if self._hangs else time.monotonic()
