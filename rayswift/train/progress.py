@@ -222,7 +222,7 @@ class Progress:
     def _on_bad_step(self, event: dict[str, Any]) -> None:
         """A step whose loss or gradients are no numbers, or whose loss jumps: its rows are kept."""
         rows = [{"place": self._located(row.pop("row")), **row} for row in event["rows"]]
-        rows.sort(key=lambda row: math.isfinite(row["loss"]) and -row["loss"])
+        rows.sort(key=lambda row: -row["loss"] if math.isfinite(row["loss"]) else -math.inf)
         name = f"bad_steps/step-{event['step']}.jsonl"
         (self.run.local / "bad_steps").mkdir(exist_ok=True)
         written = [row if math.isfinite(row["loss"]) else {**row, "loss": str(row["loss"])} for row in rows]
