@@ -88,15 +88,21 @@ def _is_copied(model: Any) -> bool:
 
 
 def _weights(model: Any) -> dict[str, Any]:
-    """The model's state: what is trained, and buffers, as copies (one of what is shared), the rest as it is."""
-    frozen = {weight.data_ptr() for weight in model.parameters() if not weight.requires_grad}
+    """The model's state: what training changes as copies (one of what is shared), the rest as it is."""
+    from peft import PeftModel
+
+    of_adapter = isinstance(model, PeftModel)
+    trained, frozen = ({weight.data_ptr() for weight in model.parameters() if weight.requires_grad is which}
+                       for which in (True, False))  # fmt: skip
     copies: dict[tuple[Any, ...], Any] = {}
     weights = {}
     for name, value in model.state_dict().items():
         key = (value.data_ptr(), value.shape, value.stride())
-        if value.data_ptr() not in frozen and key not in copies:
+        # Beside weights there are buffers; those of the model below an adapter (a quantised one has many) stay.
+        changes = key[0] in trained or (key[0] not in frozen and (not of_adapter or "modules_to_save" in name))
+        if changes and key not in copies:
             copies[key] = copied(value)
-        weights[name] = copies.get(key, value)
+        weights[name] = copies[key] if changes else value
     return weights
 
 
