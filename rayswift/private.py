@@ -279,6 +279,7 @@ def check_ray_train() -> None:
     """Raises NotAvailable when something of Ray Train that ``train/start`` replaces or calls has changed."""
     from ray.train.torch import TorchTrainer
     from ray.train.v2._internal.execution.controller import TrainController
+    from ray.train.v2._internal.execution.failure_handling import DefaultFailurePolicy, FailureDecision
     from ray.train.v2._internal.execution.scaling_policy import FixedScalingPolicy
     from ray.train.v2._internal.execution.worker_group import Worker, WorkerGroup
     from ray.train.v2._internal.execution.worker_group.worker import RayTrainWorker
@@ -292,6 +293,9 @@ def check_ray_train() -> None:
         and arguments(TorchTrainer, "_register_sigint_handler") == ["controller"],
         "TrainController": arguments(TrainController, "run") == arguments(TrainController, "get_result") == []
         and hasattr(TrainController, "worker_group_cls"),
+        "DefaultFailurePolicy": arguments(DefaultFailurePolicy, "make_decision") == ["training_failed_error"]
+        and arguments(DefaultFailurePolicy, "__init__") == ["failure_config"]
+        and hasattr(FailureDecision, "RAISE"),
         "FixedScalingPolicy": arguments(FixedScalingPolicy, "after_controller_start") == ["train_run_context"]
         and arguments(FixedScalingPolicy, "_maybe_send_resource_request") == [],
         "WorkerGroup": arguments(WorkerGroup, "_create_workers")[:3]

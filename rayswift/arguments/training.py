@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 from rayswift.arguments.base import Arguments
 from rayswift.arguments.fields import arg, read_auto, read_json
 from rayswift.arguments.groups import DatasetArguments, ModelArguments, TemplateArguments
+from rayswift.arguments.resuming import ResumeArguments
 
 DEEPSPEED_PRESETS = ("zero0", "zero1", "zero2", "zero3", "zero2_offload", "zero3_offload")
 _EVALUATED = {
@@ -27,12 +28,6 @@ def read_deepspeed(raw: Any) -> str | dict[str, Any]:
     if isinstance(raw, str) and not raw.lstrip().startswith("{") and not raw.endswith(".json") and os.sep not in raw:
         raise ValueError(f"choose from {', '.join(DEEPSPEED_PRESETS)}, or give JSON or the path of a .json file")
     return read_json(raw)
-
-
-def read_resume(raw: Any) -> str | None:
-    """A checkpoint folder, or "true" for the newest whole one; false means no."""
-    text = str(raw)
-    return {"true": "true", "false": None}.get(text.lower(), text)
 
 
 #: Fields of TrainingArguments that would do harm here, and what does it instead.
@@ -210,7 +205,7 @@ class BatchingArguments(Arguments):
 
 
 @dataclass(init=False, repr=False, eq=False)
-class CheckpointArguments(Arguments):
+class CheckpointArguments(ResumeArguments):
     """Evaluation, checkpoints, logs."""
 
     topic: ClassVar[str] = "Evaluation, checkpoints and logs"
@@ -249,13 +244,10 @@ class CheckpointArguments(Arguments):
         no_effect={"save_strategy!=steps eval_strategy!=steps": "only with --save_strategy steps"},
     )  # fmt: skip
     save_total_limit: int | None = arg(None, "checkpoints to keep (the best and the newest)", ge=1, shown="all")
-    save_only_model: bool = arg(False, "save no optimiser state; such a run cannot be resumed")
+    save_only_model: bool = arg(False, "save no optimiser state: a run that goes on begins with a new one")
     metric_for_best_model: str = arg("loss", "evaluation metric that picks the best checkpoint")
     greater_is_better: bool | None = arg(None, "whether a higher metric is better", shown="false for losses")
     load_best_model_at_end: bool = arg(False, "the best checkpoint is the result, not the last one")
-    resume_from_checkpoint: str | None = arg(
-        None, "checkpoint folder to go on from; true for the newest", parse=read_resume, example="true"
-    )
     create_checkpoint_symlink: bool = arg(False, "make best and last links in the output folder")
     logging_steps: int = arg(5, "steps between log lines", ge=1)
     logging_first_step: bool = arg(True, "log the first step too")

@@ -10,7 +10,7 @@ import logging
 import os
 import time
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from rayswift import cluster as ray_cluster
@@ -32,6 +32,7 @@ from rayswift.train.checkpoints.manifest import list_checkpoints
 from rayswift.train.checkpoints.reshard import check_zero_resume
 from rayswift.train.config import PackedPlan, RunData, WorkerConfig
 from rayswift.train.deepspeed import deepspeed_config, zero_stage
+from rayswift.train.failures import ended_by
 from rayswift.train.hf_arguments import best_is_last
 from rayswift.train.model import compute_dtype, find_model
 from rayswift.train.needs import check_device, check_packages
@@ -43,7 +44,7 @@ from rayswift.train.schedule import StepSchedule, plan_steps
 from rayswift.train.start import make_trainer, torch_config
 from rayswift.train.start.warm_workers import start_warm_workers
 from rayswift.train.stopping import end_if_asked, saved_on_sigterm
-from rayswift.train.summary import Summary, length_line
+from rayswift.train.summary import Summary, length_line, say_end
 
 if TYPE_CHECKING:
     from rayswift.cluster import Workers
@@ -100,6 +101,9 @@ def train(args: Any) -> dict[str, Any]:
     task = TaskSettings.from_environment()
     inputs = Inputs(args, base, resume, model_dir, resolve_datasets(args), began, task)
     resume.check_model(args, model_dir)
+    if args.begins_anew:  # a run of its own, on another's weights
+        resume = replace(resume, run_directory=None, position=None)
+        inputs = replace(inputs, resume=resume)
     first_row = first_usable_row([*inputs.datasets.train, *inputs.datasets.val], args.strict)
     for dataset in [*inputs.datasets.train, *inputs.datasets.val]:
         say(dataset.describe())
@@ -115,6 +119,7 @@ def train(args: Any) -> dict[str, Any]:
     schedule = planned(global_batch_size=saved)
     if line := resume.kept_line(args, planned().global_batch_size):
         say(line)
+    inputs = replace(inputs, args=resume.with_kept(args))
     if packing is None and args.packing is None and args.command != "rlhf" and "train_dataset" in data.token_parts:
         lengths = data.token_parts["train_dataset"].lengths
         packing, schedule = join_rows(
@@ -124,7 +129,7 @@ def train(args: Any) -> dict[str, Any]:
 
     run = _open_run(inputs, loaded)
     outcome = _fit(inputs, machines, data, packing, schedule, run, loaded.origins)
-    _print_end(args, outcome)
+    say_end(args, outcome)
     return outcome
 
 
@@ -284,7 +289,8 @@ def _fit(
         largest_pass=_largest_pass(args, data, packing, schedule),
         schedule=schedule,
         run_uri=run.uri,
-        resume=inputs.resume.checkpoint,
+        resume=inputs.resume.uri,
+        resume_step=inputs.resume.step,
         events=events,
         spare=spare_resources(args, machines.workers) if data.val is not None else None,
         task=inputs.task,
@@ -306,12 +312,15 @@ def _fit(
             run.append_jsonl("logging.jsonl", closing)
         except OSError as error:
             say(f"{run.uri}: its log cannot be written ({error.strerror})")
-    except (KeyboardInterrupt, RunFailedError):
+    except (KeyboardInterrupt, RunFailedError, UserError):
         with contextlib.suppress(OSError):
             run.append_jsonl("logging.jsonl", progress.summary.row())
-        if progress.last_step:
-            say(f"stopped; checkpoint-{progress.last_step} in {run.uri} is whole. Go on with the same command and "
+        if whole := list_checkpoints(run.filesystem, run.path):
+            say(f"stopped; checkpoint-{whole[-1].step} in {run.uri} is whole. Go on with the same command and "
                 "--resume_from_checkpoint true")  # fmt: skip
+        elif inputs.resume.checkpoint:
+            say("stopped before its first checkpoint (--save_steps); --resume_from_checkpoint "
+                f"{inputs.resume.uri} is where it began")  # fmt: skip
         else:
             say("stopped before the first checkpoint (--save_steps)")
         raise
@@ -369,19 +378,14 @@ def _torch_trainer(config: WorkerConfig, machines: Machines, run: RunDirectory) 
 
 
 def _run_trainer(trainer: Any) -> Any:
-    """``fit``; a worker's failure becomes one line that says which worker, why, and where its log is."""
+    """``fit``; a worker's failure becomes one line that says which worker, and why."""
     from ray.train import TrainingFailedError
 
     try:
         return trainer.fit()
     except TrainingFailedError as error:
-        failures = getattr(error, "worker_failures", None) or {}
-        rank, cause = next(iter(failures.items()), (None, error))
-        where = f"worker {rank}" if rank is not None else "the training controller"
-        lines = [line for line in str(cause).strip().splitlines() if line.strip()]
-        why = f"{type(cause).__name__}: {lines[-1].strip() if lines else 'no message'}"
         logger.debug("training failed", exc_info=error)
-        raise RunFailedError(f"training failed in {where}: {why}") from error
+        raise ended_by(getattr(error, "worker_failures", None) or {}, error) from error
 
 
 # --- after ------------------------------------------------------------------------------------------------------
@@ -405,18 +409,3 @@ def _outcome(run: RunDirectory, result: Any) -> dict[str, Any]:
         "best_model_checkpoint": paths.get(best, paths.get(last)),
         "best_metric": returned.get("best_metric") if best in paths else None,
     }
-
-
-def _print_end(args: Any, outcome: dict[str, Any]) -> None:
-    last, best = outcome["last_model_checkpoint"], outcome["best_model_checkpoint"]
-    say(f"last_model_checkpoint: {last}")
-    say(f"best_model_checkpoint: {best}")
-    result = best if args.load_best_model_at_end else last
-    if result is None:
-        return
-    flag = "--model" if args.train_type == "full" else "--adapters"
-    asked = "--stream true" if args.task_type == "causal_lm" else "--val_dataset ROWS.jsonl"
-    say("next:")
-    say(f"  rayswift infer {flag} {result} {asked}")
-    if flag == "--adapters":
-        say(f"  rayswift infer {flag} {result} {asked} --merge_lora true")

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import os
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -153,13 +152,13 @@ class Evaluations:
         write_scores(store.filesystem, f"{store.run_path}/checkpoint-{step}", scores)
         whole = list_checkpoints(store.filesystem, store.run_path)
         with contextlib.suppress(OSError):  # who writes the next one tidies up as well
-            store.keep(state, whole[-1].step if whole else step)
+            store.keep(whole[-1].step if whole else step, state.best_global_step, state.best_model_checkpoint)
 
     def _send(self) -> None:
         for step in list(self._unsent):
-            path = os.path.join(self._store.run_path, f"checkpoint-{step}")
-            if read_manifest(self._store.filesystem, path):
-                self._sent[self._actor.evaluate.remote(path)] = step
+            name = f"checkpoint-{step}"
+            if read_manifest(self._store.filesystem, f"{self._store.run_path}/{name}"):
+                self._sent[self._actor.evaluate.remote(f"{self._store.config.run_uri}/{name}")] = step
                 self._unsent.remove(step)
 
     def close(self) -> None:

@@ -3,8 +3,8 @@
 Events are plain dicts with an ``event`` key: ``start`` (model facts), ``resume`` (step, and the rows logged before it),
 ``step`` (one optimiser step done), ``log`` (a row for logging.jsonl), ``bad_step`` (rows of a step without a number for
 its loss), ``hang`` (where a worker is that does not get on), ``save`` (a checkpoint begins), ``checkpoint`` (it became
-whole), ``drops`` (rows a stream dropped), ``note`` (a line for the person), ``end`` (the workers' memory); ``seconds``
-are those of the first worker's clock. The other way goes one word: `stop`.
+whole, and the seconds that took), ``drops`` (rows a stream dropped), ``note`` (a line for the person), ``end`` (the
+workers' memory); ``seconds`` of the others are the first worker's clock. The other way goes one word: `stop`.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from rayswift.errors import UserError
+from rayswift.errors import UserError, one_line
 from rayswift.train.deepspeed import check_precision, deepspeed_config, zero_stage
 
 if TYPE_CHECKING:
@@ -196,3 +196,19 @@ def _quantization(args: Any, dtype: str) -> dict[str, Any]:
 
     kinds = {"bnb": BitsAndBytesConfig, "hqq": HqqConfig}
     return {"quantization_config": kinds[settings.pop("quant_method")](**settings)}
+
+
+def check_savable(model: Any, model_dir: str) -> None:
+    """Refuse, before anything is trained, a model whose generation settings Transformers would not save with it."""
+    from peft import PeftModel
+
+    config = getattr(model, "generation_config", None)
+    if config is None or isinstance(model, PeftModel):  # adapters are saved without
+        return
+    try:
+        config.validate(strict=True)
+    except ValueError as error:
+        raise UserError(
+            f"{model_dir}/generation_config.json: Transformers would refuse to save it with the model "
+            f"({one_line(error, 600)}); mend it there before training (or delete the file)"
+        ) from None

@@ -203,7 +203,8 @@ class Progress:
 
     def _on_checkpoint(self, event: dict[str, Any]) -> None:
         self.last_step, self.best_step = event["step"], event["best"]
-        self._say(f"saved checkpoint-{event['step']}")
+        times = f" ({event['seconds']:.1f} s; training waited {event['waited']:.2f} s)" if "waited" in event else ""
+        self._say(f"saved checkpoint-{event['step']}{times}")
         self.summary.goodput.checkpoint(event["step"])
         self.summary.write(self.run)
         self.run.sync()
@@ -221,8 +222,8 @@ class Progress:
 
     def _on_bad_step(self, event: dict[str, Any]) -> None:
         """A step whose loss or gradients are no numbers, or whose loss jumps: its rows are kept."""
-        rows = [{"place": self._place_of(row.pop("row")), **row} for row in event["rows"]]
-        rows.sort(key=lambda row: math.isfinite(row["loss"]) and -row["loss"])
+        rows = [{"place": self._located(row.pop("row")), **row} for row in event["rows"]]
+        rows.sort(key=lambda row: -row["loss"] if math.isfinite(row["loss"]) else -math.inf)
         name = f"bad_steps/step-{event['step']}.jsonl"
         (self.run.local / "bad_steps").mkdir(exist_ok=True)
         written = [row if math.isfinite(row["loss"]) else {**row, "loss": str(row["loss"])} for row in rows]
@@ -234,6 +235,13 @@ class Progress:
         else:
             left_out = "the step is left out" if event["then"] == "skip" else "training goes on"
             self._say(f"{line}; {left_out}")
+
+    def _located(self, row: Any) -> str:
+        try:
+            return self._place_of(row)
+        except Exception as error:  # the files may have gone since
+            logger.debug("no place of row %s: %s", row, error)
+            return f"row {row}"
 
     def _on_hang(self, event: dict[str, Any]) -> None:
         self._hung_since = self._hung_since if self._hangs else time.monotonic()

@@ -11,6 +11,7 @@ import json
 import time
 from typing import TYPE_CHECKING, Any
 
+from rayswift.console import say
 from rayswift.files import write_whole
 from rayswift.train.clock import PHASES
 from rayswift.train.flops import peak_tflops
@@ -161,3 +162,19 @@ class Summary:
         total = format_seconds(sum(row["seconds"].values()))
         lines.append(f"time: {total}, goodput {row['goodput']:.1%}; {rest}")
         return lines
+
+
+def say_end(args: Any, outcome: dict[str, Any]) -> None:
+    """Where the results of a run are, and the commands that use them."""
+    last, best = outcome["last_model_checkpoint"], outcome["best_model_checkpoint"]
+    say(f"last_model_checkpoint: {last}")
+    say(f"best_model_checkpoint: {best}")
+    result = best if args.load_best_model_at_end else last
+    if result is None:
+        return
+    flag = "--model" if args.train_type == "full" else "--adapters"
+    asked = "--stream true" if args.task_type == "causal_lm" else "--val_dataset ROWS.jsonl"
+    say("next:")
+    say(f"  rayswift infer {flag} {result} {asked}")
+    if flag == "--adapters":
+        say(f"  rayswift infer {flag} {result} {asked} --merge_lora true")

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 #: What a thread that waits for other workers is in; on GPUs, whose operations run behind it, it waits for the device.
 _WAITING = (
     "torch/distributed/", "torch/autograd/graph.py", "deepspeed/comm/", "train/stopping.py",
-    "trainers/step.py:_get_grad_norm", "trainers/step.py:_all_reduce",
+    "trainers/checked_steps.py:_get_grad_norm", "trainers/step.py:_all_reduce",
 )  # fmt: skip
 #: Frames of an operation's own library, which say less than who called it.
 _LIBRARIES = ("site-packages", "dist-packages", "/lib/python")

@@ -22,6 +22,7 @@ from rayswift.train.collate import Collate, Collator, PairCollator, TaskCollator
 from rayswift.train.config import WorkerConfig
 from rayswift.train.deepspeed import deepspeed_config, zero_stage
 from rayswift.train.evaluation import Evaluations
+from rayswift.train.failures import LIMIT, at_step
 from rayswift.train.loader import EpochLoader, Rank, StreamLoader
 from rayswift.train.stopping import Notices, Wish
 from rayswift.train.watch import watch
@@ -48,8 +49,11 @@ def train_loop(loop_config: dict[str, Any]) -> dict[str, Any]:
     prepare_process(config, rank, context.get_local_world_size())
     local_world_size = context.get_local_world_size()
     store = CheckpointStore(config, rank, context.get_local_rank(), local_world_size)
-    resume, start_step = store.resume_from()
-    position, streams = store.position(resume), config.data.stream
+    resume, start_step, is_first = store.resume_from()
+    weights_only = resume if is_first and config.args.begins_anew else None
+    if weights_only:
+        start_step = 0
+    position, streams = store.position(None if weights_only else resume), config.data.stream
     places: StreamPlaces = () if streams is None else streams.start()  # also after --ignore_data_skip
     if position is not None and position.stream is not None and position.data == config.data.fingerprint:
         places = tuple(StreamPosition(*place) for place in position.stream)
@@ -62,26 +66,35 @@ def train_loop(loop_config: dict[str, Any]) -> dict[str, Any]:
     except Exception as error:
         # What fails before the first step fails again: restarting the group would only cost minutes.
         logger.exception("the trainer could not be built")
-        return {"user_error" if isinstance(error, UserError) else "error": one_line(error)}
-    if rank.rank == 0:
-        history, seconds = store.history(resume), clock.read()
-        config.events.push.remote({"event": "resume", "step": start_step, "history": history, "seconds": seconds})
+        return {"user_error" if isinstance(error, UserError) else "error": one_line(error, LIMIT)}
+    if is_first:
+        trainer.left_out = config.args.left_out
     if config.spare and rank.rank == 0:
         trainer.evaluations = Evaluations(config, store)
     if config.args.step_timeout:
         watch(clock, rank, config.args.step_timeout, config.events.push.remote)
     try:
         with private.no_pickled_code():  # a checkpoint may be a stranger's
+            if weights_only:
+                trainer._load_from_checkpoint(weights_only)
+                resume = None
+            if rank.rank == 0:
+                history, seconds = store.history(resume), clock.read()
+                event = {"event": "resume", "step": start_step, "history": history, "seconds": seconds}
+                config.events.push.remote(event)
             trainer.train(resume_from_checkpoint=resume)
-    except RunFailedError as error:  # all workers: to try again would be the same
-        return {"failed": str(error)}
-    trainer.save_final()
+        trainer.save_final()
+    except (UserError, RunFailedError):
+        raise
+    except Exception as error:
+        step = trainer.state.global_step
+        raise at_step(error, step, has_begun=step > start_step) from error
     _tell_end(config, rank, clock)
     state = trainer.state
     if config.spare:
         _await_scores(trainer, rank)
     if config.args.load_best_model_at_end and state.best_global_step:
-        trainer.load_checkpoint(store.fetch(f"{store.run_path}/checkpoint-{state.best_global_step}"))
+        trainer.load_checkpoint(store.fetch(f"{config.run_uri}/checkpoint-{state.best_global_step}"))
     store.close()
     return {
         "global_step": state.global_step,
@@ -189,7 +202,7 @@ def build_trainer(
     from rayswift.modeling.loading import load_tokenizer
     from rayswift.modeling.task_models import is_classifier, use_own_pad
     from rayswift.train.hf_arguments import hf_training_arguments
-    from rayswift.train.model import build_model, reference_model, remarks
+    from rayswift.train.model import build_model, check_savable, reference_model, remarks
     from rayswift.train.optimizers import trainer_settings
 
     args, data, schedule = config.args, config.data, config.schedule
@@ -213,6 +226,9 @@ def build_trainer(
     carried = carry_template(encoder, tokenizer)
     if (generation_config := getattr(model, "generation_config", None)) is not None:
         carry_ends(encoder, generation_config)
+    if args.save_strategy != "no":
+        check_savable(model, model_dir)
+        store.check_room(model)
     pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
 
     def push(event: dict[str, Any]) -> None:
@@ -247,6 +263,7 @@ def build_trainer(
         "push": push,
         "kept": store.kept_steps(),
         "save": store.save,
+        "settle": store.settle,
         "wish": wish,
         "collate": collate,
         "on_nan": args.on_nan,

@@ -12,10 +12,9 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.mark.parametrize("train_type", ["lora", "full"])
-def test_scores_are_those_of_the_workers(smollm2_dir: str, tiny_dir: str, tmp_path: Path, train_type: str) -> None:
-    model = smollm2_dir if train_type == "lora" else tiny_dir
+def test_scores_are_those_of_the_workers(tiny_dir: str, tmp_path: Path, train_type: str) -> None:
     command = [
-        "sft", "--model", model, "--dataset", "identity#60", "--model_name", "x", "--model_author", "y",
+        "sft", "--model", tiny_dir, "--dataset", "identity#60", "--model_name", "x", "--model_author", "y",
         "--train_type", train_type, "--max_steps", "6", "--save_steps", "2", "--eval_steps", "2",
         "--split_dataset_ratio", "0.2", "--learning_rate", "1e-3", "--num_workers", "1", *QUICK,
     ]  # fmt: skip

@@ -181,10 +181,11 @@ def test_a_row_of_an_encoded_dataset_is_named_by_its_own_file(files: Path, encod
     assert place_of(one, 0, {}) == f"{data.train.files[0]}, row {data.train.index[3, 1] + 1}"
 
 
-@pytest.mark.parametrize("length", [None, 24])
-def test_the_place_of_a_row_of_a_stream(files: Path, encoder: Encoder, length: int | None) -> None:
-    args = make_arguments("sft", model="m/m", dataset=[str(files)], streaming=True, max_steps=10)
-    streams = plan_streams(args, resolve_datasets(args).train, length)
+def test_the_place_of_a_row_of_a_stream(files: Path, encoder: Encoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rayswift.data.flow.stream.STREAM_PACKING_WINDOW", 8)
+    flags = {"streaming": True, "max_steps": 10, "shuffle_buffer_size": 5}
+    args = make_arguments("sft", model="m/m", dataset=[str(files)], **flags)
+    streams = plan_streams(args, resolve_datasets(args).train, 24)
     (plan,) = streams.plans
     tables = (table for task in range(len(plan.tasks)) for table in task_tokens(plan, task, 0, encoder, None))
     loader = StreamLoader(lambda: [tables], streams.start(), streams.order(0), StepSchedule(2, 1, 2, None),

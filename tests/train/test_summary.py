@@ -180,7 +180,7 @@ def test_operations_of_a_batch() -> None:
     assert lora.token == pytest.approx(4 * blocks + 6 * adapters, rel=0.01)  # nothing lies before the first layer
     assert lora.scored == 4 * head
     _, frozen = flops_of("frozen")
-    assert frozen.token == pytest.approx((6 * 2 + 2 * 6) * blocks / 8, rel=0.01)
+    assert frozen.token == pytest.approx((6 * 2 + 2 * 6) * blocks / 8, rel=0.02)  # the same of its first layer
     attention = 2.0 * 4 * 16
     assert [found.attention for found in (full, lora, frozen)] == [
         ((8 * 3 * attention, None),), ((8 * 3 * attention, None),), ((12 * attention, None),)]  # fmt: skip
@@ -231,8 +231,8 @@ def report(frames: list[tuple[str, int, str]], ticks: int = 5) -> dict[str, Any]
 def test_the_worker_that_others_wait_for(reports: dict[int, dict[str, Any]], blamed: list[int]) -> None:
     assert blame(reports, 3) == blamed
     assert not is_waiting(SLEEPS)
-    assert is_waiting([("/x/rayswift/train/trainers/step.py", 130, "_get_grad_norm")])  # for a GPU
-    assert not is_waiting([("/x/rayswift/train/trainers/step.py", 120, "training_step")])
+    assert is_waiting([("/x/rayswift/train/trainers/checked_steps.py", 130, "_get_grad_norm")])  # for a GPU
+    assert not is_waiting([("/x/rayswift/train/trainers/checked_steps.py", 120, "training_step")])
 
 
 def test_the_line_of_a_worker_that_hangs() -> None:
@@ -245,28 +245,32 @@ def test_the_line_of_a_worker_that_hangs() -> None:
 def test_a_thread_that_does_not_get_on_is_reported_with_its_stack() -> None:
     from rayswift.train.loader import Rank
 
+    class Ahead(Clock):
+        """Whose signs of life are from a little later, so that a slow machine changes nothing."""
+
+        def tick(self) -> None:
+            super().tick()
+            self.ticked += 0.4
+
     found: list[dict[str, Any]] = []
     ended = threading.Event()
 
     def here() -> None:
-        clock = Clock()
-        watch(clock, Rank(1, 2), 0.3, found.append)
-        time.sleep(0.5)  # it has not begun
+        clock = Ahead()
+        watch(clock, Rank(1, 2), 0.05, found.append)
+        time.sleep(0.15)  # it has not begun
         assert not found
-        for _ in range(4):
-            clock.enter("step")
-            time.sleep(0.1)
+        clock.enter("step")
+        time.sleep(0.1)
         assert not found
-        ended.wait(2)
+        ended.wait(20)
 
     thread = threading.Thread(target=here)
     thread.start()
-    for _ in range(100):
-        if found:
-            break
+    while not found and thread.is_alive():
         time.sleep(0.02)
     ended.set()
     thread.join()
     (event,) = found
-    assert (event["rank"], event["workers"], event["ticks"], event["phase"]) == (1, 2, 4, "step")
+    assert (event["rank"], event["workers"], event["ticks"], event["phase"]) == (1, 2, 1, "step")
     assert [name for _, _, name in event["frames"]][-3:] == ["here", "wait", "wait"]

@@ -101,9 +101,9 @@ class Run:
             return step not in full
 
         val = [row(100)] if losses is not None else None
-        first = int(resume.rpartition("-")[2]) if resume else 0
+        first = json.loads((Path(resume) / "trainer_state.json").read_text())["global_step"] if resume else 0
         self.trainer = SftTrainer(
-            model=llama(),
+            model=self.model(),
             args=hf_training_arguments(self.args, self.plan, 1, str(folder), "float32", False, val is not None),
             processing_class=word_tokenizer(),
             loader=Batches(steps, first),
@@ -118,12 +118,21 @@ class Run:
             collate=COLLATE,
             eval_dataset=val,
         )
+        self.trainer.left_out = self.args.left_out
         if losses is not None:
             scripted = iter(losses)
             self.trainer.eval_means = lambda counts: {"loss": next(scripted), "token_acc": 0.5}  # type: ignore[method-assign]
+        self.prepare(folder)
         prepare(self.trainer)
         self.trainer.train(resume_from_checkpoint=resume)
         self.trainer.save_final()
+
+    def model(self) -> Any:
+        """What is trained."""
+        return llama()
+
+    def prepare(self, folder: Path) -> None:
+        """Last changes before the first step."""
 
     @property
     def log(self) -> list[dict[str, Any]]:

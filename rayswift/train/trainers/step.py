@@ -8,17 +8,16 @@ import resource
 import shutil
 import time
 from collections.abc import Callable, Collection
-from typing import TYPE_CHECKING, Any, ClassVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from accelerate.utils import DeepSpeedSchedulerWrapper
 from peft import PeftModel, set_peft_model_state_dict
-from transformers import Trainer, TrainerCallback
+from transformers import TrainerCallback
 from transformers.trainer import SCHEDULER_NAME
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from rayswift.data.tokens.table import TokenRows
-from rayswift.errors import RunFailedError
 from rayswift.modeling.part_of_base import read_plain, write_plain
 from rayswift.train import adalora
 from rayswift.train.checkpoints.zero import has_zero_state, load_zero_state, save_zero_state
@@ -27,10 +26,11 @@ from rayswift.train.collate import Batch, Collate
 from rayswift.train.flops import flop_count
 from rayswift.train.loader import Rank, eval_batches
 from rayswift.train.stopping import Wish
+from rayswift.train.trainers.checked_steps import CheckedSteps
+from rayswift.train.trainers.going_on import GoingOn
 from rayswift.train.trainers.spikes import Spikes
 
 if TYPE_CHECKING:
-    from rayswift.train.evaluation import Evaluations
     from rayswift.train.schedule import StepSchedule
 
 Push = Callable[[dict[str, Any]], None]
@@ -43,7 +43,7 @@ def peak_memory() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
-class StepTraining(Trainer):
+class StepTraining(GoingOn, CheckedSteps):
     """What RaySwift changes about any trainer of Transformers or TRL: it trains from a loader that knows its own
     position, reports every step, and saves whole checkpoints.
 
@@ -57,7 +57,9 @@ class StepTraining(Trainer):
         val_rows: validation rows, or None.
         rank: this worker's share.
         push: sends an event to the driver.
-        save: called on every worker with what writes a checkpoint's files; makes it whole, False where it could not.
+        save: called on every worker with what writes a checkpoint's files; makes it whole, perhaps while training goes
+            on, False where it could not.
+        settle: waits until a checkpoint that is being written is whole, or tells `not_saved`.
         wish: what the workers do after a step beside training on, which all of them agree about.
         collate: validation rows to a batch.
         on_nan: what happens at a step whose loss or gradients are no numbers, ``stop`` or ``skip``.
@@ -80,6 +82,7 @@ class StepTraining(Trainer):
         rank: Rank,
         push: Push,
         save: Callable[[Any, Callable[[], None]], bool],
+        settle: Callable[[Any], None] = lambda trainer: None,
         wish: Callable[[], Wish],
         collate: Collate,
         on_nan: str = "stop",
@@ -92,18 +95,18 @@ class StepTraining(Trainer):
             self.optimizer_cls_and_kwargs = own_optimizer
         self.loader, self.schedule, self.val_rows, self.rank = loader, schedule, val_rows, rank
         self.kept = kept
-        self.push, self.save, self.wish, self.collate = push, save, wish, collate
+        self.push, self.save, self.settle, self.wish, self.collate = push, save, settle, wish, collate
         self.last_saved_step = self._last_tried_step = -1
         self._best_saved: tuple[int | None, float | None] = (None, None)
+        self._best_before: tuple[int | None, float | None] = (None, None)
         # On the device, so that counting never waits for it.
         self._counts = torch.zeros(self.NUM_COUNTS, dtype=torch.float64, device=self.args.device)
         self._logged_at = time.monotonic()
-        self.evaluations: Evaluations | None = None
+        self.evaluations: Any = None  # those beside training, of the first worker
         self.stopped = False  # somebody asked for it
         self.on_nan, self.clock, self._spikes = on_nan, clock or Clock(), Spikes()
-        self._losses: list[torch.Tensor] = []  # of the step's micro-batches
         self._flops, self._work = flop_count(self.model, self.REFERENCE_PASSES), torch.zeros(3, dtype=torch.float64)
-        self._busy, self._skipped, self._steps_logged = 0.0, 0, 0
+        self._busy, self._steps_logged = 0.0, 0
         self._waited = 0.0  # for rows, until the last row of the log
         self.remove_callback(PrinterCallback)
         self.remove_callback(ProgressCallback)
@@ -121,76 +124,6 @@ class StepTraining(Trainer):
     def get_train_dataloader(self) -> Any:
         """The loader itself."""
         return self.loader
-
-    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> tuple[list[Batch], Any]:
-        """The micro-batches of a step, whose counts a step that is left out does not add to."""
-        self._before_step, self._losses = (self._tr_loss.clone(), self._counts.clone()), []
-        self.clock.enter("data")
-        found = super().get_batch_samples(epoch_iterator, num_batches, device)
-        self.clock.enter("step")
-        return found
-
-    # --- steps that are no steps ---
-
-    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """Forward and backward pass of a micro-batch."""
-        loss = super().training_step(*args, **kwargs)
-        self._losses.append(loss)
-        self.clock.tick()
-        return loss
-
-    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
-        """The norm of a step's gradients; None for a step that is left out. Every worker finds the same: gradients are
-        those of all workers, and so is the loss. Here, once a step, the host waits for the device."""
-        norm = super()._get_grad_norm(model, grad_norm)
-        loss = torch.stack(self._losses).sum().float() / self.rank.world_size
-        if self.rank.world_size > 1:
-            torch.distributed.all_reduce(loss)
-        mean, size = torch.stack([loss, torch.as_tensor(0.0 if norm is None else norm).to(loss)]).tolist()
-        bad = [what for what, value in (("loss", mean), ("gradients", size)) if not math.isfinite(value)]
-        if bad == ["gradients"] and self.args.fp16:  # too large for float16 at this scale of the loss, which adapts
-            return norm
-        if not bad:
-            if self._spikes.is_spike(mean):
-                self._report_rows(f"the loss jumps to {mean:.4g}", "goes on")
-            return norm
-        what = f"its loss is {mean}" if "loss" in bad else "its gradients are not finite, though its loss is"
-        applied = self.is_deepspeed_enabled and not getattr(self.model_wrapped.optimizer, "overflow", False)
-        end = "stop" if applied else self.on_nan
-        self._report_rows(what, end)
-        if end == "stop":
-            raise RunFailedError(f"step {self.state.global_step + 1}: {what}")
-        self._leave_out(model)
-        return None
-
-    def _report_rows(self, what: str, then: str) -> None:
-        """Tell the driver which rows a step has, of all workers: those of micro-batches whose loss is not finite, or
-        where there are none all of them. ``then``: what happens to the run, ``stop``, ``skip`` or ``goes on``."""
-        losses, tokenizer = torch.stack(self._losses).tolist(), cast(Any, self.processing_class)
-        own = [
-            {"worker": self.rank.rank, "micro_batch": number, "loss": loss, "row": place,
-             "text": tokenizer.decode(row.input_ids)}
-            for number, (loss, rows) in enumerate(
-                zip(losses, self.loader.rows_of(self.state.global_step), strict=False))
-            for place, row in rows
-        ]  # fmt: skip
-        found: list[Any] = [own] * self.rank.world_size
-        if self.rank.world_size > 1:
-            torch.distributed.all_gather_object(found, own)
-        rows = [row for one in found for row in one]
-        rows = [row for row in rows if not math.isfinite(row["loss"])] or rows
-        if self.rank.rank == 0:
-            step = self.state.global_step + 1
-            self.push({"event": "bad_step", "step": step, "what": what, "then": then, "rows": rows})
-
-    def _leave_out(self, model: Any) -> None:
-        """Have this step change nothing: optimisers pass over weights without gradients."""
-        model.zero_grad(set_to_none=True)
-        self._tr_loss.copy_(self._before_step[0])
-        self._counts.copy_(self._before_step[1])
-        self._skipped += 1
-        if self.is_deepspeed_enabled and self.model_wrapped.lr_scheduler is not None:
-            cast(Any, self.model_wrapped).lr_scheduler.step()  # as without DeepSpeed: the rate is that of the step
 
     # --- metrics ---
 
@@ -288,6 +221,7 @@ class StepTraining(Trainer):
         """Whether a step is the best so far: one that is saved as well, for what is not kept is the best of nothing."""
         if not self.control.should_save and self.args.save_strategy != "best":
             return False
+        self.settle(self)
         return bool(super()._determine_best_metric(metrics, trial))
 
     def take_scores(self, wait: bool = False) -> None:
@@ -328,10 +262,21 @@ class StepTraining(Trainer):
             saved = self.save(self, lambda: write(model, trial))
         if saved:
             self.last_saved_step = self.state.global_step
+            self._best_before = self._best_saved
             self._best_saved = (self.state.best_global_step, self.state.best_metric)
             if self.evaluations is not None:
                 self.evaluations.ask(self.state.global_step)
-        elif self.state.best_global_step == self.state.global_step:  # nobody can have it
+        else:
+            self._no_best(self.state.global_step)
+
+    def not_saved(self, step: int) -> None:
+        """A checkpoint that was being written had no room."""
+        self._best_saved = self._best_before
+        self._no_best(step)
+
+    def _no_best(self, step: int) -> None:
+        """A step that nobody can have is not the best."""
+        if self.state.best_global_step == step:
             self.state.best_global_step, self.state.best_metric = self._best_saved
             self.state.best_model_checkpoint = None
 
@@ -387,6 +332,7 @@ class StepTraining(Trainer):
         """The last step is always evaluated and saved (SWIFT), also when a stream ended early."""
         if self.args.save_strategy != "no" and self._last_tried_step != self.state.global_step > 0:
             self._save_checkpoint(self.model_wrapped, None)
+        self.settle(self)
 
     def load_checkpoint(self, folder: str) -> None:
         """Take the weights of a checkpoint of this run, as ``--load_best_model_at_end`` asks for."""
