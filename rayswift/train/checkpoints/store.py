@@ -84,8 +84,8 @@ class Behind:
 class CheckpointStore:
     """Brings checkpoints to the run directory and back.
 
-    On a file system the Trainer writes straight into the run directory; for a bucket it writes into a local folder
-    of this node, which ``ray.train.report`` uploads.
+    On a file system they are written straight into the run directory; for a bucket into a local folder of this node,
+    which is uploaded (by ``ray.train.report`` where every node holds a part).
     """
 
     def __init__(self, config: WorkerConfig, rank: Rank, local_rank: int, local_world_size: int) -> None:
