@@ -15,6 +15,7 @@ from rayswift.errors import UserError
 from rayswift.files import parse_json
 from rayswift.modeling.loading import model_fingerprint
 from rayswift.train.checkpoints import manifest as checkpoints
+from rayswift.train.checkpoints.reshard import STATE as ZERO_STATE
 
 if TYPE_CHECKING:
     from pyarrow.fs import FileSystem
@@ -117,10 +118,10 @@ class Resume:
             say("the checkpoint holds no optimiser state (--save_only_model true): the optimiser begins anew")
 
     def _has_optimizer(self) -> bool:
-        """Whether there is Transformers' file, or DeepSpeed's folder."""
+        """Whether there is Transformers' file, DeepSpeed's folder, or ours of ZeRO's state."""
         filesystem, inner = filesystem_of(self.uri or "")
         files = (checkpoints.read_manifest(filesystem, inner) or {"files": {}})["files"]
-        return any(name == "optimizer.pt" or name.startswith("global_step") for name in files)
+        return any(name in ("optimizer.pt", ZERO_STATE) or name.startswith("global_step") for name in files)
 
     def _saved_arguments(self) -> dict[str, Any]:
         """The ``args.json`` of the checkpoint; empty without one, or of another program's."""
