@@ -57,6 +57,7 @@ _NO_EFFECT: dict[str, str | dict[str, str]] = {
         "optim=adamw_torch|adamw_torch_fused": "only with the galore and apollo optimisers of --optim",
     },
     "restore_callback_states_from_checkpoint": "no callback here has a state",
+    "logging_nan_inf_filter": "--on_nan says what happens to such a step",
     "skip_memory_metrics": "each row of the log has the memory",
 }  # fmt: skip
 # Ray decides these.

@@ -73,8 +73,10 @@ class WorkerConfig:
         largest_pass: tokens of a worker's largest forward pass, padding included; None where that is not known.
         schedule: the run's steps.
         run_uri: the run directory, a local path or a URI.
-        resume: the checkpoint to start from, or None.
+        resume: URI of the checkpoint to start from, or None.
+        resume_step: its step.
         events: the driver's event queue.
+        spare: the resources of ``--eval_async``'s evaluator; None where workers evaluate.
         task: of the losses of tasks that tell numbers.
     """
 
@@ -89,5 +91,7 @@ class WorkerConfig:
     schedule: StepSchedule
     run_uri: str
     resume: str | None
+    resume_step: int
     events: Any
+    spare: dict[str, float] | None = None
     task: TaskSettings = field(default_factory=TaskSettings)

@@ -3,30 +3,39 @@ resolve, check, build, run."""
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
-import importlib.util
 import logging
 import os
-from dataclasses import dataclass
+import time
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from rayswift import cluster as ray_cluster
 from rayswift import private
 from rayswift.arguments.tasks import TaskSettings
+from rayswift.cluster.doctor import quick_look
 from rayswift.console import say
+from rayswift.data.files import filesystem_of
 from rayswift.data.flow.prepare import first_usable_row
 from rayswift.data.flow.stage_bars import StageBars
 from rayswift.data.names import ResolvedDatasets, resolve_datasets
 from rayswift.data.tokens.encoder import Encoder
 from rayswift.data.tokens.row_index import LazyRows
+from rayswift.data.tokens.table import place_of
 from rayswift.errors import RunFailedError, UserError
 from rayswift.modeling.resolved import resolve_model
 from rayswift.plan.memory import memory_need, shortage
 from rayswift.train.checkpoints.manifest import list_checkpoints
+from rayswift.train.checkpoints.reshard import check_zero_resume
 from rayswift.train.config import PackedPlan, RunData, WorkerConfig
+from rayswift.train.deepspeed import deepspeed_config, zero_stage
+from rayswift.train.failures import ended_by
 from rayswift.train.hf_arguments import best_is_last
 from rayswift.train.model import compute_dtype, find_model
+from rayswift.train.needs import check_device, check_packages
 from rayswift.train.packing import join_rows, longest_pass, packing_plan
 from rayswift.train.reporters import open_reporters, reporter_names
 from rayswift.train.resume import Resume, find_resume
@@ -35,6 +44,7 @@ from rayswift.train.schedule import StepSchedule, plan_steps
 from rayswift.train.start import make_trainer, torch_config
 from rayswift.train.start.warm_workers import start_warm_workers
 from rayswift.train.stopping import end_if_asked, saved_on_sigterm
+from rayswift.train.summary import Summary, length_line, say_end
 
 if TYPE_CHECKING:
     from rayswift.cluster import Workers
@@ -53,6 +63,7 @@ class Inputs:
     resume: Resume
     model_dir: str
     datasets: ResolvedDatasets
+    began: float
     task: TaskSettings
 
 
@@ -75,6 +86,7 @@ def train(args: Any) -> dict[str, Any]:
     Raises:
         UserError: bad input; nothing is left half-written.
     """
+    began = time.monotonic()
     if not private.in_ray_job():  # whose folder goes with it
         args = args.with_absolute_paths()
     if args.adapters:
@@ -82,11 +94,16 @@ def train(args: Any) -> dict[str, Any]:
     base = ray_cluster.results_at(args, "output_dir", args.output_dir)
     check_writable(base)
     reporter_names(args)
+    check_packages(args)
     resume = find_resume(args.resume_from_checkpoint, base, args.add_version)
     ray_cluster.check_before_start(args)
     model_dir = find_model(args)
-    inputs = Inputs(args, base, resume, model_dir, resolve_datasets(args), TaskSettings.from_environment())
+    task = TaskSettings.from_environment()
+    inputs = Inputs(args, base, resume, model_dir, resolve_datasets(args), began, task)
     resume.check_model(args, model_dir)
+    if args.begins_anew:  # a run of its own, on another's weights
+        resume = replace(resume, run_directory=None, position=None, step=0)
+        inputs = replace(inputs, resume=resume)
     first_row = first_usable_row([*inputs.datasets.train, *inputs.datasets.val], args.strict)
     for dataset in [*inputs.datasets.train, *inputs.datasets.val]:
         say(dataset.describe())
@@ -102,6 +119,7 @@ def train(args: Any) -> dict[str, Any]:
     schedule = planned(global_batch_size=saved)
     if line := resume.kept_line(args, planned().global_batch_size):
         say(line)
+    inputs = replace(inputs, args=resume.with_kept(args))
     if packing is None and args.packing is None and args.command != "rlhf" and "train_dataset" in data.token_parts:
         lengths = data.token_parts["train_dataset"].lengths
         packing, schedule = join_rows(
@@ -110,8 +128,8 @@ def train(args: Any) -> dict[str, Any]:
     _say_data(inputs, machines, loaded, data, schedule, first_row)
 
     run = _open_run(inputs, loaded)
-    outcome = _fit(inputs, machines, data, packing, schedule, run)
-    _print_end(args, outcome)
+    outcome = _fit(inputs, machines, data, packing, schedule, run, loaded.origins)
+    say_end(args, outcome)
     return outcome
 
 
@@ -125,18 +143,19 @@ def _connect(inputs: Inputs) -> Machines:
     args, model_dir = inputs.args, inputs.model_dir
     cluster = ray_cluster.connect(args)
     workers = ray_cluster.plan_workers(args, cluster)
+    quick_look(cluster, inputs.base)
+    if inputs.resume.uri:
+        stage = zero_stage(deepspeed_config(args.deepspeed))
+        check_zero_resume(*filesystem_of(inputs.resume.uri), stage, workers.num_workers)
     dtype = compute_dtype(args, model_dir, workers.use_gpu)
-    if args.training_args.get("use_liger_kernel") and not (
-        workers.use_gpu and importlib.util.find_spec("liger_kernel")
-    ):
-        raise UserError("--use_liger_kernel true: needs GPUs and the package liger-kernel; leave it out here")
+    check_device(args, workers.use_gpu)
     if dtype == "bfloat16" and not workers.use_gpu and not supports_bfloat16(use_gpu=False):
         say("this CPU has no bfloat16 instructions: --torch_dtype float32 would be many times faster")
     counts, elastic = parameter_counts(model_dir), isinstance(workers.num_workers, tuple)
     count = " to ".join(map(str, workers.num_workers)) if isinstance(workers.num_workers, tuple) else workers.largest
     say(f"model: {args.model} ({counts.parameters / 1e6:.1f}M parameters, {dtype}), {args.train_type} training")
-    spread = ", spread over nodes" if workers.spread else ""
-    say(f"workers: {count} on {'GPU' if workers.use_gpu else 'CPU'}{spread}, DeepSpeed {args.deepspeed or 'off'}; "
+    device = ", ".join(["GPU" if workers.use_gpu else "CPU", *workers.where])
+    say(f"workers: {count} on {device}, DeepSpeed {args.deepspeed or 'off'}; "
         f"{cluster.describe()}")  # fmt: skip
     need = memory_need(args, model_dir, dtype, workers.largest, workers.use_gpu)
     say(need.line())
@@ -153,6 +172,7 @@ def _connect(inputs: Inputs) -> Machines:
 
 def _load_data(inputs: Inputs, machines: Machines) -> tuple[TrainData, RunData]:
     """Token rows, or for ``--streaming true`` the plan of a stream; and the validation rows."""
+    from rayswift.cluster.board import Meters
     from rayswift.data.flow.cache import TokenCache, encoder_hash
     from rayswift.data.flow.plan import plan_streams
     from rayswift.data.flow.prepare import load_train_data
@@ -168,9 +188,10 @@ def _load_data(inputs: Inputs, machines: Machines) -> tuple[TrainData, RunData]:
     # This machine's token cache; on a cluster one beside the runs, which every node reaches.
     root = default_root() if machines.embedded else f"{inputs.base}/.token_cache"
     with StageBars() as bars:
-        loaded = load_train_data(
-            args, inputs.datasets, encoder, bars.update, TokenCache(root, args.load_from_cache_file)
-        )
+        cache = TokenCache(root, args.load_from_cache_file)
+        loaded = load_train_data(args, inputs.datasets, encoder, bars.update, cache)
+    if not machines.embedded:
+        Meters().count_up_to(**{f"rayswift_token_cache_{name}": cache.counts[name] for name in ("hits", "misses")})
     if loaded.train is None:
         stream = plan_streams(args, inputs.datasets.train, length)
         return loaded, RunData(None, None, stream, loaded.val, encoder, stream.fingerprint(encoder))
@@ -223,12 +244,6 @@ def _say_data(
         say(line)
 
 
-def length_line(lengths: Any) -> str:
-    """SWIFT's ``172.068281±93.875049, min=36.000000, max=866.000000, size=48330``."""
-    spread = f"{lengths.mean():.6f}±{lengths.std():.6f}"
-    return f"{spread}, min={lengths.min():.6f}, max={lengths.max():.6f}, size={len(lengths)}"
-
-
 def _open_run(inputs: Inputs, loaded: TrainData) -> RunDirectory:
     """The run directory, with what the run begins with."""
     going_on, args = inputs.resume.run_directory, inputs.args
@@ -253,14 +268,16 @@ def _fit(
     packing: PackedPlan | None,
     schedule: StepSchedule,
     run: RunDirectory,
+    origins: dict[str, tuple[str, str]],
 ) -> dict[str, Any]:
     """Train with Ray Train, and show it."""
     from rayswift.modeling.loading import model_fingerprint
-    from rayswift.train.events import start_event_queue
+    from rayswift.train.evaluation import spare_resources
+    from rayswift.train.events import run_facts, start_event_queue
     from rayswift.train.progress import Progress
 
     args = inputs.args
-    events = start_event_queue()
+    events = start_event_queue(None if machines.embedded else run_facts(args, machines.workers, schedule, run))
     config = WorkerConfig(
         args=args,
         model=inputs.model_dir if os.path.isdir(args.model) else args.model,
@@ -272,27 +289,38 @@ def _fit(
         largest_pass=_largest_pass(args, data, packing, schedule),
         schedule=schedule,
         run_uri=run.uri,
-        resume=inputs.resume.checkpoint,
+        resume=inputs.resume.uri,
+        resume_step=inputs.resume.step,
         events=events,
+        spare=spare_resources(args, machines.workers) if data.val is not None else None,
         task=inputs.task,
     )
     trainer = _torch_trainer(config, machines, run)
-    progress = Progress(events, schedule, run, open_reporters(args, run))
+    reporters, summary = open_reporters(args, run), Summary.of(run, inputs.began, bool(inputs.resume.run_directory))
+    place = functools.partial(place_of, data.train, origins=origins)
+    progress = Progress(events, schedule, run, reporters, summary, place, args.step_timeout)
     try:
-        with progress, saved_on_sigterm(events) as ending:
+        waiting = nullcontext() if machines.embedded else ray_cluster.waiting_said(machines.workers)
+        with progress, saved_on_sigterm(events) as ending, waiting:
             result = _run_trainer(trainer)
         end_if_asked(ending, (result.return_value or {}).get("global_step") == schedule.max_steps)
         outcome = _outcome(run, result)
         # SWIFT's closing row.
         lengths = {name: length_line(rows.lengths) for name, rows in data.token_parts.items()}
+        closing = {**lengths, "model_parameter_info": progress.parameter_info, **outcome, **progress.summary.row()}
         try:
-            run.append_jsonl("logging.jsonl", {**lengths, "model_parameter_info": progress.parameter_info, **outcome})
+            run.append_jsonl("logging.jsonl", closing)
         except OSError as error:
             say(f"{run.uri}: its log cannot be written ({error.strerror})")
-    except (KeyboardInterrupt, RunFailedError):
-        if progress.last_step:
-            say(f"stopped; checkpoint-{progress.last_step} in {run.uri} is whole. Go on with the same command and "
+    except (KeyboardInterrupt, RunFailedError, UserError):
+        with contextlib.suppress(OSError):
+            run.append_jsonl("logging.jsonl", progress.summary.row())
+        if whole := list_checkpoints(run.filesystem, run.path):
+            say(f"stopped; checkpoint-{whole[-1].step} in {run.uri} is whole. Go on with the same command and "
                 "--resume_from_checkpoint true")  # fmt: skip
+        elif inputs.resume.checkpoint:
+            say("stopped before its first checkpoint (--save_steps); --resume_from_checkpoint "
+                f"{inputs.resume.uri} is where it began")  # fmt: skip
         else:
             say("stopped before the first checkpoint (--save_steps)")
         raise
@@ -331,7 +359,8 @@ def _torch_trainer(config: WorkerConfig, machines: Machines, run: RunDirectory) 
             num_workers=workers.num_workers,
             use_gpu=workers.use_gpu,
             resources_per_worker=workers.resources_per_worker,
-            placement_strategy="SPREAD" if workers.spread else "PACK",
+            placement_strategy=workers.strategy,
+            label_selector=workers.selector or None,
         ),
         run_config=RunConfig(
             name=name,
@@ -349,19 +378,14 @@ def _torch_trainer(config: WorkerConfig, machines: Machines, run: RunDirectory) 
 
 
 def _run_trainer(trainer: Any) -> Any:
-    """``fit``; a worker's failure becomes one line that says which worker, why, and where its log is."""
+    """``fit``; a worker's failure becomes one line that says which worker, and why."""
     from ray.train import TrainingFailedError
 
     try:
         return trainer.fit()
     except TrainingFailedError as error:
-        failures = getattr(error, "worker_failures", None) or {}
-        rank, cause = next(iter(failures.items()), (None, error))
-        where = f"worker {rank}" if rank is not None else "the training controller"
-        lines = [line for line in str(cause).strip().splitlines() if line.strip()]
-        why = f"{type(cause).__name__}: {lines[-1].strip() if lines else 'no message'}"
         logger.debug("training failed", exc_info=error)
-        raise RunFailedError(f"training failed in {where}: {why}") from error
+        raise ended_by(getattr(error, "worker_failures", None) or {}, error) from error
 
 
 # --- after ------------------------------------------------------------------------------------------------------
@@ -371,6 +395,8 @@ def _outcome(run: RunDirectory, result: Any) -> dict[str, Any]:
     returned = result.return_value or {}
     if "user_error" in returned:
         raise UserError(returned["user_error"])
+    if "failed" in returned:
+        raise RunFailedError(returned["failed"])
     if "error" in returned:
         raise RunFailedError(f"training could not start: {returned['error']}")
     found = list_checkpoints(run.filesystem, run.path)
@@ -383,18 +409,3 @@ def _outcome(run: RunDirectory, result: Any) -> dict[str, Any]:
         "best_model_checkpoint": paths.get(best, paths.get(last)),
         "best_metric": returned.get("best_metric") if best in paths else None,
     }
-
-
-def _print_end(args: Any, outcome: dict[str, Any]) -> None:
-    last, best = outcome["last_model_checkpoint"], outcome["best_model_checkpoint"]
-    say(f"last_model_checkpoint: {last}")
-    say(f"best_model_checkpoint: {best}")
-    result = best if args.load_best_model_at_end else last
-    if result is None:
-        return
-    flag = "--model" if args.train_type == "full" else "--adapters"
-    asked = "--stream true" if args.task_type == "causal_lm" else "--val_dataset ROWS.jsonl"
-    say("next:")
-    say(f"  rayswift infer {flag} {result} {asked}")
-    if flag == "--adapters":
-        say(f"  rayswift infer {flag} {result} {asked} --merge_lora true")

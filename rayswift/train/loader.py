@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from rayswift.data.tokens.table import (
     LazyItems,
+    PlacedRow,
     StreamItem,
     StreamPlaces,
     TokenizedRow,
@@ -84,6 +85,10 @@ class _Loader:
         """Where the streams go on after this step; None for a dataset of known length."""
         return None
 
+    def rows_of(self, step: int) -> list[list[PlacedRow]]:
+        """The rows of each of this worker's micro-batches in one step, for a stream the one trained last."""
+        raise NotImplementedError
+
     def _mine(self, costs: Sequence[int]) -> list[list[int]]:
         """The items of each of this worker's micro-batches in one step."""
         world_size = self.rank.world_size
@@ -131,6 +136,9 @@ class EpochLoader(_Loader):
         costs = self.items.lengths[items].tolist()
         return [[int(items[place]) for place in places] for places in self._mine(costs)]
 
+    def rows_of(self, step: int) -> list[list[PlacedRow]]:
+        return [[row for item in items for row in self.items.placed(item)] for items in self.micro_batch_items(step)]
+
     def _epoch_order(self, epoch: int) -> np.ndarray:
         import numpy as np
 
@@ -175,9 +183,13 @@ class StreamLoader(_Loader):
         self.tables, self.order = tables, order
         self._reached = list(start)
         self._places: dict[int, StreamPlaces] = {}
+        self._shared: list[list[StreamItem]] = []
 
     def stream_places(self, step: int) -> StreamPlaces | None:
         return self._places[step]
+
+    def rows_of(self, step: int) -> list[list[PlacedRow]]:
+        return [[row for item in items for row in item.placed] for items in self._shared]
 
     def step_items(self) -> Iterator[list[list[StreamItem]]]:
         """For each step, the items of each of this worker's micro-batches."""
@@ -203,7 +215,8 @@ class StreamLoader(_Loader):
 
     def _share(self, items: list[StreamItem], step: int) -> list[list[StreamItem]]:
         self._places = {step: tuple(self._reached)}
-        return [[items[place] for place in places] for places in self._mine([1] * len(items))]
+        self._shared = [[items[place] for place in places] for places in self._mine([1] * len(items))]
+        return self._shared
 
     def micro_batches(self) -> Iterator[list[TokenizedRow]]:
         for micro_batches in self.step_items():

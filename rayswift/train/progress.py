@@ -5,15 +5,23 @@ Events come from the workers' :class:`~rayswift.train.events.EventQueue`, whatev
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
+import math
+import signal
 import sys
 import threading
 import time
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, cast
 
 from rayswift.console import say
+from rayswift.errors import RunFailedError
+from rayswift.files import write_whole
+from rayswift.train.clock import PHASES
+from rayswift.train.summary import Goodput, Summary, format_seconds
+from rayswift.train.watch import hang_line, stacks_text
 
 if TYPE_CHECKING:
     from rayswift.train.run_directory import RunDirectory
@@ -22,17 +30,10 @@ if TYPE_CHECKING:
 logger = logging.getLogger("rayswift.train")
 
 POLL_SECONDS = 0.5
+#: Seconds for the other workers to say where they are, once one says that it does not get on.
+SILENT_SECONDS = 10.0
 #: SWIFT 3.3's order of a training row.
 _ROW_ORDER = ("loss", "token_acc", "acc", "grad_norm", "learning_rate", "memory(GiB)", "train_speed(iter/s)")
-
-
-def format_seconds(seconds: float) -> str:
-    """``53s``, ``1m 31s``, ``9h 30m 16s``, as SWIFT writes them."""
-    minutes, left = divmod(int(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    parts = [f"{hours}h"] if hours else []
-    parts += [f"{minutes}m"] if minutes or hours else []
-    return " ".join([*parts, f"{left}s"])
 
 
 class Progress:
@@ -43,10 +44,28 @@ class Progress:
         schedule: the run's steps.
         run: where logging.jsonl, runs/ and images/ go.
         reporters: what else the numbers go to; closed at the end.
+        summary: what the run says of itself at its end.
+        place_of: ``file:line`` of a row of a step (see :data:`rayswift.data.tokens.table.PlacedRow`).
+        step_timeout: that of the command.
     """
 
-    def __init__(self, queue: Any, schedule: StepSchedule, run: RunDirectory, reporters: Sequence[Any] = ()) -> None:
+    def __init__(
+        self,
+        queue: Any,
+        schedule: StepSchedule,
+        run: RunDirectory,
+        reporters: Sequence[Any] = (),
+        summary: Summary | None = None,
+        place_of: Callable[[Any], str] = str,
+        step_timeout: float | None = None,
+    ) -> None:
         self.queue, self.schedule, self.run = queue, schedule, run
+        self.summary = summary or Summary(Goodput(time.monotonic()))
+        self._place_of, self._step_timeout = place_of, step_timeout
+        #: Why the run ends before its time, in one line.
+        self.failure: str | None = None
+        self._hangs: dict[int, dict[str, Any]] = {}
+        self._hung_since, self._main = 0.0, False
         self.rows: list[dict[str, Any]] = []
         self.parameter_info: str | None = None
         self.best_step: int | None = None
@@ -63,6 +82,7 @@ class Progress:
         from tqdm import tqdm
 
         self._bar = tqdm(total=self.schedule.max_steps, desc="Train", unit="step", dynamic_ncols=True, file=sys.stderr)
+        self._main = threading.current_thread() is threading.main_thread()
         self._thread.start()
         return self
 
@@ -74,8 +94,13 @@ class Progress:
             for reporter in self._reporters:
                 reporter.close()
             plot_rows(self.rows, self.run)
+            self.summary.write(self.run)
         except OSError as error:
             self._say(f"{self.run.uri}: no pictures of this run ({error.strerror})")
+        for line in self.summary.lines():
+            say(line)
+        if self.failure is not None:
+            raise RunFailedError(self.failure)
 
     def _loop(self) -> None:
         import ray
@@ -85,6 +110,7 @@ class Progress:
             try:
                 for event in ray.get(self.queue.drain.remote()):
                     self._take(event)
+                self._end_hang()
             except ray.exceptions.RayError as error:
                 logger.debug("no events: %s", error)
                 return
@@ -107,10 +133,12 @@ class Progress:
             self._say(f"model_parameter_info: {event['parameter_info']}")
             self._say(f"activations are {event['activations']} (--gradient_checkpointing)")
         self.parameter_info = event["parameter_info"]
+        self.summary.device, self.summary.num_workers = event.get("device"), event.get("workers", 1)
 
     def _on_resume(self, event: dict[str, Any]) -> None:
         """An attempt starts at a step: rows of later steps were never part of the run that goes on."""
         step = event["step"]
+        self.summary.goodput.attempt(step, event.get("seconds") or dict.fromkeys(PHASES, 0.0))
         if self.rows or self.last_step is not None or step:
             self._say(f"training goes on from step {step}")
         self.run.fetch("logging.jsonl")
@@ -132,9 +160,17 @@ class Progress:
     def _on_step(self, event: dict[str, Any]) -> None:
         self._bar.n = event["step"]
         self._bar.refresh()
+        self._hear(event)
+
+    def _hear(self, event: dict[str, Any]) -> None:
+        if "seconds" in event:
+            self.summary.goodput.hear(event["seconds"])
 
     def _on_log(self, event: dict[str, Any]) -> None:
         row = event["row"]
+        self._hear(event)
+        if "work" in event:
+            self.summary.add(event["work"])
         formatted = self._format(row)
         self.rows.append(formatted)
         self._say(str(formatted))
@@ -151,6 +187,7 @@ class Progress:
             self._behind = False
         else:
             self.run.append_jsonl("logging.jsonl", formatted)
+        self.summary.write(self.run)
         prefix = "eval" if "eval_loss" in row else "train"
         values = {
             f"{prefix}/{name.removeprefix('eval_').removeprefix('train_')}": value
@@ -160,9 +197,16 @@ class Progress:
         for reporter in self._reporters:
             reporter.log(values, row["global_step"])
 
+    def _on_save(self, event: dict[str, Any]) -> None:
+        self._hear(event)
+        self.summary.goodput.save(event["step"])
+
     def _on_checkpoint(self, event: dict[str, Any]) -> None:
         self.last_step, self.best_step = event["step"], event["best"]
-        self._say(f"saved checkpoint-{event['step']}")
+        times = f" ({event['seconds']:.1f} s; training waited {event['waited']:.2f} s)" if "waited" in event else ""
+        self._say(f"saved checkpoint-{event['step']}{times}")
+        self.summary.goodput.checkpoint(event["step"])
+        self.summary.write(self.run)
         self.run.sync()
 
     def _on_note(self, event: dict[str, Any]) -> None:
@@ -171,6 +215,53 @@ class Progress:
     def _on_drops(self, event: dict[str, Any]) -> None:
         for line in event["lines"]:
             self._say(line)
+
+    def _on_end(self, event: dict[str, Any]) -> None:
+        self.summary.memory = event["memory"]
+        self._hear(event)
+
+    def _on_bad_step(self, event: dict[str, Any]) -> None:
+        """A step whose loss or gradients are no numbers, or whose loss jumps: its rows are kept."""
+        rows = [{"place": self._located(row.pop("row")), **row} for row in event["rows"]]
+        rows.sort(key=lambda row: -row["loss"] if math.isfinite(row["loss"]) else -math.inf)
+        name = f"bad_steps/step-{event['step']}.jsonl"
+        (self.run.local / "bad_steps").mkdir(exist_ok=True)
+        written = [row if math.isfinite(row["loss"]) else {**row, "loss": str(row["loss"])} for row in rows]
+        self.run.write_jsonl(name, written)
+        first = f", {rows[0]['place']} the first," if rows else ""
+        line = f"step {event['step']}: {event['what']}; its {len(rows)} rows{first} are in {self.run.uri}/{name}"
+        if event["then"] == "stop":
+            self.failure = f"{line} (--on_nan skip leaves such steps out)"
+        else:
+            left_out = "the step is left out" if event["then"] == "skip" else "training goes on"
+            self._say(f"{line}; {left_out}")
+
+    def _located(self, row: Any) -> str:
+        try:
+            return self._place_of(row)
+        except Exception as error:  # the files may have gone since
+            logger.debug("no place of row %s: %s", row, error)
+            return f"row {row}"
+
+    def _on_hang(self, event: dict[str, Any]) -> None:
+        self._hung_since = self._hung_since if self._hangs else time.monotonic()
+        self._hangs[event["rank"]] = event
+
+    def _end_hang(self) -> None:
+        """End the run when all workers have said where they are, or have had the time to."""
+        if not self._hangs or self.failure is not None:
+            return
+        workers, timeout = next(iter(self._hangs.values()))["workers"], self._step_timeout or 0.0
+        if len(self._hangs) < workers and time.monotonic() - self._hung_since < min(timeout, SILENT_SECONDS):
+            return
+        self.failure = hang_line(self._hangs, workers, timeout)
+        with contextlib.suppress(OSError):
+            write_whole(self.run.local / "stacks.txt", stacks_text(self._hangs))
+            self.failure += f"; every stack is in {self.run.uri}/stacks.txt"
+        if self._main:  # as Ctrl-C: what `fit` waits for would never come
+            signal.pthread_kill(cast(int, threading.main_thread().ident), signal.SIGINT)
+        else:
+            self._say(self.failure)
 
     # --- formatting ---
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import os
-import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from rayswift.arguments.training import FULL_WEIGHTS, LORA_WEIGHTS
+from rayswift.arguments.tuner import trained_weights
 from rayswift.console import say
 from rayswift.data.files import filesystem_of
 from rayswift.data.flow.cache import code_hash
@@ -22,28 +22,51 @@ if TYPE_CHECKING:
 
 #: What the state of optimiser, schedule and random numbers brings along.
 _KEPT = ("learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "seed")
+#: Flags that leave a part of it behind.
+_RESET_BY = {
+    "reset_scheduler": ("learning_rate",),
+    "reset_optimizer": ("weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon"),
+}
 
 
 @dataclass(frozen=True)
 class Resume:
-    """A checkpoint (its path on its file system, its URI and its position), and the run directory to go on in (None: a
-    new one)."""
+    """A checkpoint (its path on its file system, its URI, its position and its step), and the run directory to go on in
+    (None: a new one)."""
 
     checkpoint: str | None = None
     run_directory: str | None = None
     position: checkpoints.Position | None = None
     uri: str | None = None
+    step: int = 0
 
     def kept_line(self, args: Any, rows_per_step: int) -> str:
         """What the checkpoint decides, whatever is given now, in one line; "" where that is the same."""
-        saved, kept = self._saved_arguments(), []
+        kept = []
         asked = {"per_device_train_batch_size", "gradient_accumulation_steps"} & args.given
         if self.position is not None and asked and self.position.global_batch_size != rows_per_step:
             kept.append(f"{self.position.global_batch_size} rows a step (not {rows_per_step})")
         given = args.to_dict()
-        names = [name for name in _KEPT if name in saved and saved[name] != given[name]]
-        kept += [f"--{name} {saved[name]} (not {given[name]})" for name in names]
-        return f"going on with what the checkpoint has: {', '.join(kept)}" if kept else ""
+        kept += [f"--{name} {value} (not {given[name]})" for name, value in self._kept(args).items()]
+        if not kept:
+            return ""
+        flags = [flag for flag, names in _RESET_BY.items() if set(names) & set(self._kept(args))]
+        hint = f" ({' and '.join(f'--{flag} true' for flag in flags)}: what is given now)" if flags else ""
+        return f"going on with what the checkpoint has: {', '.join(kept)}{hint}"
+
+    def with_kept(self, args: Any) -> Any:
+        """These arguments as the run will have them: what the checkpoint decides in the place of what is given."""
+        result = copy.copy(args)
+        for name, value in self._kept(args).items():
+            setattr(result, name, value)
+        return result
+
+    def _kept(self, args: Any) -> dict[str, Any]:
+        """Settings that the checkpoint brings along and that are given otherwise now."""
+        saved, given = self._saved_arguments(), args.to_dict()
+        reset = {name for flag, names in _RESET_BY.items() if getattr(args, flag) for name in names}
+        names = () if args.resume_only_model else [name for name in _KEPT if name not in reset]
+        return {name: saved[name] for name in names if name in saved and saved[name] != given[name]}
 
     def check_data(self, fingerprint: str) -> None:
         """Refuse to go on in the middle of other data than the checkpoint's.
@@ -70,19 +93,34 @@ class Resume:
                 f"--model {args.model}: not the model that the checkpoint was trained from (its weights differ); give "
                 "that one, or --adapters CHECKPOINT to begin a new run on this one"
             )
+        without = not args.resume_only_model and not self._has_optimizer()
+        if without and args.deepspeed:
+            raise UserError(
+                f"--resume_from_checkpoint {self.uri}: holds no optimiser state (--save_only_model true), which "
+                "DeepSpeed needs; begin a new run on its weights (--adapters or --model)"
+            )
         saved, given = self._saved_arguments(), args.to_dict()
-        if "deepspeed" in saved and bool(saved["deepspeed"]) != bool(given["deepspeed"]):
+        if not args.resume_only_model and "deepspeed" in saved and bool(saved["deepspeed"]) != bool(given["deepspeed"]):
             raise UserError(
                 f"--deepspeed {given['deepspeed'] or 'left out'}: the checkpoint was trained with "
                 f"{saved['deepspeed'] or 'none'}, and its optimiser cannot be taken over; give that, or begin a new "
                 "run on what it trained"
             )
-        for name in ("train_type", "optim", *(LORA_WEIGHTS if args.train_type == "lora" else FULL_WEIGHTS)):
+        optimizer = () if args.resume_only_model or args.reset_optimizer else ("optim", "optimizer")
+        for name in ("train_type", *optimizer, *trained_weights(args.train_type)):
             if name in saved and saved[name] != given[name]:
                 raise UserError(
                     f"--{name} {given[name]}: the checkpoint was trained with {saved[name]}; give that, or "
                     "leave --resume_from_checkpoint out"
                 )
+        if without:
+            say("the checkpoint holds no optimiser state (--save_only_model true): the optimiser begins anew")
+
+    def _has_optimizer(self) -> bool:
+        """Whether there is Transformers' file, or DeepSpeed's folder."""
+        filesystem, inner = filesystem_of(self.uri or "")
+        files = (checkpoints.read_manifest(filesystem, inner) or {"files": {}})["files"]
+        return any(name == "optimizer.pt" or name.startswith("global_step") for name in files)
 
     def _saved_arguments(self) -> dict[str, Any]:
         """The ``args.json`` of the checkpoint; empty without one, or of another program's."""
@@ -100,14 +138,14 @@ class Resume:
         """Set aside what stands in the run's way, and say so."""
         if self.run_directory and self.checkpoint:
             filesystem, inner = filesystem_of(self.run_directory)
-            step = int(self.checkpoint.rsplit("-", 1)[1])
-            if moved := checkpoints.make_way(filesystem, inner, step):
-                say(f"set aside, as this run goes on from checkpoint-{step}: {', '.join(moved)}")
+            if moved := checkpoints.make_way(filesystem, inner, self.step):
+                say(f"set aside, as this run goes on from checkpoint-{self.step}: {', '.join(moved)}")
 
 
 def find_resume(wanted: Any, base: str, add_version: bool) -> Resume:
-    """``true``: the newest whole checkpoint below ``--output_dir``, and its own run directory goes on. A path: that
-    checkpoint, in a new run directory, so that later checkpoints of the old run stay.
+    """``true``: the newest whole checkpoint below ``--output_dir``, and its own run directory goes on; ``auto``: that,
+    or a fresh start where there is none. A path: that checkpoint, in a new run directory, so that later checkpoints of
+    the old run stay.
 
     Nothing is changed here: :meth:`Resume.make_way` does, when all else is known to be right.
 
@@ -115,7 +153,7 @@ def find_resume(wanted: Any, base: str, add_version: bool) -> Resume:
         UserError: no such checkpoint, none that is whole, or a new run would write among the checkpoints of another.
     """
     filesystem, inner = filesystem_of(base)
-    if str(wanted).lower() == "true":
+    if str(wanted).lower() in ("true", "auto"):
         damaged = []
         for found in checkpoints.find_checkpoints(filesystem, inner):
             if broken := _damaged_file(filesystem, found.path):
@@ -125,8 +163,11 @@ def find_resume(wanted: Any, base: str, add_version: bool) -> Resume:
                 say(f"{file} is not what was saved; going on from {os.path.basename(found.path)}, the newest whole one")
             prefix = base[: len(base) - len(inner)] if "://" in base else ""
             position = checkpoints.read_position(filesystem, found.path)
-            return Resume(found.path, prefix + found.run_directory, position, prefix + found.path)
+            return Resume(found.path, prefix + found.run_directory, position, prefix + found.path, found.step)
         why = f" ({damaged[0]} is not what was saved)" if damaged else ""
+        if str(wanted).lower() == "auto":
+            say(f"--resume_from_checkpoint auto: no whole checkpoint below --output_dir {base}{why}: a fresh start")
+            return Resume()
         raise UserError(f"--resume_from_checkpoint true: no whole checkpoint below --output_dir {base}{why}")
     used = [] if add_version else checkpoints.checkpoint_names(filesystem, inner)
     if not wanted or str(wanted).lower() == "false":
@@ -140,7 +181,8 @@ def find_resume(wanted: Any, base: str, add_version: bool) -> Resume:
     filesystem, inner = filesystem_of(path.rstrip("/"))
     if not filesystem.get_file_info(inner).type.name == "Directory":
         raise UserError(f"--resume_from_checkpoint {wanted}: no such folder")
-    if not checkpoints.read_manifest(filesystem, inner) or not re.search(r"checkpoint-\d+$", inner):
+    manifest = checkpoints.read_manifest(filesystem, inner)
+    if manifest is None:
         raise UserError(
             f"--resume_from_checkpoint {wanted}: no whole checkpoint (its {checkpoints.MANIFEST} is missing or not "
             "true); give a checkpoint-N folder of a run, or `true` for the newest whole one"
@@ -154,7 +196,7 @@ def find_resume(wanted: Any, base: str, add_version: bool) -> Resume:
     if used and not here:
         raise UserError(f"--output_dir {base}: holds {used[0]} of another run; choose another folder")
     position = checkpoints.read_position(filesystem, inner)
-    return Resume(inner, base if used else None, position, path.rstrip("/"))
+    return Resume(inner, base if used else None, position, path.rstrip("/"), int(manifest["step"]))
 
 
 def _damaged_file(filesystem: FileSystem, checkpoint: str) -> str | None:

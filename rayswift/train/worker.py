@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
+
+from pyarrow.fs import LocalFileSystem
 
 from rayswift import private
 from rayswift.data.tokens.row_index import LazyRows
 from rayswift.data.tokens.table import LazyItems, StreamPlaces, StreamPosition, TokenRows, TrainItems
-from rayswift.errors import UserError, one_line
+from rayswift.errors import RunFailedError, UserError, one_line
+from rayswift.train.checkpoints.reshard import check_zero_resume
 from rayswift.train.checkpoints.store import CheckpointStore
+from rayswift.train.clock import Clock
 from rayswift.train.collate import Collate, Collator, PairCollator, TaskCollator
 from rayswift.train.config import WorkerConfig
 from rayswift.train.deepspeed import deepspeed_config, zero_stage
+from rayswift.train.evaluation import Evaluations
+from rayswift.train.failures import LIMIT, at_step
 from rayswift.train.loader import EpochLoader, Rank, StreamLoader
-from rayswift.train.stopping import Notices
+from rayswift.train.stopping import Notices, Wish
+from rayswift.train.watch import watch
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -37,29 +45,54 @@ def train_loop(loop_config: dict[str, Any]) -> dict[str, Any]:
 
     config: WorkerConfig = loop_config["config"]
     context = ray.train.get_context()
-    rank = Rank(context.get_world_rank(), context.get_world_size())
-    _prepare_process(config, rank, context.get_local_world_size())
+    rank, clock = Rank(context.get_world_rank(), context.get_world_size()), Clock()
+    prepare_process(config, rank, context.get_local_world_size())
     local_world_size = context.get_local_world_size()
     store = CheckpointStore(config, rank, context.get_local_rank(), local_world_size)
-    resume, start_step = store.resume_from()
-    position, streams = store.position(resume), config.data.stream
+    resume, start_step, is_first = store.resume_from()
+    weights_only = resume if is_first and config.args.begins_anew else None
+    position, streams = store.position(None if weights_only else resume), config.data.stream
     places: StreamPlaces = () if streams is None else streams.start()  # also after --ignore_data_skip
     if position is not None and position.stream is not None and position.data == config.data.fingerprint:
         places = tuple(StreamPosition(*place) for place in position.stream)
+    wish = Notices(config.events, rank).wish
     try:
-        trainer = _build_trainer(config, rank, local_world_size, store, resume, start_step, places)
+        if resume:  # of an attempt of this run, on another number of workers
+            stage = zero_stage(deepspeed_config(config.args.deepspeed))
+            check_zero_resume(LocalFileSystem(), resume, stage, rank.world_size)
+        trainer = build_trainer(config, rank, local_world_size, store, resume, start_step, places, clock, wish)
     except Exception as error:
         # What fails before the first step fails again: restarting the group would only cost minutes.
         logger.exception("the trainer could not be built")
-        return {"user_error" if isinstance(error, UserError) else "error": one_line(error)}
-    if rank.rank == 0:
-        config.events.push.remote({"event": "resume", "step": start_step, "history": store.history(resume)})
-    with private.no_pickled_code():  # a checkpoint may be a stranger's
-        trainer.train(resume_from_checkpoint=resume)
-    trainer.save_final()
+        return {"user_error" if isinstance(error, UserError) else "error": one_line(error, LIMIT)}
+    if is_first:
+        trainer.left_out = config.args.left_out
+    if config.spare and rank.rank == 0:
+        trainer.evaluations = Evaluations(config, store)
+    if config.args.step_timeout:
+        watch(clock, rank, config.args.step_timeout, config.events.push.remote)
+    try:
+        with private.no_pickled_code():  # a checkpoint may be a stranger's
+            if weights_only:
+                trainer._load_from_checkpoint(weights_only)
+                resume = None
+            if rank.rank == 0:
+                history, seconds = store.history(resume), clock.read()
+                event = {"event": "resume", "step": start_step, "history": history, "seconds": seconds}
+                config.events.push.remote(event)
+            trainer.train(resume_from_checkpoint=resume)
+        trainer.save_final()
+    except (UserError, RunFailedError):
+        raise
+    except Exception as error:
+        step = max(trainer.state.global_step, start_step)
+        raise at_step(error, step, has_begun=step > start_step) from error
+    _tell_end(config, rank, clock)
     state = trainer.state
+    if config.spare:
+        _await_scores(trainer, rank)
     if config.args.load_best_model_at_end and state.best_global_step:
-        trainer.load_checkpoint(store.fetch(f"{store.run_path}/checkpoint-{state.best_global_step}"))
+        trainer.load_checkpoint(store.fetch(f"{config.run_uri}/checkpoint-{state.best_global_step}"))
     store.close()
     return {
         "global_step": state.global_step,
@@ -69,7 +102,35 @@ def train_loop(loop_config: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _prepare_process(config: WorkerConfig, rank: Rank, local_world_size: int) -> None:
+def _tell_end(config: WorkerConfig, rank: Rank, clock: Clock) -> None:
+    """What the summary says of the workers."""
+    import torch
+
+    from rayswift.train.trainers.step import peak_memory
+
+    clock.enter("start")  # nothing is watched any more
+    memory: list[Any] = [peak_memory()] * rank.world_size
+    if rank.world_size > 1:
+        torch.distributed.all_gather_object(memory, memory[0])
+    if rank.rank == 0:
+        config.events.push.remote({"event": "end", "memory": memory, "seconds": clock.read()})
+
+
+def _await_scores(trainer: StepTraining, rank: Rank) -> None:
+    """Have the best checkpoint known to every worker, when all are evaluated; who asks for the end does not wait."""
+    import torch
+
+    state = trainer.state
+    if trainer.evaluations is not None:
+        trainer.take_scores(wait=not trainer.stopped)
+        trainer.evaluations.close()
+    best: list[Any] = [state.best_global_step, state.best_metric]
+    if rank.world_size > 1:
+        torch.distributed.broadcast_object_list(best, src=0)
+    state.best_global_step, state.best_metric = best
+
+
+def prepare_process(config: WorkerConfig, rank: Rank, local_world_size: int) -> None:
     """Threads, DeepSpeed and seeds, before any model is loaded."""
     import torch
     from transformers import set_seed
@@ -78,6 +139,7 @@ def _prepare_process(config: WorkerConfig, rank: Rank, local_world_size: int) ->
     transformers_logging.disable_progress_bar()
     if not config.use_gpu:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world_size))
+        _keep_freed_memory()
     if config.args.deepspeed:
         from rayswift.train.deepspeed import prepare_deepspeed
 
@@ -87,6 +149,16 @@ def _prepare_process(config: WorkerConfig, rank: Rank, local_world_size: int) ->
         # would make replicas.)
         os.environ.pop("LOCAL_RANK", None)
     set_seed(config.args.seed)
+
+
+def _keep_freed_memory() -> None:
+    """Have glibc keep what a step frees for the next one: each page that it gave back would be zeroed anew, a
+    twentieth of a step's time. (This thread is not the process's first; what such threads free goes back at once.)"""
+    trim_threshold, top_pad, mmap_threshold = -1, -2, -3
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        for option, value in ((trim_threshold, 2**31 - 1), (top_pad, 64 * 2**20), (mmap_threshold, 32 * 2**20)):
+            mallopt(option, value)
 
 
 def _needs_checkpointing(config: WorkerConfig, model_dir: str, world_size: int, local_world_size: int) -> bool:
@@ -109,7 +181,7 @@ def _needs_checkpointing(config: WorkerConfig, model_dir: str, world_size: int, 
     return need.device + kept > ROOM * free
 
 
-def _build_trainer(
+def build_trainer(
     config: WorkerConfig,
     rank: Rank,
     local_world_size: int,
@@ -117,13 +189,19 @@ def _build_trainer(
     resume: str | None,
     start_step: int,
     places: StreamPlaces,
+    clock: Clock,
+    wish: Callable[[], Wish],
 ) -> StepTraining:
+    import torch
+
+    from rayswift.data.tokens.carried_template import carry_ends, carry_template
     from rayswift.hub import resolve_model
-    from rayswift.modeling.adapters import parameter_info
+    from rayswift.modeling.adapters import linear_suffixes, parameter_info
     from rayswift.modeling.loading import load_tokenizer
     from rayswift.modeling.task_models import is_classifier, use_own_pad
     from rayswift.train.hf_arguments import hf_training_arguments
-    from rayswift.train.model import build_model, reference_model
+    from rayswift.train.model import build_model, check_savable, reference_model, remarks
+    from rayswift.train.optimizers import trainer_settings
 
     args, data, schedule = config.args, config.data, config.schedule
     # What the driver found may be on its machine only.
@@ -133,7 +211,8 @@ def _build_trainer(
         checkpointing = _needs_checkpointing(config, model_dir, rank.world_size, local_world_size)
     # DeepSpeed's ZeRO-3 shards the model while it loads, and learns of it from these arguments: they come first.
     hf_arguments = hf_training_arguments(
-        args, schedule, rank.world_size, store.local_dir, config.dtype, config.use_gpu, data.val is not None,
+        args, schedule, rank.world_size, store.local_dir, config.dtype, config.use_gpu,
+        data.val is not None and not config.spare,
         checkpointing,
     )  # fmt: skip
     encoder = replace(data.encoder, model_dir=model_dir)
@@ -141,7 +220,13 @@ def _build_trainer(
     tokenizer.add_tokens(args.new_special_tokens, special_tokens=True)
     if is_classifier(args.task_type):
         use_own_pad(tokenizer)
-    model = build_model(args, model_dir, config.dtype, config.packing, resume, checkpointing)
+    model = build_model(args, model_dir, config.dtype, config.packing, resume, checkpointing, schedule.max_steps)
+    carried = carry_template(encoder, tokenizer)
+    if (generation_config := getattr(model, "generation_config", None)) is not None:
+        carry_ends(encoder, generation_config)
+    if args.save_strategy != "no":
+        check_savable(model, model_dir)
+        store.check_room(model)
     pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
 
     def push(event: dict[str, Any]) -> None:
@@ -149,7 +234,17 @@ def _build_trainer(
 
     if rank.rank == 0:
         kept = "computed twice" if checkpointing else "kept"
-        push({"event": "start", "parameter_info": parameter_info(model), "activations": kept})
+        device = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+        push({"event": "start", "parameter_info": parameter_info(model), "activations": kept, "device": device,
+              "workers": rank.world_size})  # fmt: skip
+        lines = remarks(model, args)
+        if not carried:
+            lines.append(f"--template {encoder.template_name} cannot be written as a chat template: the checkpoints' "
+                         "tokenizer keeps what it has, and other programs need the template's own prompts")  # fmt: skip
+        if lines:
+            push({"event": "drops", "lines": lines})
+    if args.use_galore and not args.galore_target_modules:
+        hf_arguments.optim_target_modules = sorted(linear_suffixes(model))
     collate: Collate = PairCollator(pad_token_id) if encoder.preference else Collator(pad_token_id)
     if args.task_type != "causal_lm":
         collate = TaskCollator(pad_token_id, args.task_type, encoder.problem, args.num_labels or 1, config.task)
@@ -166,8 +261,12 @@ def _build_trainer(
         "push": push,
         "kept": store.kept_steps(),
         "save": store.save,
-        "wish": Notices(config.events, rank).wish,
+        "settle": store.settle,
+        "wish": wish,
         "collate": collate,
+        "on_nan": args.on_nan,
+        "clock": clock,
+        **trainer_settings(args),
     }
     if encoder.preference:
         from rayswift.train.trainers.dpo import PreferenceTrainer
@@ -183,7 +282,7 @@ def _build_trainer(
     else:
         from rayswift.train.trainers.sft import SftTrainer
 
-        trainer = SftTrainer(eval_dataset=val_rows, **settings)
+        trainer = SftTrainer(eval_dataset=val_rows, router_aux_loss_coef=args.router_aux_loss_coef, **settings)
     if args.early_stop_interval and val_rows is not None:
         from transformers import EarlyStoppingCallback
 

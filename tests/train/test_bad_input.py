@@ -139,13 +139,24 @@ def test_checkpoints_of_another_model(
         ({}, 4, ""),
         ({"gradient_accumulation_steps": 2}, 8, "going on with what the checkpoint has: 4 rows a step (not 8)"),
         ({"learning_rate": 1e-3, "seed": 1}, 16, "going on with what the checkpoint has: "
-                                                  "--learning_rate 0.0001 (not 0.001), --seed 42 (not 1)"),
+                                                  "--learning_rate 0.0001 (not 0.001), --seed 42 (not 1) "
+                                                  "(--reset_scheduler true: what is given now)"),
+        ({"learning_rate": 1e-3, "seed": 1, "reset_scheduler": True}, 16,
+         "going on with what the checkpoint has: --seed 42 (not 1)"),
+        ({"weight_decay": 0.5, "adam_beta2": 0.5, "reset_optimizer": True}, 16, ""),
+        ({"learning_rate": 1e-3, "seed": 1, "weight_decay": 0.5, "resume_only_model": True}, 16, ""),
     ],
 )  # fmt: skip
 def test_what_a_resume_ignores_is_named(flags: dict[str, Any], rows_per_step: int, line: str, tmp_path: Path) -> None:
     make_arguments("sft", model="m", dataset="d").save(tmp_path)
     resume = Resume(str(tmp_path), None, checkpoints.Position(4, "data"), str(tmp_path))
-    assert resume.kept_line(make_arguments("sft", model="m", dataset="d", **flags), rows_per_step) == line
+    args = make_arguments("sft", model="m", dataset="d", **flags)
+    assert resume.kept_line(args, rows_per_step) == line
+    # The run's own args.json says what it trains with, so that the next resume does not take it for something else.
+    for name in ("learning_rate", "seed", "weight_decay"):
+        assert getattr(resume.with_kept(args), name) == (
+            getattr(make_arguments("sft", model="m", dataset="d"), name) if f"--{name}" in line else getattr(args, name)
+        )
     assert Resume().kept_line(make_arguments("sft", model="m", dataset="d", **flags), rows_per_step) == ""
 
 

@@ -55,8 +55,10 @@ def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> CheckpointStore:
 
 
 def at(step: int) -> Any:
+    """A trainer that has to write its files by itself."""
     state = SimpleNamespace(global_step=step, best_model_checkpoint=None, best_global_step=None)
-    return SimpleNamespace(state=state, loader=SimpleNamespace(stream_places=lambda step: None))
+    loader = SimpleNamespace(stream_places=lambda step: None)
+    return SimpleNamespace(state=state, loader=loader, is_deepspeed_enabled=True)
 
 
 def writes(folder: Path, error: Exception | None = None) -> Callable[[], None]:

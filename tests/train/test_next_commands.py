@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from rayswift.arguments import make_arguments
-from rayswift.train.driver import _print_end
+from rayswift.train.summary import say_end
 
 OUTCOME = {"last_model_checkpoint": "run/checkpoint-9", "best_model_checkpoint": "run/checkpoint-6"}
 
@@ -18,7 +18,7 @@ def test_the_result_is_the_last_checkpoint_or_the_best(
     args = make_arguments(
         "sft", model="m", dataset=["d"], train_type=train_type, load_best_model_at_end=best_at_end
     )  # fmt: skip
-    _print_end(args, OUTCOME)
+    say_end(args, OUTCOME)
     printed = capsys.readouterr().out.splitlines()
     assert printed[:2] == ["last_model_checkpoint: run/checkpoint-9", "best_model_checkpoint: run/checkpoint-6"]
     assert f"  rayswift infer {flag} {result} --stream true" in printed

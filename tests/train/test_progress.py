@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from rayswift.errors import RunFailedError
 from rayswift.train.events import start_event_queue
 from rayswift.train.progress import Progress, format_seconds, plot_rows, read_log
 from rayswift.train.reporters import TensorBoard
@@ -63,8 +64,10 @@ def watch(ray_cluster: None) -> Iterator[Watch]:
 
     queue = start_event_queue()
 
-    def watched(run: RunDirectory, events: list[dict[str, Any]], reporters: Sequence[Any] = ()) -> Progress:
-        with Progress(queue, PLAN, run, reporters) as progress:
+    def watched(
+        run: RunDirectory, events: list[dict[str, Any]], reporters: Sequence[Any] = (), **options: Any
+    ) -> Progress:
+        with Progress(queue, PLAN, run, reporters, **options) as progress:
             for event in events:
                 ray.get(queue.push.remote(event))
         assert ray.get(queue.drain.remote()) == []
@@ -127,6 +130,28 @@ def test_a_run_as_the_user_sees_it(run: RunDirectory, watch: Watch, capsys: pyte
         "eval/loss": [(20, 1.5)],
         "eval/token_acc": [(20, 0.25)],
     }
+
+
+def test_rows_of_a_bad_step_are_kept_with_their_place(
+    run: RunDirectory, watch: Watch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The worst first; a place that cannot be found any more is no reason to lose the others."""
+
+    def place(row: Any) -> str:
+        return {7: "a.jsonl:8", 9: "b.jsonl:2"}[row]
+
+    def bad_step(then: str) -> dict[str, Any]:
+        rows = [{"worker": 0, "micro_batch": number, "loss": loss, "row": row, "text": "a text"}
+                for number, (loss, row) in enumerate([(1.0, 7), (float("nan"), 9), (2.0, 11)])]  # fmt: skip
+        return {"event": "bad_step", "step": 3, "what": "its loss is nan", "then": then, "rows": rows}
+
+    watch(run, [bad_step("skip")], place_of=place)
+    saved = [json.loads(line) for line in (run.local / "bad_steps/step-3.jsonl").read_text().splitlines()]
+    assert [(row["place"], row["loss"]) for row in saved] == [("b.jsonl:2", "nan"), ("row 11", 2.0), ("a.jsonl:8", 1.0)]
+    told = f"step 3: its loss is nan; its 3 rows, b.jsonl:2 the first, are in {run.uri}/bad_steps/step-3.jsonl"
+    assert f"{told}; the step is left out" in capsys.readouterr().out
+    with pytest.raises(RunFailedError, match=r"b.jsonl:2 the first, .* \(--on_nan skip leaves such steps out\)"):
+        watch(run, [bad_step("stop")], place_of=place)
 
 
 def scalars(run: RunDirectory) -> dict[str, list[tuple[int, float]]]:

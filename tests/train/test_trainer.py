@@ -45,6 +45,17 @@ def row(seed: int, trained: bool = True, scale: float | None = None) -> Tokenize
     return TokenizedRow(ids, labels, None if scale is None else np.full(6, scale, np.float32))
 
 
+class Batches(list[Any]):
+    """What a loader gives, and which rows that is."""
+
+    def __init__(self, steps: Sequence[list[list[TokenizedRow]]], first: int) -> None:
+        super().__init__(COLLATE(rows) for step in steps[first:] for rows in step)
+        self._steps = steps
+
+    def rows_of(self, step: int) -> list[list[tuple[int, TokenizedRow]]]:
+        return [[(10 * step + number, one) for one in rows] for number, rows in enumerate(self._steps[step])]
+
+
 class Run:
     """One training: its log, its checkpoints, its trainer.
 
@@ -55,6 +66,7 @@ class Run:
         resume: a checkpoint of another run to go on from.
         full: steps whose checkpoints have no room.
         stop_after: a step after which the driver wants the run to end.
+        prepare: called with the trainer before it trains.
         flags: those of the command.
     """
 
@@ -68,6 +80,7 @@ class Run:
         kept: Sequence[int] = (),
         full: Sequence[int] = (),
         stop_after: int = 0,
+        prepare: Callable[[Any], None] = lambda trainer: None,
         **flags: Any,
     ) -> None:
         from rayswift.train.trainers.sft import SftTrainer
@@ -88,12 +101,13 @@ class Run:
             return step not in full
 
         val = [row(100)] if losses is not None else None
-        first = int(resume.rpartition("-")[2]) if resume else 0
+        first = json.loads((Path(resume) / "trainer_state.json").read_text())["global_step"] if resume else 0
         self.trainer = SftTrainer(
-            model=llama(),
+            model=self.model(),
             args=hf_training_arguments(self.args, self.plan, 1, str(folder), "float32", False, val is not None),
             processing_class=word_tokenizer(),
-            loader=[COLLATE(rows) for step in steps[first:] for rows in step],
+            loader=Batches(steps, first),
+            on_nan=self.args.on_nan,
             schedule=self.plan,
             val_rows=val,
             rank=Rank(0, 1),
@@ -104,15 +118,30 @@ class Run:
             collate=COLLATE,
             eval_dataset=val,
         )
+        self.trainer.left_out = self.args.left_out
         if losses is not None:
             scripted = iter(losses)
             self.trainer.eval_means = lambda counts: {"loss": next(scripted), "token_acc": 0.5}  # type: ignore[method-assign]
+        self.prepare(folder)
+        prepare(self.trainer)
         self.trainer.train(resume_from_checkpoint=resume)
         self.trainer.save_final()
+
+    def model(self) -> Any:
+        """What is trained."""
+        return llama()
+
+    def prepare(self, folder: Path) -> None:
+        """Last changes before the first step."""
 
     @property
     def log(self) -> list[dict[str, Any]]:
         return [event["row"] for event in self.events if event["event"] == "log" and "grad_norm" in event["row"]]
+
+    @property
+    def log_rows(self) -> list[dict[str, Any]]:
+        """Also those of steps that were left out."""
+        return [event["row"] for event in self.events if event["event"] == "log" and "learning_rate" in event["row"]]
 
     @property
     def evaluated(self) -> list[int]:

@@ -20,8 +20,9 @@ import functools
 import hashlib
 import json
 import os
+from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -53,6 +54,8 @@ class TokenCache:
 
     root: str
     reuse: bool = True
+    #: How many entries of this process's work were there (``hits``), and had to be made (``misses``).
+    counts: Counter[str] = field(default_factory=Counter, compare=False)
 
     def path(self, key: str) -> str:
         """The path or URI of an entry's Arrow file."""

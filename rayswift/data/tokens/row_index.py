@@ -124,12 +124,14 @@ class LazyRows(RowIndex):
 @dataclass
 class TrainData:
     """What the data path hands to training: token rows for training (None for a stream, standard rows under
-    ``--lazy_tokenize``) and validation, and what was dropped."""
+    ``--lazy_tokenize``) and validation, and what was dropped; for each file of token rows the files that they come from
+    (see :func:`~rayswift.data.tokens.table.place_of`)."""
 
     train: RowIndex | None
     val: RowIndex | None
     drops: DropReport
     val_rows: list[dict[str, Any]] = field(default_factory=list)
+    origins: dict[str, tuple[str, str]] = field(default_factory=dict)
 
 
 def all_rows(counts: list[int]) -> np.ndarray:

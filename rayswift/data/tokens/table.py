@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import bisect
 import itertools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from rayswift.data import json_text
 from rayswift.data.files import Position, locate
 from rayswift.data.tokens.arrow_files import open_arrow
 from rayswift.data.tokens.encoder import Dropped, Encoded
+from rayswift.data.tokens.row_index import LazyRows, RowIndex
 
 if TYPE_CHECKING:
     import numpy as np
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
 
     from rayswift.data.tokens.encoder import Encoder
     from rayswift.data.tokens.packing import Packs
-    from rayswift.data.tokens.row_index import LazyRows, RowIndex
 
 
 class TokenizedRow(NamedTuple):
@@ -47,6 +47,10 @@ class TokenizedRow(NamedTuple):
         return chosen, TokenizedRow(self.input_ids[cut:], self.labels[cut:])
 
 
+#: A row of training, and where it is from: its number in the dataset, of a stream its file and position.
+PlacedRow = tuple["int | tuple[str, Position]", TokenizedRow]
+
+
 class TokenBatch:
     """A record batch of token rows as numpy views."""
 
@@ -58,12 +62,18 @@ class TokenBatch:
                          (column.values.to_numpy(), column.offsets.to_numpy()) for column in columns]  # fmt: skip
         rejected = batch.column("rejected_start")
         self._rejected = None if rejected.null_count == len(rejected) else rejected.to_numpy()
+        self._batch = batch
 
     def __getitem__(self, number: int) -> TokenizedRow:
         ids, labels, weights, text_ends, targets = (self._cut(column, number) for column in self._columns)
         assert ids is not None and labels is not None
         rejected = None if self._rejected is None else int(self._rejected[number])
         return TokenizedRow(ids, labels, weights, rejected, text_ends, targets)
+
+    def place(self, number: int) -> tuple[str, Position]:
+        """File and position of a row of a stream."""
+        path, kind, place = (self._batch[name][number].as_py() for name in ("path", "kind", "number"))
+        return path, Position(kind, place)
 
     @staticmethod
     def _cut(column: tuple[np.ndarray, np.ndarray] | None, number: int) -> np.ndarray | None:
@@ -115,6 +125,35 @@ class TokenRows(ArrowRows):
         return batch[row]
 
 
+def place_of(rows: RowIndex | None, row: int | tuple[str, Position], origins: Mapping[str, tuple[str, str]]) -> str:
+    """``file:line`` of a row of training.
+
+    Args:
+        rows: the dataset; None for a stream.
+        row: what :data:`PlacedRow` has of it.
+        origins: for each file of token rows, the file of standard rows that it was made from, and the data file of
+            those. A file that is not there (of ``--cached_dataset``) is named itself.
+    """
+    import numpy as np
+
+    if rows is None or not isinstance(row, int):
+        return locate(*cast("tuple[str, Position]", row))
+    number, stored = row, ArrowRows(rows)
+    file, batch, row = stored.find(number)
+    found, path = stored.batch(file, batch), rows.files[file]
+    if isinstance(rows, LazyRows):
+        origin = rows.origins[file]
+    elif path in origins:
+        standard, origin = origins[path]
+        source = np.array([[0, found["source"][row].as_py()]], np.int32)
+        stored = ArrowRows(RowIndex([standard], source, rows.lengths[:1]))
+        _, batch, row = stored.find(0)
+        found = stored.batch(0, batch)
+    else:
+        return f"{path}, row {int(rows.index[number, 1]) + 1}"
+    return locate(origin, Position(found["kind"][row].as_py(), found["number"][row].as_py()))
+
+
 class TrainItems:
     """What a batch is made of: the rows of a dataset, or its packs."""
 
@@ -131,7 +170,12 @@ class TrainItems:
         return len(self.rows) if self.packs is None else len(self.packs)
 
     def __getitem__(self, item: int) -> list[TokenizedRow]:
-        return [self.rows[number] for number in ([item] if self.packs is None else self.packs[item].tolist())]
+        return [row for _, row in self.placed(item)]
+
+    def placed(self, item: int) -> list[PlacedRow]:
+        """The rows of an item with their numbers."""
+        numbers = [item] if self.packs is None else self.packs[item].tolist()
+        return [(number, self.rows[number]) for number in numbers]
 
 
 class LazyItems:
@@ -161,6 +205,10 @@ class LazyItems:
             self._report(f"{where}: {dropped.reason}: the row trains nothing")
         return [TokenizedRow(one.input_ids, one.labels, one.loss_scale, one.rejected_start, one.text_ends, one.targets)
                 for one in samples if isinstance(one, Encoded)]  # fmt: skip
+
+    def placed(self, item: int) -> list[PlacedRow]:
+        """What the row becomes, with its number."""
+        return [(item, row) for row in self[item]]
 
 
 # --- streams ----------------------------------------------------------------------------------------------------
@@ -193,6 +241,12 @@ class StreamItem:
     def rows(self) -> list[TokenizedRow]:
         """Its rows, as views; made only where they are asked for."""
         return [batch[number] for batch, start, end in self.parts for number in range(start, end)]
+
+    @property
+    def placed(self) -> list[PlacedRow]:
+        """Its rows with their places."""
+        rows = ((batch, number) for batch, start, end in self.parts for number in range(start, end))
+        return [(batch.place(number), batch[number]) for batch, number in rows]
 
 
 def iter_items(tables: Iterable[pa.Table]) -> Iterator[StreamItem]:

@@ -13,6 +13,7 @@ import json
 import os
 import re
 import uuid
+from collections.abc import Collection
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -137,6 +138,13 @@ def write_manifest(filesystem: FileSystem, checkpoint: str, step: int, files: di
     write_atomically(filesystem, f"{checkpoint}/{MANIFEST}", json.dumps({"step": step, "files": files}, indent=1))
 
 
+def write_scores(filesystem: FileSystem, checkpoint: str, scores: dict[str, float]) -> None:
+    """Note what an evaluation of a checkpoint found; nothing where it is not there any more."""
+    if manifest := read_manifest(filesystem, checkpoint):
+        text = json.dumps({**manifest, "scores": scores}, indent=1)
+        write_atomically(filesystem, f"{checkpoint}/{MANIFEST}", text)
+
+
 def read_manifest(filesystem: FileSystem, checkpoint: str) -> dict[str, Any] | None:
     """The manifest of a folder when it is there and every file it names has its size; else None."""
     try:
@@ -216,6 +224,7 @@ def make_way(filesystem: FileSystem, run_directory: str, after_step: int) -> lis
             # Hashing takes time: of those before the one that the run goes on from, their sizes are enough.
             if proven or verify(path, manifest, filesystem) is None:
                 proven = True
+                end_checkpoint(filesystem, run_directory, name)  # whole already when its writer died
                 continue
         elif not manifest and filesystem.get_file_info(f"{run_directory}/.writing-{name}").is_file:
             filesystem.delete_dir(path)
@@ -245,9 +254,12 @@ def delete_checkpoint(filesystem: FileSystem, path: str) -> None:
     filesystem.delete_dir(path)
 
 
-def keep_only(filesystem: FileSystem, run_directory: str, limit: int | None, best: str | None) -> list[str]:
-    """``--save_total_limit``: keep the newest ``limit`` checkpoints, of which one place is the best's (SWIFT)."""
-    checkpoints = list_checkpoints(filesystem, run_directory)
+def keep_only(
+    filesystem: FileSystem, run_directory: str, limit: int | None, best: str | None, also: Collection[str] = ()
+) -> list[str]:
+    """``--save_total_limit``: keep the newest ``limit`` checkpoints, of which one place is the best's (SWIFT); those
+    named in ``also`` beside them."""
+    checkpoints = [one for one in list_checkpoints(filesystem, run_directory) if os.path.basename(one.path) not in also]
     if not limit or len(checkpoints) <= limit:
         return []
     best_name = os.path.basename(best) if best else None

@@ -19,11 +19,13 @@ from ray.train.torch import TorchTrainer
 from ray.train.v2._internal.callbacks import DatasetsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.train.v2._internal.execution.controller import TrainController
+from ray.train.v2._internal.execution.failure_handling import DefaultFailurePolicy, FailureDecision
 from ray.train.v2._internal.execution.scaling_policy import FixedScalingPolicy
 from ray.train.v2._internal.execution.worker_group import Worker, WorkerGroup
 
 from rayswift import private
 from rayswift.errors import one_line
+from rayswift.train.failures import Failures
 from rayswift.train.start.warm_workers import wait_until_warm
 
 
@@ -51,6 +53,7 @@ class LeanTorchTrainer(TorchTrainer):
         return [one for one in super()._create_default_callbacks() if not isinstance(one, unneeded)]
 
     def _initialize_and_run_controller(self, **options: Any) -> Any:
+        options["failure_policy"] = _RetriesWhatMayChange(self.run_config.failure_config)
         controller = self._controller_here(dict(options)) if self._embedded and not _in_event_loop() else None
         if controller is None:
             self._warm.clear()  # they wait for a controller in this process
@@ -62,6 +65,16 @@ class LeanTorchTrainer(TorchTrainer):
             controller.stop_workers()
             raise
         return controller.get_result()
+
+    def _register_sigint_handler(self, controller: Any) -> None:
+        """Ctrl-C ends this process at once. Ray Train's own way waits for the controller, which may wait for nodes, and
+        ends with status 0."""
+
+        def interrupt(*_: Any) -> None:
+            controller.abort.remote()
+            raise KeyboardInterrupt
+
+        signal.signal(signal.SIGINT, interrupt)
 
     def _controller_here(self, options: dict[str, Any]) -> _ControllerHere | None:
         """The controller in this process; None when this Ray Train's cannot be built here."""
@@ -134,6 +147,20 @@ class _ControllerHere(TrainController):
         """End the workers that still run, without waiting for what they do."""
         if self._worker_group:
             self._worker_group.abort()
+
+
+class _RetriesWhatMayChange(DefaultFailurePolicy):
+    """Ray Train's policy, but for failures that would come again."""
+
+    def __init__(self, failure_config: Any) -> None:
+        super().__init__(failure_config)
+        self._seen = Failures()
+
+    def make_decision(self, training_failed_error: Any) -> FailureDecision:
+        """Whether to start the workers again."""
+        if self._seen.is_final(getattr(training_failed_error, "worker_failures", None) or {}):
+            return FailureDecision.RAISE
+        return super().make_decision(training_failed_error)
 
 
 class _UncoordinatedScaling(FixedScalingPolicy):

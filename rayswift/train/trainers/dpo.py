@@ -23,6 +23,7 @@ class PreferenceTrainer(StepTraining, DPOTrainer):
 
     #: Pairs, all tokens, summed losses, the summed metrics.
     NUM_COUNTS = 3 + len(PREFERENCE_METRICS)
+    REFERENCE_PASSES = 1
 
     def __init__(self, **kwargs: Any) -> None:
         # TRL looks at a dataset when it is built; what is trained comes from the loader.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import resource
 import shutil
@@ -10,15 +11,24 @@ from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
+from accelerate.utils import DeepSpeedSchedulerWrapper
 from peft import PeftModel, set_peft_model_state_dict
-from transformers import Trainer, TrainerCallback
+from transformers import TrainerCallback
+from transformers.trainer import SCHEDULER_NAME
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from rayswift.data.tokens.table import TokenRows
 from rayswift.modeling.part_of_base import read_plain, write_plain
+from rayswift.train import adalora
+from rayswift.train.checkpoints.zero import has_zero_state, load_zero_state, save_zero_state
+from rayswift.train.clock import Clock
 from rayswift.train.collate import Batch, Collate
+from rayswift.train.flops import flop_count
 from rayswift.train.loader import Rank, eval_batches
 from rayswift.train.stopping import Wish
+from rayswift.train.trainers.checked_steps import CheckedSteps
+from rayswift.train.trainers.going_on import GoingOn
+from rayswift.train.trainers.spikes import Spikes
 
 if TYPE_CHECKING:
     from rayswift.train.schedule import StepSchedule
@@ -26,7 +36,14 @@ if TYPE_CHECKING:
 Push = Callable[[dict[str, Any]], None]
 
 
-class StepTraining(Trainer):
+def peak_memory() -> float:
+    """The most GiB that this worker has taken: of its accelerator, or without one of its process."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_reserved() / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+class StepTraining(GoingOn, CheckedSteps):
     """What RaySwift changes about any trainer of Transformers or TRL: it trains from a loader that knows its own
     position, reports every step, and saves whole checkpoints.
 
@@ -40,13 +57,20 @@ class StepTraining(Trainer):
         val_rows: validation rows, or None.
         rank: this worker's share.
         push: sends an event to the driver.
-        save: called on every worker with what writes a checkpoint's files; makes it whole, False where it could not.
+        save: called on every worker with what writes a checkpoint's files; makes it whole, perhaps while training goes
+            on, False where it could not.
+        settle: waits until a checkpoint that is being written is whole, or tells `not_saved`.
         wish: what the workers do after a step beside training on, which all of them agree about.
         collate: validation rows to a batch.
+        on_nan: what happens at a step whose loss or gradients are no numbers, ``stop`` or ``skip``.
+        clock: where its time goes.
+        own_optimizer: Transformers' factory of an optimiser and its keywords; None for that of ``args``.
     """
 
     #: How many numbers ``_counts`` holds.
     NUM_COUNTS: ClassVar[int]
+    #: Forward passes of a reference beside the model's.
+    REFERENCE_PASSES: ClassVar[int] = 0
 
     def __init__(
         self,
@@ -58,22 +82,42 @@ class StepTraining(Trainer):
         rank: Rank,
         push: Push,
         save: Callable[[Any, Callable[[], None]], bool],
+        settle: Callable[[Any], None] = lambda trainer: None,
         wish: Callable[[], Wish],
         collate: Collate,
+        on_nan: str = "stop",
+        clock: Clock | None = None,
+        own_optimizer: tuple[Any, dict[str, Any]] | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
+        if own_optimizer is not None:
+            self.optimizer_cls_and_kwargs = own_optimizer
         self.loader, self.schedule, self.val_rows, self.rank = loader, schedule, val_rows, rank
         self.kept = kept
-        self.push, self.save, self.wish, self.collate = push, save, wish, collate
+        self.push, self.save, self.settle, self.wish, self.collate = push, save, settle, wish, collate
         self.last_saved_step = self._last_tried_step = -1
         self._best_saved: tuple[int | None, float | None] = (None, None)
+        self._best_before: tuple[int | None, float | None] = (None, None)
         # On the device, so that counting never waits for it.
         self._counts = torch.zeros(self.NUM_COUNTS, dtype=torch.float64, device=self.args.device)
         self._logged_at = time.monotonic()
+        self.evaluations: Any = None  # those beside training, of the first worker
+        self.stopped = False  # somebody asked for it
+        self.on_nan, self.clock, self._spikes = on_nan, clock or Clock(), Spikes()
+        self._flops, self._work = flop_count(self.model, self.REFERENCE_PASSES), torch.zeros(3, dtype=torch.float64)
+        self._busy, self._steps_logged = 0.0, 0
+        self._waited = 0.0  # for rows, until the last row of the log
         self.remove_callback(PrinterCallback)
         self.remove_callback(ProgressCallback)
         self.add_callback(_StepEvents(self))
+        if self._is_adalora:
+            self.add_callback(adalora.Ranks(self))
+
+    @property
+    def _is_adalora(self) -> bool:
+        config: Any = getattr(self.model, "peft_config", {}).get("default")
+        return config is not None and config.peft_type == "ADALORA"
 
     # --- data: RaySwift's loaders are already sharded, so Accelerate must not shard them again ---
 
@@ -82,6 +126,12 @@ class StepTraining(Trainer):
         return self.loader
 
     # --- metrics ---
+
+    def floating_point_ops(self, inputs: Batch) -> int:
+        """What a micro-batch costs, and on the way what there is in it."""
+        all_tokens, trained, flops = self._flops.of_batch(inputs)
+        self._work += torch.tensor([all_tokens, trained, flops], dtype=torch.float64)
+        return int(flops)
 
     def train_metrics(self, counts: torch.Tensor, seconds: float, loss: float) -> dict[str, float]:
         """What a row of the log says, ``loss`` among it where anything was trained; ``counts`` are those of all workers
@@ -99,23 +149,39 @@ class StepTraining(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Complete a row with the metrics of all workers and send it to the driver. Its memory is the peak of this
         worker's accelerator, or without one of its process."""
+        event: dict[str, Any] = {"event": "log"}
         if "loss" in logs:
+            steps = self.state.global_step - self._steps_logged
+            if steps > self._skipped:
+                logs["loss"] *= steps / (steps - self._skipped)
+            self._steps_logged, self._skipped = self.state.global_step, 0
+            if not math.isfinite(logs.get("grad_norm", 0.0)):  # of float16, whose scaler left the step out
+                del logs["grad_norm"]
             counts = self._all_reduce(self._counts)
+            event["work"] = self._work_done()
             now = time.monotonic()
-            logs.update(self.train_metrics(counts, max(now - self._logged_at, 1e-9), logs.pop("loss")))
+            seconds = max(now - self._logged_at, 1e-9)
+            logs.update(self.train_metrics(counts, seconds, logs.pop("loss")))
+            waited = self.clock.read()["data"]
+            event["data_wait"], self._waited = (waited - self._waited) / seconds, waited
             if self.args.include_num_input_tokens_seen != "no":
                 logs["num_input_tokens_seen"] = self.state.num_input_tokens_seen
             self._counts.zero_()
             self._logged_at = now
         logs["epoch"] = self.schedule.epoch_of(self.state.global_step)
-        if torch.cuda.is_available():
-            peak = torch.cuda.max_memory_reserved() / 2**30
-        else:
-            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-        row = {**logs, "global_step": self.state.global_step, "memory(GiB)": peak}
+        row = {**logs, "global_step": self.state.global_step, "memory(GiB)": peak_memory()}
         self.state.log_history.append(row)
         if self.is_world_process_zero():
-            self.push({"event": "log", "row": row})
+            self.push({**event, "row": row, "seconds": self.clock.read()})
+
+    def _work_done(self) -> dict[str, float]:
+        """Tokens, trained tokens and floating-point operations of all workers since the last row of the log, and the
+        seconds that they took: of steps, and of waiting for their rows."""
+        tokens, trained, flops = self._all_reduce(self._work.to(self._counts.device)).tolist()
+        self._work.zero_()
+        seconds = self.clock.read()
+        before, self._busy = self._busy, seconds["step"] + seconds["data"]
+        return {"tokens": tokens, "trained": trained, "flops": flops, "seconds": self._busy - before}
 
     def _all_reduce(self, values: torch.Tensor) -> torch.Tensor:
         total = values.clone()
@@ -133,8 +199,11 @@ class StepTraining(Trainer):
         started, model = time.monotonic(), self.model_wrapped
         was_training = model.training
         model.eval()
-        batches = eval_batches(self.val_rows, self.args.per_device_eval_batch_size, self.rank, self.collate)
-        counts = [self.eval_counts(self._prepare_inputs(batch)) for batch in batches]
+        counts = []
+        with self.clock.within("evaluation"):
+            for batch in eval_batches(self.val_rows, self.args.per_device_eval_batch_size, self.rank, self.collate):
+                counts.append(self.eval_counts(self._prepare_inputs(batch)))
+                self.clock.tick()
         model.train(was_training)
         seconds = time.monotonic() - started
         named = self.eval_means(self._all_reduce(torch.stack(counts).sum(0))) | {
@@ -152,7 +221,31 @@ class StepTraining(Trainer):
         """Whether a step is the best so far: one that is saved as well, for what is not kept is the best of nothing."""
         if not self.control.should_save and self.args.save_strategy != "best":
             return False
+        self.settle(self)
         return bool(super()._determine_best_metric(metrics, trial))
+
+    def take_scores(self, wait: bool = False) -> None:
+        """First worker: log what evaluations beside training have found since the last time, and follow it. ``wait``:
+        for all of them."""
+        if self.evaluations is None:
+            return
+        for step, scores in self.evaluations.finished(wait, self.clock.tick):
+            if isinstance(scores, str):
+                self.push({"event": "note", "line": f"checkpoint-{step} was not evaluated ({scores})"})
+                continue
+            row = {**scores, "epoch": self.schedule.epoch_of(step), "global_step": step}
+            self.state.log_history.append(row)
+            self.push({"event": "log", "row": row, "seconds": self.clock.read()})
+            self._rank_checkpoint(step, scores)
+            self.evaluations.note(step, scores, self.state)
+
+    def _rank_checkpoint(self, step: int, scores: dict[str, float]) -> None:
+        """Whether a checkpoint is the best so far."""
+        metric, best = str(self.args.metric_for_best_model).removeprefix("eval_"), self.state.best_metric
+        value = scores[f"eval_{metric}"]
+        if best is None or (value > best if self.args.greater_is_better else value < best):
+            self.state.best_global_step, self.state.best_metric = step, value
+            self.state.best_model_checkpoint = os.path.join(str(self.args.output_dir), f"checkpoint-{step}")
 
     # --- checkpoints ---
 
@@ -163,10 +256,27 @@ class StepTraining(Trainer):
             self.state.best_model_checkpoint = os.path.join(str(self.args.output_dir), best)
         self._last_tried_step = self.state.global_step
         write = super()._save_checkpoint
-        if self.save(self, lambda: write(model, trial)):
+        if self.rank.rank == 0:  # it may be whole only later
+            self.push({"event": "save", "step": self.state.global_step, "seconds": self.clock.read()})
+        with self.clock.within("checkpoint"):
+            saved = self.save(self, lambda: write(model, trial))
+        if saved:
             self.last_saved_step = self.state.global_step
+            self._best_before = self._best_saved
             self._best_saved = (self.state.best_global_step, self.state.best_metric)
-        elif self.state.best_global_step == self.state.global_step:  # nobody can have it
+            if self.evaluations is not None:
+                self.evaluations.ask(self.state.global_step)
+        else:
+            self._no_best(self.state.global_step)
+
+    def not_saved(self, step: int) -> None:
+        """A checkpoint that was being written had no room."""
+        self._best_saved = self._best_before
+        self._no_best(step)
+
+    def _no_best(self, step: int) -> None:
+        """A step that nobody can have is not the best."""
+        if self.state.best_global_step == step:
             self.state.best_global_step, self.state.best_metric = self._best_saved
             self.state.best_model_checkpoint = None
 
@@ -176,8 +286,12 @@ class StepTraining(Trainer):
         if isinstance(self.model, PeftModel):
             folder = output_dir or str(self.args.output_dir)
             shutil.rmtree(os.path.join(folder, "ref"), ignore_errors=True)  # TRL's copy of the run's first policy
+            base: Any = self.model.get_base_model()
+            base.generation_config.save_pretrained(folder)
             if first := getattr(self.model, "first_values", None):
                 write_plain(folder, first)
+            if self._is_adalora:
+                adalora.save_state(self.model, folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         """The trained adapter; beside folders of others Transformers would pass it over."""
@@ -186,20 +300,49 @@ class StepTraining(Trainer):
         elif getattr(self.model, "first_values", None):
             config: Any = self.model.peft_config["default"]
             set_peft_model_state_dict(self.model, read_plain(resume_from_checkpoint, config.r)[0])
+        elif self._is_adalora:
+            adalora.load_state(self.model, resume_from_checkpoint)
         else:
             self.model.load_adapter(resume_from_checkpoint, "default", is_trainable=True)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        """Of ZeRO's state every worker its part, in files that any number of workers goes on from."""
+        own = self.is_deepspeed_enabled and save_zero_state(
+            self.model_wrapped, output_dir, self.rank.rank, self.rank.world_size
+        )
+        if not own:
+            super()._save_optimizer_and_scheduler(output_dir)
+        elif self.args.should_save:
+            assert self.lr_scheduler is not None
+            torch.save(self.lr_scheduler.state_dict(), os.path.join(output_dir, SCHEDULER_NAME))
+
+    def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
+        """Transformers' own, which knows DeepSpeed's shards only."""
+        if not self.is_deepspeed_enabled or not resume_from_checkpoint or not has_zero_state(resume_from_checkpoint):
+            return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
+        load_zero_state(self.model_wrapped, resume_from_checkpoint)
+        if isinstance(self.lr_scheduler, DeepSpeedSchedulerWrapper):  # of a --deepspeed file, DeepSpeed's to load
+            scheduler = torch.load(os.path.join(resume_from_checkpoint, SCHEDULER_NAME), weights_only=True)
+            self.lr_scheduler.load_state_dict(scheduler)
+        self._load_optimizer_and_scheduler(resume_from_checkpoint)
+        return prepared
 
     def save_final(self) -> None:
         """The last step is always evaluated and saved (SWIFT), also when a stream ended early."""
         if self.args.save_strategy != "no" and self._last_tried_step != self.state.global_step > 0:
             self._save_checkpoint(self.model_wrapped, None)
+        self.settle(self)
 
     def load_checkpoint(self, folder: str) -> None:
         """Take the weights of a checkpoint of this run, as ``--load_best_model_at_end`` asks for."""
         if self.is_deepspeed_enabled and self.args.save_only_model:  # its engine loads nothing without optimiser state
             return
         self.state.best_model_checkpoint = folder
-        self._load_best_model()
+        if self.is_deepspeed_enabled and has_zero_state(folder):
+            load_zero_state(self.model_wrapped, folder)
+        else:
+            self._load_best_model()
         if self.is_world_process_zero():
             self.push({"event": "drops", "lines": [f"{os.path.basename(folder)} is the best: its weights are loaded"]})
 
@@ -216,11 +359,16 @@ class _StepEvents(TrainerCallback):
         if state.best_global_step not in self.trainer.kept:
             state.best_global_step = state.best_metric = state.best_model_checkpoint = None
         self.trainer._best_saved = (state.best_global_step, state.best_metric)
+        self.trainer._steps_logged = state.global_step
+        if self.trainer.evaluations is not None:
+            for step, scores in self.trainer.evaluations.scored():
+                self.trainer._rank_checkpoint(step, scores)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> Any:
         """After each optimiser step."""
         if state.is_world_process_zero:
-            self.trainer.push({"event": "step", "step": state.global_step})
+            self.trainer.push({"event": "step", "step": state.global_step, "seconds": self.trainer.clock.read()})
+        self.trainer.take_scores()
         if state.global_step >= state.max_steps:
             control.should_log = True
             control.should_evaluate = control.should_evaluate or args.eval_strategy != "no"
@@ -229,4 +377,5 @@ class _StepEvents(TrainerCallback):
             control.should_save = control.should_save or args.save_strategy != "no"
             if wish is Wish.STOP:
                 control.should_training_stop, control.should_evaluate = True, False
+                self.trainer.stopped = True
         return control
