@@ -70,7 +70,10 @@ class FlopCount:
         """Tokens, trained tokens and operations of a micro-batch as it comes from a collator."""
         bounds, labels = batch.get("cu_seq_lens_q"), batch.get("labels")
         lengths = (batch["attention_mask"].sum(1) if bounds is None else bounds.diff()).tolist()
-        trained = int((batch["completion_mask"].bool() if labels is None else labels[:, 1:] != -100).sum())
+        if labels is not None:
+            trained = int((labels[:, 1:] != -100).sum())
+        else:  # of pairs; of texts that numbers are told of, one token each
+            trained = int(batch["completion_mask"].sum()) if "completion_mask" in batch else len(lengths)
         pairs = sum(cost * sum(_pairs(length, window) for length in lengths) for cost, window in self.attention)
         return sum(lengths), trained, self.token * sum(lengths) + self.scored * trained + pairs
 
