@@ -109,6 +109,10 @@ class RlhfArguments(RlhfRules, SftArguments):
             yield "--packing true: pairs are padded; drop --packing"
         if self.ref_model and self.train_type != "full":
             yield "--ref_model needs --train_type full: adapters are compared with the model without them"
+        if self.train_type == "adalora":
+            yield "--train_type adalora: the reference is a second adapter, and PEFT has one AdaLoRA a model; give lora"
+        if self.train_type == "fourierft":
+            yield "--train_type fourierft: the reference would be the model without its random start; give lora"
         if self.train_type == "lora":
             yield from self._adapters_without_reference()
         if self.ref_adapters and self.ref_adapters != self.adapters:

@@ -46,6 +46,8 @@ def not_trainable(config: Mapping[str, Any], rlhf: bool = False) -> str | None:
             f"belongs to other weights than the model's (init_lora_weights {way}); merge it first (rayswift export "
             "--merge_lora true) and train the merged model"
         )
+    if rlhf and config.get("peft_type") != "LORA":
+        return f"is {config.get('peft_type')}, which the reference of rlhf would not have; merge it first"
     if rlhf and config.get("bias") not in (None, "none"):
         return "trains biases (bias), which the reference of rlhf would get too; merge it first"
     return None

@@ -35,6 +35,7 @@ def memory_need(args: Any, model_dir: str, dtype: str, num_workers: int, use_gpu
     """What one of ``num_workers`` workers needs."""
     config = deepspeed_config(args.deepspeed)
     stage, item = zero_stage(config), 4 if dtype == "float32" else 2
+    quantized = getattr(args, "quant_bits", None)
     headers = (read_safetensors_header(path) for path in weight_files(model_dir))
     shapes = {name: tensor["shape"] for header in headers for name, tensor in header.items()}
     total = sum(prod(shape) for shape in shapes.values())
@@ -45,7 +46,7 @@ def memory_need(args: Any, model_dir: str, dtype: str, num_workers: int, use_gpu
     reference = item * total if args.command == "rlhf" and trained == total else 0
     if config is None:
         # Full training keeps float32 weights; adapters are float32 beside the frozen weights.
-        weights = 0 if trained == total else item * total
+        weights = 0 if trained == total else total * quantized // 8 if quantized else item * total
         return MemoryNeed(weights + _OPTIMISER_BYTES * trained + reference)
     states = _OPTIMISER_BYTES * trained // (num_workers if stage >= 1 else 1)
     weights = (item * total + reference) // (num_workers if stage >= 3 else 1)

@@ -37,6 +37,10 @@ SFT = "sft --model m --dataset d"
             f"{SFT} --train_type full --lisa_activated_layers 2 --use_galore true",
             "--lisa_activated_layers contradicts --use_galore true: give one of the two",
         ),
+        (
+            "rlhf --rlhf_type dpo --model m --dataset d --train_type adalora",
+            "--train_type adalora: the reference is a second adapter, and PEFT has one AdaLoRA a model; give lora",
+        ),
         (f"{SFT} --lorap_lr_ratio 16", "--lorap_lr_ratio is SWIFT's; RaySwift does not have it yet"),
         (
             f"{SFT} --optimizer muonclip",
