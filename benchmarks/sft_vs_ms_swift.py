@@ -10,35 +10,19 @@ from run to run. One line of JSON.
 
 from __future__ import annotations
 
-import json
-import re
 import shlex
 import statistics
-import subprocess
 import sys
-import time
-from dataclasses import dataclass
-from pathlib import Path
 
-from harness.environments import CACHE, MS_SWIFT
-from harness.measure import SIDES, compared, cores, fail, in_turn, print_line, scratch_folder, side_environ, versions
-from harness.memory import Memory, MemoryWatch
+from harness.environments import MS_SWIFT
+from harness.measure import SIDES, compared, cores, in_turn, print_line, scratch_folder, versions
 from harness.options import model_folder, pairs, parser
 from harness.rows import write_rows
+from harness.training import train
 
 #: bfloat16 on both sides, summed in another order, and other dropout masks.
 LOSS_TOLERANCE = 0.02
 ROWS_PER_STEP = 16
-
-
-@dataclass(frozen=True)
-class Training:
-    """Seconds between the first and the last step's row, tokens of a row, the steps' losses, peak memory in MiB."""
-
-    seconds: float
-    tokens_per_row: float
-    losses: list[float]
-    peak: float
 
 
 def main() -> None:
@@ -88,46 +72,6 @@ def main() -> None:
             "versions": {**versions("rayswift", "ray", "torch", "transformers", "peft"), "peer": "ms-swift 4.6.0"},
         },
     )
-
-
-def train(name: str, command: list[str | Path], place: Path, steps: int) -> Training:
-    """Run a training command to its end, noting when the log has its rows.
-
-    Raises:
-        SystemExit: it failed, or made fewer steps.
-    """
-    log, times, memory = CACHE / f"{name}_sft.log", {}, list[Memory]()
-    with log.open("w") as terminal:
-        process = subprocess.Popen(
-            [*map(str, command), "--output_dir", str(place / "output")],
-            env=side_environ(place / "cache"), stdout=terminal, stderr=subprocess.STDOUT,
-        )  # fmt: skip
-        with MemoryWatch(process.pid, memory):
-            while process.poll() is None:
-                for row in _rows(place):
-                    times.setdefault(row["step"], time.monotonic())
-                time.sleep(0.02)
-    rows = _rows(place)
-    if process.returncode or len(rows) != steps:
-        fail(name, f"ended with status {process.returncode} after {len(rows)} steps", log)
-    found = re.search(r"Dataset Token Length: ([\d.]+)", log.read_text(errors="replace"))
-    return Training(
-        times[steps] - times[1],
-        float(found[1]) if found else 0.0,
-        [row["loss"] for row in rows],
-        max(one.held for one in memory),
-    )
-
-
-def _rows(place: Path) -> list[dict[str, float]]:
-    """Step and loss of the whole rows of a run's log."""
-    rows = []
-    for path in (place / "output").rglob("logging.jsonl"):
-        for line in path.read_text(encoding="utf-8").rpartition("\n")[0].splitlines():
-            row = json.loads(line)
-            if "loss" in row and "global_step/max_steps" in row:
-                rows.append({"step": int(row["global_step/max_steps"].split("/")[0]), "loss": float(row["loss"])})
-    return rows
 
 
 if __name__ == "__main__":

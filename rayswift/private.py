@@ -14,6 +14,7 @@ import inspect
 import logging
 import os
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, cast
@@ -94,16 +95,63 @@ def autoscaler_limits() -> dict[str, float]:
         return {}
 
 
-def autoscaler_nodes() -> list[dict[str, float]]:
-    """The resources of each kind of node that the autoscaler may start."""
+def autoscaler_types() -> list[tuple[str, dict[str, float], int]]:
+    """Name, resources and most nodes of each kind of node that the autoscaler may start."""
     try:
         from ray._private.state import state
 
         config = state.get_cluster_config()
-        return [dict(group.resources) for group in config.node_group_configs] if config else []
+        groups = config.node_group_configs if config else []
+        return [(one.name, dict(one.resources), one.max_count if one.max_count >= 0 else sys.maxsize) for one in groups]
     except MOVED:
         report("Ray's table of the autoscaler", "only nodes that run already are counted")
         return []
+
+
+def starting_nodes() -> Counter[str]:
+    """How many nodes of which type the autoscaler (version 2) starts at this moment."""
+    try:
+        import ray
+        from ray.autoscaler.v2.sdk import get_cluster_status
+
+        status = get_cluster_status(ray.get_runtime_context().gcs_address, timeout=5)
+        found = Counter({one.ray_node_type_name: one.count for one in status.pending_launches})
+        return found + Counter(node.ray_node_type_name for node in status.pending_nodes)
+    except (*MOVED, RuntimeError):
+        report("Ray's status of the autoscaler", "what it does is not said while a run waits")
+        return Counter()
+
+
+def own_groups() -> list[bool]:
+    """Of each placement group of this process's job that was not removed, whether it has its place."""
+    try:
+        import ray
+        from ray._private.state import state
+        from ray.core.generated import gcs_pb2
+
+        table, own = gcs_pb2.PlacementGroupTableData, ray.get_runtime_context().get_job_id()
+        groups = [table.FromString(one) for one in state._connect_and_get_accessor().get_placement_group_table()]
+        return [
+            one.state == table.CREATED
+            for one in groups
+            if one.creator_job_id.hex() == own and one.state != table.REMOVED
+        ]
+    except MOVED:
+        report("Ray's table of placement groups", "waiting for nodes is not said")
+        return [True]
+
+
+def free_resources() -> dict[str, dict[str, float]]:
+    """What nobody has asked for on each node, by the node's id."""
+    try:
+        from ray._private.state import available_resources_per_node
+
+        return available_resources_per_node()
+    except MOVED:
+        import ray
+
+        report("Ray's free resources of each node", "those of all nodes are taken together")
+        return {"": ray.available_resources()}
 
 
 def keep_secret(name: str, value: str | None) -> None:
@@ -219,7 +267,8 @@ def check_ray_train() -> None:
 
     checks = {
         "TorchTrainer": arguments(TorchTrainer, "_create_default_callbacks") == []
-        and arguments(TorchTrainer, "_initialize_and_run_controller") == ["controller_init_kwargs"],
+        and arguments(TorchTrainer, "_initialize_and_run_controller") == ["controller_init_kwargs"]
+        and arguments(TorchTrainer, "_register_sigint_handler") == ["controller"],
         "TrainController": arguments(TrainController, "run") == arguments(TrainController, "get_result") == []
         and hasattr(TrainController, "worker_group_cls"),
         "DefaultFailurePolicy": arguments(DefaultFailurePolicy, "make_decision") == ["training_failed_error"]
@@ -482,6 +531,73 @@ def no_pickled_code() -> Iterator[None]:
             del os.environ[variable]
         else:
             os.environ[variable] = before
+
+
+#: Where a kind of ZeRO has a worker's float32 vectors, and its ``state_dict`` that of the optimiser that steps them.
+_ZERO_STATE = {
+    "DeepSpeedZeroOptimizer": ("single_partition_of_fp32_groups", "base_optimizer_state"),
+    "DeepSpeedZeroOptimizer_Stage3": ("fp32_partitioned_groups_flat", "optimizer_state_dict"),
+}
+
+
+def zero_layout(engine: Any) -> tuple[list[list[tuple[str, int, int, int]]], dict[str, list[int]]] | None:
+    """What lies in each flat vector of a worker of a DeepSpeed engine, as (parameter, place in the vector, place in the
+    parameter, how many numbers), and the shapes of those parameters.
+
+    None where that is not known (MoE, state on NVMe, ZeRO++'s and other kinds of ZeRO): then only DeepSpeed itself can
+    save and load the state, for the same number of workers.
+    """
+    zero = engine.optimizer
+    try:
+        if type(zero).__name__ not in _ZERO_STATE or engine.has_moe_layers or zero.elastic_checkpoint:
+            return None
+        names = zero.param_names
+        if hasattr(zero, "fp16_groups"):  # stage 3: of every parameter each worker has an equal part
+            if zero.swap_optimizer or zero.params_in_nvme_and_cpu:
+                return None
+            shapes = {names[one]: list(one.ds_shape) for group in zero.fp16_groups for one in group}
+            layout: list[list[tuple[str, int, int, int]]] = []
+            for group in zero.fp16_groups:
+                layout.append([])
+                place = 0
+                for one in group:
+                    part = int(one.partition_numel())
+                    start = zero._get_param_partition_rank(one) * part
+                    if (count := min(part, one.ds_numel - start)) > 0:
+                        layout[-1].append((names[one], place, start, count))
+                    place += part
+            return layout, shapes
+        shapes = {names[one]: list(one.shape) for group in zero.bit16_groups for one in group}
+        found = [[(names[one], one._hp_mapping) for one in group if one._hp_mapping] for group in zero.bit16_groups]
+        return [
+            [(name, of.hp_fragment_address.start, of.lp_fragment_address.start, of.hp_fragment_address.numel)
+             for name, of in group]
+            for group in found
+        ], shapes  # fmt: skip
+    except MOVED:
+        report("DeepSpeed's ZeRO optimiser", "its checkpoints are for the same number of workers")
+        return None
+
+
+def zero_state(engine: Any) -> tuple[dict[str, Any], list[Any], dict[str, Any]]:
+    """The state of a worker's ZeRO optimiser, the float32 vectors that it steps, and in the state the ``state_dict`` of
+    what steps them: its entry N is of vector N."""
+    vectors, base = _ZERO_STATE[type(engine.optimizer).__name__]
+    state = engine.optimizer.state_dict()
+    return state, getattr(engine.optimizer, vectors), state[base]
+
+
+def load_zero_state(engine: Any, state: dict[str, Any]) -> None:
+    """Take a state that `zero_state` gave and that was changed with its vectors, and have the weights follow."""
+    import torch
+
+    zero = engine.optimizer
+    own = {torch.distributed.get_rank(group=zero.dp_process_group): state}
+    for event in ("checkpoint_event_prologue", "load", "update_lp_params", "checkpoint_event_epilogue"):
+        if event == "load":
+            zero.load_state_dict(own, load_optimizer_states=True, load_from_fp32_weights=True)
+        elif hasattr(zero, event):
+            getattr(zero, event)()
 
 
 def cpu_has_bfloat16() -> bool:

@@ -127,19 +127,48 @@ def test_it_is_said_when_ray_may_listen_everywhere(
 def test_the_autoscalers_table_is_read(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     from ray._private.state import state
 
-    group = SimpleNamespace(resources={"GPU": 8, "CPU": 96})
+    group = SimpleNamespace(name="a100", resources={"GPU": 8, "CPU": 96}, max_count=4)
     monkeypatch.setattr(state, "get_max_resources_from_cluster_config", lambda: {"GPU": 64.0})
     monkeypatch.setattr(state, "get_cluster_config", lambda: SimpleNamespace(node_group_configs=[group]))
     assert private.autoscaler_limits() == {"GPU": 64.0}
-    assert private.autoscaler_nodes() == [{"GPU": 8, "CPU": 96}]
+    assert private.autoscaler_types() == [("a100", {"GPU": 8, "CPU": 96}, 4)]
     monkeypatch.undo()
     assert callable(state.get_max_resources_from_cluster_config)
     monkeypatch.delattr(type(state), "get_max_resources_from_cluster_config")
     monkeypatch.delattr(type(state), "get_cluster_config")
     assert private.autoscaler_limits() == {}
-    assert private.autoscaler_nodes() == []
+    assert private.autoscaler_types() == []
     assert len(caplog.messages) == 1
     assert "only nodes that run already are counted" in caplog.text
+
+
+def test_what_a_job_waits_for_is_read(
+    ray_cluster: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    import ray
+    from ray._private import state
+    from ray.util.placement_group import placement_group, remove_placement_group
+
+    before = private.own_groups()
+    groups = [placement_group([{"CPU": amount}]) for amount in (0.01, 100)]
+    groups[0].wait(30)
+    assert sorted(private.own_groups()) == sorted([*before, False, True])
+    for group in groups:
+        remove_placement_group(group)
+    assert private.own_groups() == before
+    node = ray.get_runtime_context().get_node_id()
+    assert private.free_resources()[node]["CPU"] > 0
+    assert private.starting_nodes() == {}
+    assert caplog.messages == []
+
+    monkeypatch.delattr(type(state.state), "_connect_and_get_accessor")
+    monkeypatch.delattr(state, "available_resources_per_node")
+    monkeypatch.setattr("ray.available_resources", lambda: {"CPU": 2.0})
+    monkeypatch.delattr("ray.autoscaler.v2.sdk.get_cluster_status")
+    assert private.own_groups() == [True]
+    assert private.free_resources() == {"": {"CPU": 2.0}}
+    assert private.starting_nodes() == {}
+    assert len(caplog.messages) == 3
 
 
 def test_blocks_come_by_reference_and_without_that_as_copies(
@@ -269,7 +298,8 @@ def test_transformers_peft_and_uvicorn_have_what_our_classes_replace_or_read() -
     from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
     names = {"_save", "_save_checkpoint", "_load_from_checkpoint", "_load_best_model", "_determine_best_metric",
-             "_get_num_items_in_batch", "get_batch_samples"}  # fmt: skip
+             "_get_num_items_in_batch", "get_batch_samples", "_save_optimizer_and_scheduler",
+             "_prepare_for_training"}  # fmt: skip
     assert names <= vars(Trainer).keys()
     names = {"connection_made", "connection_lost", "data_received", "on_message_begin", "on_headers_complete"}
     assert names <= vars(HttpToolsProtocol).keys()
@@ -436,6 +466,42 @@ def test_pickles_give_tensors_and_deepspeeds_classes_and_run_nothing(tmp_path: P
         with pytest.raises(pickle.UnpicklingError):
             torch.load(tmp_path / "code.pt", weights_only=False)
     assert dict(os.environ) == before
+
+
+def test_deepspeeds_zero_has_what_its_checkpoints_read_and_write() -> None:
+    from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+    from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+    from deepspeed.utils.tensor_fragment import tensor_fragment
+
+    both = {"load_state_dict", "state_dict", "param_names", "elastic_checkpoint", "dp_process_group"}
+    names = {
+        DeepSpeedZeroOptimizer: {*both, "bit16_groups", "single_partition_of_fp32_groups", "update_lp_params"},
+        DeepSpeedZeroOptimizer_Stage3: {
+            *both, "fp16_groups", "fp32_partitioned_groups_flat", "_get_param_partition_rank",
+            "swap_optimizer", "params_in_nvme_and_cpu", "checkpoint_event_prologue", "checkpoint_event_epilogue",
+        },
+    }  # fmt: skip
+    assert {kind.__name__ for kind in names} == private._ZERO_STATE.keys()
+    for kind, wanted in names.items():
+        source = Path(inspect.getfile(kind)).read_text(encoding="utf-8")
+        assert [name for name in wanted if f"self.{name} " not in source and name not in vars(kind)] == []
+    assert "update_lp_params" not in vars(DeepSpeedZeroOptimizer_Stage3)  # called where it is
+    assert {"lp_fragment_address", "hp_fragment_address"} <= tensor_fragment.__dataclass_fields__.keys()
+
+
+def test_another_zero_is_left_to_deepspeed(caplog: pytest.LogCaptureFixture) -> None:
+    class DeepSpeedZeroOptimizer(SimpleNamespace):
+        pass
+
+    def layout(zero: Any) -> Any:
+        return private.zero_layout(SimpleNamespace(optimizer=zero, has_moe_layers=False))
+
+    assert layout(SimpleNamespace()) is None
+    assert caplog.records == []
+    assert layout(DeepSpeedZeroOptimizer(param_names={}, elastic_checkpoint=False, bit16_groups=[])) == ([], {})
+    assert layout(DeepSpeedZeroOptimizer(param_names={}, elastic_checkpoint=False)) is None
+    (record,) = caplog.records
+    assert "DeepSpeed's ZeRO optimiser is not as in the version" in record.getMessage()
 
 
 def test_pefts_rules_for_names() -> None:

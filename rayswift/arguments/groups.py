@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -250,6 +251,23 @@ class TemplateArguments(Arguments):
     )
 
 
+#: What Ray takes as a label's key, and as what is asked of its value.
+_LABEL = r"[a-zA-Z0-9]([a-zA-Z0-9_.-]{0,61}[a-zA-Z0-9])?"
+_LABEL_KEY = re.compile(rf"({_LABEL}/)?{_LABEL}")
+_LABEL_WANTED = re.compile(rf"!?({_LABEL}|in\({_LABEL}(, ?{_LABEL})*\))")
+
+
+def read_labels(raw: Any) -> dict[str, str]:
+    """``KEY=VALUE,KEY=in(VALUE,VALUE)``, or a mapping."""
+    pairs = raw if isinstance(raw, dict) else dict(
+        part.strip().partition("=")[::2] for part in re.split(r",(?![^(]*\))", str(raw)) if part.strip()
+    )  # fmt: skip
+    for key, value in pairs.items():
+        if not (_LABEL_KEY.fullmatch(key) and _LABEL_WANTED.fullmatch(str(value))):
+            raise ValueError(f"expected KEY=VALUE,… of label names, found {key}={value}")
+    return {key: str(value) for key, value in pairs.items()}
+
+
 @dataclass(init=False, repr=False, eq=False)
 class RayArguments(Arguments):
     """Where the work runs."""
@@ -264,6 +282,11 @@ class RayArguments(Arguments):
     resources_per_worker: dict[str, Any] = arg(
         {}, "resources of each worker, as JSON", example='\'{"CPU": 4, "GPU": 1}\''
     )
+    node_labels: dict[str, str] = arg(
+        {}, "labels of the nodes to use, KEY=VALUE,…; VALUE may be !V, in(V,W) or !in(V,W)", parse=read_labels,
+        example="ray.io/accelerator-type=A100-80G",
+        no_effect={"command=infer|sample engine=transformers num_workers=none": "give --num_workers"},
+    )  # fmt: skip
     storage_path: str | None = arg(
         None,
         "folder or URI that every node can reach, for results",
@@ -304,6 +327,11 @@ class WorkerArguments(RayArguments):
     num_nodes: int | None = arg(
         None, "nodes the workers are spread over", ge=1, shown="NNODES if set",
         no_effect={"command=infer|sample num_workers=none": "give --num_workers"},
+    )  # fmt: skip
+    placement_strategy: str | None = arg(
+        None, "how workers lie on nodes: as few nodes as can be, as many, or one worker on each",
+        choices=("PACK", "SPREAD", "STRICT_SPREAD"), shown="PACK, over --num_nodes SPREAD",
+        no_effect={"command=infer|sample": "Ray Data places engines where there is room"},
     )  # fmt: skip
     max_failures: int = arg(
         3, "how often a failed run starts again from its last checkpoint (-1: always)", ge=-1,

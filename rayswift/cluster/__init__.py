@@ -6,6 +6,7 @@ cluster. Nothing else changes.
 
 from rayswift.cluster.connection import Cluster, address_of, connect, cpu_count, has_nvidia_driver, most_cpus
 from rayswift.cluster.results import results_at, results_folder
+from rayswift.cluster.waiting import wait_for_task, waiting_line, waiting_said
 from rayswift.cluster.workers import Workers, check_before_start, plan_workers
 
 __all__ = [
@@ -20,4 +21,7 @@ __all__ = [
     "plan_workers",
     "results_at",
     "results_folder",
+    "wait_for_task",
+    "waiting_line",
+    "waiting_said",
 ]

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rayswift import private
+from rayswift.cluster.placement import NodeKind, node_kinds
 from rayswift.errors import UserError
 
 logger = logging.getLogger("rayswift.cluster")
@@ -28,6 +29,7 @@ class Cluster:
     """What the connected cluster has, counting the nodes its autoscaler may still start.
 
     ``embedded``: no address was given. ``started``: this connection started the Ray, so its caller may end it.
+    ``kinds``: its nodes; empty where only their sums are known.
     """
 
     embedded: bool
@@ -36,6 +38,7 @@ class Cluster:
     nodes: int
     gpus_per_node: int = 0
     started: bool = False
+    kinds: tuple[NodeKind, ...] = ()
 
     def describe(self) -> str:
         """For messages: ``this machine has 2 CPUs and no GPU``."""
@@ -80,14 +83,15 @@ def connect(args: Any) -> Cluster:
         _start_ray(address)
     resources = ray.cluster_resources()
     limits = private.autoscaler_limits()
-    nodes = [node["Resources"] for node in ray.nodes()] + private.autoscaler_nodes()
+    kinds = node_kinds()
     return Cluster(
         embedded=address is None,
         cpus=most_cpus(),
         gpus=max(resources.get("GPU", 0), limits.get("GPU", 0)),
         nodes=sum(node["Alive"] for node in ray.nodes()),
-        gpus_per_node=int(max((node.get("GPU", 0) for node in nodes), default=0)),
+        gpus_per_node=int(max((kind.resources.get("GPU", 0) for kind in kinds), default=0)),
         started=is_new and address is None,
+        kinds=kinds,
     )
 
 

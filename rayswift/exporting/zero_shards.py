@@ -1,7 +1,7 @@
 """Adapters whose weights are only in DeepSpeed's shards: ZeRO-3 without ``stage3_gather_16bit_weights_on_model_save``.
 
-Checkpoints of the presets hold the gathered adapter and need none of this. Shards are pickle files, which could run
-code: only tensors and DeepSpeed's own plain classes are read from them.
+Checkpoints of the presets hold the gathered adapter and need none of this. RaySwift's own shards are safetensors; those
+of DeepSpeed are pickle files, which could run code: only tensors and DeepSpeed's own plain classes are read from them.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _TRAINED_WITH = (".lora_", ".modules_to_save.")
 def needs_gathering(adapter: str) -> bool:
     """Whether the adapter's weights are not in its safetensors file but in shards beside it."""
     folder = Path(adapter)
-    if not (folder / _LATEST).is_file() or not (folder / ADAPTER_CONFIG).is_file():
+    if not (folder / ADAPTER_CONFIG).is_file() or not ((folder / _LATEST).is_file() or _has_own_shards(adapter)):
         return False
     weights = folder / ADAPTER_WEIGHTS
     if not weights.is_file():
@@ -60,9 +60,19 @@ def gathered(adapter: str) -> Iterator[str]:
         yield folder
 
 
+def _has_own_shards(adapter: str) -> bool:
+    from rayswift.train.checkpoints.reshard import STATE
+
+    return Path(adapter, STATE).is_file()
+
+
 def _read_shards(adapter: str) -> dict[str, Any]:
     import torch
 
+    if _has_own_shards(adapter):
+        from rayswift.train.checkpoints.reshard import whole_parameters
+
+        return _adapter_of(whole_parameters(adapter))
     if not torch.accelerator.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
@@ -78,6 +88,10 @@ def _read_shards(adapter: str) -> dict[str, Any]:
         ) from error
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise UserError(f"--adapters {adapter}: its DeepSpeed shards cannot be read ({one_line(error)})") from error
+    return _adapter_of(state)
+
+
+def _adapter_of(state: dict[str, Any]) -> dict[str, Any]:
     return {
         peft_name(name).replace(".modules_to_save.default", ""): tensor.contiguous()
         for name, tensor in state.items()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import os
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from rayswift import hub
 from rayswift.arguments import DeployArguments, make_arguments, read_saved_arguments, take_over
 from rayswift.arguments.fields import specs_of
-from rayswift.cluster import address_of, cpu_count
+from rayswift.cluster import Cluster, address_of, cpu_count
 from rayswift.errors import UserError
 from rayswift.generate.preflight import check_engine, check_model, cpu_cache_gib, wants_gpu
 from rayswift.generate.vllm_plugin import SWITCH
@@ -39,7 +40,8 @@ class ModelSpec:
 
     ``model``: folder, id or URI. ``engine_kwargs``: vLLM's. ``adapters``: name → folder, given at start;
     ``default_adapter`` answers for the model's own name. ``template``: fields of :class:`Encoder`. ``bundles``: Ray
-    resources of a replica, the first with the replica itself. ``local``: gateway and replicas share this machine.
+    resources of a replica, the first with the replica itself; ``node_labels``: those of its nodes. ``local``: gateway
+    and replicas share this machine.
     ``sampling``: what requests that do not say so get (the flags' names; ``max_new_tokens`` is also their limit).
     ``fingerprints``: served name → what tells the weights behind it from others: with other weights in the same folder
     deploying again replaces the replicas, and ``/v1/models`` tells clients.
@@ -75,6 +77,7 @@ class ModelSpec:
     downscale_delay: int = 300
     drain_timeout: int = 600
     bundles: list[dict[str, float]] = field(default_factory=lambda: [{"CPU": 1.0}])
+    node_labels: dict[str, str] = field(default_factory=dict)
     env_vars: dict[str, str] = field(default_factory=dict)
     local: bool = True
 
@@ -82,6 +85,16 @@ class ModelSpec:
     def takes_adapters(self) -> bool:
         """Whether the engine has to be ready for LoRA."""
         return bool(self.adapters or self.adapter_root)
+
+    @property
+    def together(self) -> dict[str, float]:
+        """The resources of a replica in all its bundles."""
+        return dict(sum((Counter(bundle) for bundle in self.bundles), Counter[str]()))  # type: ignore[arg-type]
+
+    @property
+    def placement_strategy(self) -> str:
+        """How the bundles lie on nodes: tensor parallel parts speak at every layer, and share one."""
+        return "PACK" if self.engine_kwargs.get("pipeline_parallel_size", 1) > 1 else "STRICT_PACK"
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON-able values; what is at its default is left out."""
@@ -124,7 +137,7 @@ class ModelSpec:
         return {
             "model_loading_config": {"model_id": self.name, "model_source": model_dir},
             "engine_kwargs": kwargs,
-            "placement_group_config": {"bundles": self.bundles},
+            "placement_group_config": {"bundles": self.bundles, "strategy": self.placement_strategy},
             "accelerator_config": {"kind": "gpu" if self.use_gpu else "cpu"},
             # vLLM's own metrics stay on; Ray's copy of them costs a call per metric and step.
             "log_engine_metrics": False,
@@ -232,6 +245,22 @@ def check_served(adapters: Mapping[str, str]) -> None:
     for folder in adapters.values():
         if reason := only_merged(read_adapter_config(folder), check_adapter(folder)):
             raise UserError(f"--adapters {folder}: {reason}, or add --merge_lora true")
+
+
+def check_nodes(spec: ModelSpec, cluster: Cluster) -> None:
+    """Raises UserError when no node, and none that the autoscaler may start, can hold an engine: it would wait for
+    ever."""
+    labelled = [kind for kind in cluster.kinds if kind.takes(spec.node_labels)]
+    if cluster.kinds and not labelled:
+        asked = ", ".join(f"{key}={value}" for key, value in spec.node_labels.items())
+        raise UserError(f"--node_labels {asked}: no node here, and none that the autoscaler can start, has them")
+    if spec.placement_strategy == "PACK" or not labelled or any(kind.room(spec.together) for kind in labelled):
+        return
+    needed = ", ".join(f"{amount:g} {name}" for name, amount in spec.together.items())
+    mend = "lower --resources_per_worker"
+    if len(spec.bundles) > 1:
+        mend = "lower --vllm_tensor_parallel_size; --vllm_pipeline_parallel_size spreads a model over nodes"
+    raise UserError(f"{spec.name}: an engine needs {needed} on one node, and no node can have that; {mend}")
 
 
 def serving_settings(args: Any) -> Any:

@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from rayswift import cluster
+from rayswift.cluster.placement import engine_selector, node_kinds
 from rayswift.errors import UserError, telling_line
-from rayswift.generate.model_spec import ModelSpec, model_spec
+from rayswift.generate.model_spec import ModelSpec, check_nodes, model_spec
 from rayswift.generate.pool_rows import (
     BLOCK_RETRIES,
     HELPER_CPUS,
@@ -53,7 +54,13 @@ class EnginePool:
         """
         asked = model.args.num_workers  # engines on one machine share its memory and cores as replicas do
         spec = model_spec(model, fewest_and_most(asked) if asked else None)
-        return cls(model, spec, pool_size(model.args, spec, cluster.connect(model.args)))
+        connected = cluster.connect(model.args)
+        size = pool_size(model.args, spec, connected)
+        check_nodes(spec, connected)
+        if spec.node_labels and len(spec.bundles) > 1:
+            raise UserError("--node_labels: Ray Data places an engine of several GPUs without labels; leave it out, or "
+                            "use rayswift deploy and --base_url")  # fmt: skip
+        return cls(model, spec, size)
 
     def answers(self, requests: Sequence[Request]) -> Iterator[tuple[int, Answer]]:
         """Answer each request as often as it has numbers. UserError when no engine can be started."""
@@ -64,6 +71,8 @@ class EnginePool:
 
         context = ray.data.DataContext.get_current()
         context.enable_progress_bars = False
+        labels = engine_selector(node_kinds(), self.spec.node_labels)
+        context.execution_options.label_selector = labels or None
         context.execution_options.preserve_order = False  # the result file orders; none waits for a long answer
         repeats = max(len(request.numbers) for request in requests)
         size = max(1, BLOCK_ROWS // repeats) if self.spec.engine == "vllm" else self.batch_size

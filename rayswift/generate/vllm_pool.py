@@ -60,7 +60,7 @@ def answered_by_vllm(
         chat_template_stage=False,
         tokenize_stage=False,
         detokenize_stage=False,
-        placement_group_config={"bundles": spec.bundles},
+        placement_group_config={"bundles": spec.bundles, "strategy": spec.placement_strategy},
         runtime_env={"env_vars": spec.env_vars},
         log_engine_metrics=False,
     )

@@ -23,8 +23,8 @@ from rayswift.redaction import redact_text
 #: Never pushed: the state of training, editors' and tools' leftovers, and this machine's manifest of a checkpoint.
 IGNORED = (
     "optimizer.pt", "optimizer.bin", "scheduler.pt", "rng_state*.pth", "trainer_state.json", "training_args.bin",
-    "global_step*/*", "zero_to_fp32.py", "latest", "manifest.json", "position.json", "*.tmp", ".*", ".*/*",
-    "__pycache__/*", "infer_result/*",
+    "optimizer/*", "global_step*/*", "zero_to_fp32.py", "latest", "manifest.json", "position.json", "*.tmp", ".*",
+    ".*/*", "__pycache__/*", "infer_result/*",
 )  # fmt: skip
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*/[A-Za-z0-9][A-Za-z0-9_.-]*")
 

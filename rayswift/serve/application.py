@@ -38,13 +38,15 @@ def build_model(args: dict[str, Any]) -> Application:
         "health_check_period_s": 5,
         "health_check_timeout_s": 60,
         "placement_group_bundles": plan.bundles,
-        "placement_group_strategy": "PACK",
+        "placement_group_strategy": plan.placement_strategy,
         "ray_actor_options": {
             "num_cpus": first["CPU"] if len(plan.bundles) == 1 and not plan.use_gpu else 1,
             "num_gpus": first.get("GPU", 0) if plan.engine == "transformers" else 0,
             "runtime_env": {"env_vars": plan.env_vars},
         },
     }
+    if plan.node_labels:
+        options["placement_group_bundle_label_selector"] = [plan.node_labels] * len(plan.bundles)
     if plan.min_replicas == plan.max_replicas:
         options["num_replicas"] = plan.max_replicas
     else:

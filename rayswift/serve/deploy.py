@@ -14,8 +14,9 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from rayswift import private
+from rayswift.cluster import waiting_line
 from rayswift.errors import UserError
-from rayswift.generate.model_spec import ModelSpec, hub_token, model_specs
+from rayswift.generate.model_spec import ModelSpec, check_nodes, hub_token, model_specs
 from rayswift.serve.application import GATEWAY, app_name, serve_config
 from rayswift.serve.gateways import Gateways
 from rayswift.serve.ports import require_free_port
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger("rayswift.serve.deploy")
 
 _POLL_SECONDS = 1.0
+#: Between lines about what replicas wait for.
+_WAITING_SECONDS = 10.0
 #: Between looks whether an application has stopped; beyond --drain_timeout, for the end of its processes.
 _STOP_POLL_SECONDS, _STOP_SECONDS = 0.1, 30.0
 #: A Ray that is started for one deployment looks after it once a second instead of ten times, and counts nothing for
@@ -131,6 +134,8 @@ def check_room(specs: list[ModelSpec], cluster: Cluster) -> None:
             if name == "GPU" and not available:
                 mend = "--use_gpu false serves on CPUs"
             raise UserError(f"--min_replicas: the replicas need {needed:g} {name}s and {cluster.describe()}; {mend}")
+    for spec in specs:
+        check_nodes(spec, cluster)
 
 
 # --- while it runs ------------------------------------------------------------------------------------------------
@@ -141,6 +146,7 @@ def wait_until_ready(args: DeployArguments, specs: list[ModelSpec], gateways: Ga
     from ray import serve
 
     started, said = time.monotonic(), ""
+    looked = started
     while True:
         apps, names = serve.status().applications, [*gateways.names, *gateways.others]
         states = {name: str(getattr(apps.get(name), "status", "NOT_STARTED")).rpartition(".")[2] for name in names}
@@ -153,6 +159,11 @@ def wait_until_ready(args: DeployArguments, specs: list[ModelSpec], gateways: Ga
         if line != said:
             logger.info("%5.1f s  %s", time.monotonic() - started, line)
             said = line
+        if time.monotonic() - looked > _WAITING_SECONDS:
+            looked = time.monotonic()
+            if not all(private.own_groups()):
+                for spec in specs:
+                    logger.info(waiting_line(f"a replica of {spec.name}", spec.together, spec.node_labels))
         time.sleep(_POLL_SECONDS)
     scheme = "https" if args.ssl_certfile else "http"
     models = ", ".join(spec.name for spec in specs)

@@ -43,14 +43,27 @@ def zero_stage(config: dict[str, Any] | None) -> int:
 def prepare_deepspeed(use_gpu: bool, local_world_size: int) -> None:
     """Make DeepSpeed use the process group that Ray Train set up; call before a model is loaded.
 
-    Without ``init_distributed`` ZeRO-3's ``zero.Init`` sees a world of one process.
+    Without ``init_distributed`` ZeRO-3's ``zero.Init`` sees a world of one process. Every worker calls it.
     """
     if not use_gpu:
         os.environ["DS_ACCELERATOR"] = "cpu"
         os.environ["LOCAL_SIZE"] = str(local_world_size)
     import deepspeed
+    import torch
 
     deepspeed.init_distributed(dist_backend="nccl" if use_gpu else "gloo")
+    if not use_gpu:
+        torch.distributed.barrier()  # now all have opened each other's
+        address, port = os.environ.get("MASTER_ADDR", ""), os.environ.get("MASTER_PORT", "")
+        unlink_shared_memory(address, port, torch.distributed.get_rank())
+
+
+def unlink_shared_memory(address: str, port: str, rank: int) -> None:
+    """Take the name from the 66 MiB of shared memory through which a worker on CPUs adds up with others of its machine.
+
+    Who has it open keeps it, and it goes with the last of them, however that one ends. DeepSpeed leaves it for ever.
+    """
+    Path(f"/dev/shm/deepspeed_allreduce_buffer_{os.getuid()}_{address}_{port}_{rank}").unlink(missing_ok=True)
 
 
 def check_precision(config: dict[str, Any] | None, dtype: str) -> None:

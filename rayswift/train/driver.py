@@ -10,12 +10,14 @@ import importlib.util
 import logging
 import os
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from rayswift import cluster as ray_cluster
 from rayswift import private
 from rayswift.console import say
+from rayswift.data.files import filesystem_of
 from rayswift.data.flow.prepare import first_usable_row
 from rayswift.data.flow.stage_bars import StageBars
 from rayswift.data.names import ResolvedDatasets, resolve_datasets
@@ -26,7 +28,9 @@ from rayswift.errors import RunFailedError, UserError
 from rayswift.modeling.resolved import resolve_model
 from rayswift.plan.memory import memory_need, shortage
 from rayswift.train.checkpoints.manifest import list_checkpoints
+from rayswift.train.checkpoints.reshard import check_zero_resume
 from rayswift.train.config import PackedPlan, RunData, WorkerConfig
+from rayswift.train.deepspeed import deepspeed_config, zero_stage
 from rayswift.train.failures import ended_by
 from rayswift.train.hf_arguments import best_is_last
 from rayswift.train.model import compute_dtype, find_model
@@ -132,6 +136,9 @@ def _connect(inputs: Inputs) -> Machines:
     args, model_dir = inputs.args, inputs.model_dir
     cluster = ray_cluster.connect(args)
     workers = ray_cluster.plan_workers(args, cluster)
+    if inputs.resume.uri:
+        stage = zero_stage(deepspeed_config(args.deepspeed))
+        check_zero_resume(*filesystem_of(inputs.resume.uri), stage, workers.num_workers)
     dtype = compute_dtype(args, model_dir, workers.use_gpu)
     if args.training_args.get("use_liger_kernel") and not (
         workers.use_gpu and importlib.util.find_spec("liger_kernel")
@@ -142,8 +149,8 @@ def _connect(inputs: Inputs) -> Machines:
     counts, elastic = parameter_counts(model_dir), isinstance(workers.num_workers, tuple)
     count = " to ".join(map(str, workers.num_workers)) if isinstance(workers.num_workers, tuple) else workers.largest
     say(f"model: {args.model} ({counts.parameters / 1e6:.1f}M parameters, {dtype}), {args.train_type} training")
-    spread = ", spread over nodes" if workers.spread else ""
-    say(f"workers: {count} on {'GPU' if workers.use_gpu else 'CPU'}{spread}, DeepSpeed {args.deepspeed or 'off'}; "
+    device = ", ".join(["GPU" if workers.use_gpu else "CPU", *workers.where])
+    say(f"workers: {count} on {device}, DeepSpeed {args.deepspeed or 'off'}; "
         f"{cluster.describe()}")  # fmt: skip
     need = memory_need(args, model_dir, dtype, workers.largest, workers.use_gpu)
     say(need.line())
@@ -285,7 +292,8 @@ def _fit(
     place = functools.partial(place_of, data.train, origins=origins)
     progress = Progress(events, schedule, run, reporters, summary, place, args.step_timeout)
     try:
-        with progress, saved_on_sigterm(events) as ending:
+        waiting = nullcontext() if machines.embedded else ray_cluster.waiting_said(machines.workers)
+        with progress, saved_on_sigterm(events) as ending, waiting:
             result = _run_trainer(trainer)
         end_if_asked(ending, (result.return_value or {}).get("global_step") == schedule.max_steps)
         outcome = _outcome(run, result)
@@ -343,7 +351,8 @@ def _torch_trainer(config: WorkerConfig, machines: Machines, run: RunDirectory) 
             num_workers=workers.num_workers,
             use_gpu=workers.use_gpu,
             resources_per_worker=workers.resources_per_worker,
-            placement_strategy="SPREAD" if workers.spread else "PACK",
+            placement_strategy=workers.strategy,
+            label_selector=workers.selector or None,
         ),
         run_config=RunConfig(
             name=name,

@@ -20,8 +20,9 @@ from rayswift.errors import one_line
 
 logger = logging.getLogger("rayswift.train.loss")
 
-#: Memory of one chunk's logits in float32.
-CHUNK_BYTES = 64 * 2**20
+#: Memory of one chunk's logits in float32: large products keep a GPU busy; on CPUs the passes over them stay in the
+#: cache, and glibc keeps what is freed (beyond 32 MiB it does not).
+CHUNK_BYTES, CHUNK_BYTES_CPU = 64 * 2**20, 16 * 2**20
 
 
 @dataclass
@@ -128,7 +129,7 @@ class _HeadLoss(torch.autograd.Function):
         grad_bias = torch.zeros(weight.shape[0], dtype=torch.float32, device=device) if for_bias else None
         loss = torch.zeros((), dtype=torch.float32, device=device)
         right = torch.zeros((), dtype=torch.int64, device=device)
-        size = max(CHUNK_BYTES // (4 * vocabulary), 16)
+        size = max((CHUNK_BYTES_CPU if device.type == "cpu" else CHUNK_BYTES) // (4 * vocabulary), 16)
         for start in range(0, len(targets), size):
             part = slice(start, start + size)
             wanted, states = targets[part, None], inputs[part]

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rayswift.cluster import wait_for_task
 from rayswift.console import say
 from rayswift.data.tokens.arrow_files import default_root
 from rayswift.errors import UserError, one_line
@@ -179,7 +180,9 @@ def _tried(trial: _Trial, workers: Workers, hub_token: str | None, warm: list[An
             pass
     resources = dict(workers.resources_per_worker)
     options = {"num_cpus": resources.pop("CPU", 0), "num_gpus": resources.pop("GPU", 0), "resources": resources}
-    return ray.get(ray.remote(**options, max_calls=1)(try_packing).remote(trial, hub_token))
+    options |= {"label_selector": workers.selector, "max_calls": 1}
+    found = ray.remote(**options)(try_packing).remote(trial, hub_token)
+    return wait_for_task(found, "a worker's node", workers.resources_per_worker, workers.selector)
 
 
 def try_packing(trial: _Trial, hub_token: str | None = None) -> dict[str, Any]:

@@ -48,13 +48,16 @@ def test_the_worker_group(where: Cluster, given: dict[str, Any], expected: Worke
 
 
 @pytest.mark.parametrize(
-    ("given", "spread"),
-    [({"num_workers": 4}, False), ({"num_workers": 4, "num_nodes": 4}, True), ({"num_nodes": 2}, True),
-     ({"num_nodes": 1}, False)],
+    ("given", "strategy"),
+    [({"num_workers": 4}, "PACK"), ({"num_workers": 4, "num_nodes": 4}, "STRICT_SPREAD"),
+     ({"num_workers": 6, "num_nodes": 3}, "SPREAD"), ({"num_workers": "3,4", "num_nodes": 4}, "SPREAD"),
+     ({"num_nodes": 2}, "PACK"), ({"num_nodes": 1}, "PACK"),
+     ({"num_workers": 2, "placement_strategy": "SPREAD"}, "SPREAD"),
+     ({"num_nodes": 2, "placement_strategy": "STRICT_SPREAD"}, "STRICT_SPREAD")],
 )  # fmt: skip
-def test_workers_of_several_nodes_are_spread(given: dict[str, Any], spread: bool) -> None:
-    """Beside --num_workers too; Ray's own way is to fill one node after the other."""
-    assert plan_workers(arguments(**given), CLUSTER).spread == spread
+def test_how_workers_lie_on_nodes(given: dict[str, Any], strategy: str) -> None:
+    """Over so many nodes as are asked for, beside --num_workers too; nodes that are full of them are few by packing."""
+    assert plan_workers(arguments(**given), CLUSTER).strategy == strategy
 
 
 def test_the_global_batch_is_planned_for_the_largest_group() -> None:

@@ -57,13 +57,14 @@ def test_shards_never_run_code_whatever_manifest_lies_beside_them(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("shards", ["own", "deepspeed"])
 def test_a_zero3_checkpoint_that_was_not_gathered_merges_to_the_same_model(
-    base_and_adapter: tuple[str, str], tmp_path: Path
+    shards: str, base_and_adapter: tuple[str, str], tmp_path: Path
 ) -> None:
     base, _ = base_and_adapter
     checkpoint, expected = tmp_path / "checkpoint-1", tmp_path / "expected"
     script = Path(__file__).with_name("zero3_checkpoint.py")
-    command = [sys.executable, str(script), base, str(checkpoint), str(expected)]
+    command = [sys.executable, str(script), base, str(checkpoint), str(expected), shards]
     done = subprocess.run(command, text=True, capture_output=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     assert needs_gathering(str(checkpoint))

@@ -1,8 +1,9 @@
 """Write a LoRA checkpoint as a ZeRO-3 run leaves it that does not gather weights: run by test_zero_shards.py.
 
-    python zero3_checkpoint.py BASE_MODEL CHECKPOINT EXPECTED_ADAPTER
+    python zero3_checkpoint.py BASE_MODEL CHECKPOINT EXPECTED_ADAPTER deepspeed|own
 
-The run trains one step in one process. EXPECTED_ADAPTER gets the same adapter as PEFT saves it.
+The run trains one step in one process. EXPECTED_ADAPTER gets the same adapter as PEFT saves it. The shards
+are DeepSpeed's or RaySwift's own.
 """
 
 from __future__ import annotations
@@ -12,8 +13,8 @@ import sys
 from pathlib import Path
 
 
-def main(base: str, checkpoint: str, expected: str) -> None:
-    os.environ.update(DS_ACCELERATOR="cpu", LOCAL_SIZE="1", RANK="0", LOCAL_RANK="0", WORLD_SIZE="1")
+def main(base: str, checkpoint: str, expected: str, shards: str) -> None:
+    os.environ.update(DS_ACCELERATOR="cpu", RANK="0", LOCAL_RANK="0", WORLD_SIZE="1")
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=os.environ.get("TEST_PORT", "29517"))
     import deepspeed
     import torch
@@ -23,8 +24,10 @@ def main(base: str, checkpoint: str, expected: str) -> None:
 
     from rayswift.modeling.loading import load_model
     from rayswift.train.checkpoints.manifest import hash_files, write_manifest
+    from rayswift.train.checkpoints.zero import save_zero_state
+    from rayswift.train.deepspeed import prepare_deepspeed
 
-    deepspeed.init_distributed(dist_backend="gloo")
+    prepare_deepspeed(use_gpu=False, local_world_size=1)
     config = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
     model = get_peft_model(load_model(base, torch_dtype="float32"), config)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -34,7 +37,10 @@ def main(base: str, checkpoint: str, expected: str) -> None:
     tokens = torch.arange(3, 40)[None]
     engine.backward(engine(input_ids=tokens, labels=tokens).loss)
     engine.step()
-    engine.save_checkpoint(checkpoint, tag="global_step1")
+    if shards == "deepspeed":
+        engine.save_checkpoint(checkpoint, tag="global_step1")
+    else:
+        assert save_zero_state(engine, checkpoint, 0, 1)
     model.peft_config["default"].save_pretrained(checkpoint)
     write_manifest(fs.LocalFileSystem(), checkpoint, 1, hash_files(checkpoint))
     with deepspeed.zero.GatheredParameters(list(model.parameters())):

@@ -1,17 +1,27 @@
-"""Pre-training from a stream: ZeRO-2, ZeRO-3 and no DeepSpeed give the same losses; the same through a Ray job."""
+"""Pre-training from a stream: ZeRO-2, ZeRO-3 and no DeepSpeed give the same losses; the same through a Ray job. Runs
+with ZeRO go on from their checkpoints on any number of workers."""
 
 from __future__ import annotations
 
+import functools
+import json
+import random
+import re
+import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from command_line import QUICK, losses, run, run_directory
+from command_line import QUICK, losses, read_rows, run, run_directory, start, train_workers, wait_for
+from pyarrow.fs import LocalFileSystem
 from ray_head import ray_head
 from safetensors.torch import load_file
 from tiny_models import llama, word_tokenizer
+
+from rayswift.train.checkpoints.manifest import hash_files, read_manifest, write_manifest
 
 pytestmark = pytest.mark.slow
 
@@ -116,3 +126,167 @@ def test_an_adapter_that_begins_as_a_part_of_the_base_is_the_same_in_shards(tiny
     for name, tensor in found["plain"].items():
         assert tensor.shape == found["zero3"][name].shape
         assert torch.nn.functional.cosine_similarity(tensor.flatten(), found["zero3"][name].flatten(), 0) > 0.99, name
+
+
+#: Steps of 16 rows in float32, of 96, without dropout: its random numbers would differ with the number of workers.
+ELASTIC = [
+    "sft", "--template", "chatml", "--torch_dtype", "float32", "--learning_rate", "1e-3", "--lr_scheduler_type",
+    "constant", "--lora_dropout", "0", "--per_device_train_batch_size", "8", "--max_length", "64", "--logging_steps",
+    "1", "--report_to", "none", "--split_dataset_ratio", "0", "--save_steps", "2", "--gradient_checkpointing", "false",
+]  # fmt: skip
+STEPS_OF_ALL = 24
+#: The same sums in another order.
+TOLERANCE = 1e-4
+
+
+@pytest.fixture(scope="module")
+def words(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """The command that trains a tiny model on rows of which no two are alike."""
+    folder = tmp_path_factory.mktemp("words")
+    llama().save_pretrained(folder / "model")
+    word_tokenizer().save_pretrained(folder / "model")
+    drawn = random.Random(0)
+    rows = [[" ".join(f"w{drawn.randint(3, 159)}" for _ in range(drawn.randint(4, 16))) for _ in range(2)]
+            for _ in range(96)]  # fmt: skip
+    lines = [json.dumps({"query": query, "response": response}) for query, response in rows]
+    (folder / "words.jsonl").write_text("\n".join(lines))
+    return [*ELASTIC, "--model", str(folder / "model"), "--dataset", str(folder / "words.jsonl")]
+
+
+@pytest.fixture(scope="module")
+def straight(words: list[str], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Path]:
+    """The run directory of an undisturbed run of two workers."""
+
+    @functools.cache
+    def trained(train_type: str, preset: str) -> Path:
+        folder = tmp_path_factory.mktemp("straight")
+        command = [*words, "--train_type", train_type, "--deepspeed", preset, "--num_workers", "2"]
+        printed = run(
+            *command, "--gradient_accumulation_steps", "1", "--max_steps", str(STEPS_OF_ALL),
+            "--output_dir", str(folder / "out"), log=folder / "log",
+        )  # fmt: skip
+        assert "steps of 16 rows" in printed
+        found = losses(run_directory(folder / "out"))
+        assert list(found) == list(range(1, STEPS_OF_ALL + 1))
+        assert len({round(loss, 3) for loss in found.values()}) > STEPS_OF_ALL - 4  # other rows are another loss
+        return run_directory(folder / "out")
+
+    return trained
+
+
+@pytest.mark.parametrize(
+    ("train_type", "presets"),
+    [
+        ("full", ("zero1", "zero1", "zero1")),
+        ("lora", ("zero2", "zero2", "zero2")),
+        ("full", ("zero3", "zero3", "zero3")),
+        ("lora", ("zero2", "zero3_offload", "zero1")),
+    ],
+)
+def test_two_workers_then_one_then_two_are_a_straight_run(
+    train_type: str,
+    presets: tuple[str, str, str],
+    words: list[str],
+    straight: Callable[[str, str], Path],
+    tmp_path: Path,
+) -> None:
+    begun = straight(train_type, presets[0])
+    from_here, found = begun / "checkpoint-2", {}
+    for workers, preset, steps in ((1, presets[1], 4), (2, presets[2], 6)):
+        output = tmp_path / str(workers)
+        run(
+            *words, "--train_type", train_type, "--deepspeed", preset, "--num_workers", str(workers),
+            "--max_steps", str(steps), "--resume_from_checkpoint", str(from_here), "--output_dir", str(output),
+            log=tmp_path / f"{workers}.log",
+        )  # fmt: skip
+        found |= losses(run_directory(output))
+        from_here = run_directory(output) / f"checkpoint-{steps}"
+    expected = losses(begun)
+    assert {3, 4, 5, 6} <= set(found)
+    assert found == pytest.approx({step: expected[step] for step in found}, rel=TOLERANCE)
+    manifest = read_manifest(LocalFileSystem(), str(from_here))
+    assert manifest is not None
+    assert {name for name in manifest["files"] if "optim" in name or "global_step" in name} == {
+        "optimizer/state.json", *(f"optimizer/shard-{rank:05}-of-00002.safetensors" for rank in range(2))
+    }  # fmt: skip
+
+
+def shared_memory(driver: int) -> list[str]:
+    """The names that DeepSpeed's shared memory of a run's workers had, as the kernel tells them."""
+    maps = "".join(Path(f"/proc/{worker.pid}/maps").read_text() for worker in train_workers(driver))
+    return sorted(set(re.findall(r"/dev/shm/deepspeed_allreduce_buffer_\S+(?: \(deleted\))?", maps)))
+
+
+def test_a_killed_worker_leaves_no_shared_memory_and_the_run_goes_on(
+    words: list[str], straight: Callable[[str, str], Path], tmp_path: Path
+) -> None:
+    output, log = tmp_path / "out", tmp_path / "log"
+    driver = start(
+        *words, "--deepspeed", "zero2", "--num_workers", "2", "--gradient_accumulation_steps", "1",
+        "--max_steps", str(STEPS_OF_ALL), "--output_dir", str(output), log=log,
+    )  # fmt: skip
+    wait_for(lambda: any(output.glob("v*/checkpoint-2/manifest.json")), 400, "the first checkpoint")
+    mapped = shared_memory(driver.pid)
+    train_workers(driver.pid)[-1].kill()
+    assert driver.wait(400) == 0, log.read_text()[-4000:]
+    assert len(mapped) == 2
+    for name in mapped:
+        assert name.endswith(" (deleted)")
+        assert not Path(name.removesuffix(" (deleted)")).exists()
+    assert "training goes on from step" in log.read_text()
+    assert losses(run_directory(output)) == pytest.approx(losses(straight("lora", "zero2")), rel=TOLERANCE)
+
+
+def test_shards_of_deepspeed_of_another_number_of_workers_are_refused_before_anything_starts(
+    words: list[str], straight: Callable[[str, str], Path], tmp_path: Path
+) -> None:
+    """Checkpoints that DeepSpeed itself writes, as of a state on NVMe."""
+    checkpoint = tmp_path / "checkpoint-2"
+    shutil.copytree(straight("lora", "zero2") / "checkpoint-2", checkpoint)
+    (checkpoint / "optimizer" / "state.json").unlink()
+    (checkpoint / "optimizer").rename(checkpoint / "global_step2")
+    for rank, shard in enumerate(sorted((checkpoint / "global_step2").iterdir())):
+        shard.rename(shard.with_name(f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"))
+    write_manifest(LocalFileSystem(), str(checkpoint), 2, hash_files(str(checkpoint)))
+    log = tmp_path / "log"
+    again = [*words, "--deepspeed", "zero2", "--num_workers", "1", "--max_steps", "4"]
+    again += ["--resume_from_checkpoint", str(checkpoint), "--output_dir", str(tmp_path / "out")]
+    assert start(*again, log=log).wait(120) == 2, log.read_text()
+    lines = [line for line in log.read_text().splitlines() if "error:" in line]
+    assert lines == [
+        f"rayswift sft: error: --num_workers 1: {checkpoint} holds DeepSpeed's own shards of 2 workers, which no other "
+        "number can take over; give --num_workers 2"
+    ]
+    assert "Traceback" not in log.read_text()
+
+
+def test_a_node_goes_and_training_goes_on_with_the_worker_that_is_left(
+    words: list[str], straight: Callable[[str, str], Path], tmp_path: Path
+) -> None:
+    from ray.cluster_utils import Cluster
+
+    expected = losses(straight("lora", "zero2"))
+    output, log = tmp_path / "out", tmp_path / "log"
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+    try:
+        second = cluster.add_node(num_cpus=1)
+        driver = start(
+            *words, "--deepspeed", "zero2", "--num_workers", "1,2", "--resources_per_worker", '{"CPU": 1}',
+            "--gradient_accumulation_steps", "1", "--max_steps", str(STEPS_OF_ALL), "--address", cluster.address,
+            "--output_dir", str(output), log=log,
+        )  # fmt: skip
+        wait_for(lambda: any(output.glob("v*/checkpoint-2/manifest.json")), 400, "the first checkpoint")
+        cluster.remove_node(second, allow_graceful=False)
+        assert driver.wait(500) == 0, log.read_text()[-4000:]
+    finally:
+        cluster.shutdown()
+    first, last = (
+        json.loads((run_directory(output) / f"checkpoint-{step}/manifest.json").read_text())["files"]
+        for step in (2, STEPS_OF_ALL)
+    )
+    assert "optimizer/shard-00001-of-00002.safetensors" in first
+    assert "optimizer/shard-00000-of-00001.safetensors" in last
+    assert "training goes on from step" in log.read_text()
+    steps = [row["global_step/max_steps"] for row in read_rows(run_directory(output)) if "loss" in row]
+    assert steps == [f"{step}/{STEPS_OF_ALL}" for step in range(1, STEPS_OF_ALL + 1)]
+    assert losses(run_directory(output)) == pytest.approx(expected, rel=TOLERANCE)

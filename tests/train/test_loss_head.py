@@ -75,7 +75,7 @@ def same(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> Non
 
 @pytest.mark.parametrize("name", [*FEW, *(pytest.param(name, marks=pytest.mark.slow) for name in OTHERS)])
 def test_loss_and_gradients_are_those_of_all_logits(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loss_module, "CHUNK_BYTES", 0)  # of 16 positions, the fewest
+    monkeypatch.setattr(loss_module, "CHUNK_BYTES_CPU", 0)  # of 16 positions, the fewest
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(name, **(SMALL | MORE.get(name, {}))))
     model.config.use_cache = False
@@ -165,4 +165,4 @@ def test_memory_does_not_grow_with_the_vocabulary() -> None:
     labels = torch.randint(250_000, (150,))
     with Sizes():
         loss_module._HeadLoss.apply(hidden, layer.weight, None, labels, None, loss_module._Bend(), 0.0)
-    assert max(sizes) <= loss_module.CHUNK_BYTES
+    assert max(sizes) <= loss_module.CHUNK_BYTES_CPU

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from rayswift.cluster import most_cpus
+from rayswift.cluster.placement import data_selector, node_kinds
 from rayswift.data import json_text
 from rayswift.data.files import Chunk, Position
 from rayswift.data.flow.cache import TokenCache
@@ -231,7 +232,8 @@ def _encode_here(
     actors: list[Any] = []
     if others > 0:
         packed = ray.put(pack_encoder(encoder))
-        kind = ray.remote(_ChunkEncoder).options(num_cpus=1, scheduling_strategy="SPREAD")
+        where = {"scheduling_strategy": "SPREAD", "label_selector": data_selector(node_kinds())}
+        kind = ray.remote(_ChunkEncoder).options(num_cpus=1, **where)
         actors = [kind.remote(packed, cache) for _ in range(others)]
     free = deque(actors * 2)  # each holds two chunks, lest it wait while this process is busy with one
     held: dict[Any, tuple[Any, EncodeTask]] = {}

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from rayswift.cluster.placement import data_selector, node_kinds
+
 if TYPE_CHECKING:
     import pyarrow as pa
     from ray.data import Dataset
 
 
 def one_task_each(rows: pa.Table, preserve_order: bool, block_bytes: int | None = None) -> Dataset:
-    """A dataset whose every row is a task of its own: no bars of Ray's, no time-out while training pauses.
+    """A dataset whose every row is a task of its own, on the nodes that are for data where there are any: no bars of
+    Ray's, no time-out while training pauses.
 
     Args:
         rows: what each task is given.
@@ -22,6 +25,7 @@ def one_task_each(rows: pa.Table, preserve_order: bool, block_bytes: int | None 
 
     context: Any = DataContext.get_current().copy()
     context.execution_options.preserve_order = preserve_order
+    context.execution_options.label_selector = data_selector(node_kinds()) or None
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     context.execution_no_progress_timeout_s = -1

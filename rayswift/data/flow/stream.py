@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from rayswift import private
+from rayswift.cluster.placement import data_selector, most_free_cpus, node_kinds
 from rayswift.data.files import Position
 from rayswift.data.flow.plan import StreamMix, StreamPlan
 from rayswift.data.flow.ray_data import one_task_each
@@ -39,6 +40,8 @@ STREAM_BLOCK_BYTES = 1 << 20
 #: Token rows that wait for training, in bytes: of the task that is being trained, and of all later ones together.
 READY_BYTES = 32 << 20
 AHEAD_BYTES = 256 << 20
+#: Tasks that read at once, beside one for each worker: the CPUs of others are not held by what would only wait.
+TASKS_AHEAD = 3
 #: Rows encoded at a time.
 STREAM_BATCH = 64
 #: Rows packed together; packs that are not nearly full wait for the next window.
@@ -56,6 +59,7 @@ def stream_tokens(
     start: StreamPosition | None = None,
     reader: Any | None = None,
     num_cpus: float = 1,
+    most_tasks: int | None = None,
 ) -> Dataset:
     """The stream as a lazy dataset of token rows: ``input_ids``, ``labels``, ``loss_scale``; where each is from:
     ``path``, ``kind``, ``number``; its place: ``task``, ``item`` and ``item_rows``, the number of rows of that item.
@@ -67,9 +71,11 @@ def stream_tokens(
         start: the place to begin at; tasks before it are not run.
         reader: the :class:`StreamReader` that says when enough is ready; None: read on.
         num_cpus: what each task asks of Ray.
+        most_tasks: how many run at once; None: as many as there is room for.
     """
     import pyarrow as pa
     import ray
+    from ray.data import TaskPoolStrategy
 
     begin = start or StreamPosition()
     packed = ray.put(pack_encoder(encoder))
@@ -82,7 +88,8 @@ def stream_tokens(
             yield from _in_step(task_tokens(plan, task, first, encoder, drop_log), task, reader)
 
     tasks = one_task_each(pa.table({"id": range(len(plan.tasks) - begin.task)}), True, STREAM_BLOCK_BYTES)
-    return tasks.map_batches(read, batch_size=None, num_cpus=num_cpus)
+    compute = TaskPoolStrategy(most_tasks) if most_tasks else None
+    return tasks.map_batches(read, batch_size=None, num_cpus=num_cpus, compute=compute)
 
 
 def _in_step(tables: Iterator[pa.Table], task: int, reader: Any | None) -> Iterator[pa.Table]:
@@ -265,7 +272,7 @@ class StreamReader:
         drop_log: Any,
         start: StreamPosition,
         num_workers: int,
-        num_cpus: float = 1,
+        num_cpus: float,
     ) -> None:
         import ray
 
@@ -276,9 +283,11 @@ class StreamReader:
         self._error: BaseException | None = None
         self._changed = threading.Condition()
         self._made: dict[int, int] = {}  # bytes that unfinished tasks have made
+        self._allowed: dict[int, int] = {}  # … at which they were told to go on
         self._first_task = start.task
         self._ended: set[int] = set()
-        stream = (plan, packed.unpack(), drop_log, start, ray.get_runtime_context().current_actor, num_cpus)
+        own = ray.get_runtime_context().current_actor
+        stream = (plan, packed.unpack(), drop_log, start, own, num_cpus, num_workers + TASKS_AHEAD)
         threading.Thread(target=self._read, args=stream, daemon=True).start()
 
     def _read(self, *stream: Any) -> None:
@@ -301,19 +310,28 @@ class StreamReader:
     def has_room(self, task: int, made: int) -> bool:
         """Whether a task that has made so many bytes may make more.
 
-        The first task that has not ended never waits for another: only for the workers to train what is ready.
+        The first task that has not ended never waits for another: only for the workers to train what is ready. Who
+        makes again what was lost with a node waits for nobody: the workers wait for it.
         """
         with self._changed:
+            if task < self._first_task or made <= self._allowed.get(task, -1):
+                return True
             self._made[task] = made
             if task == self._first_task:
-                return sum(size for _, size in self._blocks.values()) < READY_BYTES
-            return sum(bytes_ for other, bytes_ in self._made.items() if other != self._first_task) < AHEAD_BYTES
+                has_room = sum(size for _, size in self._blocks.values()) < READY_BYTES
+            else:
+                ahead = (bytes_ for other, bytes_ in self._made.items() if other != self._first_task)
+                has_room = sum(ahead) < AHEAD_BYTES
+            if has_room:
+                self._allowed[task] = made
+            return has_room
 
     def task_ended(self, task: int) -> None:
         """A task has handed on its last table."""
         with self._changed:
             self._made.pop(task, None)
-            self._ended.add(task)
+            if task >= self._first_task:
+                self._ended.add(task)
             while self._first_task in self._ended:
                 self._ended.remove(self._first_task)
                 self._first_task += 1
@@ -341,15 +359,17 @@ def start_stream_readers(
 ) -> list[Any]:
     """Start an actor for each stream; they end with the process that started them.
 
-    A task that has made enough waits, and keeps its CPU. So a task of each stream fits into what training always leaves
-    free: a CPU, or half of the only one.
+    They are on this process's node: that of another may be lost while this one goes on. A task that has made enough
+    waits, and keeps its CPU. So a task of each stream fits into what training leaves free on the node with most of it.
     """
     import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    options = {"num_cpus": 0, "max_concurrency": num_workers + 2}
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    options = {"num_cpus": 0, "max_concurrency": num_workers + 2, "scheduling_strategy": here}
     actor = ray.remote(StreamReader).options(**options)
-    num_cpus = min(1.0, ray.cluster_resources().get("CPU", 1) / 2) / len(mix.plans)
-    num_cpus = max(int(num_cpus * 10_000), 1) / 10_000  # Ray's finest share
+    free = most_free_cpus(data_selector(node_kinds()))
+    num_cpus = max(int(min(1.0, free / len(mix.plans)) * 10_000), 1) / 10_000  # Ray's finest share
     packed = ray.put(pack_encoder(encoder))
     return [
         actor.remote(plan, packed, drop_log, place, num_workers, num_cpus)

@@ -66,6 +66,16 @@ class LeanTorchTrainer(TorchTrainer):
             raise
         return controller.get_result()
 
+    def _register_sigint_handler(self, controller: Any) -> None:
+        """Ctrl-C ends this process at once. Ray Train's own way waits for the controller, which may wait for nodes, and
+        ends with status 0."""
+
+        def interrupt(*_: Any) -> None:
+            controller.abort.remote()
+            raise KeyboardInterrupt
+
+        signal.signal(signal.SIGINT, interrupt)
+
     def _controller_here(self, options: dict[str, Any]) -> _ControllerHere | None:
         """The controller in this process; None when this Ray Train's cannot be built here."""
         # The group's other process, which makes ranks wait for each other, would take the CPU from their imports.

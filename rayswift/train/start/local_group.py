@@ -18,6 +18,9 @@ from ray.exceptions import GetTimeoutError
 from ray.train.backend import Backend
 from ray.train.torch import TorchConfig
 
+from rayswift.train.deepspeed import unlink_shared_memory
+
+ADDRESS = "127.0.0.1"
 #: Seconds for workers to leave, one of which may hang.
 _LEAVE_SECONDS = 30
 
@@ -32,14 +35,16 @@ class LocalTorchConfig(TorchConfig):
 
 class _LocalBackend(Backend):
     _folder: str | None = None
+    _shared_memory: tuple[int, int] = (0, 0)  # the port that DeepSpeed names it after, and how many workers
 
     def on_start(self, worker_group: Any, backend_config: LocalTorchConfig) -> None:
-        self._remove_folder()
+        self._clean_up()
         self._folder = tempfile.mkdtemp(prefix="rayswift-group-")
+        self._shared_memory = secrets.randbelow(2**16), len(worker_group)
         gpus = worker_group.get_resources_per_worker().get("GPU", 0)
         worker_group.execute(
             join_group, os.path.join(self._folder, "store"), backend_config.backend or ("nccl" if gpus else "gloo"),
-            backend_config.timeout_s, secrets.randbelow(2**16),
+            backend_config.timeout_s, self._shared_memory[0],
         )  # fmt: skip
 
     def on_shutdown(self, worker_group: Any, backend_config: LocalTorchConfig) -> None:
@@ -49,11 +54,14 @@ class _LocalBackend(Backend):
         except GetTimeoutError:
             pass
         finally:
-            self._remove_folder()
+            self._clean_up()
 
-    def _remove_folder(self) -> None:
+    def _clean_up(self) -> None:
         if self._folder is not None:
             shutil.rmtree(self._folder, ignore_errors=True)
+        port, workers = self._shared_memory
+        for rank in range(workers):  # of workers that died before they could
+            unlink_shared_memory(ADDRESS, str(port), rank)
 
 
 def join_group(store: str, backend: str, timeout_s: int, port: int) -> None:
@@ -67,7 +75,7 @@ def join_group(store: str, backend: str, timeout_s: int, port: int) -> None:
         "LOCAL_RANK": str(own.get_local_rank()), "LOCAL_WORLD_SIZE": str(own.get_local_world_size()),
         "NODE_RANK": str(own.get_node_rank()), "ACCELERATE_TORCH_DEVICE": str(get_device()),
         # Nothing listens there: DeepSpeed names its shared memory after the two.
-        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+        "MASTER_ADDR": ADDRESS, "MASTER_PORT": str(port),
     }  # fmt: skip
     for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
         os.environ.setdefault(name, "lo0" if sys.platform == "darwin" else "lo")

@@ -11,12 +11,15 @@ from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
+from accelerate.utils import DeepSpeedSchedulerWrapper
 from peft import PeftModel, set_peft_model_state_dict
 from transformers import TrainerCallback
+from transformers.trainer import SCHEDULER_NAME
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from rayswift.data.tokens.table import TokenRows
 from rayswift.modeling.part_of_base import read_plain, write_plain
+from rayswift.train.checkpoints.zero import has_zero_state, load_zero_state, save_zero_state
 from rayswift.train.clock import Clock
 from rayswift.train.collate import Batch, Collate
 from rayswift.train.flops import flop_count
@@ -280,6 +283,29 @@ class StepTraining(GoingOn, CheckedSteps):
         else:
             self.model.load_adapter(resume_from_checkpoint, "default", is_trainable=True)
 
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        """Of ZeRO's state every worker its part, in files that any number of workers goes on from."""
+        own = self.is_deepspeed_enabled and save_zero_state(
+            self.model_wrapped, output_dir, self.rank.rank, self.rank.world_size
+        )
+        if not own:
+            super()._save_optimizer_and_scheduler(output_dir)
+        elif self.args.should_save:
+            assert self.lr_scheduler is not None
+            torch.save(self.lr_scheduler.state_dict(), os.path.join(output_dir, SCHEDULER_NAME))
+
+    def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
+        """Transformers' own, which knows DeepSpeed's shards only."""
+        if not self.is_deepspeed_enabled or not resume_from_checkpoint or not has_zero_state(resume_from_checkpoint):
+            return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
+        load_zero_state(self.model_wrapped, resume_from_checkpoint)
+        if isinstance(self.lr_scheduler, DeepSpeedSchedulerWrapper):  # of a --deepspeed file, DeepSpeed's to load
+            scheduler = torch.load(os.path.join(resume_from_checkpoint, SCHEDULER_NAME), weights_only=True)
+            self.lr_scheduler.load_state_dict(scheduler)
+        self._load_optimizer_and_scheduler(resume_from_checkpoint)
+        return prepared
+
     def save_final(self) -> None:
         """The last step is always evaluated and saved (SWIFT), also when a stream ended early."""
         if self.args.save_strategy != "no" and self._last_tried_step != self.state.global_step > 0:
@@ -291,7 +317,10 @@ class StepTraining(GoingOn, CheckedSteps):
         if self.is_deepspeed_enabled and self.args.save_only_model:  # its engine loads nothing without optimiser state
             return
         self.state.best_model_checkpoint = folder
-        self._load_best_model()
+        if self.is_deepspeed_enabled and has_zero_state(folder):
+            load_zero_state(self.model_wrapped, folder)
+        else:
+            self._load_best_model()
         if self.is_world_process_zero():
             self.push({"event": "drops", "lines": [f"{os.path.basename(folder)} is the best: its weights are loaded"]})
 
