@@ -188,6 +188,28 @@ def in_ray_job() -> bool:
     return RAY_JOB_CONFIG_JSON_ENV_VAR in os.environ
 
 
+def session_folder() -> str:
+    """Where Ray keeps this node's logs, sockets, packages and spilled objects."""
+    try:
+        from ray._private.worker import _global_node
+
+        return str(_global_node.get_session_dir_path())
+    except MOVED:
+        report("Ray's folder", "/tmp is taken for it")
+        return "/tmp"
+
+
+def dashboard_get(client: Any, path: str, **params: Any) -> bytes:
+    """What a cluster's dashboard answers at a path that its client has no method for; empty where it has no such.
+
+    Raises:
+        NotAvailable: Ray's client has no way to ask.
+    """
+    with needed("Ray's client of the dashboard"):
+        answer = client._do_request("GET", path, params=params, timeout=60)
+        return answer.content if answer.status_code == 200 else b""
+
+
 def job_package(folder: str) -> tuple[dict[str, int], int] | None:
     """The files of a folder that Ray sends with a job (relative path → bytes in the package), and the most bytes that
     it takes; None where Ray cannot be asked."""

@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import re
+import shlex
 import urllib.parse
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -183,6 +184,14 @@ def _is_secret_flag(token: str) -> bool:
     name = token.lstrip("-").replace("-", "_")
     # A shortened flag (--hub_tok) is as good as the flag itself, so its value is masked too.
     return is_secret(name) or (len(name) > 3 and any(flag.startswith(name) for flag in SECRET_FLAGS))
+
+
+def redact_command(line: str) -> str:
+    """A command line as one text with its secrets masked; one that no shell could read as any other text."""
+    try:
+        return shlex.join(redact_argv(shlex.split(line)))
+    except ValueError:
+        return redact_text(line)
 
 
 def redact_argv(argv: Sequence[str]) -> list[str]:

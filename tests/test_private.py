@@ -47,6 +47,35 @@ def methods(package: str, file: str, kind: str) -> dict[str, list[str]]:
 # --- Ray -----------------------------------------------------------------------------------------------------------
 
 
+def test_the_dashboard_is_asked_by_its_client(monkeypatch: pytest.MonkeyPatch) -> None:
+    from ray.job_submission import JobSubmissionClient
+
+    asked: list[Any] = []
+
+    def answer(method: str, url: str, **more: Any) -> SimpleNamespace:
+        asked.append((method, url, more["params"]))
+        return SimpleNamespace(status_code=200 if "serve" in url else 404, content=b"{}", text="")
+
+    monkeypatch.setattr("ray.dashboard.modules.dashboard_sdk.requests.request", answer)
+    client = JobSubmissionClient.__new__(JobSubmissionClient)
+    client._address, client._cookies, client._headers, client._verify = "http://h", None, {}, None
+    assert private.dashboard_get(client, "/api/serve/applications/", lines=3) == b"{}"
+    assert private.dashboard_get(client, "/nowhere") == b""
+    assert asked[0] == ("GET", "http://h/api/serve/applications/", {"lines": 3})
+    with pytest.raises(private.NotAvailable):
+        private.dashboard_get(object(), "/")
+
+
+def test_rays_folder_of_this_node(monkeypatch: pytest.MonkeyPatch) -> None:
+    import ray._private.worker
+
+    node = SimpleNamespace(get_session_dir_path=lambda: "/tmp/ray/session_1")
+    monkeypatch.setattr(ray._private.worker, "_global_node", node)
+    assert private.session_folder() == "/tmp/ray/session_1"
+    monkeypatch.setattr(ray._private.worker, "_global_node", None)
+    assert private.session_folder() == "/tmp"
+
+
 def test_a_small_ray_replaces_three_starts_and_one_constant_and_puts_them_back(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -31,7 +31,7 @@ _RESTORED = (
     "norm_bbox", "use_chat_template", "response_prefix", "template_date",
 )  # fmt: skip
 # Flags that came later: where they are not given, a run is still the one that an older version began.
-_LATER = ("template_date",)
+_LATER = ("template_date", "num_labels", "problem_type")
 # What may name files and folders: an args.json is read in other folders than it was written in.
 _PATHS = (
     "model", "adapters", "ref_model", "ref_adapters", "reward_model", "dataset", "val_dataset", "cached_dataset",

@@ -27,11 +27,9 @@ from rayswift.arguments.serving import (
     ServerArguments,
     WebPageArguments,
 )
+from rayswift.arguments.tasks import TaskRules
 from rayswift.arguments.training import (
-    BatchingArguments,
-    CheckpointArguments,
     OptimizerArguments,
-    TrainingRules,
     TunerArguments,
 )
 from rayswift.arguments.training_args import choices_of, passthrough_specs
@@ -42,20 +40,16 @@ _GOING_ON = {"adapters=none": "only with --adapters"}
 _UNWEIGHTED = (
     "default", "last_round", "all", "ignore_empty_think", "ignore_think_prefix", "last_round_with_ignore_empty_think",
 )  # fmt: skip
+#: Of the commands whose models write text.
+_TEXT_ALONE: dict[str, Any] = {
+    "choices": ("causal_lm",), "swift_only": ("seq_cls", "embedding", "reranker", "generative_reranker", "decision"),
+}  # fmt: skip
 _MODEL_EXAMPLE = "for example --model Qwen/Qwen2.5-7B-Instruct"
 
 
 @dataclass(init=False, repr=False, eq=False)
-class SftArguments(
-    TunerArguments,
-    BatchingArguments,
-    EvaluationArguments,
-    CheckpointArguments,
-    WorkerArguments,
-    StepArguments,
-    TrainingRules,
-):
-    """Fine-tune a model on conversations, with LoRA or whole."""
+class SftArguments(TaskRules, TunerArguments, EvaluationArguments, WorkerArguments, StepArguments):
+    """Fine-tune a model on conversations, with LoRA or whole; or to tell classes, vectors or ranks of texts."""
 
     command: ClassVar[str] = "sft"
 
@@ -73,6 +67,7 @@ class PretrainArguments(SftArguments):
 
     command: ClassVar[str] = "pt"
 
+    task_type: str = arg_like(ModelArguments, "task_type", "causal_lm", **_TEXT_ALONE)
     use_chat_template: bool = arg_like(TemplateArguments, "use_chat_template", False)
     loss_scale: str = arg_like(TemplateArguments, "loss_scale", "all")
 
@@ -83,9 +78,12 @@ class RlhfArguments(RlhfRules, SftArguments):
 
     command: ClassVar[str] = "rlhf"
 
-    METRICS: ClassVar[tuple[str, ...]] = ("loss", *PREFERENCE_METRICS)
-
+    task_type: str = arg_like(ModelArguments, "task_type", "causal_lm", **_TEXT_ALONE)
     loss_scale: str = arg_like(TemplateArguments, "loss_scale", "last_round")
+
+    def metric_names(self) -> tuple[str, ...]:
+        """What an evaluation measures."""
+        return ("loss", *PREFERENCE_METRICS)
 
     def problems(self) -> Iterator[str]:
         if self.truncation_strategy == "split":
@@ -152,6 +150,8 @@ class InferArguments(
     command: ClassVar[str] = "infer"
 
     def problems(self) -> Iterator[str]:
+        if self.task_type != "causal_lm" and self.infer_backend != "transformers":
+            yield f"--task_type {self.task_type}: infer answers with --infer_backend transformers; deploy serves vLLM"
         for flag in ("metric", "val_dataset_sample"):
             if flag in self.given and not (self.val_dataset or self.dataset or self.load_data_args):
                 yield f"--{flag} needs --val_dataset"
@@ -164,11 +164,6 @@ class DeployArguments(
     """Serve a model over HTTP with OpenAI's interface."""
 
     command: ClassVar[str] = "deploy"
-
-    task_type: str = arg_like(
-        ModelArguments, "task_type", "causal_lm", choices=("causal_lm", "embedding", "seq_cls", "reranker"),
-        swift_only=("generative_reranker", "decision"),
-    )  # fmt: skip
 
     def problems(self) -> Iterator[str]:
         if (
@@ -202,7 +197,7 @@ class AppArguments(WebPageArguments, DeployArguments):
         no_effect={"base_url!=none": ""},
     )
 
-    task_type: str = arg_like(ModelArguments, "task_type", "causal_lm")
+    task_type: str = arg_like(ModelArguments, "task_type", "causal_lm", **_TEXT_ALONE)
 
     stream: bool | None = arg_like(GenerationArguments, "stream", True)
 
@@ -225,6 +220,8 @@ class SampleArguments(
     """Sample many answers per prompt and keep the best."""
 
     command: ClassVar[str] = "sample"
+
+    task_type: str = arg_like(ModelArguments, "task_type", "causal_lm", **_TEXT_ALONE)
 
     temperature: float | None = arg_like(GenerationArguments, "temperature", 1.0)
 
@@ -273,7 +270,7 @@ class EvalArguments(BenchmarkArguments, DeployArguments):
 
     command: ClassVar[str] = "eval"
 
-    task_type: str = arg_like(ModelArguments, "task_type", "causal_lm")
+    task_type: str = arg_like(ModelArguments, "task_type", "causal_lm", **_TEXT_ALONE)
 
     temperature: float | None = arg_like(GenerationArguments, "temperature", 0.0)
 

@@ -13,6 +13,14 @@ from rayswift.arguments.base import Arguments
 from rayswift.arguments.fields import arg, read_lines, read_text_file
 
 _ALL_ROWS = "every row is read, once, in its order"
+#: What a model is trained for. ``causal_lm`` writes text; the others read texts and tell numbers.
+TASK_TYPES = ("causal_lm", "seq_cls", "embedding", "reranker", "generative_reranker")
+#: What the head of a ``seq_cls`` model tells: a class, several, or numbers.
+PROBLEM_TYPES = ("single_label_classification", "multi_label_classification", "regression")
+_CLASSIFIER = {
+    "task_type!=seq_cls": "only with --task_type seq_cls",
+    "command=infer|deploy|app|sample|eval": "the checkpoint says it",
+}
 
 
 DTYPES = ("bfloat16", "float16", "float32")
@@ -41,10 +49,16 @@ class ModelArguments(Arguments):
     model_revision: str | None = arg(None, "branch, tag or commit on the hub", shown="the hub's default branch")
     task_type: str = arg(
         "causal_lm",
-        "what the model is trained or run for",
-        choices=("causal_lm",),
-        swift_only=("seq_cls", "embedding", "reranker", "generative_reranker", "decision"),
+        "what the model is trained or run for: text, classes, vectors, or the order of documents",
+        choices=TASK_TYPES,
+        swift_only=("decision",),
     )
+    num_labels: int | None = arg(None, "classes, or numbers, that the model tells", ge=1, example="2",
+                                 no_effect=_CLASSIFIER)  # fmt: skip
+    problem_type: str | None = arg(
+        None, "what a label is: one class, several classes, or numbers", choices=PROBLEM_TYPES,
+        shown="single_label_classification; regression with --num_labels 1", no_effect=_CLASSIFIER,
+    )  # fmt: skip
     torch_dtype: str | None = arg(
         None, "precision of the loaded weights", choices=DTYPES, value_aliases=DTYPE_NAMES,
         shown="as in the model's config",

@@ -44,7 +44,7 @@ class PreferenceArguments(Arguments):
     beta: float | None = arg(
         None, "distance kept to the reference model", ge=0, shown="0.1; simpo 2, grpo 0.04, gkd 0.5"
     )
-    loss_type: list[str] = arg([], "loss (several: a weighted sum)", shown="the method's")
+    loss_type: list[str] = arg([], "loss (several: a weighted sum)", shown="the method's", topic="Preference learning")
     loss_weights: list[float] | None = arg(None, "weights of several --loss_type")
     label_smoothing: float = arg(
         0.0, "share of wrongly labelled pairs to expect", ge=0, le=0.5,

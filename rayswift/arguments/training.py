@@ -83,6 +83,7 @@ class TunerArguments(Arguments):
             parts = {
                 "--lora_bias all": self.lora_bias == "all", "--use_dora true": self.use_dora,
                 "--modules_to_save": bool(self.modules_to_save),
+                "the head of --task_type": getattr(self, "task_type", "") in ("seq_cls", "reranker"),
                 "--new_special_tokens": bool(getattr(self, "new_special_tokens", None)),
                 "--target_modules with embeddings": not _EMBEDDINGS.isdisjoint(self.target_modules),
             }  # fmt: skip
@@ -205,6 +206,7 @@ class OptimizerArguments(Arguments):
             self.learning_rate = 1e-5 if getattr(self, "train_type", "lora") == "full" else 1e-4
 
 
+_PADDED = "the texts of this --task_type are padded"
 SAMPLING_STRATEGIES = ("random", "sequential", "group_by_length")
 
 
@@ -236,6 +238,7 @@ class BatchingArguments(Arguments):
         "passes where they are short and the model trains each as if alone",
         parse=read_auto,
         shown="auto",
+        no_effect={"task_type!=causal_lm": _PADDED},
     )
     packing_length: int | None = arg(
         None, "length of a packed sequence", ge=1, shown="--max_length",
@@ -243,7 +246,10 @@ class BatchingArguments(Arguments):
     )  # fmt: skip
     padding_free: bool = arg(
         False, "join the rows of a batch instead of padding them",
-        no_effect={"packing=true": "--packing joins rows already", "command=rlhf": "pairs are padded"},
+        no_effect={
+            "packing=true": "--packing joins rows already", "command=rlhf": "pairs are padded",
+            "task_type!=causal_lm": _PADDED,
+        },
     )  # fmt: skip
 
     def problems(self) -> Iterator[str]:
@@ -272,7 +278,6 @@ class CheckpointArguments(ResumeArguments):
     """Evaluation, checkpoints, logs."""
 
     topic: ClassVar[str] = "Evaluation, checkpoints and logs"
-    METRICS: ClassVar[tuple[str, ...]] = ("loss", "token_acc")  # what an evaluation measures
 
     output_dir: str | None = arg(None, "folder of the results", shown="output/<model>")
     add_version: bool = arg(True, "put each run into its own v{N}-{date} folder")
@@ -294,14 +299,10 @@ class CheckpointArguments(ResumeArguments):
         1, "rows per worker and forward pass in evaluation", ge=1, no_effect=_EVALUATED
     )
     eval_metric: str | None = arg(
-        None,
-        "metric of evaluation",
-        choices=("acc",),
-        swift_only=("nlg", "infonce", "paired", "reranker"),
-        aliases=("metric",),
-        shown="acc",
-        no_effect="token accuracy is always measured",
-    )
+        None, "metrics of evaluation", choices=("acc", "infonce", "paired", "reranker"), swift_only=("nlg",),
+        aliases=("metric",), shown="those of --task_type; embedding: infonce with --loss_type infonce, else paired",
+        no_effect={"task_type!=embedding": "the metrics of the task are always measured"},
+    )  # fmt: skip
     early_stop_interval: int | None = arg(
         None, "stop after as many evaluations without a better --metric_for_best_model", ge=1, shown="never",
         example="3", no_effect=_EVALUATED,
@@ -336,8 +337,8 @@ class CheckpointArguments(ResumeArguments):
                    f"{self.eval_steps}: the best step would not be saved; make --save_steps a multiple")  # fmt: skip
 
         metric = self.metric_for_best_model.removeprefix("eval_")
-        if metric not in self.METRICS:
-            yield f"--metric_for_best_model {self.metric_for_best_model}: choose from {', '.join(self.METRICS)}"
+        if metric not in (known := self.metric_names()):
+            yield f"--metric_for_best_model {self.metric_for_best_model}: choose from {', '.join(known)}"
         tokens = self.training_args.get("include_num_input_tokens_seen", "no")
         if str(tokens).lower() not in ("true", "false", "all", "non_padding", "no"):
             yield f"--include_num_input_tokens_seen {tokens}: choose from no, all, non_padding"
@@ -345,6 +346,10 @@ class CheckpointArguments(ResumeArguments):
     def remarks(self) -> Iterator[str]:
         if self.save_strategy == "best" and self._no_validation():
             yield "--save_strategy best: without validation rows the last step alone is saved"
+
+    def metric_names(self) -> tuple[str, ...]:
+        """What an evaluation measures."""
+        return ("loss", "token_acc")
 
     def _best_may_not_be_saved(self) -> bool:
         by_steps = self.save_strategy == "steps" and self.eval_strategy in (None, "steps")

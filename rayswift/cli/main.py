@@ -42,7 +42,11 @@ COMMANDS: dict[str, tuple[str, str]] = {
 # Commands about jobs on a Ray cluster: they take words, not settings.
 JOB_COMMANDS: dict[str, tuple[str, str]] = {
     "submit": ("run one of these commands as a job on a Ray cluster", "rayswift.cli.jobs:submit"),
-    "status": ("show a Ray cluster's nodes, resources and jobs", "rayswift.cli.jobs:status"),
+    "jobs": ("list the jobs of a Ray cluster", "rayswift.cli.jobs:jobs"),
+    "logs": ("print or follow the log of a job", "rayswift.cli.jobs:logs"),
+    "stop": ("stop jobs", "rayswift.cli.jobs:stop"),
+    "doctor": ("find what is wrong with a Ray cluster before a long job does", "rayswift.cli.doctor:doctor"),
+    "status": ("show what a Ray cluster has and does: nodes, runs, deployments, jobs", "rayswift.cli.status:status"),
 }
 # Commands about data: a second word says what.
 DATA_COMMANDS: dict[str, tuple[str, str]] = {

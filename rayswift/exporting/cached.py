@@ -24,11 +24,13 @@ def export_cached_dataset(args: Any) -> str:
     from rayswift.data.tokens.arrow_files import default_root
     from rayswift.data.tokens.encoder import Encoder
     from rayswift.hub import resolve_model
+    from rayswift.modeling.task_models import settle_layout
 
     folder = str(cluster.results_folder(args, "output_dir", args.output_dir or "cached_dataset"))
     if os.path.exists(folder) and not args.exist_ok:
         raise UserError(f"--output_dir {folder}: exists already; name another, or --exist_ok true to write over it")
     model_dir = resolve_model(args.model, revision=args.model_revision, use_hf=args.use_hf, token=args.hub_token)
+    settle_layout(args, model_dir)
     datasets = resolve_datasets(args)
     first_usable_row([*datasets.train, *datasets.val], args.strict)
     encoder = Encoder.for_training(args, model_dir)

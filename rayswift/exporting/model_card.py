@@ -101,12 +101,15 @@ def _losses(checkpoint: str) -> str:
         shown.append(train[-1])
     text = "## Losses\n\n" + _table(
         ("step", "loss", "token accuracy"),
-        [(_step(row), f"{row['loss']:.4f}", _number(row.get("token_acc"))) for row in shown],
+        [(_step(row), f"{row['loss']:.4f}", _number(row.get("token_acc", row.get("acc")))) for row in shown],
     )
     if evals:
         text += "\n\n" + _table(
             ("step", "validation loss", "token accuracy"),
-            [(_step(row), f"{row['eval_loss']:.4f}", _number(row.get("eval_token_acc"))) for row in evals],
+            [
+                (_step(row), f"{row['eval_loss']:.4f}", _number(row.get("eval_token_acc", row.get("eval_acc"))))
+                for row in evals
+            ],
         )
     return text
 

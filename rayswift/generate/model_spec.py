@@ -119,7 +119,7 @@ class ModelSpec:
         saved = read_saved_arguments(folder) or {}
         wanted = (
             "template", "system", "use_chat_template", "agent_template", "response_prefix", "template_backend",
-            "template_date",
+            "template_date", "task_type", "num_labels", "problem_type",
         )  # fmt: skip
         known = {key: saved[key] for key in wanted if saved.get(key) is not None and key not in self.template}
         return replace(own, **known)
@@ -190,6 +190,11 @@ def model_spec(model: ResolvedModel, replicas: tuple[int, int] | None = None) ->
     model = replace(model, args=args).merged()
     if args.infer_backend == "vllm" or command not in ("infer", "sample"):
         check_served(model.adapters)
+    if args.task_type != "causal_lm" and args.infer_backend == "transformers" and model.adapters:
+        hint = "add --merge_lora true, or --infer_backend vllm"
+        raise UserError(f"--task_type {args.task_type} takes --adapters with vLLM only: {hint}")
+    if args.task_type == "generative_reranker" and args.infer_backend == "vllm":
+        raise UserError("--task_type generative_reranker: served by --infer_backend transformers, not by vllm")
     args, folder = model.args, model.args.model
     if is_local or os.path.isdir(folder):
         folder = model.folder()
@@ -221,7 +226,7 @@ def model_spec(model: ResolvedModel, replicas: tuple[int, int] | None = None) ->
         "engine_kwargs": engine_kwargs(args, use_gpu),
         "sampling": sampling_defaults(args),
         "fingerprints": fingerprints(name, folder, model),
-        "template": encoder_settings(args),
+        "template": encoder_settings(args, model.adapter or folder),
         "adapters": adapters,
         "default_adapter": default,
         "adapter_root": root,
@@ -278,12 +283,19 @@ def serving_settings(args: Any) -> Any:
 # --- pieces of a spec -------------------------------------------------------------------------------------------
 
 
-def encoder_settings(args: DeployArguments) -> dict[str, Any]:
-    """The fields of :class:`Encoder` that flags or the checkpoint set."""
+def encoder_settings(args: DeployArguments, folder: str) -> dict[str, Any]:
+    """The fields of :class:`Encoder` that flags or the checkpoint (model or adapter in ``folder``) set. Without a task:
+    a model that was not trained for it here reads texts as its tokenizer gives them; a judge is always asked as one."""
     from rayswift.data.tokens.encoder import Encoder
 
     names = [f.name for f in fields(Encoder) if f.name not in ("model_dir", "max_length", "truncation_strategy")]
-    return {name: getattr(args, name) for name in names if args.is_set(name) and hasattr(args, name)}
+    found = {name: getattr(args, name) for name in names if args.is_set(name) and hasattr(args, name)}
+    saved = read_saved_arguments(folder) if os.path.isdir(folder) else None
+    was_trained = (saved or {}).get("task_type", "causal_lm") == args.task_type != "causal_lm"
+    if not was_trained and args.task_type != "generative_reranker":
+        for name in ("task_type", "num_labels", "problem_type"):
+            found.pop(name, None)
+    return found
 
 
 def sampling_defaults(args: DeployArguments) -> dict[str, Any]:

@@ -62,8 +62,9 @@ class Answer:
     """What came of one conversation. ``error`` is set, and the rest empty, when it could not be answered.
 
     ``thoughts``: what a server sends apart as the model's reasoning; elsewhere it stands in the text as the model wrote
-    it, ``<think>…</think>`` with most. ``logprobs``: OpenAI's ``{"content": [{"token", "logprob", "bytes",
-    "top_logprobs"}]}``, when asked for. ``seconds``: how long the engine took, where a pool says so.
+    it, ``<think>…</think>`` with most. ``told``: in place of a text, of a model that tells numbers. ``logprobs``:
+    OpenAI's ``{"content": [{"token", "logprob", "bytes", "top_logprobs"}]}``, when asked for. ``seconds``: how long the
+    engine took, where a pool says so.
     """
 
     text: str = ""
@@ -73,6 +74,7 @@ class Answer:
     error: str | None = None
     seconds: float = 0.0
     thoughts: str = ""
+    told: Any = None
 
     @property
     def shown(self) -> str:

@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING
 
 from rayswift.arguments import deciding_settings
 from rayswift.cluster import results_folder
+from rayswift.errors import UserError
 from rayswift.generate.media import has_media
 from rayswift.generate.sources import AnswerJob, open_answers, open_engine, sources_of
+from rayswift.generate.task_answers import open_task_answers
 from rayswift.generate.types import JsonRow, SamplingParams
 from rayswift.inference.chat import chat
 from rayswift.inference.rows import BAD_ROW, media_check, read_rows, resolve_asked
@@ -43,9 +45,16 @@ def infer(args: InferArguments) -> list[JsonRow] | None:
     job = AnswerJob(args, model, SamplingParams.from_arguments(args), resolve_asked(args))
     if job.datasets:
         return answer_dataset(job)
+    if not model_writes_text(job):
+        raise UserError(f"--task_type {args.task_type}: numbers are told of rows; name them with --val_dataset")
     with open_engine(job, running_deployment) as engine:
         chat(engine, job.params, stream=job.args.stream is not False)
     return None
+
+
+def model_writes_text(job: AnswerJob) -> bool:
+    """Whether answers are texts; an endpoint's are."""
+    return job.model is None or job.args.task_type == "causal_lm"
 
 
 def answer_dataset(job: AnswerJob) -> list[JsonRow]:
@@ -65,7 +74,12 @@ def answer_dataset(job: AnswerJob) -> list[JsonRow]:
                 logger.info("%s is finished: its %d rows are answered already, and nothing has changed; another "
                             "--result_path, or removing the file, begins again", path, len(rows))  # fmt: skip
                 return answer_rows(lambda _: (), rows, results, args)
-            with open_answers(job, running_deployment, shown if args.stream else None) as source:
+            opened = (
+                open_answers(job, running_deployment, shown if args.stream else None)
+                if model_writes_text(job)
+                else open_task_answers(job)
+            )
+            with opened as source:
                 return answer_rows(source, rows, results, args)
         except KeyboardInterrupt:
             logger.info("the same command with --result_path %s goes on from row %d", results.path, len(results.rows))

@@ -109,6 +109,9 @@ def media_check(model: ResolvedModel | None, engine: str) -> Callable[[JsonRow],
 
 def result_row(row: JsonRow, answer: Answer) -> JsonRow:
     """One row of the result file (SWIFT's keys in SWIFT's order, then the row's other columns)."""
+    if answer.told is not None:  # numbers, beside what the row says of them
+        told = {"response": answer.told, "labels": row.get("label"), "logprobs": None, "messages": row["messages"]}
+        return told | {key: value for key, value in row.items() if key not in told and key != "label"}
     messages, labels = split_reference(row["messages"])
     if answer.error is None:
         messages = [*messages, answer.message]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 from collections.abc import Sequence
+from typing import Any
 
 from rayswift.errors import UserError
 from rayswift.generate.types import JsonRow
@@ -25,9 +26,9 @@ def score(results: Sequence[JsonRow], metric: str) -> dict[str, float | None]:
     return {"acc": exact_match(pairs)} if metric == "acc" else rouge(pairs)
 
 
-def exact_match(pairs: Sequence[tuple[str, str]]) -> float | None:
+def exact_match(pairs: Sequence[tuple[Any, Any]]) -> float | None:
     """Share of the responses that equal their reference, outer white space aside."""
-    equal = [response.strip() == reference.strip() for response, reference in pairs]
+    equal = [str(response).strip() == str(reference).strip() for response, reference in pairs]
     return round(sum(equal) / len(equal), 6) if equal else None
 
 

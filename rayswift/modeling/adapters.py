@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from rayswift.errors import UserError, one_line
 from rayswift.modeling.adapter_folder import check_adapter, read_adapter_config
 from rayswift.modeling.adapter_kinds import not_trainable, only_merged
+from rayswift.modeling.task_models import is_classifier
 
 if TYPE_CHECKING:
     import torch
@@ -37,8 +38,10 @@ def add_lora(model: Any, args: Any) -> Any:
 
     targets = find_targets(model, args.target_modules, args.target_regex)
     check_rank(model, targets, args.lora_rank)
+    task = getattr(args, "task_type", "causal_lm")
     config = LoraConfig(
-        task_type="CAUSAL_LM",
+        # Of a model with a head of its own PEFT trains and saves that whole.
+        task_type="SEQ_CLS" if is_classifier(task) else None if task == "embedding" else "CAUSAL_LM",
         r=args.lora_rank,
         lora_alpha=args.lora_alpha,
         lora_dropout=args.lora_dropout,
@@ -113,11 +116,11 @@ def linear_suffixes(model: Any) -> set[str]:
     from transformers.pytorch_utils import Conv1D
 
     head = model.get_output_embeddings()
-    head_names = {name for name, module in model.named_modules() if module is head}
+    heads = {name for name, module in model.named_modules() if module is head} | {"score", "classifier"}
     return {
         name.rpartition(".")[2]
         for name, module in model.named_modules()
-        if isinstance(module, torch.nn.Linear | Conv1D) and name not in head_names
+        if isinstance(module, torch.nn.Linear | Conv1D) and name not in heads and name.partition(".")[0] not in heads
     }
 
 

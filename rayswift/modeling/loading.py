@@ -145,6 +145,7 @@ def load_model(
     device: str | None = None,
     model_kwargs: dict[str, Any] | None = None,
     auto_class: str = "AutoModelForCausalLM",
+    new_head: bool = False,
 ) -> Any:
     """Load a causal language model from ``model_dir`` in ``torch_dtype``, or a model of another ``auto_class``.
 
@@ -153,6 +154,7 @@ def load_model(
         device: where the model goes (``"cuda"``, ``"cpu"``); None leaves it where Transformers puts it.
         model_kwargs: ``--model_kwargs``: further keywords of ``from_pretrained``. ``{"use_safetensors": false}`` allows
             pickle weights (``pytorch_model.bin``) of a source the user trusts.
+        new_head: the folder may lack the weights of the head that ``auto_class`` has on the model.
 
     Raises:
         UserError: no or broken weights, pickle weights, weights that do not fit the config, an unknown architecture.
@@ -181,6 +183,8 @@ def load_model(
         raise load_error(error, model_dir, attn_impl) from error
     model, loading_info = loaded
     missing = sorted(loading_info["missing_keys"])
+    if new_head:  # what lies beside the model's body
+        missing = [name for name in missing if name.startswith(f"{model.base_model_prefix}.")]
     if missing:  # Transformers would only warn, and go on with random numbers
         raise UserError(f"--model {model_dir}: its weight files lack {len(missing)} tensors, such as {missing[0]}")
     return model.to(device) if device is not None else model

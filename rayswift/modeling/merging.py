@@ -11,6 +11,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+from rayswift.arguments import read_saved_arguments
 from rayswift.errors import UserError
 from rayswift.files import atomic_folder
 from rayswift.modeling.adapter_folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, check_adapter
@@ -18,10 +19,15 @@ from rayswift.modeling.adapters import load_adapter
 from rayswift.modeling.loading import (
     add_special_tokens,
     config_dtype,
-    load_model,
     load_tokenizer,
     model_fingerprint,
     parameter_counts,
+)
+from rayswift.modeling.task_models import (
+    classes_of_adapter,
+    is_classifier,
+    load_task_model,
+    write_sentence_transformers_files,
 )
 
 logger = logging.getLogger("rayswift.modeling.merging")
@@ -68,13 +74,22 @@ def merge_adapter(
         return str(target)
     has_tokenizer = (adapter / "tokenizer_config.json").is_file()
     tokenizer = load_tokenizer(str(adapter) if has_tokenizer else model_dir, trust_remote_code=trust_remote_code)
-    model = load_model(model_dir, torch_dtype=dtype, trust_remote_code=trust_remote_code)
+    saved = read_saved_arguments(adapter) or {}
+    task, labels = str(saved.get("task_type") or "causal_lm"), classes_of_adapter(str(adapter))
+    if labels is not None and not is_classifier(task):  # another program's
+        task = "seq_cls"
+    model = load_task_model(
+        model_dir, task, labels, saved.get("problem_type"), tokenizer, torch_dtype=dtype,
+        trust_remote_code=trust_remote_code,
+    )  # fmt: skip
     if new_special_tokens:
         add_special_tokens(model, tokenizer, new_special_tokens)
     model = merged_model(load_adapter(model, str(adapter)))
     try:
         with atomic_folder(target) as folder:
             write_model(model, tokenizer, adapter, folder)
+            if task == "embedding":
+                write_sentence_transformers_files(folder, model_dir, model.config.get_text_config().hidden_size)
             (folder / MADE_OF).write_text(json.dumps(made_of, indent=1))
             if is_current(target, made_of):
                 raise FileExistsError(f"{target}: another process has just merged it")

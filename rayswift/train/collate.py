@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from rayswift.arguments.tasks import TaskSettings
 from rayswift.data.tokens.table import TokenizedRow
 
 if TYPE_CHECKING:
@@ -56,6 +58,70 @@ class PairCollator:
         batch = pad([*chosen, *rejected], self.pad_token_id)
         batch["completion_mask"] = (batch.pop("labels") != -100).long()
         return {**batch, "num_pairs": torch.tensor(num_pairs)}
+
+
+@dataclass(frozen=True)
+class TaskCollator:
+    """Rows of a task that tells numbers to one batch of their texts: ``input_ids``, ``attention_mask`` int64 (texts,
+    length); ``sizes`` int64, the texts of each row, which stand together; ``targets``: of ``seq_cls`` what its loss
+    takes, of ``embedding`` how alike (rows,), of a reranker what fits (texts,).
+
+    Of a reranker's row, each of some positive documents begins a list with some negative ones, drawn for the row.
+    """
+
+    pad_token_id: int
+    task_type: str
+    problem: str
+    num_labels: int
+    settings: TaskSettings
+
+    def __call__(self, rows: Sequence[TokenizedRow]) -> Batch:
+        """One micro-batch; without rows, one text that counts as none."""
+        import numpy as np
+        import torch
+
+        lists = [one for row in rows for one in self._lists(row)]
+        texts = [text for one, _ in lists for text in one] or [np.full(2, self.pad_token_id, np.int32)]
+        batch = pad([TokenizedRow(text, np.full(len(text), -100, np.int32)) for text in texts], self.pad_token_id)
+        del batch["labels"]
+        targets = self._targets([told for _, told in lists])
+        return {**batch, "sizes": torch.tensor([len(one) for one, _ in lists], dtype=torch.int64), "targets": targets}
+
+    def _lists(self, row: TokenizedRow) -> list[tuple[list[np.ndarray], np.ndarray]]:
+        import numpy as np
+
+        texts = row.texts()
+        told = np.zeros(0, np.float32) if row.targets is None else row.targets
+        if not self.task_type.endswith("reranker"):
+            return [(texts, told)]
+        random = np.random.RandomState(zlib.crc32(row.input_ids.tobytes()))
+        positives, negatives = np.flatnonzero(told == 1), np.flatnonzero(told == 0)
+        found = []
+        for first in _drawn(random, positives, self.settings.max_positive_samples):
+            chosen = [first, *_drawn(random, negatives, self.settings.max_negative_samples)]
+            found.append(([texts[place] for place in chosen], told[chosen]))
+        return found
+
+    def _targets(self, told: list[np.ndarray]) -> torch.Tensor:
+        import numpy as np
+        import torch
+
+        if self.task_type != "seq_cls":
+            return torch.from_numpy(np.concatenate([np.zeros(0, np.float32), *told]))
+        if self.problem == "single_label_classification":
+            return torch.tensor([int(one[0]) for one in told], dtype=torch.int64)
+        values = np.zeros((len(told), self.num_labels), np.float32)
+        for number, one in enumerate(told):
+            if self.problem == "regression":
+                values[number] = one
+            else:
+                values[number, one.astype(np.int64)] = 1
+        return torch.from_numpy(values)
+
+
+def _drawn(random: Any, places: np.ndarray, most: int) -> list[int]:
+    """All of a few places in their order, else as many as are wanted."""
+    return [int(place) for place in (places if len(places) <= most else random.choice(places, most, replace=False))]
 
 
 def pad(rows: Sequence[TokenizedRow], pad_token_id: int) -> Batch:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from rayswift.arguments.tasks import TaskSettings
 from rayswift.data.tokens.row_index import LazyRows, RowIndex
 
 if TYPE_CHECKING:
@@ -76,6 +77,7 @@ class WorkerConfig:
         resume_step: its step.
         events: the driver's event queue.
         spare: the resources of ``--eval_async``'s evaluator; None where workers evaluate.
+        task: of the losses of tasks that tell numbers.
     """
 
     args: Any
@@ -92,3 +94,4 @@ class WorkerConfig:
     resume_step: int
     events: Any
     spare: dict[str, float] | None = None
+    task: TaskSettings = field(default_factory=TaskSettings)

@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 from rayswift import cluster as ray_cluster
 from rayswift import private
+from rayswift.arguments.tasks import TaskSettings
+from rayswift.cluster.doctor import quick_look
 from rayswift.console import say
 from rayswift.data.files import filesystem_of
 from rayswift.data.flow.prepare import first_usable_row
@@ -53,7 +55,8 @@ logger = logging.getLogger("rayswift.train")
 
 @dataclass(frozen=True)
 class Inputs:
-    """What the arguments lead to: where runs go, the checkpoint to go on from, the model, the data files."""
+    """What the arguments lead to: where runs go, the checkpoint to go on from, the model, the data files, and what the
+    environment says of the losses of ``--task_type``."""
 
     args: Any
     base: str
@@ -61,6 +64,7 @@ class Inputs:
     model_dir: str
     datasets: ResolvedDatasets
     began: float
+    task: TaskSettings
 
 
 @dataclass(frozen=True)
@@ -92,8 +96,10 @@ def train(args: Any) -> dict[str, Any]:
     reporter_names(args)
     resume = find_resume(args.resume_from_checkpoint, base, args.add_version)
     ray_cluster.check_before_start(args)
-    inputs = Inputs(args, base, resume, find_model(args), resolve_datasets(args), began)
-    resume.check_model(args, inputs.model_dir)
+    model_dir = find_model(args)
+    task = TaskSettings.from_environment()
+    inputs = Inputs(args, base, resume, model_dir, resolve_datasets(args), began, task)
+    resume.check_model(args, model_dir)
     if args.begins_anew:  # a run of its own, on another's weights
         resume = replace(resume, run_directory=None, position=None)
         inputs = replace(inputs, resume=resume)
@@ -136,6 +142,7 @@ def _connect(inputs: Inputs) -> Machines:
     args, model_dir = inputs.args, inputs.model_dir
     cluster = ray_cluster.connect(args)
     workers = ray_cluster.plan_workers(args, cluster)
+    quick_look(cluster, inputs.base)
     if inputs.resume.uri:
         stage = zero_stage(deepspeed_config(args.deepspeed))
         check_zero_resume(*filesystem_of(inputs.resume.uri), stage, workers.num_workers)
@@ -167,6 +174,7 @@ def _connect(inputs: Inputs) -> Machines:
 
 def _load_data(inputs: Inputs, machines: Machines) -> tuple[TrainData, RunData]:
     """Token rows, or for ``--streaming true`` the plan of a stream; and the validation rows."""
+    from rayswift.cluster.board import Meters
     from rayswift.data.flow.cache import TokenCache, encoder_hash
     from rayswift.data.flow.plan import plan_streams
     from rayswift.data.flow.prepare import load_train_data
@@ -182,9 +190,10 @@ def _load_data(inputs: Inputs, machines: Machines) -> tuple[TrainData, RunData]:
     # This machine's token cache; on a cluster one beside the runs, which every node reaches.
     root = default_root() if machines.embedded else f"{inputs.base}/.token_cache"
     with StageBars() as bars:
-        loaded = load_train_data(
-            args, inputs.datasets, encoder, bars.update, TokenCache(root, args.load_from_cache_file)
-        )
+        cache = TokenCache(root, args.load_from_cache_file)
+        loaded = load_train_data(args, inputs.datasets, encoder, bars.update, cache)
+    if not machines.embedded:
+        Meters().count_up_to(**{f"rayswift_token_cache_{name}": cache.counts[name] for name in ("hits", "misses")})
     if loaded.train is None:
         stream = plan_streams(args, inputs.datasets.train, length)
         return loaded, RunData(None, None, stream, loaded.val, encoder, stream.fingerprint(encoder))
@@ -218,7 +227,7 @@ def _say_data(
     first: Encoded | Dropped
     if data.train is not None and not isinstance(data.train, LazyRows):
         read = TokenRows(data.train)[0]
-        first = Encoded(read.input_ids, read.labels, rejected_start=read.rejected_start)
+        first = Encoded(read.input_ids, read.labels, 0, None, read.rejected_start, read.text_ends, read.targets)
     else:
         assert first_row is not None
         first = data.encoder.encode_batch([first_row])[0]
@@ -266,11 +275,11 @@ def _fit(
     """Train with Ray Train, and show it."""
     from rayswift.modeling.loading import model_fingerprint
     from rayswift.train.evaluation import spare_resources
-    from rayswift.train.events import start_event_queue
+    from rayswift.train.events import run_facts, start_event_queue
     from rayswift.train.progress import Progress
 
     args = inputs.args
-    events = start_event_queue()
+    events = start_event_queue(None if machines.embedded else run_facts(args, machines.workers, schedule, run))
     config = WorkerConfig(
         args=args,
         model=inputs.model_dir if os.path.isdir(args.model) else args.model,
@@ -286,6 +295,7 @@ def _fit(
         resume_step=inputs.resume.step,
         events=events,
         spare=spare_resources(args, machines.workers) if data.val is not None else None,
+        task=inputs.task,
     )
     trainer = _torch_trainer(config, machines, run)
     reporters, summary = open_reporters(args, run), Summary.of(run, inputs.began, bool(inputs.resume.run_directory))

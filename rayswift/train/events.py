@@ -9,18 +9,33 @@ workers' memory); ``seconds`` of the others are the first worker's clock. The ot
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from rayswift.cluster.board import RunBoard
+from rayswift.redaction import redact_text
+
+if TYPE_CHECKING:
+    from rayswift.cluster import Workers
+    from rayswift.train.run_directory import RunDirectory
+    from rayswift.train.schedule import StepSchedule
 
 
 class EventQueue:
-    """Keeps events in order until the driver fetches them. Lives on the driver's node and asks for no CPU."""
+    """Keeps events in order until the driver fetches them, and says to the cluster what they mean. Lives on the
+    driver's node and asks for no CPU.
 
-    def __init__(self) -> None:
+    Args:
+        facts: of the run, for its `RunBoard`; without them nothing is said.
+    """
+
+    def __init__(self, facts: dict[str, Any] | None = None) -> None:
+        self._board = RunBoard(facts or {})
         self._events: list[dict[str, Any]] = []
         self._stopping = False
 
     def push(self, event: dict[str, Any]) -> None:
         """Add one event; callers do not wait for it."""
+        self._board.take(event)
         if event["event"] == "step" and self._events and self._events[-1]["event"] == "step":
             # Only the newest step matters to a progress bar: a slow driver does not pile them up.
             self._events[-1] = event
@@ -41,10 +56,18 @@ class EventQueue:
         return self._stopping
 
 
-def start_event_queue() -> Any:
-    """Start the queue's actor on this node."""
+def run_facts(args: Any, workers: Workers, schedule: StepSchedule, run: RunDirectory) -> dict[str, Any]:
+    """What those who ask the cluster are told of a run from its beginning."""
+    return {
+        "run": redact_text(run.uri), "command": args.command, "model": redact_text(args.model),
+        "max_steps": schedule.max_steps, "workers": workers.num_workers,
+    }  # fmt: skip
+
+
+def start_event_queue(facts: dict[str, Any] | None = None) -> Any:
+    """Start the queue's actor on this node; ``facts`` of the run are for those who ask the cluster."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    return ray.remote(EventQueue).options(num_cpus=0, scheduling_strategy=here).remote()
+    return ray.remote(EventQueue).options(num_cpus=0, scheduling_strategy=here).remote(facts)

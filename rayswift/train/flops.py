@@ -67,10 +67,12 @@ class FlopCount:
         return cls(token, scored, _attention(config, first_layer, extra_passes))
 
     def of_batch(self, batch: dict[str, Any]) -> tuple[int, int, float]:
-        """Tokens, trained tokens and operations of a micro-batch as it comes from a collator."""
+        """Tokens, trained tokens and operations of a micro-batch as it comes from a collator. Of texts that are told as
+        a whole (``--task_type``) every token is trained."""
         bounds, labels = batch.get("cu_seq_lens_q"), batch.get("labels")
         lengths = (batch["attention_mask"].sum(1) if bounds is None else bounds.diff()).tolist()
-        trained = int((batch["completion_mask"].bool() if labels is None else labels[:, 1:] != -100).sum())
+        counted = batch.get("completion_mask", batch.get("attention_mask")) if labels is None else labels[:, 1:] != -100
+        trained = int(counted.sum()) if counted is not None else sum(lengths)
         pairs = sum(cost * sum(_pairs(length, window) for length in lengths) for cost, window in self.attention)
         return sum(lengths), trained, self.token * sum(lengths) + self.scored * trained + pairs
 

@@ -14,7 +14,8 @@ _ZERO_PRODUCT = ("true", "gaussian", "false")
 
 
 def find_model(args: Any) -> str:
-    """The local folder of ``--model``, downloaded if need be.
+    """The local folder of ``--model``, downloaded if need be. A model that was made to read plain texts is trained on
+    such (``args.use_chat_template``).
 
     Raises:
         UserError: it or ``--ref_model`` is not there, or has no weights; or training cannot begin with ``--adapters``.
@@ -23,6 +24,7 @@ def find_model(args: Any) -> str:
     from rayswift.modeling.adapter_folder import check_adapter, read_adapter_config
     from rayswift.modeling.adapter_kinds import not_trainable
     from rayswift.modeling.loading import weight_files
+    from rayswift.modeling.task_models import settle_layout
 
     model_dir = resolve_model(args.model, revision=args.model_revision, use_hf=args.use_hf, token=args.hub_token)
     weight_files(model_dir)
@@ -35,6 +37,7 @@ def find_model(args: Any) -> str:
             weight_files(_reference_dir(args))
         except UserError as error:
             raise UserError(str(error).replace("--model ", "--ref_model ")) from None
+    settle_layout(args, model_dir)
     return model_dir
 
 
@@ -79,6 +82,8 @@ def build_model(
     model.config.use_cache = False
     if args.train_type == "full":
         freeze_for_full(model, args)
+        if args.task_type == "embedding":
+            _freeze_unused_head(model)
     elif args.adapters:
         model = load_adapter(model, args.adapters[0], is_trainable=True)
     else:
@@ -91,6 +96,13 @@ def build_model(
         # Frozen embeddings give inputs without gradients, and recomputed layers would then have none either.
         model.enable_input_require_grads()
     return model
+
+
+def _freeze_unused_head(model: Any) -> None:
+    """No vector depends on an output layer of its own: distributed training waits for every gradient."""
+    head = model.get_output_embeddings()
+    if head is not None and head.weight is not model.get_input_embeddings().weight:
+        head.requires_grad_(False)
 
 
 def _with_new_adapter(model: Any, args: Any, resume: str | None) -> Any:
@@ -136,17 +148,22 @@ def _load(args: Any, model_dir: str, dtype: str, attn_impl: str | None) -> Any:
     Full training keeps float32 master weights: DeepSpeed makes its own from half-precision ones, without it the model
     is loaded in float32 and computes under autocast (bfloat16 weights would lose updates smaller than 1/256).
     """
-    from rayswift.modeling.loading import add_special_tokens, load_model, load_tokenizer
+    from rayswift.modeling.loading import add_special_tokens, load_tokenizer
+    from rayswift.modeling.task_models import load_task_model
 
-    model = load_model(
+    tokenizer = load_tokenizer(model_dir, trust_remote_code=args.trust_remote_code)
+    model = load_task_model(
         model_dir,
+        args.task_type,
+        args.num_labels,
+        args.problem_type,
+        tokenizer,
         torch_dtype="float32" if args.train_type == "full" and not args.deepspeed else dtype,
         attn_impl=attn_impl,
         trust_remote_code=args.trust_remote_code,
         model_kwargs=args.model_kwargs,
     )
     if args.new_special_tokens:
-        tokenizer = load_tokenizer(model_dir, trust_remote_code=args.trust_remote_code)
         add_special_tokens(model, tokenizer, args.new_special_tokens)
     return model
 

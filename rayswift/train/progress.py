@@ -33,7 +33,7 @@ POLL_SECONDS = 0.5
 #: Seconds for the other workers to say where they are, once one says that it does not get on.
 SILENT_SECONDS = 10.0
 #: SWIFT 3.3's order of a training row.
-_ROW_ORDER = ("loss", "token_acc", "grad_norm", "learning_rate", "memory(GiB)", "train_speed(iter/s)")
+_ROW_ORDER = ("loss", "token_acc", "acc", "grad_norm", "learning_rate", "memory(GiB)", "train_speed(iter/s)")
 
 
 class Progress:
@@ -175,10 +175,11 @@ class Progress:
         self.rows.append(formatted)
         self._say(str(formatted))
         if "loss" in row:
-            accuracy = row["rewards/accuracies"] if "rewards/accuracies" in row else row["token_acc"]
+            names = ("rewards/accuracies", "token_acc", "acc")
+            accuracy = next((f"acc={row[name]:.3f} " for name in names if name in row), "")
             grad_norm = f"grad_norm={row['grad_norm']:.2f} " if "grad_norm" in row else ""
             self._bar.set_postfix_str(
-                f"loss={row['loss']:.4f} acc={accuracy:.3f} {grad_norm}lr={row['learning_rate']:.2e} "
+                f"loss={row['loss']:.4f} {accuracy}{grad_norm}lr={row['learning_rate']:.2e} "
                 f"tok/s={row['tokens/s']:.0f} mem={row['memory(GiB)']:.2f}GiB"
             )
         if self._behind:

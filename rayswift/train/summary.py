@@ -173,7 +173,8 @@ def say_end(args: Any, outcome: dict[str, Any]) -> None:
     if result is None:
         return
     flag = "--model" if args.train_type == "full" else "--adapters"
+    asked = "--stream true" if args.task_type == "causal_lm" else "--val_dataset ROWS.jsonl"
     say("next:")
-    say(f"  rayswift infer {flag} {result} --stream true")
+    say(f"  rayswift infer {flag} {result} {asked}")
     if flag == "--adapters":
-        say(f"  rayswift infer {flag} {result} --stream true --merge_lora true")
+        say(f"  rayswift infer {flag} {result} {asked} --merge_lora true")

@@ -19,7 +19,7 @@ from rayswift.errors import RunFailedError, UserError, one_line
 from rayswift.train.checkpoints.reshard import check_zero_resume
 from rayswift.train.checkpoints.store import CheckpointStore
 from rayswift.train.clock import Clock
-from rayswift.train.collate import Collate, Collator, PairCollator
+from rayswift.train.collate import Collate, Collator, PairCollator, TaskCollator
 from rayswift.train.config import WorkerConfig
 from rayswift.train.deepspeed import deepspeed_config, zero_stage
 from rayswift.train.evaluation import Evaluations
@@ -200,6 +200,7 @@ def build_trainer(
     from rayswift.hub import resolve_model
     from rayswift.modeling.adapters import parameter_info
     from rayswift.modeling.loading import load_tokenizer
+    from rayswift.modeling.task_models import is_classifier, use_own_pad
     from rayswift.train.hf_arguments import hf_training_arguments
     from rayswift.train.model import build_model, check_savable, reference_model
 
@@ -218,6 +219,8 @@ def build_trainer(
     encoder = replace(data.encoder, model_dir=model_dir)
     tokenizer = load_tokenizer(model_dir, trust_remote_code=args.trust_remote_code)
     tokenizer.add_tokens(args.new_special_tokens, special_tokens=True)
+    if is_classifier(args.task_type):
+        use_own_pad(tokenizer)
     model = build_model(args, model_dir, config.dtype, config.packing, resume, checkpointing)
     if args.save_strategy != "no":
         check_savable(model, model_dir)
@@ -232,7 +235,9 @@ def build_trainer(
         device = torch.cuda.get_device_name() if torch.cuda.is_available() else None
         push({"event": "start", "parameter_info": parameter_info(model), "activations": kept, "device": device,
               "workers": rank.world_size})  # fmt: skip
-    collate = PairCollator(pad_token_id) if encoder.preference else Collator(pad_token_id)
+    collate: Collate = PairCollator(pad_token_id) if encoder.preference else Collator(pad_token_id)
+    if args.task_type != "causal_lm":
+        collate = TaskCollator(pad_token_id, args.task_type, encoder.problem, args.num_labels or 1, config.task)
     train_collate = Collator(pad_token_id, flat=True) if config.packing else collate
     val_rows = TokenRows(data.val) if data.val is not None else None
     settings: dict[str, Any] = {
@@ -257,6 +262,12 @@ def build_trainer(
 
         reference = reference_model(args, model_dir, config.dtype)
         trainer: StepTraining = PreferenceTrainer(ref_model=reference, **settings)
+    elif args.task_type != "causal_lm":
+        from rayswift.train.trainers.task import TaskTrainer
+
+        trainer = TaskTrainer(
+            run_args=args, model_dir=model_dir, task_settings=config.task, eval_dataset=val_rows, **settings
+        )
     else:
         from rayswift.train.trainers.sft import SftTrainer
 

@@ -252,7 +252,6 @@ def test_an_open_address_without_a_key_is_said(caplog: pytest.LogCaptureFixture)
         ("sft --model m --dataset d --dataloader_num_workers 4", "dataloader_num_workers"),
         ("sft --model m --dataset d --padding_side left", "padding_side"),
         ("sft --model m --dataset d --download_mode force_redownload", "download_mode"),
-        ("sft --model m --dataset d --metric acc", "eval_metric"),
         ("infer --model m --val_dataset d --write_batch_size 8", "write_batch_size"),
         ("infer --model m --vllm_use_async_engine true", "vllm_use_async_engine"),
         ("infer --model m --infer_backend vllm --use_async_engine true", "vllm_use_async_engine"),

@@ -23,7 +23,7 @@ import rayswift
 from rayswift.arguments import COMMANDS as ARGUMENT_CLASSES
 from rayswift.arguments import make_arguments, parse_arguments
 from rayswift.cli.jobs import received, submit
-from rayswift.cli.main import COMMANDS, find_command, main
+from rayswift.cli.main import COMMANDS, JOB_COMMANDS, find_command, main
 from rayswift.errors import RunFailedError, UserError
 
 HEAVY = ("torch", "ray", "transformers", "numpy", "pyarrow", "datasets", "peft", "trl")
@@ -47,6 +47,10 @@ def run(*words: str) -> subprocess.CompletedProcess[str]:
         ["--help"],
         ["sft", "--help"],
         ["sft", "--hlep"],
+        ["doctor", "--help"],
+        ["doctor", "sft", "--modle", "m"],
+        ["status", "--help"],
+        ["logs", "--tail", "0"],
         ["sfx"],
         ["sft", "--model", "m", "--dataset", "d", "--deepspeed", "zero9"],
         ["rlhf", "--model", "m", "--dataset", "d", "--rlhf_type", "kto"],
@@ -74,7 +78,7 @@ def test_overview_names_every_command() -> None:
     for words in ([], ["--help"]):
         done = run(*words)
         assert done.returncode == 0
-        for name in (*COMMANDS, "submit", "status"):
+        for name in (*COMMANDS, *JOB_COMMANDS):
             assert f"\n  {name} " in done.stdout
         assert "COMMAND --help" in done.stdout
 
@@ -181,7 +185,7 @@ def jobs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Jobs:
     client = Jobs(tmp_path / "node")
     (tmp_path / "work").mkdir()
     monkeypatch.chdir(tmp_path / "work")
-    monkeypatch.setattr("rayswift.cli.jobs._client", lambda address: client)
+    monkeypatch.setattr("rayswift.cli.jobs.connect_client", lambda address: client)
     return client
 
 

@@ -21,6 +21,9 @@ from rayswift.arguments import parse_arguments
 from rayswift.arguments.commands import flags_of
 from rayswift.cli import main as cli
 from rayswift.cli.adapters import adapters_parser
+from rayswift.cli.doctor import doctor_parser
+from rayswift.cli.jobs import jobs_parser
+from rayswift.cli.status import status_parser
 from rayswift.errors import UserError
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -94,6 +97,18 @@ def test_the_rejection_sampling_job_trains_on_what_it_sampled(monkeypatch: pytes
     )  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    ("job", "command"),
+    [("dpo_qwen05b.py", "rlhf"), ("sample_llama8b.py", "sample"), ("deploy_qwen7b.py", "deploy"),
+     ("eval_qwen7b.py", "eval"), ("export_awq.py", "export"), ("pt_qwen7b.py", "pt"), ("sft_qwen7b.py", "sft")],
+)  # fmt: skip
+def test_a_job_is_a_dozen_lines_that_start_its_command(job: str, command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = arguments_of(job, monkeypatch, "--model", "other")
+    assert (arguments.command, arguments.model) == (command, "other")
+    call = ast.parse((JOBS / job).read_text(encoding="utf-8")).body[-1]
+    assert (call.end_lineno or 0) - call.lineno <= 25
+
+
 def test_the_pretraining_job_takes_eight_gpus_per_node_from_swifts_variable(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NPROC_PER_NODE", "8")
     assert arguments_of("pt_qwen7b.py", monkeypatch).num_workers == 8
@@ -154,6 +169,11 @@ def test_a_mistake_ends_a_job_with_one_line_and_status_2(job: str, words: list[s
 # --- commands in the documentation -------------------------------------------------------------------------------
 
 
+CLUSTER_PARSERS = {name: jobs_parser(name) for name in ("jobs", "logs", "stop")} | {
+    "status": status_parser(), "doctor": doctor_parser(),
+}  # fmt: skip
+
+
 def documented(pattern: str) -> list[Any]:
     """Each shell command of the documents' code blocks that starts with ``pattern``, as words."""
     found = []
@@ -178,8 +198,13 @@ def parse(words: list[str]) -> None:
         command, rest = rest[position], rest[position + 1 :]
     if command == "data" and rest:
         command, rest = f"data {rest[0]}", rest[1:]
-    if "--help" in rest or command == "status":
+    if "--help" in rest:
         return
+    if parser := CLUSTER_PARSERS.get(command):
+        options = parser.parse_args(rest)
+        command, rest = (options.words[0], options.words[1:]) if getattr(options, "words", None) else ("", [])
+        if not command:
+            return
     if command == "adapters":
         adapters_parser().parse_args(rest)
     else:

@@ -547,3 +547,22 @@ def test_functions_of_a_script_travel_by_value(monkeypatch: pytest.MonkeyPatch, 
 def test_a_broken_plugin_is_named_with_its_line(tmp_path: Path, source: str, expected: str) -> None:
     path = touch(tmp_path / "broken.py", source)
     assert expected in refusal("x", external_plugins=[path])
+
+
+def test_datasets_of_vectors_classes_and_ranks_are_known() -> None:
+    from rayswift.data.builtin.recipes import reranking, sentence_label, stsb, stsb_alike, stsb_regression
+
+    pair = {"sentence1": "a", "sentence2": "b", "score": 0.5}
+    assert stsb(pair) == {
+        "messages": [{"role": "user", "content": "a"}],
+        "positive_messages": [[{"role": "user", "content": "b"}]],
+        "label": 0.5,
+    }
+    assert stsb_alike(pair) is None and stsb_alike({**pair, "score": 0.75}) is not None
+    assert stsb_regression(pair)["label"] == 0.5
+    assert sentence_label({"sentence": "good", "label": 1.0}) == {"query": "good", "label": 1}
+    row = reranking({"query": "q", "positive": ["p"], "negative": ["n", "m"]})
+    assert [len(row[f"{side}_messages"]) for side in ("positive", "negative")] == [1, 2]
+    found = {info.ms_dataset_id: [subset.name for subset in info.subsets] for info in registry._builtin()}
+    assert found["sentence-transformers/stsb"] == ["default", "positive", "generate", "reg"]
+    assert found["DAMO_NLP/jd"] == ["cls"]

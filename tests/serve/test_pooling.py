@@ -17,7 +17,8 @@ from tiny_models import llama_config
 from rayswift.data.tokens.encoder import Encoder
 from rayswift.errors import UserError
 from rayswift.generate.model_spec import ModelSpec
-from rayswift.serve.replica.pooling import PoolingServing, pooling_of
+from rayswift.modeling.task_models import pooling_of
+from rayswift.serve.replica.pooling import PoolingServing
 from rayswift.serve.replica.prompt_length import most_characters
 
 TEXTS = ["The capital of France is Paris.", "Paris!", "def add(a, b): return a + b"]

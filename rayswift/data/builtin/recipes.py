@@ -54,6 +54,47 @@ def xlam(row: JsonRow) -> JsonRow:
     return {"messages": [{"role": "user", "content": row["query"]}, *calls], "tools": row["tools"]}
 
 
+def stsb(row: JsonRow) -> JsonRow:
+    """stsb for vectors: two sentences, and how alike they are from 0 to 1."""
+    one, other = ([{"role": "user", "content": row[name]}] for name in ("sentence1", "sentence2"))
+    return {"messages": one, "positive_messages": [other], "label": row["score"]}
+
+
+def stsb_alike(row: JsonRow) -> JsonRow | None:
+    """The pairs of stsb that mean the same, for InfoNCE."""
+    return stsb(row) if float(row["score"]) >= 0.75 else None
+
+
+def _stsb_question(row: JsonRow) -> str:
+    return (
+        "Task: Based on the given two sentences, provide a similarity score between 0.0 and 1.0.\n"
+        f"Sentence 1: {row['sentence1']}\nSentence 2: {row['sentence2']}\nSimilarity score: "
+    )
+
+
+def stsb_generate(row: JsonRow) -> JsonRow:
+    """stsb as a question with a number for an answer."""
+    return {"query": _stsb_question(row), "response": f"{row['score']:.1f}"}
+
+
+def stsb_regression(row: JsonRow) -> JsonRow:
+    """stsb as a question with a number to tell."""
+    return {"query": _stsb_question(row), "label": row["score"]}
+
+
+def sentence_label(row: JsonRow) -> JsonRow:
+    """A sentence and its class."""
+    return {"query": row["sentence"], "label": int(row["label"])}
+
+
+def reranking(row: JsonRow) -> JsonRow:
+    """MTEB's reranking sets: a query, documents that fit it, and others."""
+    sides = {side: row[side] if isinstance(row[side], list) else [row[side]] for side in ("positive", "negative")}
+    documents = {f"{side}_messages": [[{"role": "assistant", "content": text}] for text in texts]
+                 for side, texts in sides.items()}  # fmt: skip
+    return {"messages": [{"role": "user", "content": row["query"]}], **documents}
+
+
 #: Entries in the keys of ``dataset_info.json``.
 ENTRIES: list[JsonRow] = [
     {
@@ -88,5 +129,36 @@ ENTRIES: list[JsonRow] = [
         "subsets": [{"name": "default", "subset": "dataset"}],
         "preprocess": xlam,
         "tags": ["agent"],
+    },
+    {
+        "ms_dataset_id": "sentence-transformers/stsb",
+        "hf_dataset_id": "sentence-transformers/stsb",
+        "subsets": [
+            {"name": "default", "preprocess": stsb},
+            {"name": "positive", "preprocess": stsb_alike},
+            {"name": "generate", "preprocess": stsb_generate},
+            {"name": "reg", "preprocess": stsb_regression},
+        ],
+        "tags": ["similarity"],
+    },
+    {
+        "ms_dataset_id": "DAMO_NLP/jd",
+        "subsets": [{"name": "cls", "preprocess": sentence_label}],
+        "split": ["train", "validation"],
+        "tags": ["classification"],
+    },
+    {
+        "ms_dataset_id": "MTEB/scidocs-reranking",
+        "hf_dataset_id": "mteb/scidocs-reranking",
+        "split": ["validation", "test"],
+        "preprocess": reranking,
+        "tags": ["rerank"],
+    },
+    {
+        "ms_dataset_id": "MTEB/stackoverflowdupquestions-reranking",
+        "hf_dataset_id": "mteb/stackoverflowdupquestions-reranking",
+        "split": ["train", "test"],
+        "preprocess": reranking,
+        "tags": ["rerank"],
     },
 ]

@@ -8,7 +8,8 @@ Schemas:
         :class:`~rayswift.data.files.Position`).
     tokens: ``input_ids: list<int32>``, ``labels: list<int32>`` (−100 where not trained), ``loss_scale: list<float>``
         (null where every weight is 0 or 1), ``rejected_start: int32`` (of a pair, where the rejected conversation
-        begins; else null), ``source: int64`` (number of the standard row it came from), ``length: int32`` (tokens).
+        begins; else null), ``source: int64`` (number of the standard row it came from), ``length: int32`` (tokens),
+        ``text_ends: list<int32>`` and ``targets: list<float>`` (of tasks that tell numbers; else null).
 """
 
 from __future__ import annotations
@@ -19,8 +20,9 @@ import functools
 import hashlib
 import json
 import os
+from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -52,6 +54,8 @@ class TokenCache:
 
     root: str
     reuse: bool = True
+    #: How many entries of this process's work were there (``hits``), and had to be made (``misses``).
+    counts: Counter[str] = field(default_factory=Counter, compare=False)
 
     def path(self, key: str) -> str:
         """The path or URI of an entry's Arrow file."""

@@ -166,6 +166,7 @@ def encode_all(
     kept = {task.key: cache.reuse and cache.whole(task.rows_key) and cache.whole(task.key) for task in tasks}
     summaries = {key: summary or None for key, summary in kept.items()}
     todo = list({task.key: task for task in tasks if summaries[task.key] is None}.values())
+    cache.counts.update(hits=len(summaries) - len(todo), misses=len(todo))
     if _is_work_for_ray_data(todo):
         made = _encode_by_ray_data(todo, encoder, cache, on_rows)
     else:

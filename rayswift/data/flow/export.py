@@ -58,7 +58,8 @@ def _batch(read: TokenRows, numbers: range) -> pa.RecordBatch:
 
     rows = [read[number] for number in numbers]
     columns = [[row.input_ids for row in rows], [row.labels for row in rows], [row.loss_scale for row in rows],
-               [row.rejected_start for row in rows], list(numbers), [len(row.input_ids) for row in rows]]  # fmt: skip
+               [row.rejected_start for row in rows], list(numbers), [len(row.input_ids) for row in rows],
+               [row.text_ends for row in rows], [row.targets for row in rows]]  # fmt: skip
     schema = token_schema()
     arrays = [pa.array(column, field.type) for column, field in zip(columns, schema, strict=True)]
     return pa.record_batch(arrays, schema)

@@ -96,7 +96,8 @@ def token_schema() -> pa.Schema:
 
     tokens, weights = pa.list_(pa.int32()), pa.list_(pa.float32())
     numbers = [("rejected_start", pa.int32()), ("source", pa.int64()), ("length", pa.int32())]
-    return pa.schema([("input_ids", tokens), ("labels", tokens), ("loss_scale", weights), *numbers])
+    told = [("text_ends", tokens), ("targets", weights)]
+    return pa.schema([("input_ids", tokens), ("labels", tokens), ("loss_scale", weights), *numbers, *told])
 
 
 def encode_rows(
@@ -133,6 +134,9 @@ def encode_rows(
     rejected = pa.nulls(len(batch.rows), pa.int32())
     if batch.rejected_starts is not None:
         rejected = pa.array(batch.rejected_starts)
+    told = [pa.nulls(len(batch.rows), schema.field(name).type) if values is None else
+            pa.array(values, schema.field(name).type)
+            for name, values in (("text_ends", batch.text_ends), ("targets", batch.targets))]  # fmt: skip
     columns = [lists(batch.input_ids), lists(batch.labels), scale, rejected, pa.array(numbers[batch.rows]),
-               pa.array(np.diff(batch.offsets).astype(np.int32))]  # fmt: skip
+               pa.array(np.diff(batch.offsets).astype(np.int32)), *told]  # fmt: skip
     return pa.record_batch(columns, schema)

@@ -16,7 +16,8 @@ import numpy as np
 from rayswift.data.chat.conversation import DropRow, Message
 from rayswift.data.rows.columns import MEDIA
 from rayswift.data.rows.messages import prompt_of
-from rayswift.data.tokens.template_choice import TemplateSettings, load_template, one_of
+from rayswift.data.tokens.task_rows import TextSettings, cut, encode_laid_out, lay_out, task_texts
+from rayswift.data.tokens.template_choice import load_template, one_of
 from rayswift.errors import UserError
 
 TRUNCATION_STRATEGIES = ("delete", "left", "right", "split")
@@ -29,13 +30,16 @@ class Encoded:
     """One training sample. `input_ids` and `labels`: int32, shape (tokens,); `labels` is −100 where not trained,
     always at the first token. `row`: index of the row in the batch it came from. `loss_scale`: float32, shape
     (tokens,), the weight of each token, 0 where not trained; None where every weight is 0 or 1. `rejected_start`: of a
-    pair, where the conversation with the rejected answer begins; None for a row that is no pair."""
+    pair, where the conversation with the rejected answer begins; None for a row that is no pair. `text_ends` and
+    `targets`: of a task that tells numbers, where each text ends (int32) and what is to be told (float32)."""
 
     input_ids: np.ndarray
     labels: np.ndarray
     row: int = 0
     loss_scale: np.ndarray | None = None
     rejected_start: int | None = None
+    text_ends: np.ndarray | None = None
+    targets: np.ndarray | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +58,7 @@ class EncodedBatch:
     shape (tokens,). `offsets`: int64, shape (samples + 1,); sample i is `input_ids[offsets[i] : offsets[i + 1]]`.
     `rows`: int64, shape (samples,), the row each sample came from, ascending. `dropped`: the other rows, ascending.
     `rejected_starts`: int32, shape (samples,), where in each pair the rejected conversation begins; None without pairs.
+    `text_ends`, `targets`: of each sample, as in :class:`Encoded`; None where text is trained.
     """
 
     input_ids: np.ndarray
@@ -63,6 +68,8 @@ class EncodedBatch:
     rows: np.ndarray
     dropped: tuple[Dropped, ...]
     rejected_starts: np.ndarray | None = None
+    text_ends: list[np.ndarray] | None = None
+    targets: list[np.ndarray] | None = None
 
     def sample(self, number: int) -> slice:
         """Where in the flat arrays a sample is."""
@@ -70,18 +77,17 @@ class EncodedBatch:
 
 
 @dataclass(frozen=True)
-class Encoder(TemplateSettings):
+class Encoder(TextSettings):
     """Encodes standard rows for training and messages for generation. Fields are SWIFT's flags of the same name.
 
     `max_length` in tokens, None is no limit. `preference`: each row is a pair: its conversation, then the one that
-    ends in the rejected answer, each within `max_length`, which cuts both at the same place.
+    ends in the rejected answer, each within `max_length`, which cuts both at the same place. Another `task_type` than
+    `causal_lm`: each row is some texts (:mod:`rayswift.data.tokens.task_rows`), each within `max_length`.
 
     Raises:
         UserError: a setting has no such value; the message names flag and choices.
     """
 
-    max_length: int | None = None
-    truncation_strategy: str = "delete"
     preference: bool = False
 
     def __post_init__(self) -> None:
@@ -110,7 +116,10 @@ class Encoder(TemplateSettings):
         from rayswift.modeling.loading import read_config
 
         encoder = cls.from_args(args, model_dir, max_length=read_config(model_dir).get("max_position_embeddings"))
-        return replace(encoder, preference=args.command == "rlhf" or getattr(args, "template_mode", None) == "rlhf")
+        encoder = replace(encoder, preference=args.command == "rlhf" or getattr(args, "template_mode", None) == "rlhf")
+        if encoder.task_type == "generative_reranker" and encoder.enable_thinking is None:
+            encoder = replace(encoder, enable_thinking=False)  # the judge answers at once
+        return encoder
 
     def settings(self) -> dict[str, Any]:
         """The settings by name, as hashes and files hold them: there `preference` is `pairs`, its name before."""
@@ -118,6 +127,9 @@ class Encoder(TemplateSettings):
         if self.template_date is None:  # as caches of earlier versions have it
             del values["template_date"]
         values["pairs"] = values.pop("preference")
+        if self.task_type == "causal_lm":  # whose caches know of no other task
+            for name in ("task_type", "num_labels", "problem_type"):
+                del values[name]
         return values
 
     def encode_batch(self, rows: Sequence[Mapping[str, Any]]) -> list[Encoded | Dropped]:
@@ -135,7 +147,8 @@ class Encoder(TemplateSettings):
             if scale is not None and _is_binary(scale):
                 scale = None
             rejected = None if batch.rejected_starts is None else int(batch.rejected_starts[number])
-            samples.append(Encoded(batch.input_ids[part], batch.labels[part], row, scale, rejected))
+            ends, targets = (None if column is None else column[number] for column in (batch.text_ends, batch.targets))
+            samples.append(Encoded(batch.input_ids[part], batch.labels[part], row, scale, rejected, ends, targets))
         if batch.dropped:
             samples.sort(key=lambda sample: sample.row)
         return samples
@@ -143,7 +156,40 @@ class Encoder(TemplateSettings):
     def encode_columns(self, rows: Sequence[Mapping[str, Any]]) -> EncodedBatch:
         """Encode standard rows to flat arrays: each row is in `rows` (several times under truncation_strategy `split`)
         or in `dropped`."""
+        if self.task_type != "causal_lm":
+            return self._encode_texts(rows)
         return self._encode_pairs(rows) if self.preference else self._encode(rows)
+
+    def _encode_texts(self, rows: Sequence[Mapping[str, Any]]) -> EncodedBatch:
+        """The texts of each row one after the other; a row one of whose texts is dropped is dropped."""
+        reasons: dict[int, str] = {}
+        laid_out: dict[int, tuple[list[Any], list[float]]] = {}
+        for number, row in enumerate(rows):
+            try:
+                texts, wanted = task_texts(self, row)
+                laid_out[number] = lay_out(self, texts), wanted
+            except DropRow as refused:
+                reasons[number] = refused.reason
+        found = iter(encode_laid_out(self, [text for texts, _ in laid_out.values() for text in texts]))
+        kept: dict[int, list[np.ndarray]] = {}
+        for number, (texts, _) in laid_out.items():
+            whole = [next(found) for _ in texts]
+            try:
+                kept[number] = [cut(self, ids) for ids in whole]
+            except DropRow as refused:
+                reasons[number] = refused.reason
+        ends = [np.cumsum([len(ids) for ids in texts]).astype(np.int32) for texts in kept.values()]
+        input_ids = np.concatenate([np.zeros(0, np.int32), *(ids for texts in kept.values() for ids in texts)])
+        return EncodedBatch(
+            input_ids,
+            np.full(len(input_ids), IGNORED, np.int32),
+            None,
+            np.cumsum([0, *(one[-1] for one in ends)]).astype(np.int64),
+            np.array(list(kept), np.int64),
+            tuple(Dropped(reasons[number], number) for number in sorted(reasons)),
+            text_ends=ends,
+            targets=[np.array(laid_out[number][1], np.float32) for number in kept],
+        )
 
     def _encode_pairs(self, rows: Sequence[Mapping[str, Any]]) -> EncodedBatch:
         """Both conversations of each row in one sample; a row whose one side is dropped is dropped."""
@@ -245,6 +291,10 @@ class Encoder(TemplateSettings):
                     for line in self.describe(Encoded(encoded.input_ids[part], encoded.labels[part]))]  # fmt: skip
         ids, labels = encoded.input_ids.tolist(), encoded.labels.tolist()
         decode = functools.partial(self.tokenizer.decode, skip_special_tokens=False)
+        if encoded.text_ends is not None and encoded.targets is not None:
+            texts = [text.tolist() for text in np.split(encoded.input_ids, encoded.text_ends[:-1])]
+            lines = [line for text in texts for line in (f"[INPUT_IDS] {text}", f"[INPUT] {decode(text)}")]
+            return [*lines, f"[LABELS] {encoded.targets.tolist()}"]
         shown, start = "", 0
         for end in range(1, len(labels) + 1):
             if end == len(labels) or (labels[end] == IGNORED) != (labels[start] == IGNORED):

@@ -24,13 +24,21 @@ if TYPE_CHECKING:
 
 class TokenizedRow(NamedTuple):
     """One encoded row: int32 arrays of shape (tokens,), ``labels`` −100 where not trained; ``loss_scale`` float32, or
-    None where every weight is 0 or 1; ``rejected_start`` is None for a row that is no pair. The arrays are read-only
-    views."""
+    None where every weight is 0 or 1; ``rejected_start`` is None for a row that is no pair. ``text_ends`` (int32) and
+    ``targets`` (float32): of a task that tells numbers, where each text ends and what is to be told. The arrays are
+    read-only views."""
 
     input_ids: np.ndarray
     labels: np.ndarray
     loss_scale: np.ndarray | None = None
     rejected_start: int | None = None
+    text_ends: np.ndarray | None = None
+    targets: np.ndarray | None = None
+
+    def texts(self) -> list[np.ndarray]:
+        """The ids of each text."""
+        ends = [] if self.text_ends is None else self.text_ends.tolist()
+        return [self.input_ids[start:end] for start, end in itertools.pairwise([0, *ends])]
 
     def chosen_and_rejected(self) -> tuple[TokenizedRow, TokenizedRow]:
         """A pair as the row with the chosen answer and the one with the rejected answer."""
@@ -47,17 +55,20 @@ class TokenBatch:
     """A record batch of token rows as numpy views."""
 
     def __init__(self, batch: pa.RecordBatch) -> None:
-        columns = [batch.column(name) for name in ("input_ids", "labels", "loss_scale")]
-        self._columns = [None if column.null_count == len(column) else
+        names = ("input_ids", "labels", "loss_scale", "text_ends", "targets")
+        known = set(batch.schema.names)  # the last two came later
+        columns = [batch.column(name) if name in known else None for name in names]
+        self._columns = [None if column is None or column.null_count == len(column) else
                          (column.values.to_numpy(), column.offsets.to_numpy()) for column in columns]  # fmt: skip
         rejected = batch.column("rejected_start")
         self._rejected = None if rejected.null_count == len(rejected) else rejected.to_numpy()
         self._batch = batch
 
     def __getitem__(self, number: int) -> TokenizedRow:
-        ids, labels, weights = (self._cut(column, number) for column in self._columns)
+        ids, labels, weights, text_ends, targets = (self._cut(column, number) for column in self._columns)
         assert ids is not None and labels is not None
-        return TokenizedRow(ids, labels, weights, None if self._rejected is None else int(self._rejected[number]))
+        rejected = None if self._rejected is None else int(self._rejected[number])
+        return TokenizedRow(ids, labels, weights, rejected, text_ends, targets)
 
     def place(self, number: int) -> tuple[str, Position]:
         """File and position of a row of a stream."""
@@ -192,7 +203,7 @@ class LazyItems:
             position = Position(batch["kind"][row].as_py(), batch["number"][row].as_py())
             where = locate(self._rows.origins[file], position)
             self._report(f"{where}: {dropped.reason}: the row trains nothing")
-        return [TokenizedRow(one.input_ids, one.labels, one.loss_scale, one.rejected_start)
+        return [TokenizedRow(one.input_ids, one.labels, one.loss_scale, one.rejected_start, one.text_ends, one.targets)
                 for one in samples if isinstance(one, Encoded)]  # fmt: skip
 
     def placed(self, item: int) -> list[PlacedRow]:

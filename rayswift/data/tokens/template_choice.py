@@ -195,8 +195,7 @@ class LoadedTemplate:
         Raises:
             DropRow: it cannot be a conversation of this template, or has nothing to train.
         """
-        if not row.keys().isdisjoint(MEDIA) and (media := next((medium for medium in MEDIA if row.get(medium)), None)):
-            raise DropRow(f"it holds {media}, and text alone is trained here; --columns can hide the column")
+        refuse_media(row)
         options, messages, tools = self.options_of(row), row.get("messages") or (), row.get("tools")
         template = self._for_tools(messages, tools) or self.template
         if isinstance(template, JinjaTemplate):
@@ -260,6 +259,12 @@ class LoadedTemplate:
         if template is None:
             return render_plain(conversation, options, self.bos, "")
         return template.render_prompt(conversation, options)
+
+
+def refuse_media(row: Mapping[str, Any]) -> None:
+    """Raise DropRow for a row with pictures or sound."""
+    if not row.keys().isdisjoint(MEDIA) and (media := next((medium for medium in MEDIA if row.get(medium)), None)):
+        raise DropRow(f"it holds {media}, and text alone is trained here; --columns can hide the column")
 
 
 # A server asks with an encoder per adapter and thinking mode.

@@ -28,6 +28,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from rayswift import __version__
+from rayswift.cluster.board import ServeBoard
 from rayswift.serve.connections import admit
 from rayswift.serve.gateway.adapters import AdapterRegistry
 from rayswift.serve.gateway.cross_origin import allow_origins
@@ -47,7 +48,7 @@ logger = logging.getLogger("rayswift.serve.gateway.app")
 #: Requests that a replica answers.
 FORWARDED = (
     "/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages", "/v1/messages/count_tokens",
-    "/v1/embeddings", "/v1/score", "/v1/rerank", "/v2/rerank", "/tokenize", "/detokenize",
+    "/v1/embeddings", "/classify", "/v1/score", "/v1/rerank", "/v2/rerank", "/tokenize", "/detokenize",
 )  # fmt: skip
 #: What the last words to the replicas, which leases are given back, need to leave this process.
 GOODBYE_SECONDS = 0.2
@@ -130,6 +131,7 @@ class Gateway:
             )
             for model in models
         }  # fmt: skip
+        self._board = asyncio.ensure_future(ServeBoard(list(self.models)).follow(self.counters))
         self._own = self._make_own_app()
         self._schema: dict[str, Any] | None = None
         self._server = None
@@ -378,6 +380,7 @@ class Gateway:
         return await self.shared.totals()
 
     async def __del__(self) -> None:
+        self._board.cancel()
         if self._server is not None:
             self._server.should_exit = True
             await self._server.task  # requests that run finish; Serve waits for --drain_timeout

@@ -286,6 +286,7 @@ class Forwarder:
     async def _connection(self, request: GatewayRequest, resume: list[int] | None = None) -> AsyncIterator[Any]:
         """A connection to the replica that Serve chooses, which counts the request until this ends."""
         lease = None if request.adapter else self._leases.take()  # an adapter may have been unloaded since
+        self.counters.kept_leases += lease is not None
         lease = lease or await self._take_lease(request.adapter)
         headers = {LEASE_HEADER: lease.token, "content-type": "application/json"}
         if request.request_id:
@@ -315,6 +316,7 @@ class Forwarder:
     async def _take_lease(self, adapter: str, only_prepare: bool = False) -> Lease:
         """A lease through Serve. Raises ApiError when there is none."""
         lease = Lease(self._lease_call(adapter).remote(only_prepare))
+        self.counters.leases += 1
         self.counters.waiting += 1
         self._waiting += 1
         try:

@@ -11,6 +11,8 @@ _COUNTERS = {
     "tokens": ("rayswift_generated_tokens_total", "counter", "Generated tokens (a piece of a stream counts as one)."),
     "retries": ("rayswift_retries_total", "counter", "Requests sent to another replica because one failed."),
     "resumed": ("rayswift_resumed_streams_total", "counter", "Streams that another replica resumed."),
+    "leases": ("rayswift_leases_total", "counter", "Leases of replicas' places that were asked of Serve."),
+    "kept_leases": ("rayswift_kept_leases_total", "counter", "Requests that found a lease which was kept."),
     "running": ("rayswift_running_requests", "gauge", "Requests in progress."),
     "waiting": ("rayswift_waiting_requests", "gauge", "Requests that wait for a replica."),
 }  # fmt: skip

@@ -46,6 +46,8 @@ class Counters:
     tokens: int = 0
     retries: int = 0
     resumed: int = 0
+    leases: int = 0
+    kept_leases: int = 0
     running: int = 0
     waiting: int = 0
     by_status: dict[int, int] = field(default_factory=dict)

@@ -1,28 +1,29 @@
-"""Vectors and scores instead of text with Transformers (``--task_type embedding``, ``seq_cls``, ``reranker``).
+"""Vectors, classes and scores instead of text (``--task_type embedding``, ``seq_cls``, the rerankers).
 
-The interface and the numbers are those of vLLM's pooling models: OpenAI's embeddings, scores of pairs of texts, and the
-reranking of Jina and Cohere.
+The interface and the numbers are those of vLLM's pooling models: OpenAI's embeddings, classes, scores of pairs of
+texts, and the reranking of Jina and Cohere. A model of a hub reads texts as its tokenizer gives them; one that was
+trained here (its ``args.json`` says the task) as it was trained, with both engines.
 """
 
 from __future__ import annotations
 
 import asyncio
 import base64
-import json
 import time
 import uuid
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import numpy as np
 from fastapi import FastAPI
 from pydantic import Field, model_validator
 
 from rayswift.data.tokens.encoder import Encoder
 from rayswift.errors import UserError
+from rayswift.generate.task_answers import TaskEngine, ids_of_text
 from rayswift.generate.transformers import TransformersEngine
-from rayswift.modeling.loading import read_config
+from rayswift.modeling.task_models import pooled, pooling_of
 from rayswift.serve.model_cards import model_cards
 from rayswift.serve.openai_errors import ApiError, add_error_handlers
 from rayswift.serve.replica.conversion import Body
@@ -30,11 +31,6 @@ from rayswift.serve.replica.prompt_length import check_characters
 
 #: Texts that are computed together.
 _BATCH = 32
-#: Which tokens make the vector, by sentence-transformers' names.
-_POOLINGS = {
-    "pooling_mode_cls_token": "cls", "pooling_mode_mean_tokens": "mean", "pooling_mode_lasttoken": "last",
-    "cls": "cls", "mean": "mean", "lasttoken": "last",
-}  # fmt: skip
 _Text = Annotated[str, Field(min_length=1)]
 _Texts = _Text | Annotated[list[_Text], Field(min_length=1, max_length=4096)]
 _Ids = Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(min_length=1)]
@@ -74,31 +70,135 @@ class RerankRequest(Body):
     top_n: int = Field(0, ge=0)
 
 
-class PoolingServing:
-    """A model that reads texts, and its app. ``task``: ``embedding`` for vectors, else scores of pairs."""
+class ClassifyRequest(Body):
+    """``POST /classify``."""
 
-    def __init__(self, engine: TransformersEngine, served_model_name: str, task: str) -> None:
-        self.engine, self.name, self.makes_vectors = engine, served_model_name, task == "embedding"
-        self.tokenizer = engine.encoder.tokenizer
-        if self.tokenizer.pad_token_id is None:
-            self.tokenizer.pad_token = self.tokenizer.eos_token
+    model: str | None = None
+    input: _Texts
+
+
+class TextReader:
+    """What the app (:func:`make_app`) asks of a model: numbers about texts. Engines say how they are computed.
+
+    Args:
+        encoder: how texts are laid out; of another ``task_type`` than ``causal_lm`` for a model that was trained so.
+        served_model_name: what clients call the model.
+        task: ``--task_type``.
+        config: of the model, as ``config.json`` has it.
+    """
+
+    def __init__(self, encoder: Encoder, served_model_name: str, task: str, config: dict[str, Any]) -> None:
+        self.encoder, self.name, self.makes_vectors = encoder, served_model_name, task == "embedding"
+        self.tokenizer, self.config, self.was_trained = encoder.tokenizer, config, encoder.task_type != "causal_lm"
+        labels = config.get("id2label") or {0: "LABEL_0", 1: "LABEL_1"}
+        self.labels = {int(number): str(label) for number, label in labels.items()}
+        self.tells_classes = task == "seq_cls"
+        self.requests = self.tokens = 0
+
+    @property
+    def context_length(self) -> int:
+        """Tokens that a text, or a pair of texts, may have."""
+        raise NotImplementedError
+
+    def names(self) -> list[str]:
+        """What clients may ask for."""
+        return [self.name]
+
+    async def values(self, rows: list[dict[str, list[int]]], name: str | None) -> list[Any]:
+        """What the model of this name tells of each text: a vector, or what its head says after its activation."""
+        raise NotImplementedError
+
+    def check_model(self, name: str | None) -> None:
+        """Raises ApiError (404) for another model."""
+        if name is not None and name not in self.names():
+            message = f"The model `{name[:200]}` does not exist; models: {', '.join(self.names())}"
+            raise ApiError(404, message, code="model_not_found", param="model")
+
+    def encoder_of(self, name: str | None) -> Encoder:
+        """How texts for the model of this name are laid out."""
+        return self.encoder
+
+    def read(self, text: str | list[int], other: str | None, encoder: Encoder) -> dict[str, list[int]]:
+        """A text, or a pair, as the model's input. Raises ApiError (400) for one that is too long."""
+        characters = 0 if isinstance(text, list) else len(text + (other or ""))
+        try:
+            check_characters(self.tokenizer, self.context_length, characters)
+        except ValueError as error:
+            raise ApiError(400, str(error), code="context_length_exceeded", param="input") from None
+        if isinstance(text, list):
+            if max(text) >= self.config["vocab_size"]:
+                raise ApiError(400, f"token id {max(text)} is out of the vocabulary", param="input")
+            found = {"input_ids": text}
+        elif encoder.task_type != "causal_lm":
+            messages = [{"role": "user", "content": text}]
+            messages += [] if other is None else [{"role": "assistant", "content": other}]
+            try:
+                found = {"input_ids": ids_of_text(encoder, {"messages": messages}).tolist()}
+            except UserError as error:
+                raise ApiError(400, str(error), param="input") from None
+        elif other is not None and not self.config.get("use_sep_token", True):
+            found = dict(self.tokenizer(text + other))
+        else:
+            found = dict(self.tokenizer(text, other))
+        length, limit = len(found["input_ids"]), self.context_length
+        if not 0 < length <= limit:
+            message = f"This model's maximum context length is {limit} tokens; the text has {length}"
+            raise ApiError(400, message, code="context_length_exceeded", param="input")
+        return {**found, "attention_mask": [1] * length}
+
+    async def compute(
+        self, texts: Sequence[tuple[str | list[int], str | None]], name: str | None = None
+    ) -> tuple[list[Any], int]:
+        """The numbers of each text, or pair, and the tokens in all."""
+        encoder = self.encoder_of(name)
+        rows = await asyncio.to_thread(lambda: [self.read(*text, encoder) for text in texts])
+        tokens = sum(len(row["input_ids"]) for row in rows)
+        self.requests += 1
+        self.tokens += tokens
+        return await self.values(rows, name), tokens
+
+    async def scores(self, pairs: list[tuple[str, str]], name: str | None = None) -> tuple[list[float], int]:
+        """How alike the texts of each pair are (cosine of their vectors), or what the model says of it; and tokens."""
+        import torch
+
+        if not self.makes_vectors:
+            if self.tells_classes and len(self.labels) != 1:
+                raise ApiError(
+                    400, f"scores need a model with one label, this one has {len(self.labels)}", param="model"
+                )
+            found, tokens = await self.compute(pairs, name)
+            return [float(score) for score in found], tokens
+        texts = list(dict.fromkeys(text for pair in pairs for text in pair))
+        found, tokens = await self.compute([(text, None) for text in texts], name)
+        vectors, cosine = dict(zip(texts, found, strict=True)), torch.nn.functional.cosine_similarity
+        return [float(cosine(vectors[one], vectors[other], dim=0)) for one, other in pairs], tokens
+
+
+class PoolingServing(TextReader):
+    """A model that reads texts with Transformers, and its app; requests take turns."""
+
+    def __init__(self, engine: TransformersEngine | TaskEngine, served_model_name: str, task: str) -> None:
         config = engine.model.config
         if getattr(config, "pad_token_id", None) is None:  # with it a classifier finds the last token of a row
-            config.pad_token_id = self.tokenizer.pad_token_id
+            config.pad_token_id = engine.encoder.tokenizer.pad_token_id
+        super().__init__(engine.encoder, served_model_name, task, config.to_dict())
+        self.engine = engine
+        if self.tokenizer.pad_token_id is None:
+            self.tokenizer.pad_token = self.tokenizer.eos_token
         self._pooling, self._is_normal = pooling_of(engine.encoder.model_dir)
         self._turn = asyncio.Lock()
-        self.requests = self.tokens = 0
         self.app = make_app(self)
 
     @classmethod
     def from_plan(cls, plan: Any, encoder: Encoder) -> PoolingServing:
         """Load the model of a `ModelSpec`."""
+        options = {"torch_dtype": plan.torch_dtype, "attn_impl": plan.attn_impl, "use_gpu": plan.use_gpu,
+                   "model_kwargs": plan.model_kwargs}  # fmt: skip
+        encoder = replace(encoder, max_length=plan.max_model_len)
+        if encoder.task_type != "causal_lm":
+            return cls(TaskEngine.load(encoder, **options), plan.name, plan.task_type)
         auto_class = "AutoModel" if plan.task_type == "embedding" else "AutoModelForSequenceClassification"
-        engine = TransformersEngine.load(
-            replace(encoder, max_length=plan.max_model_len), torch_dtype=plan.torch_dtype,
-            attn_impl=plan.attn_impl, use_gpu=plan.use_gpu, model_kwargs=plan.model_kwargs, auto_class=auto_class,
-        )  # fmt: skip
-        return cls(engine, plan.name, plan.task_type)
+        return cls(TransformersEngine.load(encoder, auto_class=auto_class, **options), plan.name, plan.task_type)
 
     @property
     def context_length(self) -> int:
@@ -132,45 +232,17 @@ class PoolingServing:
 
     # --- numbers ----------------------------------------------------------------------------------------------------
 
-    def check_model(self, name: str | None) -> None:
-        """Raises ApiError (404) for another model."""
-        if name not in (None, self.name):
-            message = f"The model `{str(name)[:200]}` does not exist; models: {self.name}"
-            raise ApiError(404, message, code="model_not_found", param="model")
-
-    def read(self, text: str | list[int], other: str | None) -> dict[str, list[int]]:
-        """A text, or a pair, as the model's input. Raises ApiError (400) for one that is too long."""
-        characters = 0 if isinstance(text, list) else len(text + (other or ""))
-        try:
-            check_characters(self.tokenizer, self.context_length, characters)
-        except ValueError as error:
-            raise ApiError(400, str(error), code="context_length_exceeded", param="input") from None
-        if isinstance(text, list):
-            if max(text) >= self.engine.model.config.vocab_size:
-                raise ApiError(400, f"token id {max(text)} is out of the vocabulary", param="input")
-            found = {"input_ids": text}
-        elif other is not None and not getattr(self.engine.model.config, "use_sep_token", True):
-            found = dict(self.tokenizer(text + other))
-        else:
-            found = dict(self.tokenizer(text, other))
-        length, limit = len(found["input_ids"]), self.context_length
-        if not 0 < length <= limit:
-            message = f"This model's maximum context length is {limit} tokens; the text has {length}"
-            raise ApiError(400, message, code="context_length_exceeded", param="input")
-        return {**found, "attention_mask": [1] * length}
-
-    async def compute(self, texts: Sequence[tuple[str | list[int], str | None]]) -> tuple[list[Any], int]:
-        """The vector of each text, or the score of each pair, and the tokens in all; requests take turns."""
-        rows = await asyncio.to_thread(lambda: [self.read(*text) for text in texts])
-        tokens = sum(len(row["input_ids"]) for row in rows)
-        self.requests += 1
-        self.tokens += tokens
+    async def values(self, rows: list[dict[str, list[int]]], name: str | None) -> list[Any]:
+        """As :class:`TextReader`."""
         async with self._turn:
-            return await asyncio.to_thread(self._compute, rows), tokens
+            return await asyncio.to_thread(self._compute, rows)
 
     def _compute(self, rows: list[dict[str, list[int]]]) -> list[Any]:
         import torch
 
+        if isinstance(self.engine, TaskEngine):
+            told = self.engine.tell([np.array(row["input_ids"], np.int32) for row in rows])
+            return told if self.makes_vectors else [self._activated(one) for one in told]
         order = sorted(range(len(rows)), key=lambda place: len(rows[place]["input_ids"]))  # little padding
         found: dict[int, Any] = {}
         for start in range(0, len(order), _BATCH):
@@ -186,48 +258,17 @@ class PoolingServing:
 
         answer = self.engine.model(**batch)
         if not self.makes_vectors:
-            return answer.logits.float().squeeze(-1).sigmoid()
-        states, mask = answer.last_hidden_state.float(), batch["attention_mask"]
-        if self._pooling == "mean":
-            vectors = (states * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
-        else:
-            last = mask.sum(1) - 1 if self._pooling == "last" else torch.zeros_like(mask[:, 0])
-            vectors = states[torch.arange(len(states)), last]
+            return self._activated(answer.logits.float().squeeze(-1))
+        vectors = pooled(answer.last_hidden_state.float(), batch["attention_mask"], self._pooling)
         return torch.nn.functional.normalize(vectors, dim=-1) if self._is_normal else vectors
 
-    async def scores(self, pairs: list[tuple[str, str]]) -> tuple[list[float], int]:
-        """How alike the texts of each pair are (cosine of their vectors), or what the model says of it; and tokens."""
-        import torch
-
-        if not self.makes_vectors:
-            if (labels := self.engine.model.config.num_labels) != 1:
-                raise ApiError(400, f"scores need a model with one label, this one has {labels}", param="model")
-            found, tokens = await self.compute(pairs)
-            return [float(score) for score in found], tokens
-        texts = list(dict.fromkeys(text for pair in pairs for text in pair))
-        found, tokens = await self.compute([(text, None) for text in texts])
-        vectors, cosine = dict(zip(texts, found, strict=True)), torch.nn.functional.cosine_similarity
-        return [float(cosine(vectors[one], vectors[other], dim=0)) for one, other in pairs], tokens
-
-
-def pooling_of(model_dir: str) -> tuple[str, bool]:
-    """Which tokens make the vector (``cls``, ``mean``, ``last``), and whether its length is 1.
-
-    As the folder's sentence-transformers files say; else as vLLM takes it: the last token of a decoder, the first of an
-    encoder, with length 1. Raises UserError for another pooling.
-    """
-    folder = Path(model_dir)
-    modules = json.loads((folder / "modules.json").read_text()) if (folder / "modules.json").is_file() else []
-    kinds = {str(module.get("type", "")).rpartition(".")[2]: module for module in modules}
-    if (module := kinds.get("Pooling")) is None:
-        names = read_config(model_dir).get("architectures") or [""]
-        return ("last" if names[0].endswith(("ForCausalLM", "ForConditionalGeneration")) else "cls"), True
-    settings = json.loads((folder / str(module.get("path", "")) / "config.json").read_text())
-    chosen = [key for key, value in settings.items() if key.startswith("pooling_mode_") and value is True]
-    chosen = chosen or [str(settings.get("pooling_mode"))]
-    if len(chosen) != 1 or chosen[0] not in _POOLINGS:
-        raise UserError(f"--model {model_dir}: pooling by {', '.join(chosen)} needs --infer_backend vllm")
-    return _POOLINGS[chosen[0]], "Normalize" in kinds
+    def _activated(self, logits: Any) -> Any:
+        """What the head says, as vLLM gives it: probabilities of classes; numbers of a regression as they are."""
+        problem = self.config.get("problem_type")
+        if self.tells_classes and problem == "regression":
+            return logits
+        one_of = self.tells_classes and len(self.labels) > 1 and problem != "multi_label_classification"
+        return logits.softmax(-1) if one_of else logits.sigmoid()
 
 
 # --- the interface --------------------------------------------------------------------------------------------------
@@ -255,7 +296,12 @@ def _written(vector: Any, kind: str) -> Sequence[float] | str:
     return base64.b64encode(vector.numpy().tobytes()).decode() if kind == "base64" else vector.tolist()
 
 
-def make_app(serving: PoolingServing) -> FastAPI:
+def _class_of(serving: TextReader, index: int, probs: list[float]) -> dict[str, Any]:
+    likeliest = max(range(len(probs)), key=probs.__getitem__)
+    return {"index": index, "label": serving.labels.get(likeliest), "probs": probs, "num_classes": len(probs)}
+
+
+def make_app(serving: TextReader) -> FastAPI:
     """The app with the routes of the model's task."""
     app = FastAPI(title="RaySwift", docs_url=None, redoc_url=None, redirect_slashes=False)
     created = int(time.time())
@@ -264,7 +310,7 @@ def make_app(serving: PoolingServing) -> FastAPI:
         serving.check_model(body.model)
         if body.dimensions is not None:
             raise ApiError(400, "dimensions: this model's vectors have one length; leave it out", param="dimensions")
-        vectors, tokens = await serving.compute([(text, None) for text in _inputs(body.input)])
+        vectors, tokens = await serving.compute([(text, None) for text in _inputs(body.input)], body.model)
         data = [
             {"index": index, "object": "embedding", "embedding": _written(vector, body.encoding_format)}
             for index, vector in enumerate(vectors)
@@ -278,10 +324,19 @@ def make_app(serving: PoolingServing) -> FastAPI:
     if serving.makes_vectors:
         app.add_api_route("/v1/embeddings", embed, methods=["POST"])
 
+    async def classify(body: ClassifyRequest) -> Any:
+        serving.check_model(body.model)
+        found, tokens = await serving.compute([(text, None) for text in _inputs(body.input)], body.model)
+        data = [_class_of(serving, index, one.flatten().tolist()) for index, one in enumerate(found)]
+        return _answer(data, tokens, "classify")
+
+    if serving.tells_classes:
+        app.add_api_route("/classify", classify, methods=["POST"])
+
     @app.post("/v1/score")
     async def score(body: ScoreRequest) -> Any:
         serving.check_model(body.model)
-        found, tokens = await serving.scores(_pairs(body.text_1, body.text_2))
+        found, tokens = await serving.scores(_pairs(body.text_1, body.text_2), body.model)
         data = [{"index": index, "object": "score", "score": value} for index, value in enumerate(found)]
         return _answer(data, tokens, "score")
 
@@ -290,7 +345,7 @@ def make_app(serving: PoolingServing) -> FastAPI:
     async def rerank(body: RerankRequest) -> Any:
         serving.check_model(body.model)
         pairs = _pairs(body.query, body.documents)
-        found, tokens = await serving.scores(pairs)
+        found, tokens = await serving.scores(pairs, body.model)
         best = sorted(range(len(pairs)), key=lambda place: found[place], reverse=True)[: body.top_n or len(pairs)]
         results = [
             {"index": place, "document": {"text": pairs[place][1]}, "relevance_score": found[place]} for place in best

@@ -57,6 +57,12 @@ class VllmServing:
             private.name_completion_tokens(self.app, partial(token_names, client.renderer.tokenizer))
             use_trained_templates(online_renderer, lambda name: self.encoders.get(name or ""))
             self.app = keeping_tools(self.app)
+        elif self.encoders[""].task_type != "causal_lm":
+            from rayswift.serve.replica.vllm_pooling import VllmReader
+
+            name = next(name for name, one in self.encoders.items() if name and one is self.encoders[""])
+            adapters = partial(private.adapters_by_name, self._server)
+            self.app = VllmReader(client, self.encoders, name, adapters).app
         self._watch = asyncio.ensure_future(self._end_with_engine(client))
 
     @property

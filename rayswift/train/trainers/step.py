@@ -102,6 +102,7 @@ class StepTraining(GoingOn, CheckedSteps):
         self.on_nan, self.clock, self._spikes = on_nan, clock or Clock(), Spikes()
         self._flops, self._work = flop_count(self.model, self.REFERENCE_PASSES), torch.zeros(3, dtype=torch.float64)
         self._busy, self._steps_logged = 0.0, 0
+        self._waited = 0.0  # for rows, until the last row of the log
         self.remove_callback(PrinterCallback)
         self.remove_callback(ProgressCallback)
         self.add_callback(_StepEvents(self))
@@ -147,7 +148,10 @@ class StepTraining(GoingOn, CheckedSteps):
             counts = self._all_reduce(self._counts)
             event["work"] = self._work_done()
             now = time.monotonic()
-            logs.update(self.train_metrics(counts, max(now - self._logged_at, 1e-9), logs.pop("loss")))
+            seconds = max(now - self._logged_at, 1e-9)
+            logs.update(self.train_metrics(counts, seconds, logs.pop("loss")))
+            waited = self.clock.read()["data"]
+            event["data_wait"], self._waited = (waited - self._waited) / seconds, waited
             if self.args.include_num_input_tokens_seen != "no":
                 logs["num_input_tokens_seen"] = self.state.num_input_tokens_seen
             self._counts.zero_()
