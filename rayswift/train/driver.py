@@ -101,7 +101,7 @@ def train(args: Any) -> dict[str, Any]:
     inputs = Inputs(args, base, resume, model_dir, resolve_datasets(args), began, task)
     resume.check_model(args, model_dir)
     if args.begins_anew:  # a run of its own, on another's weights
-        resume = replace(resume, run_directory=None, position=None)
+        resume = replace(resume, run_directory=None, position=None, step=0)
         inputs = replace(inputs, resume=resume)
     first_row = first_usable_row([*inputs.datasets.train, *inputs.datasets.val], args.strict)
     for dataset in [*inputs.datasets.train, *inputs.datasets.val]:

@@ -93,13 +93,12 @@ class Resume:
                 f"--model {args.model}: not the model that the checkpoint was trained from (its weights differ); give "
                 "that one, or --adapters CHECKPOINT to begin a new run on this one"
             )
-        if not args.resume_only_model and not self._has_optimizer():
-            if args.deepspeed:
-                raise UserError(
-                    f"--resume_from_checkpoint {self.uri}: holds no optimiser state (--save_only_model true), which "
-                    "DeepSpeed needs; begin a new run on its weights (--adapters or --model)"
-                )
-            say("the checkpoint holds no optimiser state (--save_only_model true): the optimiser begins anew")
+        without = not args.resume_only_model and not self._has_optimizer()
+        if without and args.deepspeed:
+            raise UserError(
+                f"--resume_from_checkpoint {self.uri}: holds no optimiser state (--save_only_model true), which "
+                "DeepSpeed needs; begin a new run on its weights (--adapters or --model)"
+            )
         saved, given = self._saved_arguments(), args.to_dict()
         if not args.resume_only_model and "deepspeed" in saved and bool(saved["deepspeed"]) != bool(given["deepspeed"]):
             raise UserError(
@@ -114,6 +113,8 @@ class Resume:
                     f"--{name} {given[name]}: the checkpoint was trained with {saved[name]}; give that, or "
                     "leave --resume_from_checkpoint out"
                 )
+        if without:
+            say("the checkpoint holds no optimiser state (--save_only_model true): the optimiser begins anew")
 
     def _has_optimizer(self) -> bool:
         """Whether there is Transformers' file, or DeepSpeed's folder."""

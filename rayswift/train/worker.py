@@ -52,8 +52,6 @@ def train_loop(loop_config: dict[str, Any]) -> dict[str, Any]:
     store = CheckpointStore(config, rank, context.get_local_rank(), local_world_size)
     resume, start_step, is_first = store.resume_from()
     weights_only = resume if is_first and config.args.begins_anew else None
-    if weights_only:
-        start_step = 0
     position, streams = store.position(None if weights_only else resume), config.data.stream
     places: StreamPlaces = () if streams is None else streams.start()  # also after --ignore_data_skip
     if position is not None and position.stream is not None and position.data == config.data.fingerprint:
@@ -88,7 +86,7 @@ def train_loop(loop_config: dict[str, Any]) -> dict[str, Any]:
     except (UserError, RunFailedError):
         raise
     except Exception as error:
-        step = trainer.state.global_step
+        step = max(trainer.state.global_step, start_step)
         raise at_step(error, step, has_begun=step > start_step) from error
     _tell_end(config, rank, clock)
     state = trainer.state

@@ -3,8 +3,11 @@ nothing disturbs, to the bit."""
 
 from __future__ import annotations
 
+import json
 import os
 import random
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -13,9 +16,34 @@ from command_line import QUICK, losses, read_rows, run, run_directory, start, tr
 
 pytestmark = pytest.mark.slow
 
-KILLS = int(os.environ.get("RAYSWIFT_TEST_KILLS", "20"))
+KILLS = int(os.environ.get("RAYSWIFT_TEST_KILLS", "3"))
 #: A checkpoint every other step, and two more than kills.
 STEPS = 2 * KILLS + 4
+
+
+def test_twenty_kills_at_random_points_change_no_bit(tmp_path: Path) -> None:
+    """Trainer and store alone, killed at exact points: a start takes no seconds there."""
+    script = [sys.executable, Path(__file__).with_name("kills.py"), tmp_path, "20"]
+    done = subprocess.run(script, capture_output=True, text=True, timeout=500, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert len(found["kills"]) == 20
+    assert {point for _, _, point in found["kills"]} == {"step", "note", "files", "manifest", "whole"}
+    assert {rank for rank, _, _ in found["kills"]} == {0, 1}
+    # Each attempt went on from the last checkpoint that could be whole.
+    expected = [0]
+    for _, step, point in found["kills"]:
+        whole = step if point == "whole" else (step - 1) // 2 * 2
+        # Who was killed behind a step may have had the checkpoint of the one before on the way.
+        expected.append(whole)
+    starts = [int(start) for start in found["starts"]]
+    assert all(start in (most, most - 2) for start, most in zip(starts, expected, strict=True)), (starts, expected)
+    last = f"checkpoint-{found['steps']}"
+    for name in ("model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state_0.pth", "rng_state_1.pth"):
+        ours, theirs = ((tmp_path / run / last / name).read_bytes() for run in ("killed", "undisturbed"))
+        assert ours == theirs, name
+    left = sorted(path.name for path in (tmp_path / "killed").iterdir())
+    assert left == sorted(path.name for path in (tmp_path / "undisturbed").iterdir())
 
 
 def command(model: str, output: Path) -> list[str]:

@@ -22,52 +22,60 @@ def command(model: str, output: Path, *flags: str) -> list[str]:
     ]  # fmt: skip
 
 
-def test_one_command_for_every_start(tiny_dir: str, tmp_path: Path) -> None:
-    output = tmp_path / "out"
-    auto = command(tiny_dir, output, "--resume_from_checkpoint", "auto")
-    printed = run(*auto, "--max_steps", "4", log=tmp_path / "first.log")
+@pytest.fixture(scope="module")
+def trained(tiny_dir: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run directory of a run of four steps that went on for four more, by one command."""
+    place = tmp_path_factory.mktemp("auto")
+    auto = command(tiny_dir, place / "out", "--resume_from_checkpoint", "auto")
+    printed = run(*auto, "--max_steps", "4", log=place / "first.log")
     assert "no whole checkpoint below --output_dir" in printed and "a fresh start" in printed
-    folder = run_directory(output)
     assert "saved checkpoint-4 (" in printed and "training waited" in printed
-    # Longer: it goes on, and no step has the learning rate that its old schedule ended with.
-    run(*auto, "--max_steps", "8", log=tmp_path / "second.log")
-    assert run_directory(output) == folder
-    rows = [row for row in read_rows(folder) if "loss" in row]
-    assert [int(row["global_step/max_steps"].split("/")[0]) for row in rows] == list(range(1, 9))
-    assert rows[4]["learning_rate"] == pytest.approx(5e-4)  # half way down its cosine
-    # Once more, with nothing left to do.
-    printed = run(*auto, "--max_steps", "8", log=tmp_path / "third.log")
-    assert f"last_model_checkpoint: {folder}/checkpoint-8" in printed
+    folder = run_directory(place / "out")
+    run(*auto, "--max_steps", "8", log=place / "second.log")
+    assert run_directory(place / "out") == folder
+    return folder
 
-    # A copy, and a link.
-    shutil.copytree(folder / "checkpoint-6", tmp_path / "my-copy")
-    for name, checkpoint in (("copy", tmp_path / "my-copy"), ("link", folder / "last")):
-        target = tmp_path / name
-        words = command(tiny_dir, target, "--resume_from_checkpoint", str(checkpoint), "--max_steps", "9")
-        run(*words, log=tmp_path / f"{name}.log")
-        first = 7 if name == "copy" else 9
-        assert [step for step in losses(run_directory(target)) if step >= first] == list(range(first, 10))
-    # Its weights alone, in a run of its own.
-    anew = [
-        "--resume_from_checkpoint",
-        str(folder / "last"),
-        "--resume_only_model",
-        "true",
-        "--ignore_data_skip",
-        "true",
-    ]
-    run(*command(tiny_dir, tmp_path / "anew", *anew, "--max_steps", "2"), log=tmp_path / "anew.log")
-    found = losses(run_directory(tmp_path / "anew"))
+
+def test_one_command_for_every_start(tiny_dir: str, trained: Path, tmp_path: Path) -> None:
+    rows = [row for row in read_rows(trained) if "loss" in row]
+    assert [int(row["global_step/max_steps"].split("/")[0]) for row in rows] == list(range(1, 9))
+    assert rows[4]["learning_rate"] == pytest.approx(5e-4)  # half way down its cosine; the old one had ended with 0
+    # Once more, with nothing left to do.
+    words = command(tiny_dir, trained.parent, "--resume_from_checkpoint", "auto", "--max_steps", "8")
+    printed = run(*words, log=tmp_path / "third.log")
+    assert f"last_model_checkpoint: {trained}/checkpoint-8" in printed
+
+
+@pytest.mark.parametrize(("kind", "first"), [("copy", 7), ("link", 9)])
+def test_a_copy_of_a_checkpoint_and_a_link_to_one(
+    tiny_dir: str, trained: Path, tmp_path: Path, kind: str, first: int
+) -> None:
+    checkpoint = trained / "last"
+    if kind == "copy":
+        checkpoint = Path(shutil.copytree(trained / "checkpoint-6", tmp_path / "my-copy"))
+    words = command(tiny_dir, tmp_path / "out", "--resume_from_checkpoint", str(checkpoint), "--max_steps", "9")
+    run(*words, log=tmp_path / "log")
+    assert [step for step in losses(run_directory(tmp_path / "out")) if step >= first] == list(range(first, 10))
+
+
+def test_the_weights_alone_in_a_run_of_their_own(tiny_dir: str, trained: Path, tmp_path: Path) -> None:
+    weights = ["--resume_from_checkpoint", str(trained / "last"), "--resume_only_model", "true"]
+    anew = [*weights, "--ignore_data_skip", "true", "--max_steps", "2"]
+    run(*command(tiny_dir, tmp_path / "out", *anew), log=tmp_path / "log")
+    found = losses(run_directory(tmp_path / "out"))
     assert list(found) == [1, 2]
-    assert found[1] < losses(folder)[1]  # the same rows, by a model that knows them
-    # Another learning rate.
-    faster = ["--resume_from_checkpoint", str(folder / "last"), "--learning_rate", "4e-3", "--max_steps", "16"]
-    for name, flags, rate in (("kept", [], 5e-4), ("reset", ["--reset_scheduler", "true"], 2e-3)):
-        printed = run(*command(tiny_dir, tmp_path / name, *faster, *flags), log=tmp_path / f"{name}.log")
-        assert ("--learning_rate 0.001 (not 0.004)" in printed) == (name == "kept")
-        row = next(row for row in read_rows(run_directory(tmp_path / name))
-                   if row.get("global_step/max_steps") == "9/16")  # fmt: skip
-        assert row["learning_rate"] == pytest.approx(rate)
+    assert found[1] < losses(trained)[1]  # the same rows, by a model that knows them
+
+
+@pytest.mark.parametrize(("flags", "rate"), [([], 5e-4), (["--reset_scheduler", "true"], 2e-3)])
+def test_another_learning_rate_is_taken_or_said_to_be_ignored(
+    tiny_dir: str, trained: Path, tmp_path: Path, flags: list[str], rate: float
+) -> None:
+    faster = ["--resume_from_checkpoint", str(trained / "last"), "--learning_rate", "4e-3", "--max_steps", "16", *flags]
+    printed = run(*command(tiny_dir, tmp_path / "out", *faster), log=tmp_path / "log")
+    assert ("--learning_rate 0.001 (not 0.004)" in printed) == (not flags)
+    (row,) = [row for row in read_rows(run_directory(tmp_path / "out")) if row.get("global_step/max_steps") == "9/16"]
+    assert row["learning_rate"] == pytest.approx(rate)
 
 
 def test_what_cannot_change_ends_a_run_at_once(tiny_dir: str, tmp_path: Path) -> None:

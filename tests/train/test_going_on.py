@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,6 +13,8 @@ from test_trainer import Run, fast, plain_steps  # noqa: F401 -- a fixture
 
 from rayswift.errors import UserError
 from rayswift.train.checkpoints import manifest as checkpoints
+from rayswift.train.checkpoints.store import CheckpointStore
+from rayswift.train.loader import Rank
 from rayswift.train.resume import find_resume
 
 ADAM = {"optim": "adamw_torch", "lr_scheduler_type": "cosine", "save_strategy": "steps", "save_steps": 2}
@@ -104,3 +107,24 @@ def test_a_checkpoint_goes_on_under_any_name_and_through_its_links(tmp_path: Pat
     assert (found.checkpoint, found.step, found.run_directory) == (str(folder), 20, None)
     found = find_resume(f"{copied}/", str(tmp_path / "out"), True)
     assert (found.checkpoint, found.step, found.run_directory) == (str(copied), 7, None)
+
+
+def test_a_restarted_worker_takes_the_newest_of_its_run_or_what_it_was_told(tmp_path: Path) -> None:
+    told = save(tmp_path / "other" / "any-name", 8)
+    run = tmp_path / "run"
+    run.mkdir()
+
+    def found(resume: Path | None, step: int) -> tuple[str | None, int, bool]:
+        config: Any = SimpleNamespace(run_uri=str(run), resume=resume and str(resume), resume_step=step)
+        return CheckpointStore(config, Rank(0, 1), 0, 1).resume_from()
+
+    assert found(None, 0) == (None, 0, False)
+    assert found(told, 8) == (str(told), 8, True)
+    own = save(run / "checkpoint-4", 4)
+    (run / ".writing-checkpoint-4").write_text("")  # its writer died when it was whole
+    assert found(told, 0) == (str(own), 4, False)  # which began at step 0, with the weights of what it was told
+    assert found(told, 8) == (str(told), 8, True)  # a copy in the run directory, later than what lies there
+    assert found(own, 4) == (str(own), 4, True)
+    later = save(run / "checkpoint-10", 10)
+    assert found(told, 8) == found(own, 4) == (str(later), 10, False)
+    assert not [*run.glob(".writing-*")]

@@ -14,7 +14,8 @@ from ray.train.v2.api.exceptions import WorkerGroupError
 from tiny_models import llama
 
 from rayswift.errors import RunFailedError, UserError
-from rayswift.train.checkpoints.store import CheckpointStore, checkpoint_bytes
+from rayswift.train.checkpoints.snapshot import checkpoint_bytes
+from rayswift.train.checkpoints.store import CheckpointStore
 from rayswift.train.failures import Failures, StepFailedError, at_step, ended_by
 from rayswift.train.loader import Rank
 from rayswift.train.model import check_savable

@@ -224,6 +224,7 @@ def make_way(filesystem: FileSystem, run_directory: str, after_step: int) -> lis
             # Hashing takes time: of those before the one that the run goes on from, their sizes are enough.
             if proven or verify(path, manifest, filesystem) is None:
                 proven = True
+                end_checkpoint(filesystem, run_directory, name)  # whole already when its writer died
                 continue
         elif not manifest and filesystem.get_file_info(f"{run_directory}/.writing-{name}").is_file:
             filesystem.delete_dir(path)

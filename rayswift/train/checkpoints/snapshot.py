@@ -64,6 +64,18 @@ def take_snapshot(trainer: StepTraining, of_all: Callable[[Any], list[Any]]) -> 
     return write
 
 
+def checkpoint_bytes(model: Any, args: Any) -> int:
+    """What a checkpoint takes at least: trained weights (of full training all of them) and two moments of each."""
+    from peft import PeftModel
+
+    def size(weight: Any) -> int:  # also of one that ZeRO-3 has taken apart
+        return int(getattr(weight, "ds_numel", weight.numel()) * weight.element_size())
+
+    trained = [weight for weight in model.parameters() if weight.requires_grad]
+    saved = trained if isinstance(model, PeftModel) else model.parameters()
+    return sum(map(size, saved)) + (0 if args.save_only_model else 2) * sum(map(size, trained))
+
+
 def copied(value: Any) -> Any:
     """A state in which every tensor is a copy in the CPU's memory."""
     import torch
@@ -107,8 +119,6 @@ def _weights(model: Any) -> dict[str, Any]:
 
 
 def _has_room(trainer: StepTraining) -> bool:
-    from rayswift.train.checkpoints.store import checkpoint_bytes
-
     free = free_bytes()
     return free is None or checkpoint_bytes(trainer.model, trainer.args) < ROOM * free
 

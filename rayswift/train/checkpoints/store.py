@@ -20,7 +20,7 @@ from rayswift.data.files import filesystem_of
 from rayswift.data.flow.cache import code_hash
 from rayswift.errors import one_line
 from rayswift.train.checkpoints import manifest as checkpoints
-from rayswift.train.checkpoints.snapshot import take_snapshot
+from rayswift.train.checkpoints.snapshot import checkpoint_bytes, take_snapshot
 
 if TYPE_CHECKING:
     from rayswift.train.config import WorkerConfig
@@ -45,18 +45,6 @@ def no_room(error: BaseException | None) -> str:
             return os.strerror(int(found[1])) if found[1] else os.strerror(errno.ENOSPC)
         error = error.__cause__ or error.__context__
     return ""
-
-
-def checkpoint_bytes(model: Any, args: Any) -> int:
-    """What a checkpoint takes at least: trained weights (of full training all of them) and two moments of each."""
-    from peft import PeftModel
-
-    def size(weight: Any) -> int:  # also of one that ZeRO-3 has taken apart
-        return int(getattr(weight, "ds_numel", weight.numel()) * weight.element_size())
-
-    trained = [weight for weight in model.parameters() if weight.requires_grad]
-    saved = trained if isinstance(model, PeftModel) else model.parameters()
-    return sum(map(size, saved)) + (0 if args.save_only_model else 2) * sum(map(size, trained))
 
 
 class Behind:
@@ -84,8 +72,8 @@ class Behind:
 class CheckpointStore:
     """Brings checkpoints to the run directory and back.
 
-    On a file system the Trainer writes straight into the run directory; for a bucket it writes into a local folder
-    of this node, which ``ray.train.report`` uploads.
+    On a file system they are written straight into the run directory; for a bucket into a local folder of this node,
+    which is uploaded (by ``ray.train.report`` where every node holds a part).
     """
 
     def __init__(self, config: WorkerConfig, rank: Rank, local_rank: int, local_world_size: int) -> None:
