@@ -8,22 +8,17 @@ an attempt that goes on asks for those without.
 from __future__ import annotations
 
 import contextlib
-import copy
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from rayswift.console import say
 from rayswift.errors import one_line
 from rayswift.train.checkpoints.manifest import list_checkpoints, read_manifest, write_scores
-from rayswift.train.checkpoints.store import CheckpointStore
-from rayswift.train.clock import Clock
 from rayswift.train.hf_arguments import eval_strategy
-from rayswift.train.loader import Rank
-from rayswift.train.stopping import Wish
 
 if TYPE_CHECKING:
     from rayswift.cluster import Workers
+    from rayswift.train.checkpoints.store import CheckpointStore
     from rayswift.train.config import WorkerConfig
 
 #: Seconds at the end of training for an evaluator that has not started to find its resources.
@@ -44,61 +39,22 @@ def spare_resources(args: Any, workers: Workers) -> dict[str, float] | None:
     return None
 
 
-class _Nobody:
-    """An event queue that nobody reads."""
-
-    @property
-    def push(self) -> _Nobody:
-        return self
-
-    def remote(self, *_: Any) -> None:
-        """Nothing."""
-
-
-class Evaluator:
-    """What evaluates; an actor."""
-
-    def __init__(self, config: WorkerConfig) -> None:
-        args, data = copy.copy(config.args), config.data
-        args.deepspeed, args.gradient_checkpointing, args.save_strategy = None, False, "no"
-        # Training rows are none of its business, a stream's readers least of all.
-        only_val = replace(data, train=data.val, packs=None, stream=None)
-        self._config = replace(config, args=args, data=only_val, events=_Nobody(), spare=None)
-        self._cpus = (config.spare or {}).get("CPU", 1.0)
-        self._trainer: Any = None
-
-    def ready(self) -> None:
-        """Return when it is there."""
-
-    def evaluate(self, checkpoint: str) -> dict[str, float]:
-        """The scores of a checkpoint, by their names in the log."""
-        import torch
-
-        from rayswift.train.worker import build_trainer, prepare_process
-
-        rank = Rank(0, 1)
-        store = CheckpointStore(self._config, rank, 0, 1)
-        folder = store.fetch(checkpoint)
-        if self._trainer is None:
-            prepare_process(self._config, rank, 1)
-            if not self._config.use_gpu:  # the other cores are the workers'
-                torch.set_num_threads(max(1, int(self._cpus)))
-            self._trainer = build_trainer(self._config, rank, 1, store, folder, 0, (), Clock(), lambda: Wish.NOTHING)
-        self._trainer._load_from_checkpoint(folder)
-        metrics: dict[str, float] = self._trainer.evaluate()
-        return {name: value for name, value in metrics.items() if name.startswith("eval_")}
-
-
 class Evaluations:
-    """The evaluations of an attempt's checkpoints; held by its first worker."""
+    """The evaluations of an attempt's checkpoints; held by its first worker.
 
-    def __init__(self, config: WorkerConfig, store: CheckpointStore) -> None:
+    Args:
+        config: what was trained.
+        store: where its checkpoints are.
+        evaluator: the class of the actor, :class:`rayswift.train.worker.Evaluator`.
+    """
+
+    def __init__(self, config: WorkerConfig, store: CheckpointStore, evaluator: type) -> None:
         import ray
 
         resources = dict(config.spare or {})
         cpus, gpus = resources.pop("CPU", 0.0), resources.pop("GPU", 0.0)
         options = {"num_cpus": cpus, "num_gpus": gpus, "resources": resources, "max_restarts": 3}
-        self._actor = ray.remote(Evaluator).options(**options, scheduling_strategy="DEFAULT").remote(config)
+        self._actor = ray.remote(evaluator).options(**options, scheduling_strategy="DEFAULT").remote(config)
         self._ready = self._actor.ready.remote()
         self._store = store
         self._unsent: list[int] = []

@@ -67,7 +67,8 @@ class FlopCount:
         return cls(token, scored, _attention(config, first_layer, extra_passes))
 
     def of_batch(self, batch: dict[str, Any]) -> tuple[int, int, float]:
-        """Tokens, trained tokens and operations of a micro-batch as it comes from a collator."""
+        """Tokens, trained tokens and operations of a micro-batch as it comes from a collator. Of a text that is told as
+        a whole (``--task_type``) one token is trained."""
         bounds, labels = batch.get("cu_seq_lens_q"), batch.get("labels")
         lengths = (batch["attention_mask"].sum(1) if bounds is None else bounds.diff()).tolist()
         if labels is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import ctypes
 import logging
 import os
@@ -57,7 +58,7 @@ def train_loop(loop_config: dict[str, Any]) -> dict[str, Any]:
         places = tuple(StreamPosition(*place) for place in position.stream)
     wish = Notices(config.events, rank).wish
     try:
-        if resume:  # of an attempt of this run, on another number of workers
+        if resume and not weights_only:  # of an attempt of this run, on another number of workers
             stage = zero_stage(deepspeed_config(config.args.deepspeed))
             check_zero_resume(LocalFileSystem(), resume, stage, rank.world_size)
         trainer = build_trainer(config, rank, local_world_size, store, resume, start_step, places, clock, wish)
@@ -68,7 +69,7 @@ def train_loop(loop_config: dict[str, Any]) -> dict[str, Any]:
     if is_first:
         trainer.left_out = config.args.left_out
     if config.spare and rank.rank == 0:
-        trainer.evaluations = Evaluations(config, store)
+        trainer.evaluations = Evaluations(config, store, Evaluator)
     if config.args.step_timeout:
         watch(clock, rank, config.args.step_timeout, config.events.push.remote)
     try:
@@ -319,3 +320,46 @@ def _loader(
         return [read_stream(reader, rank.rank) for reader in shared]
 
     return StreamLoader(tables, places, order, schedule, rank, collate, start_step)
+
+
+class _Nobody:
+    """An event queue that nobody reads."""
+
+    @property
+    def push(self) -> _Nobody:
+        return self
+
+    def remote(self, *_: Any) -> None:
+        """Nothing."""
+
+
+class Evaluator:
+    """What evaluates checkpoints beside training; an actor (see :mod:`rayswift.train.evaluation`)."""
+
+    def __init__(self, config: WorkerConfig) -> None:
+        args, data = copy.copy(config.args), config.data
+        args.deepspeed, args.gradient_checkpointing, args.save_strategy = None, False, "no"
+        # Training rows are none of its business, a stream's readers least of all.
+        only_val = replace(data, train=data.val, packs=None, stream=None)
+        self._config = replace(config, args=args, data=only_val, events=_Nobody(), spare=None)
+        self._cpus = (config.spare or {}).get("CPU", 1.0)
+        self._trainer: Any = None
+
+    def ready(self) -> None:
+        """Return when it is there."""
+
+    def evaluate(self, checkpoint: str) -> dict[str, float]:
+        """The scores of a checkpoint, by their names in the log."""
+        import torch
+
+        rank = Rank(0, 1)
+        store = CheckpointStore(self._config, rank, 0, 1)
+        folder = store.fetch(checkpoint)
+        if self._trainer is None:
+            prepare_process(self._config, rank, 1)
+            if not self._config.use_gpu:  # the other cores are the workers'
+                torch.set_num_threads(max(1, int(self._cpus)))
+            self._trainer = build_trainer(self._config, rank, 1, store, folder, 0, (), Clock(), lambda: Wish.NOTHING)
+        self._trainer._load_from_checkpoint(folder)
+        metrics: dict[str, float] = self._trainer.evaluate()
+        return {name: value for name, value in metrics.items() if name.startswith("eval_")}
