@@ -97,8 +97,9 @@ class VllmArguments(Arguments):
         False, "spread the experts of a mixture over the GPUs", aliases=("enable_expert_parallel",)
     )
     vllm_max_lora_rank: int = arg(
-        16, "highest rank of an adapter", ge=1, aliases=("max_lora_rank",), no_effect=_VLLM_OR_SERVED
-    )
+        16, "highest rank of an adapter", ge=1, aliases=("max_lora_rank",),
+        no_effect={**_VLLM_OR_SERVED, "adapters=none adapter_root=none models=none": "only with --adapters"},
+    )  # fmt: skip
     vllm_limit_mm_per_prompt: dict[str, Any] = arg(
         {}, "images, videos and audios per prompt, as JSON", aliases=("limit_mm_per_prompt",)
     )

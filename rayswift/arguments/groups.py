@@ -68,10 +68,15 @@ class ModelArguments(Arguments):
     new_special_tokens: list[str] = arg(
         [], "tokens to add to the vocabulary, or a .txt file with one per line", parse=read_lines
     )
-    model_kwargs: dict[str, Any] = arg({}, "further keyword arguments for loading the model, as JSON")
+    model_kwargs: dict[str, Any] = arg(
+        {}, "further keyword arguments for loading the model, as JSON",
+        no_effect={"engine=vllm command=infer|sample|deploy|app|eval": "vLLM loads it: --vllm_engine_kwargs"},
+    )  # fmt: skip
     adapters: list[str] = arg([], "LoRA checkpoint folders or ids (deploy: name=path)", aliases=("lora_modules",))
     load_args: bool = arg(True, "read model, template and system from the checkpoint's args.json")
-    load_data_args: bool = arg(False, "read the dataset settings from it too")
+    load_data_args: bool = arg(
+        False, "read the dataset settings from it too", no_effect={"command=deploy|app|eval": "a server has no dataset"}
+    )
     use_hf: bool = arg(False, "use the Hugging Face hub instead of ModelScope", shown="false; true if USE_HF=1 is set")
     hub_token: str | None = arg(None, "access token for the hub", example="TOKEN", decides="")
     trust_remote_code: bool = arg(False, "run Python code that comes with a model")

@@ -14,6 +14,9 @@ from rayswift.arguments.fields import arg, arg_like
 from rayswift.arguments.groups import SERVED_ELSEWHERE
 from rayswift.redaction import redact
 
+#: Rules of what only a deployment with some replicas or adapters has; those of --models say so themselves.
+_SCALED = {"max_replicas=@min_replicas models=none": "only with --max_replicas above --min_replicas"}
+_LORA = {"adapters=none adapter_root=none models=none": "only with --adapters or --adapter_root"}
 _NO_TLS = {"command=eval": "only this command asks its deployment, on 127.0.0.1"}
 
 
@@ -60,14 +63,17 @@ class ServerArguments(Arguments):
     adapter_root: str | None = arg(
         None, "folder or URI whose adapters are loaded when asked for", example="s3://bucket/adapters"
     )
-    max_adapters: int = arg(16, "adapters a replica keeps loaded; the longest unused one goes first", ge=1)
+    max_adapters: int = arg(
+        16, "adapters a replica keeps loaded; the longest unused one goes first", ge=1, no_effect=_LORA
+    )
     min_replicas: int = arg(1, "fewest replicas", ge=0)
     max_replicas: int | None = arg(
         None, "most replicas; above --min_replicas the number follows the load", ge=1, shown="--min_replicas"
     )
     target_ongoing_requests: int | None = arg(
-        None, "requests per replica to aim for when scaling", ge=1, shown="a quarter of --vllm_max_num_seqs; 8 on CPUs"
-    )
+        None, "requests per replica to aim for when scaling", ge=1, no_effect=_SCALED,
+        shown="a quarter of --vllm_max_num_seqs; 8 on CPUs",
+    )  # fmt: skip
     max_ongoing_requests: int | None = arg(
         None, "most requests at once per replica; the others wait", ge=1, shown="--vllm_max_num_seqs"
     )
@@ -75,8 +81,8 @@ class ServerArguments(Arguments):
         None, "most requests that wait; further ones get 429", ge=1, shown="twice what all replicas take at once"
     )
     queue_timeout: int = arg(300, "seconds a request may wait for a replica before it gets 503", ge=1)
-    upscale_delay: int = arg(10, "seconds of more load before a replica is added", ge=0)
-    downscale_delay: int = arg(300, "seconds of less load before a replica is stopped", ge=0)
+    upscale_delay: int = arg(10, "seconds of more load before a replica is added", ge=0, no_effect=_SCALED)
+    downscale_delay: int = arg(300, "seconds of less load before a replica is stopped", ge=0, no_effect=_SCALED)
     drain_timeout: int = arg(600, "seconds that running requests may take when a replica stops", ge=0)
     ssl_keyfile: str | None = arg(None, "key of the TLS certificate", no_effect=_NO_TLS)
     ssl_certfile: str | None = arg(None, "TLS certificate", no_effect=_NO_TLS)
