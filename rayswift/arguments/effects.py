@@ -8,6 +8,7 @@ as a value is that of another setting.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -82,6 +83,8 @@ def _texts(name: str, args: Any) -> set[str]:
     if name == "engine":
         return {_engine(args)}
     value = getattr(args, name, getattr(args, "training_args", {}).get(name))
+    if name == "address":
+        value = value or os.environ.get("RAY_ADDRESS")
     if value is None or value == [] or value == {} or value == "":
         return {"none"}
     if isinstance(value, (list, tuple)):

@@ -53,7 +53,10 @@ class TunerArguments(Arguments):
         None, "precision of the adapter", choices=DTYPES, value_aliases=DTYPE_NAMES, shown="float32",
         no_effect=_NEW_LORA,
     )  # fmt: skip
-    target_modules: list[str] = arg(["all-linear"], "modules that get an adapter", no_effect=_NEW_LORA)
+    target_modules: list[str] = arg(
+        ["all-linear"], "modules that get an adapter",
+        no_effect={**_NEW_LORA, "target_regex!=none": "--target_regex says which"},
+    )  # fmt: skip
     target_regex: str | None = arg(
         None, "pattern of the modules that get an adapter; wins over --target_modules", no_effect=_NEW_LORA
     )
@@ -150,7 +153,10 @@ class OptimizerArguments(Arguments):
     gradient_checkpointing: bool | None = arg(
         None, "compute activations twice to save memory", parse=read_auto, shown="auto: where they would not fit"
     )
-    gradient_checkpointing_kwargs: dict[str, Any] = arg({}, "settings of gradient checkpointing, as JSON")
+    gradient_checkpointing_kwargs: dict[str, Any] = arg(
+        {}, "settings of gradient checkpointing, as JSON",
+        no_effect={"gradient_checkpointing=false": "only with --gradient_checkpointing true"},
+    )  # fmt: skip
     seed: int = arg(42, "seed of training", ge=0)
     deepspeed: str | dict[str, Any] | None = arg(
         None, f"{', '.join(DEEPSPEED_PRESETS)}, JSON, or a .json file", parse=read_deepspeed, example="zero2"
@@ -317,8 +323,10 @@ class CheckpointArguments(Arguments):
     )  # fmt: skip
     save_total_limit: int | None = arg(None, "checkpoints to keep (the best and the newest)", ge=1, shown="all")
     save_only_model: bool = arg(False, "save no optimiser state; such a run cannot be resumed")
-    metric_for_best_model: str = arg("loss", "evaluation metric that picks the best checkpoint")
-    greater_is_better: bool | None = arg(None, "whether a higher metric is better", shown="false for losses")
+    metric_for_best_model: str = arg("loss", "evaluation metric that picks the best checkpoint", no_effect=_EVALUATED)
+    greater_is_better: bool | None = arg(
+        None, "whether a higher metric is better", shown="false for losses", no_effect=_EVALUATED
+    )
     load_best_model_at_end: bool = arg(False, "the best checkpoint is the result, not the last one")
     resume_from_checkpoint: str | None = arg(
         None, "checkpoint folder to go on from; true for the newest", parse=read_resume, example="true"

@@ -13,9 +13,10 @@ from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
-from observed_serving import ASKED, TOOLS, Seen, plan
+from observed_serving import ASKED, TOOLS, plan
 
 from rayswift.arguments import Arguments
+
 
 @contextlib.contextmanager
 def new_folder(seen: dict[str, Any]) -> Iterator[None]:
@@ -66,7 +67,13 @@ def no_engines(seen: dict[str, Any]) -> Iterator[None]:
         yield self.last_stream.text
 
     def answers(self: Any, requests: Any) -> Iterator[tuple[int, Answer]]:
-        seen["pool"] = [self.model.args.address, self.size, self.spec.bundles, self.spec.env_vars, [one.seeds for one in requests]]
+        seen["pool"] = [
+            self.model.args.address,
+            self.size,
+            self.spec.bundles,
+            self.spec.env_vars,
+            [one.seeds for one in requests],
+        ]
         if self.spec.engine == "vllm":
             self.answered(mock.MagicMock(), 1)
             ask = seen.pop("ask")
@@ -153,7 +160,10 @@ def served(seen: dict[str, Any]) -> Iterator[None]:
         seen["deployment"] = plan(settings)
         yield
 
-    with mock.patch.object(running, "deployment", deployment), mock.patch.object(running, "free_port", lambda _, port: port):
+    with (
+        mock.patch.object(running, "deployment", deployment),
+        mock.patch.object(running, "free_port", lambda _, port: port),
+    ):
         yield
 
 
@@ -161,7 +171,9 @@ def app(args: Any, seen: dict[str, Any]) -> Any:
     from rayswift.chat_page import command
 
     page = mock.MagicMock()
-    page.launch.side_effect = lambda **how: seen.update(page={key: str(value) for key, value in how.items()}) or (0, 0, 0)
+    page.launch.side_effect = lambda **how: (
+        seen.update(page={key: str(value) for key, value in how.items()}) or (0, 0, 0)
+    )
 
     def build_page(engine: Any, params: Any, **about: Any) -> Any:
         seen["built"] = [about, engine.request([dict(one) for one in ASKED], params, None)]

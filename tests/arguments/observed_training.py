@@ -57,7 +57,14 @@ def whole(args: Arguments) -> Any:
         config = train_loop_config["config"]
         runs = asked["run_config"]
         seen["asked"] = [str(asked["scaling_config"]), str(runs.failure_config), runs.storage_path]
-        seen["config"] = [config.schedule, config.largest_pass, config.packing, config.model, config.dtype, config.resume]
+        seen["config"] = [
+            config.schedule,
+            config.largest_pass,
+            config.packing,
+            config.model,
+            config.dtype,
+            config.resume,
+        ]
         seen["stream"] = config.data.stream
         return SimpleNamespace(fit=lambda: fit(config))
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 import re
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -100,7 +99,9 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> str:
 
     folder = tmp_path_factory.mktemp("observed")
     tokenizer = word_tokenizer(160)
-    written = [text for owner in (*load_templates().values(), *load_agent_formats().values()) for text in owner.literals]
+    written = [
+        text for owner in (*load_templates().values(), *load_agent_formats().values()) for text in owner.literals
+    ]
     tokenizer.add_tokens(sorted({mark for text in written for mark in re.findall(r"<[^<>\s]+>|\w+", text)}))
     tokenizer.add_tokens(["user", "one", "two", "three", "trained", "other"])
     tokenizer.chat_template = (
