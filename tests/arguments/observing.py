@@ -11,7 +11,6 @@ from rayswift.arguments import Arguments, make_arguments
 from rayswift.arguments.commands import flags_of
 from rayswift.arguments.effects import why_never, why_no_effect
 from rayswift.arguments.fields import Spec
-from rayswift.errors import UserError
 
 Settings = dict[str, Any]
 #: What a command makes of its arguments, as something that can be compared.
@@ -39,7 +38,7 @@ class Look:
         root.addHandler(handler)
         try:
             return work()
-        except UserError as error:
+        except Exception as error:  # it is seen, too: a refusal names its flag
             handler.lines.append(str(error))
         finally:
             root.removeHandler(handler)
