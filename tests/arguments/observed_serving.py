@@ -1,4 +1,4 @@
-"""What ``deploy`` makes of its arguments: Serve's applications, engines, prompts, what is looked after while it runs."""
+"""What ``deploy`` makes of its arguments: Serve's applications, engines, prompts, what is shown while it runs."""
 
 from __future__ import annotations
 
@@ -127,6 +127,6 @@ def machine(gpus: int) -> Iterator[None]:
             "rayswift.generate.preflight", has_nvidia_driver=lambda: gpus > 0, _is_gpu_vllm=lambda: False,
             check_memory=lambda *_: None, connect=lambda _: cluster,
         ),
-        mock.patch("rayswift.cluster.connect", lambda _: cluster), mock.patch("signal.signal"),
+        mock.patch("rayswift.cluster.connect", return_value=cluster), mock.patch("signal.signal"),
     ):  # fmt: skip
         yield

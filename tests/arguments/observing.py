@@ -95,6 +95,8 @@ def without_effect(
                 assert name in beside, (label, settings, base.told)
                 continue
             now = getattr(base.args, name, base.args.training_args.get(name, spec.default))
+            if run.get(name) == values.get(name, run):  # that is the run
+                continue
             varied = Look(command, settings | {name: values.get(name, other_value(spec, now))}, observers)
             if varied.args is not None and not why_no_effect(spec, varied.args):
                 if any(varied.view(number) != base.view(number) for number in range(len(observers))):
@@ -102,5 +104,5 @@ def without_effect(
                         proven.add(name)
                 elif spec.flag not in varied.told:
                     yield f"{spec.flag} ({label})"
-            elif spec.flag not in varied.told:
+            elif varied.args is None and spec.flag not in varied.told:
                 yield f"{spec.flag} ({label}): refused in other words: {varied.told}"

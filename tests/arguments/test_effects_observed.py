@@ -1,35 +1,28 @@
-"""A flag that is said to have an effect changes what can be seen: who is asked what and how, what is started, trained
-and written. One value against another, everything else alike."""
+"""A flag that is said to have an effect changes what can be seen: what is started, and how it is asked. One value
+against another, everything else alike."""
 
 from __future__ import annotations
 
-import json
 import re
 from typing import Any
 
 import pytest
-from observed_answers import app, evaluate, infer, observed, sample
 from observed_serving import asked, machine, plan
-from observed_training import hf_arguments, whole
 from observing import Observer, Settings, without_effect
 
 from rayswift.arguments import make_arguments
 from rayswift.arguments.commands import flags_of
 from rayswift.arguments.effects import why_never
 
-pytestmark = pytest.mark.slow  # a minute in all: every flag of every command
+pytestmark = pytest.mark.slow  # ten seconds of computing for a command
 
 #: What a flag is given, where any other value will not do. {} is the folder of `files`.
 VALUES: dict[str, Any] = {
-    "model": "{}/other", "adapters": ["{}/adapter"], "adapter_root": "{}/root", "dataset": ["{}/others.jsonl"],
+    "model": "{}/other", "adapters": ["{}/adapter"], "adapter_root": "{}/root",
     "ssl_keyfile": "{}/key.pem", "ssl_certfile": "{}/a.py", "models": {"a": {"model": "{}/other"}},
-    "val_dataset": ["{}/others.jsonl"], "external_plugins": ["{}/plugin.py"], "local_dataset": "{}/root",
     "template": "llama3", "template_backend": "jinja", "template_date": "2020-01-01", "agent_template": "react_en",
     "address": "ray://h:1", "allowed_origins": ["http://h"], "new_special_tokens": ["new"], "enable_thinking": False,
-    "base_url": "http://other/v1", "eval_url": "http://other/v1", "judge_base_url": "http://other/v1",
-    "output_file": "other.jsonl", "eval_dataset": ["ARC_e"], "prm_model": "client", "orm_model": "format",
-    "data_range": [0, 2], "columns": {"messages": "conversations"},
-}  # fmt: skip
+    }  # fmt: skip
 #: What a flag needs beside it to have an effect.
 BESIDE: dict[str, Settings] = {
     "template_date": {"template": "llama3_2"}, "template_backend": {"template": "llama3"},
@@ -40,57 +33,24 @@ BESIDE: dict[str, Settings] = {
     "merge_lora": {"adapters": ["{}/adapter"]},
 }  # fmt: skip
 MODEL: Settings = {"model": "{}/model"}
-ROWS: Settings = {"val_dataset": ["{}/rows.jsonl"]}
-SAMPLES: Settings = {"dataset": ["{}/rows.jsonl"], "num_return_sequences": 2, "output_file": "a.jsonl"}
-BENCHMARK: Settings = {**MODEL, "eval_backend": "OpenCompass", "eval_dataset": ["ARC_c"], "local_dataset": "{}/data"}
-TRAINED: Settings = {
-    **MODEL, "dataset": ["{}/pairs.jsonl"], "output_dir": "out", "max_length": 64, "torch_dtype": "float32",
-    "gradient_accumulation_steps": 2, "num_workers": 1, "split_dataset_ratio": 0.2, "report_to": "none",
-    "load_from_cache_file": False,
-}  # fmt: skip
 #: The runs of each command; a name that ends with GPU is one on a machine with GPUs.
 RUNS: dict[str, dict[str, Settings]] = {
-    "sft": {
-        "LoRA": TRAINED, "full": {**TRAINED, "train_type": "full"}, "packed": {**TRAINED, "packing": True},
-    },
-    "rlhf": {"LoRA": TRAINED, "full": {**TRAINED, "train_type": "full"}},
     "deploy": {
         "Transformers": MODEL, "vLLM": {**MODEL, "infer_backend": "vllm"}, "scaled": {**MODEL, "max_replicas": 2},
         "vLLM, GPU": {**MODEL, "infer_backend": "vllm"},
         "adapters": {**MODEL, "infer_backend": "vllm", "adapters": ["{}/adapter"]},
     },
-    "infer": {
-        "chat": MODEL, "rows": {**MODEL, **ROWS}, "vLLM": {**MODEL, **ROWS, "infer_backend": "vllm"},
-        "vLLM, GPU": {**MODEL, **ROWS, "infer_backend": "vllm"}, "pool": {**MODEL, **ROWS, "num_workers": 2},
-        "url": {"model": "served", **ROWS, "base_url": "http://h/v1"},
-    },
-    "sample": {
-        "Transformers": {**MODEL, **SAMPLES}, "vLLM, GPU": {**MODEL, **SAMPLES, "sampler_engine": "vllm"},
-        "client": {**SAMPLES, "sampler_engine": "client", "base_url": "http://h/v1"},
-        "scored": {**MODEL, **SAMPLES, "orm_model": "accuracy", "prm_model": "client",
-                   "judge_base_url": "http://j/v1"},
-    },
-    "app": {
-        "own": MODEL, "vLLM, GPU": {**MODEL, "infer_backend": "vllm"},
-        "url": {"model": "served", "base_url": "http://h/v1"},
-    },
-    "eval": {
-        "own": BENCHMARK, "vLLM, GPU": {**BENCHMARK, "infer_backend": "vllm"},
-        "url": {**BENCHMARK, "eval_url": "http://h/v1"},
-    },
 }  # fmt: skip
-OBSERVERS: dict[str, list[Observer]] = {
-    "sft": [hf_arguments, whole], "rlhf": [hf_arguments, whole],
-    "deploy": [plan, asked], "infer": [observed(infer)], "sample": [observed(sample)], "app": [observed(app)],
-    "eval": [observed(evaluate)],
-}  # fmt: skip
+OBSERVERS: dict[str, list[Observer]] = {"deploy": [plan, asked]}
 #: Flags that change nothing that is seen here, and why.
-ELSEWHERE: dict[str, str] = {}
+ELSEWHERE: dict[str, str] = {
+    "add_non_thinking_prefix": "it marks answers, which training shows and a prompt for a new one has not",
+}
 
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """What flags name: two models, an adapter, rows, a plugin."""
+    """What flags name: two models, an adapter, files."""
     from peft import LoraConfig, get_peft_model
     from tiny_models import llama, word_tokenizer
 
@@ -105,7 +65,8 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> str:
     tokenizer.add_tokens(sorted({mark for text in written for mark in re.findall(r"<[^<>\s]+>|\w+", text)}))
     tokenizer.add_tokens(["user", "one", "two", "three", "trained", "other"])
     tokenizer.chat_template = (
-        "{% if tools %}{{ tools }}{% endif %}{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+        "{% if tools %}{{ tools }}{% endif %}"
+        "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
         "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
     )
     tokenizer.eos_token = "<|im_end|>"
@@ -118,18 +79,8 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> str:
     made = make_arguments("sft", model=str(folder / "model"), dataset=["d"], system="trained")
     for name in ("model", "adapter"):
         made.save(folder / name / "args.json")
-    for number, name in enumerate(("rows", "others")):
-        rows = [
-            {"messages": [{"role": "user", "content": f"one new w{10 * number + row}"},
-                          {"role": "assistant", "content": "two three"}]}
-            for row in range(6)
-        ]  # fmt: skip
-        pairs = [{**row, "rejected_response": "other"} for row in rows]
-        (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs + pairs))
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    for name in ("root", "data"):
-        (folder / name).mkdir()
-    for name in ("a.py", "key.pem", "plugin.py"):
+    (folder / "root").mkdir()
+    for name in ("a.py", "key.pem"):
         (folder / name).write_text("x = 1\n")
     return str(folder)
 
