@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 from rayswift.arguments.base import Arguments
 from rayswift.arguments.engines import EngineArguments, GenerationArguments
+from rayswift.arguments.exporting import QuantizeArguments
 from rayswift.arguments.fields import Spec, arg, arg_like, specs_of
 from rayswift.arguments.groups import (
     DatasetArguments,
@@ -22,7 +23,6 @@ from rayswift.arguments.rlhf import DPO_LOSSES, PREFERENCE_METRICS, RlhfRules
 from rayswift.arguments.serving import (
     BenchmarkArguments,
     EndpointArguments,
-    QuantizeArguments,
     ResultArguments,
     SamplingArguments,
     ServerArguments,
@@ -254,6 +254,8 @@ class SampleArguments(
             yield "--num_workers says the same as --min_replicas and --max_replicas: leave one out"
 
     def remarks(self) -> Iterator[str]:
+        if "data_seed" in self.given and not ("dataset_shuffle" in self.given and self.dataset_shuffle):
+            yield "--data_seed has no effect here: only with --dataset_shuffle true"
         if self.temperature == 0 and self.num_return_sequences > 1:
             yield "--temperature 0: all answers to a prompt will be the same; leave it out, or set it above 0"
 

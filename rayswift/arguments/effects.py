@@ -2,11 +2,13 @@
 
 A rule is a condition and why the flag then changes nothing: ``{"packing=false": "only with --packing true"}``; a text
 alone holds everywhere. A condition is words that must all hold, each ``NAME=VALUE|VALUE`` or ``NAME!=VALUE``. A name is
-that of a setting (its value as text, ``none`` where it is empty), ``command``, or ``engine``: what generates.
+that of a setting (its value as text, ``none`` where it is empty), ``command``, or ``engine``: what generates; ``@NAME``
+as a value is that of another setting.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -35,13 +37,13 @@ def why_never(spec: Spec, command: str) -> str:
 
 def sometimes(spec: Spec, command: str) -> dict[str, str]:
     """The rules that depend on other settings of this command: what must be set, as flags, to why."""
-    found, known = {}, {"command", "engine", *flags_of(command)}
+    found, open_names = {}, {"engine", *flags_of(command)}
     for condition, why in rules_of(spec).items():
         words = condition.split()
-        if _names(condition) <= known and all(
-            _holds(word, _Command(command)) for word in words if word.startswith("command")
-        ):
-            found[" ".join(_as_flag(word) for word in words if not word.startswith("command"))] = why
+        # What the command has no flag for is decided: it is empty.
+        decided = [word for word in words if not _names(word) <= open_names]
+        if all(_holds(word, _Command(command)) for word in decided):
+            found[" ".join(_as_flag(word) for word in words if word not in decided)] = why
     return {when: why for when, why in found.items() if when}
 
 
@@ -69,7 +71,8 @@ def _names(condition: str) -> set[str]:
 def _holds(condition: str, args: Any) -> bool:
     for word in condition.split():
         name, _, wanted = word.partition("=")
-        is_one = not wanted.split("|") or bool(_texts(name.rstrip("!"), args) & set(wanted.split("|")))
+        values = _texts(wanted[1:], args) if wanted.startswith("@") else set(wanted.split("|"))
+        is_one = bool(_texts(name.rstrip("!"), args) & values)
         if is_one == name.endswith("!"):
             return False
     return True
@@ -80,6 +83,8 @@ def _texts(name: str, args: Any) -> set[str]:
     if name == "engine":
         return {_engine(args)}
     value = getattr(args, name, getattr(args, "training_args", {}).get(name))
+    if name == "address":
+        value = value or os.environ.get("RAY_ADDRESS")
     if value is None or value == [] or value == {} or value == "":
         return {"none"}
     if isinstance(value, (list, tuple)):
@@ -99,4 +104,5 @@ def _as_flag(word: str) -> str:
         return f"engine {value}"
     if name.endswith("!"):
         return f"--{name[:-1]}" if value == "none" else f"--{name[:-1]} other than {value.replace('|', ', ')}"
-    return f"no --{name}" if value == "none" else f"--{name} {value.replace('|', ' or ')}"
+    value = f"as --{value[1:]}" if value.startswith("@") else value.replace("|", " or ")
+    return f"no --{name}" if value == "none" else f"--{name} {value}"

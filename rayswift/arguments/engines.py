@@ -9,14 +9,16 @@ from typing import Any, ClassVar
 
 from rayswift.arguments.base import Arguments
 from rayswift.arguments.fields import arg
-from rayswift.arguments.groups import SERVED_ELSEWHERE
+from rayswift.arguments.groups import ASKED_ROWS, SERVED_ELSEWHERE
 
 _SERVES = "command=deploy|app|eval"
 #: Rules of what only engines of one's own take.
 _ONLY_VLLM = {"engine!=vllm": "only with the vLLM engine"}
 _VLLM_OR_SERVED = {"engine!=vllm": "", "engine!=vllm command!=deploy|app|eval": "only with the vLLM engine"}
 _REQUEST = "each request says it"
-_NOT_SHOWN = {"command=deploy": _REQUEST, "command=app|eval|sample": "nothing shows them"}
+_NOT_SHOWN = {"command=deploy": _REQUEST, "command=app|eval|sample": "nothing shows them", **ASKED_ROWS}
+_TWO_ONLY = "OpenCompass sends temperature and length, nothing else"
+_THERE = {"eval_url!=none eval_backend=opencompass": _TWO_ONLY}
 _ELSEWHERE = "vLLM runs in its place and has no such setting"
 
 
@@ -33,15 +35,26 @@ class GenerationArguments(Arguments):
 
     max_new_tokens: int | None = arg(None, "longest answer, in tokens", ge=1, shown="until the context is full")
     temperature: float | None = arg(None, "sampling temperature, 0 for greedy", ge=0, shown="the model's")
-    top_k: int | None = arg(None, "sample among the k likeliest tokens (-1: all)", ge=-1, shown="the model's")
+    top_k: int | None = arg(
+        None, "sample among the k likeliest tokens (-1: all)", ge=-1, shown="the model's", no_effect=_THERE
+    )
     top_p: float | None = arg(
         None, "sample among the likeliest tokens of this joint probability", gt=0, le=1, shown="the model's",
+        no_effect=_THERE,
     )  # fmt: skip
-    repetition_penalty: float | None = arg(None, "above 1, repeated tokens get less likely", gt=0, shown="the model's")
-    num_beams: int = arg(
-        1, "beams of beam search", ge=1, no_effect={"command=deploy|eval": "OpenAI's interface has no beam search"}
+    repetition_penalty: float | None = arg(
+        None, "above 1, repeated tokens get less likely", gt=0, shown="the model's", no_effect=_THERE
     )
-    stop_words: list[str] = arg([], "texts that end an answer", no_effect={"command=deploy": _REQUEST})
+    num_beams: int = arg(
+        1, "beams of beam search", ge=1,
+        no_effect={
+            "command=deploy|eval": "OpenAI's interface has no beam search",
+            "command=infer engine=vllm": "vLLM's answers are sampled, not searched for",
+        },
+    )  # fmt: skip
+    stop_words: list[str] = arg(
+        [], "texts that end an answer", no_effect={"command=deploy": _REQUEST, "eval_backend=opencompass": _TWO_ONLY}
+    )
     stream: bool | None = arg(
         None,
         "show tokens as they come",
@@ -49,7 +62,14 @@ class GenerationArguments(Arguments):
         decides="",
         no_effect={"command=deploy": _REQUEST, "command=sample|eval": "answers are written when they are whole"},
     )
-    seed: int = arg(42, "seed of sampling")
+    seed: int = arg(
+        42, "seed of sampling",
+        no_effect={
+            "command=app base_url!=none": "the server at --base_url decides",
+            "eval_url!=none eval_backend=opencompass": _TWO_ONLY,
+            "command=infer base_url!=none val_dataset=none dataset=none": "the server at --base_url decides",
+        },
+    )  # fmt: skip
     logprobs: bool = arg(False, "return the log probabilities of the tokens", no_effect=_NOT_SHOWN)
     top_logprobs: int | None = arg(
         None, "how many alternatives per token to return with --logprobs", ge=0, no_effect=_NOT_SHOWN
@@ -96,8 +116,9 @@ class VllmArguments(Arguments):
         False, "spread the experts of a mixture over the GPUs", aliases=("enable_expert_parallel",)
     )
     vllm_max_lora_rank: int = arg(
-        16, "highest rank of an adapter", ge=1, aliases=("max_lora_rank",), no_effect=_VLLM_OR_SERVED
-    )
+        16, "highest rank of an adapter", ge=1, aliases=("max_lora_rank",),
+        no_effect={**_VLLM_OR_SERVED, "adapters=none adapter_root=none models=none": "only with --adapters"},
+    )  # fmt: skip
     vllm_limit_mm_per_prompt: dict[str, Any] = arg(
         {}, "images, videos and audios per prompt, as JSON", aliases=("limit_mm_per_prompt",)
     )
@@ -106,8 +127,11 @@ class VllmArguments(Arguments):
     )
     vllm_speculative_config: dict[str, Any] = arg({}, "speculative decoding, as JSON", aliases=("speculative_config",))
     vllm_reasoning_parser: str | None = arg(
-        None, "parser that splits thinking from the answer", aliases=("reasoning_parser",)
-    )
+        None, "parser that splits thinking from the answer", aliases=("reasoning_parser",),
+        no_effect=dict.fromkeys(
+            ("command=sample", "command=infer val_dataset!=none stream!=true"), "an answer holds its thoughts"
+        ),
+    )  # fmt: skip
     vllm_use_async_engine: bool | None = arg(
         None,
         "asynchronous engine",
@@ -131,6 +155,7 @@ class EngineArguments(VllmArguments):
         value_aliases={"pt": "transformers"},
         choices=("transformers", "vllm", "sglang", "lmdeploy"),
         decides="answers",
+        no_effect={"command=sample": "--sampler_engine says it"},
     )
     max_batch_size: int = arg(
         1, "rows per batch of the transformers engine (-1: no limit)", ge=-1,
@@ -138,6 +163,7 @@ class EngineArguments(VllmArguments):
             _SERVES: "requests are put together as they come (--max_ongoing_requests)",
             "engine!=transformers": "only with the Transformers engine",
             "command=infer stream=true": "--stream true answers one row after the other",
+            **ASKED_ROWS,
         },
     )  # fmt: skip
     merge_lora: bool = arg(False, "merge the adapter into the weights first, into ADAPTER-merged", decides="answers")

@@ -34,6 +34,21 @@ SERVED_ELSEWHERE = {
     "base_url!=none": "the server at --base_url decides",
     "eval_url!=none": "the server at --eval_url decides",
 }
+#: … and for those of them that matter there, too.
+SERVED_TOO = dict.fromkeys(SERVED_ELSEWHERE, "")
+_CHAT = "command=infer val_dataset=none dataset=none load_data_args=false"
+#: Rules of what only answers to the rows of a dataset have.
+ASKED_ROWS = {_CHAT: "only with --val_dataset"}
+#: Rules of the parts of `rayswift export`.
+_ENCODED = {"command=export to_cached_dataset=false": "only with --to_cached_dataset true"}
+_CALIBRATED = "command=export to_cached_dataset=false quant_method!=gptq|awq"
+_COMPUTED = {
+    "command=export to_cached_dataset=false quant_method=none": "only with --quant_method or --to_cached_dataset true"
+}
+_IN_PROCESS = {
+    f"{_CHAT} engine=transformers": "the model of a conversation is in this process",
+    "command=infer engine=transformers stream=true": "--stream true answers in this process",
+}
 
 
 def read_rope_scaling(raw: Any) -> str | dict[str, Any]:
@@ -55,8 +70,9 @@ class ModelArguments(Arguments):
 
     topic: ClassVar[str] = "Model"
     decides: ClassVar[str] = "answers"
+    no_effect: ClassVar[dict[str, str]] = SERVED_ELSEWHERE
 
-    model: str | None = arg(None, "model id on the hub, or a local folder")
+    model: str | None = arg(None, "model id on the hub, or a local folder", no_effect="")
     model_type: str | None = arg(
         None, "model family", shown="found from the model's config", no_effect="the model's config.json says it"
     )
@@ -104,16 +120,29 @@ class ModelArguments(Arguments):
     new_special_tokens: list[str] = arg(
         [], "tokens to add to the vocabulary, or a .txt file with one per line", parse=read_lines
     )
-    model_kwargs: dict[str, Any] = arg({}, "further keyword arguments for loading the model, as JSON")
-    adapters: list[str] = arg([], "LoRA checkpoint folders or ids (deploy: name=path)", aliases=("lora_modules",))
+    model_kwargs: dict[str, Any] = arg(
+        {}, "further keyword arguments for loading the model, as JSON",
+        no_effect={"engine=vllm command=infer|sample|deploy|app|eval": "vLLM loads it: --vllm_engine_kwargs"},
+    )  # fmt: skip
+    adapters: list[str] = arg(
+        [], "LoRA checkpoint folders or ids (deploy: name=path)", aliases=("lora_modules",), no_effect=""
+    )
     load_args: bool = arg(True, "read model, template and system from the checkpoint's args.json")
-    load_data_args: bool = arg(False, "read the dataset settings from it too")
-    use_hf: bool = arg(False, "use the Hugging Face hub instead of ModelScope", shown="false; true if USE_HF=1 is set")
-    hub_token: str | None = arg(None, "access token for the hub", example="TOKEN", decides="")
+    load_data_args: bool = arg(
+        False, "read the dataset settings from it too", no_effect={"command=deploy|app|eval": "a server has no dataset"}
+    )
+    use_hf: bool = arg(
+        False, "use the Hugging Face hub instead of ModelScope", shown="false; true if USE_HF=1 is set", no_effect=""
+    )
+    hub_token: str | None = arg(None, "access token for the hub", example="TOKEN", decides="", no_effect="")
     trust_remote_code: bool = arg(False, "run Python code that comes with a model")
     external_plugins: list[str] = arg(
         [], "Python files to import first (they register datasets and rewards)", aliases=("custom_register_path",),
-        no_effect={"command=deploy|app|eval": "they register datasets and rewards, and a server has none"},
+        no_effect={
+            **SERVED_TOO,
+            **ASKED_ROWS,
+            "command=deploy|app|eval": "they register datasets and rewards, and a server has none"
+        },
     )  # fmt: skip
 
     def problems(self) -> Iterator[str]:
@@ -149,6 +178,9 @@ class DatasetArguments(Arguments):
 
     topic: ClassVar[str] = "Dataset"
     decides: ClassVar[str] = "answers"
+    no_effect: ClassVar[dict[str, str]] = {
+        **ASKED_ROWS, _CALIBRATED: "only with --to_cached_dataset true or --quant_method gptq or awq"
+    }  # fmt: skip
 
     dataset: list[str] = arg(
         [], "dataset ids, files or folders, each [HF::|MS::]NAME[:SUBSET][#ROWS]", example="train.jsonl",
@@ -264,12 +296,20 @@ class TemplateArguments(Arguments):
 
     topic: ClassVar[str] = "Template"
     decides: ClassVar[str] = "answers"
-    no_effect: ClassVar[dict[str, str]] = SERVED_ELSEWHERE
+    no_effect: ClassVar[dict[str, str]] = {
+        **SERVED_ELSEWHERE,
+        f"{_CALIBRATED} to_ollama=false":
+            "only with --to_cached_dataset true, --to_ollama true or --quant_method gptq or awq",
+    }  # fmt: skip
 
     template: str | None = arg(None, "chat template name", shown="found from the model")
     system: str | None = arg(
-        None, "system prompt, or a .txt file that holds it", parse=read_text_file, shown="the template's", no_effect=""
-    )
+        None, "system prompt, or a .txt file that holds it", parse=read_text_file, shown="the template's",
+        no_effect={
+            **SERVED_TOO,
+            "eval_url!=none eval_backend!=native": "only with --eval_backend Native, or a model that is started here",
+        },
+    )  # fmt: skip
     max_length: int | None = arg(None, "longest sequence, in tokens", ge=1, shown="the model's maximum")
     truncation_strategy: str = arg(
         "delete",
@@ -289,8 +329,9 @@ class TemplateArguments(Arguments):
     enable_thinking: bool | None = arg(None, "thinking mode of the template", shown="the model's")
     add_non_thinking_prefix: bool = arg(True, "add the empty thinking block to answers without one")
     agent_template: str | None = arg(
-        None, "format of tools and tool calls", aliases=("tools_prompt",), shown="the model's", no_effect=""
-    )
+        None, "format of tools and tool calls", aliases=("tools_prompt",), shown="the model's",
+        no_effect={"base_url!=none": ""},
+    )  # fmt: skip
     response_prefix: str | None = arg(None, "text that every answer starts with", shown="the template's")
     padding_side: str = arg(
         "right",
@@ -322,26 +363,38 @@ class RayArguments(Arguments):
     """Where the work runs."""
 
     topic: ClassVar[str] = "Ray"
-    no_effect: ClassVar[dict[str, str]] = SERVED_ELSEWHERE
+    no_effect: ClassVar[dict[str, str]] = {**SERVED_ELSEWHERE, **_COMPUTED}
 
     address: str | None = arg(
-        None, "Ray cluster to join", shown="this machine, or the cluster of the Ray job", example="auto"
-    )
+        None, "Ray cluster to join", shown="this machine, or the cluster of the Ray job", example="auto",
+        no_effect=_IN_PROCESS,
+    )  # fmt: skip
     use_gpu: bool | None = arg(None, "run on GPUs", shown="true if the cluster has any")
     resources_per_worker: dict[str, Any] = arg(
-        {}, "resources of each worker, as JSON", example='\'{"CPU": 4, "GPU": 1}\''
-    )
+        {}, "resources of each worker, as JSON", example='\'{"CPU": 4, "GPU": 1}\'',
+        no_effect={
+            **_IN_PROCESS,
+            "command=infer engine=transformers num_workers=none address=none": "only with --num_workers or --address",
+        },
+    )  # fmt: skip
     node_labels: dict[str, str] = arg(
         {}, "labels of the nodes to use, KEY=VALUE,…; VALUE may be !V, in(V,W) or !in(V,W)", parse=read_labels,
         example="ray.io/accelerator-type=A100-80G",
-        no_effect={"command=infer|sample engine=transformers num_workers=none": "give --num_workers"},
+        no_effect={
+            **_IN_PROCESS, "command=infer|sample engine=transformers num_workers=none": "give --num_workers",
+        },
     )  # fmt: skip
     storage_path: str | None = arg(
         None,
         "folder or URI that every node can reach, for results",
         shown="the output folder",
         example="s3://bucket/runs",
-        no_effect={"command=deploy|app": "a server writes no results"},
+        no_effect={
+            **SERVED_TOO,
+            **ASKED_ROWS,
+            "command=deploy|app": "a server writes no results",
+            "command=export to_cached_dataset=false quant_method=none": "",
+        },
     )
 
     def problems(self) -> Iterator[str]:
@@ -372,10 +425,11 @@ class WorkerArguments(RayArguments):
     num_workers: int | tuple[int, int] | None = arg(
         None, "worker processes, N or MIN,MAX (elastic)", parse=read_workers, example="4",
         shown="NPROC_PER_NODE x NNODES if set, else one per GPU, else 1",
+        no_effect={**ASKED_ROWS, "command=infer stream=true": "--stream true answers one row after the other"},
     )  # fmt: skip
     num_nodes: int | None = arg(
         None, "nodes the workers are spread over", ge=1, shown="NNODES if set",
-        no_effect={"command=infer|sample num_workers=none": "give --num_workers"},
+        no_effect={"command=infer|sample": "engines start where there is room, --num_workers of them"},
     )  # fmt: skip
     placement_strategy: str | None = arg(
         None, "how workers lie on nodes: as few nodes as can be, as many, or one worker on each",

@@ -161,7 +161,7 @@ class RolloutArguments(VllmArguments):
     sleep_level: int = arg(0, "colocate: what vLLM gives back while training", ge=0, le=2)
     offload_model: bool = arg(False, "colocate: move the training weights away while sampling")
     offload_optimizer: bool = arg(False, "colocate: move the optimiser state away while sampling")
-    num_generations: int = arg(8, "GRPO: answers per prompt", ge=2)
+    num_generations: int = arg(8, "GRPO: answers per prompt; 1 only with --teacher_model", ge=1)
     epsilon: float = arg(0.2, "GRPO: clipping of the ratio", ge=0)
     epsilon_high: float | None = arg(None, "GRPO: clipping of the ratio, upwards", ge=0, shown="--epsilon")
     delta: float | None = arg(None, "GRPO: upper bound of the ratio for negative advantages", gt=0)
@@ -177,6 +177,16 @@ class RolloutArguments(VllmArguments):
     )
     importance_sampling_level: str = arg(
         "token", "GRPO: ratio per token or per sequence", choices=("token", "sequence"), swift_only=("sequence_token",)
+    )
+    kl_in_reward: bool | None = arg(
+        None, "take the distance to the reference model off the reward, not into the loss",
+        shown="true with --advantage_estimator rloo or reinforce_plus_plus",
+    )  # fmt: skip
+    fipo_decay_rate: float = arg(32.0, "loss fipo: how far the ratios of later tokens count", gt=0)
+    fipo_clip_range: float = arg(0.2, "loss fipo: clipping of that influence", ge=0)
+    fipo_clip_high_only: bool = arg(True, "loss fipo: never below 1")
+    fipo_safety_threshold: float = arg(
+        4.0, "loss fipo: above this ratio a bad answer's token counts no more for it", ge=0
     )
     dynamic_sample: bool = arg(False, "GRPO: sample again where all answers got the same reward")
     max_resample_times: int = arg(3, "GRPO: how often", ge=1)
@@ -209,7 +219,10 @@ class RlhfRules(PreferenceArguments, RewardArguments, RolloutArguments):
     def problems(self) -> Iterator[str]:
         if self.rlhf_type == "ppo" and not self.reward_model:
             yield "--rlhf_type ppo needs --reward_model"
-        if self.rlhf_type == "grpo" and not (self.reward_funcs or self.reward_model):
+        if self.rlhf_type == "grpo" and self.num_generations < 2 and not self.teacher_model:
+            yield ("--num_generations 1: GRPO compares the answers to a prompt; give at least 2, or --teacher_model, "
+                   "whose distance needs no comparison")  # fmt: skip
+        if self.rlhf_type == "grpo" and not (self.reward_funcs or self.reward_model or self.teacher_model):
             yield "--rlhf_type grpo needs --reward_funcs or --reward_model, for example --reward_funcs accuracy format"
         if self.rlhf_type == "gkd" and not self.teacher_model:
             yield "--rlhf_type gkd needs --teacher_model"

@@ -77,7 +77,10 @@ class OptimizerArguments(Arguments):
     gradient_checkpointing: bool | None = arg(
         None, "compute activations twice to save memory", parse=read_auto, shown="auto: where they would not fit"
     )
-    gradient_checkpointing_kwargs: dict[str, Any] = arg({}, "settings of gradient checkpointing, as JSON")
+    gradient_checkpointing_kwargs: dict[str, Any] = arg(
+        {}, "settings of gradient checkpointing, as JSON",
+        no_effect={"gradient_checkpointing=false": "only with --gradient_checkpointing true"},
+    )  # fmt: skip
     seed: int = arg(42, "seed of training", ge=0)
     deepspeed: str | dict[str, Any] | None = arg(
         None, f"{', '.join(DEEPSPEED_PRESETS)}, JSON, or a .json file", parse=read_deepspeed, example="zero2"
@@ -245,8 +248,10 @@ class CheckpointArguments(ResumeArguments):
     )  # fmt: skip
     save_total_limit: int | None = arg(None, "checkpoints to keep (the best and the newest)", ge=1, shown="all")
     save_only_model: bool = arg(False, "save no optimiser state: a run that goes on begins with a new one")
-    metric_for_best_model: str = arg("loss", "evaluation metric that picks the best checkpoint")
-    greater_is_better: bool | None = arg(None, "whether a higher metric is better", shown="false for losses")
+    metric_for_best_model: str = arg("loss", "evaluation metric that picks the best checkpoint", no_effect=_EVALUATED)
+    greater_is_better: bool | None = arg(
+        None, "whether a higher metric is better", shown="false for losses", no_effect=_EVALUATED
+    )
     load_best_model_at_end: bool = arg(False, "the best checkpoint is the result, not the last one")
     create_checkpoint_symlink: bool = arg(False, "make best and last links in the output folder")
     logging_steps: int = arg(5, "steps between log lines", ge=1)

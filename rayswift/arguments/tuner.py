@@ -54,7 +54,10 @@ class TunerArguments(Arguments):
         None, "precision of the adapter", choices=DTYPES, value_aliases=DTYPE_NAMES, shown="float32",
         no_effect=_NEW_ADAPTER,
     )  # fmt: skip
-    target_modules: list[str] = arg(["all-linear"], "modules that get an adapter", no_effect=_NEW_ADAPTER)
+    target_modules: list[str] = arg(
+        ["all-linear"], "modules that get an adapter",
+        no_effect={**_NEW_ADAPTER, "target_regex!=none": "--target_regex says which"},
+    )  # fmt: skip
     target_regex: str | None = arg(
         None, "pattern of the modules that get an adapter; wins over --target_modules", no_effect=_NEW_ADAPTER
     )

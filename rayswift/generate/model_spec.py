@@ -7,6 +7,7 @@ start engines themselves (`infer`, `sample`) are given what ``deploy`` would sta
 from __future__ import annotations
 
 import copy
+import logging
 import os
 from collections import Counter
 from collections.abc import Mapping
@@ -29,6 +30,8 @@ from rayswift.modeling.resolved import ResolvedModel, resolve_model
 
 if TYPE_CHECKING:
     from rayswift.data.tokens.encoder import Encoder
+
+logger = logging.getLogger("rayswift.generate.model_spec")
 
 #: Ranks that vLLM's LoRA layers come in.
 LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
@@ -67,6 +70,7 @@ class ModelSpec:
     adapters: dict[str, str] = field(default_factory=dict)
     default_adapter: str | None = None
     adapter_root: str | None = None
+    load_args: bool = True
     max_adapters: int = 16
     max_lora_rank: int = 16
     min_replicas: int = 1
@@ -121,8 +125,9 @@ class ModelSpec:
         return {"": own, self.name: own}
 
     def adapter_encoder(self, folder: str, own: Encoder) -> Encoder:
-        """As `own`, with template and system prompt that the adapter was trained with (its ``args.json``)."""
-        saved = read_saved_arguments(folder) or {}
+        """As `own`, with template and system prompt that the adapter was trained with (its ``args.json``), unless
+        ``--load_args false`` says otherwise."""
+        saved = (read_saved_arguments(folder) if self.load_args else None) or {}
         wanted = (
             "template", "system", "use_chat_template", "agent_template", "response_prefix", "template_backend",
             "template_date", "task_type", "num_labels", "problem_type",
@@ -355,6 +360,9 @@ def engine_kwargs(args: DeployArguments, use_gpu: bool) -> dict[str, Any]:
         # On CPUs vLLM (0.32) dies when a prompt is computed in parts and the answer has a seed: "CPU Generator does
         # not use offset". Whole prompts need a batch that holds the longest: vLLM's default then.
         kwargs["enable_chunked_prefill"] = False
+        for flag in ("vllm_gpu_memory_utilization", "vllm_disable_custom_all_reduce"):
+            if flag in args.given and getattr(args, flag) != specs_of(DeployArguments)[flag].default:
+                logger.warning("--%s has no effect here: there is no GPU", flag)
     optional = {
         "enable_prefix_caching": args.vllm_enable_prefix_caching,
         "quantization": args.vllm_quantization,

@@ -120,14 +120,15 @@ class EnginePool:
 
 def pool_size(args: Any, spec: ModelSpec, connected: cluster.Cluster) -> tuple[int, int]:
     """Fewest and most engines: ``--num_workers N`` or ``MIN,MAX`` (``sample``: ``--min_replicas``, ``--max_replicas``);
-    unset, as many as there are GPUs for, else one.
+    unset, ``--vllm_data_parallel_size``, or as many as there are GPUs for, else one.
 
     Raises:
         UserError: the cluster can never hold the fewest.
     """
     needs = {name: sum(bundle.get(name, 0) for bundle in spec.bundles) for name in ("CPU", "GPU")}
     by_gpus = max(1, int(connected.gpus // needs["GPU"])) if needs["GPU"] else 1
-    fewest, most = fewest_and_most(args.num_workers or by_gpus)
+    side_by_side = args.vllm_data_parallel_size if spec.engine == "vllm" else 1
+    fewest, most = fewest_and_most(args.num_workers or (side_by_side if side_by_side > 1 else by_gpus))
     flag = "--min_replicas" if getattr(args, "min_replicas", None) else "--num_workers"
     helpers = {"CPU": 2 * HELPER_CPUS if spec.engine == "vllm" else 0.0, "GPU": 0.0}
     for name, available in (("GPU", connected.gpus), ("CPU", connected.cpus)):

@@ -194,6 +194,25 @@ def test_rules_name_settings_and_values_that_exist() -> None:
         ("infer --streaming true", "--streaming has", "every row is read, once, in its order"),
         ("infer --vllm_enforce_eager true", "--vllm_enforce_eager has", "only with the vLLM engine"),
         ("deploy --num_beams 4", "--num_beams has", "OpenAI's interface has no beam search"),
+        ("deploy --upscale_delay 5 --target_ongoing_requests 3", "--target_ongoing_requests, --upscale_delay have",
+         "only with --max_replicas above --min_replicas"),
+        ("deploy --max_replicas 2 --max_adapters 3", "--max_adapters has", "only with --adapters or --adapter_root"),
+        ("deploy --infer_backend vllm --model_kwargs {\"a\":1}", "--model_kwargs has",
+         "vLLM loads it: --vllm_engine_kwargs"),
+        ("app --base_url http://h/v1 --torch_dtype float16", "--torch_dtype has", "the server at --base_url decides"),
+        ("app --dry_run true", "--dry_run has", "only with rayswift deploy"),
+        ("infer --infer_backend vllm --num_beams 4", "--num_beams has", "vLLM's answers are sampled, not searched for"),
+        ("infer --resources_per_worker {\"CPU\":2}", "--resources_per_worker has",
+         "only with --num_workers or --address"),
+        ("export --merge_lora true --adapters a --quant_n_samples 9 --group_size 64",
+         "--group_size, --quant_n_samples have",
+         "only with --quant_method gptq or awq"),
+        ("export --merge_lora true --adapters a --hub_model_id o/m", "--hub_model_id has",
+         "only with --push_to_hub true"),
+        ("sft --split_dataset_ratio 0 --greater_is_better true", "--greater_is_better has",
+         "only with --val_dataset or --split_dataset_ratio"),
+        ("sft --gradient_checkpointing false --gradient_checkpointing_kwargs {\"use_reentrant\":true}",
+         "--gradient_checkpointing_kwargs has", "only with --gradient_checkpointing true"),
         ("sft --use_ray true", "--use_ray has", "RaySwift always runs on Ray"),
         ("sft --sequence_parallel_size 4", "--sequence_parallel_size has", "each worker holds its sequences whole"),
     ],
@@ -218,6 +237,23 @@ def test_a_default_asks_for_nothing(line: str, caplog: pytest.LogCaptureFixture)
     command, *words = line.split()
     parse_arguments(command, ["--model", "m", "--dataset", "d", *words])
     assert caplog.messages == []
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "deploy --min_replicas 0 --upscale_delay 5 --downscale_delay 5",
+        "deploy --adapter_root . --max_adapters 3 --vllm_max_lora_rank 8",
+        "app --base_url http://h/v1 --allowed_origins http://p",
+        "eval --eval_dataset arc --eval_url http://h/v1 --served_model_name m",
+        "rlhf --dataset d --rlhf_type grpo --teacher_model t --num_generations 1 --kl_in_reward true --loss_type fipo "
+        "--fipo_clip_high_only false --fipo_safety_threshold 3.0",
+    ],
+)
+def test_what_has_an_effect_is_not_said_to_have_none(line: str, caplog: pytest.LogCaptureFixture) -> None:
+    command, *words = line.split()
+    parse_arguments(command, ["--model", "m", *words])
+    assert [text for text in caplog.messages if "no effect" in text] == []
 
 
 @pytest.mark.parametrize("command", list(COMMANDS))

@@ -211,6 +211,10 @@ SFT = "sft --model m --dataset d"
         ("export --model m --quant_method awq --quant_bits 4", "--quant_method awq needs --dataset"),
         ("export --model m --push_to_hub true", "--push_to_hub true needs --hub_model_id"),
         ("rlhf --model m --dataset d --rlhf_type grpo", "--rlhf_type grpo needs --reward_funcs or --reward_model"),
+        (
+            "rlhf --model m --dataset d --rlhf_type grpo --reward_funcs accuracy --num_generations 1",
+            "--num_generations 1: GRPO compares the answers to a prompt; give at least 2",
+        ),
         ("rlhf --model m --dataset d --use_vllm true", "--use_vllm true contradicts --rlhf_type dpo"),
         (
             "deploy --model m --task_type embedding --adapter_root .",

@@ -151,6 +151,8 @@ def test_a_checkpoint_never_says_what_code_is_run(tmp_path: Path, caplog: pytest
         assert (restored.external_plugins, restored.trust_remote_code) == ([], False)
     assert "--external_plugins, which runs code" in caplog.text
     caplog.clear()
-    mine = parse_arguments("infer", ["--adapters", "x", "--external_plugins", str(plugin)]).with_saved(saved)
+    mine = parse_arguments(
+        "infer", ["--adapters", "x", "--val_dataset", "v", "--external_plugins", str(plugin)]
+    ).with_saved(saved)
     assert mine.external_plugins == [str(plugin)]
     assert "external_plugins" not in caplog.text

@@ -126,6 +126,12 @@ def test_the_size_of_a_pool_follows_num_workers_or_the_gpus(
     assert pool_size(args, plan, Cluster(embedded=True, cpus=16, gpus=gpus, nodes=1)) == size
 
 
+def test_a_pool_has_the_engines_of_data_parallel_size() -> None:
+    args = make_arguments("infer", model="m", val_dataset=["d"], infer_backend="vllm", vllm_data_parallel_size=3)
+    plan = ModelSpec("m", "m", "vllm", bundles=[{"CPU": 1.0, "GPU": 1.0}])
+    assert pool_size(args, plan, Cluster(embedded=True, cpus=16, gpus=8, nodes=1)) == (3, 3)
+
+
 @pytest.mark.parametrize(("engine", "count", "needed"), [("transformers", 3, "3"), ("vllm", 2, "2.2")])
 def test_a_pool_that_never_fits_is_refused_instead_of_waiting_for_ever(engine: str, count: int, needed: str) -> None:
     args = make_arguments("infer", model="m", val_dataset=["d"], num_workers=count)
