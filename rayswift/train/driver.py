@@ -36,7 +36,7 @@ from rayswift.train.failures import ended_by
 from rayswift.train.hf_arguments import best_is_last
 from rayswift.train.model import compute_dtype, find_model
 from rayswift.train.needs import check_device, check_packages
-from rayswift.train.packing import join_rows, longest_pass, packing_plan
+from rayswift.train.packing import join_rows, largest_pass, packing_plan
 from rayswift.train.reporters import open_reporters, reporter_names
 from rayswift.train.resume import Resume, find_resume
 from rayswift.train.run_directory import RunDirectory, check_writable
@@ -286,7 +286,7 @@ def _fit(
         use_gpu=machines.workers.use_gpu,
         data=data,
         packing=packing,
-        largest_pass=_largest_pass(args, data, packing, schedule),
+        largest_pass=largest_pass(args, data, packing, schedule),
         schedule=schedule,
         run_uri=run.uri,
         resume=inputs.resume.uri,
@@ -327,17 +327,6 @@ def _fit(
     finally:
         run.close()
     return outcome
-
-
-def _largest_pass(args: Any, data: RunData, packing: PackedPlan | None, schedule: StepSchedule) -> int | None:
-    """Tokens of the largest forward pass of a worker; None where nothing bounds them."""
-    rows = data.token_parts.get("train_dataset")
-    longest = data.encoder.max_length if rows is None else int(rows.lengths.max())
-    if args.packing:
-        longest = args.packing_length or data.encoder.max_length
-    elif packing is not None and rows is not None:
-        return longest_pass(rows.lengths, schedule.per_device_batch_size)
-    return longest and longest * schedule.per_device_batch_size
 
 
 def _torch_trainer(config: WorkerConfig, machines: Machines, run: RunDirectory) -> Any:

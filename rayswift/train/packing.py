@@ -17,7 +17,7 @@ from rayswift.console import say
 from rayswift.data.tokens.arrow_files import default_root
 from rayswift.errors import UserError, one_line
 from rayswift.files import write_whole
-from rayswift.train.config import PackedPlan
+from rayswift.train.config import PackedPlan, RunData
 from rayswift.train.deepspeed import deepspeed_config, zero_stage
 
 if TYPE_CHECKING:
@@ -124,6 +124,17 @@ def join_rows(
     say(f"{rows} rows (about {rows * mean:.0f} tokens) share a forward pass, each trained as if alone; --packing false "
         f"gives each {size} its own")  # fmt: skip
     return PackedPlan(verdict["attention"]), replace(schedule, per_device_batch_size=rows)
+
+
+def largest_pass(args: Any, data: RunData, packing: PackedPlan | None, schedule: StepSchedule) -> int | None:
+    """Tokens of the largest forward pass of a worker; None where nothing bounds them."""
+    rows = data.token_parts.get("train_dataset")
+    longest = data.encoder.max_length if rows is None else int(rows.lengths.max())
+    if args.packing:
+        longest = args.packing_length or data.encoder.max_length
+    elif packing is not None and rows is not None:
+        return longest_pass(rows.lengths, schedule.per_device_batch_size)
+    return longest and longest * schedule.per_device_batch_size
 
 
 def longest_pass(lengths: np.ndarray, rows: int) -> int:
