@@ -7,7 +7,8 @@ from typing import Any
 
 LORA_DEFAULTS = {
     "lora_rank": 8, "lora_alpha": 32.0, "lora_dropout": 0.05, "lora_bias": "none", "lora_dtype": None,
-    "target_modules": ["all-linear"], "target_regex": None, "modules_to_save": [], "use_rslora": False,
+    "target_modules": ["all-linear"], "target_regex": None, "target_parameters": [],
+    "modules_to_save": [], "use_rslora": False,
     "use_dora": False, "init_weights": "true",
 }  # fmt: skip
 
@@ -39,6 +40,21 @@ def llama(seed: int = 0, **changes: Any) -> Any:
 
     torch.manual_seed(seed)
     return LlamaForCausalLM(llama_config(**changes)).eval()
+
+
+def qwen3_mixture(seed: int = 0) -> Any:
+    """A float32 Qwen3 mixture of four experts, two of them at a time, with random weights from ``seed``."""
+    import torch
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    torch.manual_seed(seed)
+    sizes = {
+        "vocab_size": 160, "hidden_size": 32, "intermediate_size": 48, "moe_intermediate_size": 16,
+        "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "num_experts": 4,
+        "num_experts_per_tok": 2, "max_position_embeddings": 128, "bos_token_id": 1, "eos_token_id": 2,
+        "pad_token_id": 2, "decoder_sparse_step": 1,
+    }  # fmt: skip
+    return Qwen3MoeForCausalLM(Qwen3MoeConfig(**sizes)).eval()
 
 
 def qwen25_half_billion_on_meta() -> Any:

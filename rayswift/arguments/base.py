@@ -31,11 +31,11 @@ _RESTORED = (
     "norm_bbox", "use_chat_template", "response_prefix", "template_date",
 )  # fmt: skip
 # Flags that came later: where they are not given, a run is still the one that an older version began.
-_LATER = ("template_date", "num_labels", "problem_type")
+_LATER = ("template_date", "num_labels", "problem_type", "rope_scaling", "max_model_len")
 # What may name files and folders: an args.json is read in other folders than it was written in.
 _PATHS = (
     "model", "adapters", "ref_model", "ref_adapters", "reward_model", "dataset", "val_dataset", "cached_dataset",
-    "custom_dataset_info",
+    "cached_val_dataset", "custom_dataset_info",
 )  # fmt: skip
 # A checkpoint may be a stranger's: what runs code comes from the user's own command line or YAML alone.
 _RUN_CODE = ("external_plugins", "trust_remote_code")

@@ -17,6 +17,7 @@ from rayswift.arguments.groups import (
     TemplateArguments,
     WorkerArguments,
 )
+from rayswift.arguments.optimizers import LargeModelOptimizers
 from rayswift.arguments.rlhf import DPO_LOSSES, PREFERENCE_METRICS, RlhfRules
 from rayswift.arguments.serving import (
     BenchmarkArguments,
@@ -30,9 +31,9 @@ from rayswift.arguments.serving import (
 from rayswift.arguments.tasks import TaskRules
 from rayswift.arguments.training import (
     OptimizerArguments,
-    TunerArguments,
 )
 from rayswift.arguments.training_args import choices_of, passthrough_specs
+from rayswift.arguments.tuner import QuantizedBaseArguments, TunerArguments
 from rayswift.arguments.watching import EvaluationArguments, StepArguments
 
 _GOING_ON = {"adapters=none": "only with --adapters"}
@@ -48,8 +49,16 @@ _MODEL_EXAMPLE = "for example --model Qwen/Qwen2.5-7B-Instruct"
 
 
 @dataclass(init=False, repr=False, eq=False)
-class SftArguments(TaskRules, TunerArguments, EvaluationArguments, WorkerArguments, StepArguments):
-    """Fine-tune a model on conversations, with LoRA or whole; or to tell classes, vectors or ranks of texts."""
+class SftArguments(
+    TaskRules,
+    TunerArguments,
+    QuantizedBaseArguments,
+    LargeModelOptimizers,
+    EvaluationArguments,
+    WorkerArguments,
+    StepArguments,
+):
+    """Fine-tune a model on conversations, with an adapter or whole; or to tell classes, vectors or ranks of texts."""
 
     command: ClassVar[str] = "sft"
 

@@ -84,7 +84,6 @@ class VllmArguments(Arguments):
         None,
         "longest prompt and answer together",
         ge=1,
-        aliases=("max_model_len",),
         shown="the model's",
         no_effect=_VLLM_OR_SERVED,
     )
@@ -218,3 +217,5 @@ class EngineArguments(VllmArguments):
                 setattr(self, self._ON_VLLM[engine][name], getattr(self, name))
                 self.given = self.given - {name} | {self._ON_VLLM[engine][name]}
             setattr(self, self._engine_flag, "vllm")
+        if "max_model_len" in self.given and "vllm_max_model_len" not in self.given:
+            self.vllm_max_model_len = getattr(self, "max_model_len", None)

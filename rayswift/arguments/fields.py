@@ -38,7 +38,8 @@ class Spec:
     help: str
     topic: str = ""
     choices: tuple[str, ...] = ()
-    swift_only: tuple[str, ...] = ()  # values SWIFT has and RaySwift has not (yet)
+    # Values SWIFT has and RaySwift has not (yet), with what stands in for them where something does.
+    swift_only: tuple[str, ...] | Mapping[str, str] = ()
     value_aliases: Mapping[str, str] = dataclasses.field(default_factory=dict)
     aliases: tuple[str, ...] = ()
     shown: str | None = None  # how help shows the default where it is worked out later
@@ -147,6 +148,8 @@ def _scalar(spec: Spec, raw: Any) -> Any:
             value = "no"  # YAML reads a bare `no` as false
         value = spec.value_aliases.get(value, value)
         if value in spec.swift_only:
+            if isinstance(spec.swift_only, Mapping):
+                raise ValueError(f"SWIFT has it, RaySwift has not; {spec.swift_only[value]}")
             raise ValueError(f"SWIFT has it, RaySwift does not have it yet; choose from {', '.join(spec.choices)}")
         if spec.choices and value not in spec.choices:
             raise ValueError(f"choose from {', '.join(spec.choices)}")

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from rayswift.arguments.base import Arguments
-from rayswift.arguments.fields import arg, read_lines, read_text_file
+from rayswift.arguments.fields import arg, read_json, read_lines, read_text_file
 
 _ALL_ROWS = "every row is read, once, in its order"
 #: What a model is trained for. ``causal_lm`` writes text; the others read texts and tell numbers.
@@ -27,12 +27,26 @@ DTYPES = ("bfloat16", "float16", "float32")
 #: As the args.json of ms-swift 3 has them.
 DTYPE_NAMES = {f"torch.{name}": name for name in DTYPES}
 _HUB_ENV = "USE_HF"
+ROPE_SCALINGS = ("linear", "dynamic", "yarn")
 _MIXED = {"interleave_prob=none": "only with --interleave_prob", "command=infer|sample": _ALL_ROWS}
 #: Rules for flags about a model of one's own: beside an endpoint, its server has decided.
 SERVED_ELSEWHERE = {
     "base_url!=none": "the server at --base_url decides",
     "eval_url!=none": "the server at --eval_url decides",
 }
+
+
+def read_rope_scaling(raw: Any) -> str | dict[str, Any]:
+    """The name of a way to scale positions, or the ``rope_scaling`` of a config.json as JSON."""
+    if raw in ROPE_SCALINGS:
+        return str(raw)
+    try:
+        value = read_json(raw)
+    except ValueError:
+        raise ValueError(f"choose from {', '.join(ROPE_SCALINGS)}, or give JSON") from None
+    if "rope_type" not in value and "type" not in value:
+        raise ValueError('expected a "rope_type"')
+    return value
 
 
 @dataclass(init=False, repr=False, eq=False)
@@ -80,6 +94,13 @@ class ModelArguments(Arguments):
             "engine=vllm command=infer|sample|deploy|app|eval": "vLLM takes its own",
         },
     )  # fmt: skip
+    rope_scaling: str | dict[str, Any] | None = arg(
+        None, "longer positions: linear, dynamic, yarn (with --max_model_len), or the model's rope_scaling as JSON",
+        parse=read_rope_scaling, shown="as in the model's config", example="yarn",
+    )  # fmt: skip
+    max_model_len: int | None = arg(
+        None, "positions that the model has, instead of those in its config", ge=1, example="65536"
+    )  # fmt: skip
     new_special_tokens: list[str] = arg(
         [], "tokens to add to the vocabulary, or a .txt file with one per line", parse=read_lines
     )
@@ -105,6 +126,15 @@ class ModelArguments(Arguments):
             self.use_hf = os.environ.get(_HUB_ENV, "").strip().lower() in ("1", "true", "yes")
         if self.experts_impl:  # Transformers' name for it, where the model is loaded
             self.model_kwargs = {**self.model_kwargs, "experts_implementation": self.experts_impl}
+        given = {"rope_scaling": self.rope_scaling, "max_model_len": self.max_model_len}
+        self.model_kwargs = {**self.model_kwargs, **{name: value for name, value in given.items() if value is not None}}
+
+    @property
+    def positions(self) -> dict[str, Any]:
+        """What is given of ``rope_scaling`` and ``max_model_len``."""
+        return {
+            name: self.model_kwargs[name] for name in ("rope_scaling", "max_model_len") if name in self.model_kwargs
+        }
 
     @property
     def model_suffix(self) -> str:
@@ -128,11 +158,16 @@ class DatasetArguments(Arguments):
         [], "folders of encoded rows (rayswift export --to_cached_dataset true)", example="cached_dataset",
         no_effect={"command=infer|sample": "its rows are token ids, which cannot be asked"},
     )  # fmt: skip
+    cached_val_dataset: list[str] = arg(
+        [], "the same, for validation", example="cached_dataset/val", decides="",
+        no_effect={"command=infer|sample": "its rows are token ids, which cannot be asked"},
+    )  # fmt: skip
     val_dataset: list[str] = arg([], "validation datasets, written like --dataset", example="val.jsonl")
     split_dataset_ratio: float = arg(
         0.01, "share of --dataset held out where no --val_dataset is given", ge=0, lt=1,
         no_effect={
             "val_dataset!=none": "only without --val_dataset",
+            "cached_val_dataset!=none": "only without --cached_val_dataset",
             "streaming=true": "a stream holds nothing out: give --val_dataset",
             "command=infer|sample": _ALL_ROWS,
         },

@@ -1,4 +1,4 @@
-"""The settings of training: tuner, optimiser, evaluation, checkpoints, DeepSpeed."""
+"""The settings of training: optimiser, evaluation, checkpoints, DeepSpeed."""
 
 # ruff: noqa: RUF009 (arg() makes a dataclass field: it is meant to be called in the class body)
 from __future__ import annotations
@@ -10,88 +10,15 @@ from typing import Any, ClassVar
 
 from rayswift.arguments.base import Arguments
 from rayswift.arguments.fields import arg, read_auto, read_json
-from rayswift.arguments.groups import DTYPE_NAMES, DTYPES, DatasetArguments, ModelArguments, TemplateArguments
+from rayswift.arguments.groups import DatasetArguments, ModelArguments, TemplateArguments
 from rayswift.arguments.resuming import ResumeArguments
 
 DEEPSPEED_PRESETS = ("zero0", "zero1", "zero2", "zero3", "zero2_offload", "zero3_offload")
-#: What says which weights an adapter, or full training, has and what they mean.
-LORA_WEIGHTS = (
-    "lora_rank", "lora_alpha", "lora_bias", "target_modules", "target_regex", "modules_to_save", "use_rslora",
-    "use_dora", "init_weights",
-)  # fmt: skip
-#: Targets that are embeddings, or may share weights with them.
-_EMBEDDINGS = {"all-embedding", "embed_tokens", "wte", "word_embeddings", "embed_in", "lm_head", "embed_out"}
-FULL_WEIGHTS = ("freeze_parameters", "freeze_parameters_ratio", "trainable_parameters")
-_FULL = {"train_type=lora": "only with --train_type full"}
-_NEW_LORA = {
-    "train_type=full": "only with --train_type lora",
-    "adapters!=none": "only for a new adapter: that of --adapters keeps its own",
-}
 _EVALUATED = {
-    "val_dataset=none split_dataset_ratio=0": "only with --val_dataset or --split_dataset_ratio",
-    "val_dataset=none streaming=true": "a stream holds nothing out: only with --val_dataset",
+    "val_dataset=none cached_val_dataset=none split_dataset_ratio=0": "only with --val_dataset or "
+    "--split_dataset_ratio",
+    "val_dataset=none cached_val_dataset=none streaming=true": "a stream holds nothing out: only with --val_dataset",
 }
-
-
-@dataclass(init=False, repr=False, eq=False)
-class TunerArguments(Arguments):
-    """Which weights are trained."""
-
-    topic: ClassVar[str] = "Tuner"
-
-    train_type: str = arg(
-        "lora", "train a low-rank adapter, or all weights", choices=("lora", "full"),
-        aliases=("tuner_type", "sft_type"),
-        swift_only=("lora_llm", "longlora", "adalora", "llamapro", "adapter", "vera", "boft", "fourierft", "reft",
-                    "bone", "ia3"),
-    )  # fmt: skip
-    tuner_backend: str = arg("peft", "library that makes the adapter", choices=("peft",), swift_only=("unsloth",))
-    lora_rank: int = arg(8, "rank of the adapter", ge=1, no_effect=_NEW_LORA)
-    lora_alpha: float = arg(32.0, "scale of the adapter", gt=0, no_effect=_NEW_LORA)
-    lora_dropout: float = arg(0.05, "dropout before the adapter", ge=0, lt=1, no_effect=_NEW_LORA)
-    lora_bias: str = arg("none", "which biases are trained", choices=("none", "all"), no_effect=_NEW_LORA)
-    lora_dtype: str | None = arg(
-        None, "precision of the adapter", choices=DTYPES, value_aliases=DTYPE_NAMES, shown="float32",
-        no_effect=_NEW_LORA,
-    )  # fmt: skip
-    target_modules: list[str] = arg(["all-linear"], "modules that get an adapter", no_effect=_NEW_LORA)
-    target_regex: str | None = arg(
-        None, "pattern of the modules that get an adapter; wins over --target_modules", no_effect=_NEW_LORA
-    )
-    modules_to_save: list[str] = arg([], "modules trained whole and saved with the adapter", no_effect=_NEW_LORA)
-    use_rslora: bool = arg(False, "rank-stabilised LoRA", no_effect=_NEW_LORA)
-    use_dora: bool = arg(False, "weight-decomposed LoRA", no_effect=_NEW_LORA)
-    init_weights: str = arg(
-        "true", "how the adapter starts: true, false, gaussian, orthogonal, pissa, pissa_niter_N, olora",
-        parse=lambda raw: str(raw).lower(), no_effect=_NEW_LORA,
-    )  # fmt: skip
-    freeze_parameters: list[str] = arg([], "full: name prefixes of weights to freeze", no_effect=_FULL)
-    freeze_parameters_ratio: float = arg(
-        0.0, "full: share of weights to freeze, from the bottom", ge=0, le=1, no_effect=_FULL
-    )
-    trainable_parameters: list[str] = arg([], "full: name prefixes to train; wins over freezing", no_effect=_FULL)
-
-    def problems(self) -> Iterator[str]:
-        adapters = getattr(self, "adapters", None) or []
-        if self.train_type == "full" and adapters:
-            yield "--adapters contradicts --train_type full: give --train_type lora, or merge the adapter first"
-        if len(adapters) > 1:
-            yield "--adapters: training goes on with one adapter; merge the others into --model first"
-
-    def remarks(self) -> Iterator[str]:
-        if self.train_type == "lora" and not getattr(self, "adapters", None):
-            parts = {
-                "--lora_bias all": self.lora_bias == "all", "--use_dora true": self.use_dora,
-                "--modules_to_save": bool(self.modules_to_save),
-                "the head of --task_type": getattr(self, "task_type", "") in ("seq_cls", "reranker"),
-                "--new_special_tokens": bool(getattr(self, "new_special_tokens", None)),
-                "--target_modules with embeddings": not _EMBEDDINGS.isdisjoint(self.target_modules),
-            }  # fmt: skip
-            if beyond := [flag for flag, used in parts.items() if used]:
-                yield (f"{', '.join(beyond)}: no engine applies such an adapter beside its base; it is served merged "
-                       "(rayswift deploy --merge_lora true, or rayswift export --merge_lora true)")  # fmt: skip
-            if self.init_weights.lower() == "false":
-                yield "--init_weights false: the adapter starts at random values, so training starts from another model"
 
 
 def read_deepspeed(raw: Any) -> str | dict[str, Any]:
@@ -143,6 +70,10 @@ class OptimizerArguments(Arguments):
     adam_beta2: float = arg(0.95, "Adam's decay of the variance", ge=0, lt=1)
     adam_epsilon: float = arg(1e-8, "Adam's term against division by zero", gt=0)
     max_grad_norm: float = arg(1.0, "gradients are clipped to this norm; 0 for never", ge=0)
+    router_aux_loss_coef: float = arg(
+        0.0, "mixtures of experts: weight of the loss that keeps the experts equally busy", ge=0, example="0.001",
+        no_effect={"command=rlhf": "pairs are compared as they are"},
+    )  # fmt: skip
     gradient_checkpointing: bool | None = arg(
         None, "compute activations twice to save memory", parse=read_auto, shown="auto: where they would not fit"
     )
@@ -359,7 +290,8 @@ class CheckpointArguments(ResumeArguments):
 
     def _no_validation(self) -> bool:
         held_out = 0 if getattr(self, "streaming", False) else getattr(self, "split_dataset_ratio", 0)
-        return not getattr(self, "val_dataset", None) and not held_out
+        own = getattr(self, "val_dataset", None) or getattr(self, "cached_val_dataset", None)
+        return not own and not held_out
 
     def resolve(self) -> None:
         if not self.is_set("output_dir"):

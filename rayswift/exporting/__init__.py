@@ -111,6 +111,7 @@ def _merge(source: Any) -> str:
     options = {
         "torch_dtype": args.torch_dtype if "torch_dtype" in args.given else None,
         "new_special_tokens": args.new_special_tokens,
+        "positions": args.positions,
         "trust_remote_code": args.trust_remote_code,
     }
     given = None if _converts(args) else args.output_dir

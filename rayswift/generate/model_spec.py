@@ -23,7 +23,8 @@ from rayswift.generate.preflight import check_engine, check_model, cpu_cache_gib
 from rayswift.generate.vllm_plugin import SWITCH
 from rayswift.modeling.adapter_folder import check_adapter, lora_rank, read_adapter_config
 from rayswift.modeling.adapter_kinds import only_merged
-from rayswift.modeling.loading import folder_fingerprint, resolve_dtype
+from rayswift.modeling.loading import folder_fingerprint, read_config, resolve_dtype
+from rayswift.modeling.positions import with_positions
 from rayswift.modeling.resolved import ResolvedModel, resolve_model
 
 if TYPE_CHECKING:
@@ -82,6 +83,11 @@ class ModelSpec:
     local: bool = True
 
     @property
+    def _positions(self) -> dict[str, Any]:
+        names = ("rope_scaling", "max_model_len")
+        return {name: self.model_kwargs[name] for name in names if name in self.model_kwargs}
+
+    @property
     def takes_adapters(self) -> bool:
         """Whether the engine has to be ready for LoRA."""
         return bool(self.adapters or self.adapter_root)
@@ -89,7 +95,7 @@ class ModelSpec:
     @property
     def together(self) -> dict[str, float]:
         """The resources of a replica in all its bundles."""
-        return dict(sum((Counter(bundle) for bundle in self.bundles), Counter[str]()))  # type: ignore[arg-type]
+        return dict(sum((Counter(bundle) for bundle in self.bundles), Counter[str]()))
 
     @property
     def placement_strategy(self) -> str:
@@ -128,6 +134,8 @@ class ModelSpec:
         """The arguments of ``ray.serve.llm.LLMConfig``."""
         kwargs = dict(self.engine_kwargs)
         kwargs.setdefault("dtype", resolve_dtype(self.torch_dtype, model_dir, self.use_gpu, training=False))
+        if positions := with_positions(read_config(model_dir), self._positions):
+            kwargs.setdefault("hf_overrides", positions)
         if self.max_model_len:
             kwargs.setdefault("max_model_len", self.max_model_len)
         lora = {"enable_lora": True, "max_lora_rank": self.max_lora_rank, "max_loras": min(4, self.max_adapters)}

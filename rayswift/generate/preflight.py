@@ -65,11 +65,12 @@ def _is_gpu_vllm() -> bool:
 
 def check_model(args: DeployArguments, model_dir: str, use_gpu: bool) -> None:
     """Raises UserError when the model's configuration or size says that a replica could not work with these flags."""
+    from rayswift.modeling import positions
     from rayswift.modeling.loading import parameter_counts, read_config, resolve_dtype
 
     config = read_config(model_dir)
     dtype = resolve_dtype(args.torch_dtype, model_dir, use_gpu, training=False)
-    longest = config.get("max_position_embeddings") or (config.get("text_config") or {}).get("max_position_embeddings")
+    longest = positions.longest(config, args.positions)
     wanted = args.vllm_max_model_len or args.max_length
     flag = "vllm_max_model_len" if args.vllm_max_model_len else "max_length"
     if longest and wanted and wanted > longest:

@@ -13,7 +13,7 @@ import logging
 import os
 import queue
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,6 +28,7 @@ from rayswift.generate.token_choice import Sampling
 from rayswift.generate.types import Answer, Messages, SamplingParams
 from rayswift.modeling.adapters import load_adapter
 from rayswift.modeling.loading import add_special_tokens, load_model, read_config, resolve_dtype, supports_bfloat16
+from rayswift.modeling.positions import longest
 from rayswift.modeling.resolved import ResolvedModel
 
 logger = logging.getLogger("rayswift.generate.transformers")
@@ -88,7 +89,7 @@ class TransformersEngine:
             add_special_tokens(model, encoder.tokenizer, list(encoder.new_special_tokens))
         if adapter_dir is not None:
             model = load_adapter(model, adapter_dir)
-        return cls(model.eval(), encoder, context_length(encoder))
+        return cls(model.eval(), encoder, context_length(encoder, options))
 
     @functools.cached_property
     def grammars(self) -> GrammarCompiler:
@@ -278,13 +279,10 @@ class TransformersEngine:
         return self.encoder.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
 
-def context_length(encoder: Encoder) -> int:
-    """Tokens that prompt and answer may have together: ``--max_length``, else the model's positions."""
-    config = read_config(encoder.model_dir)
-    positions = config.get("max_position_embeddings") or (config.get("text_config") or {}).get(
-        "max_position_embeddings"
-    )
-    limits = [limit for limit in (encoder.max_length, positions) if limit]
+def context_length(encoder: Encoder, positions: Mapping[str, Any]) -> int:
+    """Tokens that prompt and answer may have together: ``--max_length``, else the model's positions, with what
+    ``--rope_scaling`` and ``--max_model_len`` among ``positions`` make of them."""
+    limits = [limit for limit in (encoder.max_length, longest(read_config(encoder.model_dir), positions)) if limit]
     return min(limits) if limits else min(encoder.tokenizer.model_max_length, 2**20)
 
 

@@ -47,7 +47,7 @@ def answered_by_vllm(
     args, model_dir = model.args, resolve_on_every_node(spec, model.args.hub_token)
     params = SamplingParams.from_arguments(args)
     encoder = Encoder.from_args(args, model_dir)
-    context = min(spec.max_model_len or math.inf, context_length(encoder))
+    context = min(spec.max_model_len or math.inf, context_length(encoder, args.positions))
     requests = RequestMaker(encoder, params, args.seed, int(context), next(iter(spec.adapters.values()), model_dir))
     kwargs = offline_kwargs(spec) | spec.llm_config(model_dir)["engine_kwargs"]
     config = vLLMEngineProcessorConfig(

@@ -11,6 +11,7 @@ _FOUND_AGAIN, _LOST = ("pissa", "olora", "loftq", "kasa"), ("pissa_niter_", "cor
 #: Fields of a LoRA's configuration that mean something only PEFT's own layers compute.
 _BEYOND_LORA = {
     "use_dora": "DoRA", "modules_to_save": "whole layers (modules_to_save)", "lora_bias": "biases (lora_bias)",
+    "target_parameters": "parameters (target_parameters)",
     "trainable_token_indices": "trained tokens (trainable_token_indices)", "layer_replication": "replicated layers",
     "alora_invocation_tokens": "invocation tokens (aLoRA)", "use_qalora": "QALoRA", "use_bdlora": "BD-LoRA",
     "arrow_config": "Arrow", "monteclora_config": "MonteCLoRA", "velora_config": "VeLoRA", "kasa_config": "KaSA",
@@ -38,6 +39,8 @@ def has_no_base(config: Mapping[str, Any]) -> str | None:
 
 def not_trainable(config: Mapping[str, Any], rlhf: bool = False) -> str | None:
     """Why training cannot begin with an adapter, with the mend; None where it can."""
+    if config.get("peft_type") == "ADALORA":
+        return "has chosen its ranks already (AdaLoRA); merge it first and train the merged model"
     if way := changes_base(config):
         return (
             f"belongs to other weights than the model's (init_lora_weights {way}); merge it first (rayswift export "

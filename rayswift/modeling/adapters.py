@@ -26,15 +26,15 @@ ALL_LINEAR, ALL_EMBEDDING, ALL_NORM = "all-linear", "all-embedding", "all-norm" 
 def add_lora(model: Any, args: Any) -> Any:
     """Put a LoRA on ``model`` as the tuner arguments say and return the ``PeftModel``.
 
-    Reads ``lora_rank, lora_alpha, lora_dropout, lora_bias, lora_dtype, target_modules, target_regex, modules_to_save,
-    use_rslora, use_dora, init_weights``. Only the adapter (and ``modules_to_save``, and the rows of new tokens) stays
-    trainable. Adapter weights are float32 beside half-precision base weights unless ``--lora_dtype`` says otherwise.
+    Reads ``lora_rank, lora_alpha, lora_dropout, lora_bias, lora_dtype, target_modules, target_regex,
+    target_parameters, modules_to_save, use_rslora, use_dora, init_weights``. Only the adapter (and ``modules_to_save``,
+    and the rows of new tokens) stays trainable. Adapter weights are float32 beside half-precision base weights unless
+    ``--lora_dtype`` says otherwise.
 
     Raises:
         UserError: a target that matches no layer, a rank that no target layer can use, an unknown initialisation.
     """
-    import torch
-    from peft import LoraConfig, get_peft_model
+    from peft import LoraConfig
 
     targets = find_targets(model, args.target_modules, args.target_regex)
     check_rank(model, targets, args.lora_rank)
@@ -47,23 +47,37 @@ def add_lora(model: Any, args: Any) -> Any:
         lora_dropout=args.lora_dropout,
         bias=args.lora_bias,
         target_modules=targets,
+        target_parameters=find_parameters(model, args.target_parameters) or None,
         modules_to_save=find_modules_to_save(model, args.modules_to_save) or None,
         trainable_token_indices=_new_rows(model, targets, args.modules_to_save),
         use_rslora=args.use_rslora,
         use_dora=args.use_dora,
         init_lora_weights=init_lora_weights(args.init_weights),
     )
+    return put_on(model, config, args.lora_dtype)
+
+
+def put_on(model: Any, config: Any, dtype: str | None) -> Any:
+    """``model`` with a new adapter, as a ``PeftModel``; ``dtype``: that of the adapter, if not PEFT's.
+
+    Raises:
+        UserError: the adapter is not for this model.
+    """
+    import torch
+    from peft import get_peft_model
+
     try:
         peft_model = get_peft_model(model, config)
-    except (ValueError, TypeError, ImportError) as error:
+    except (ValueError, TypeError, ImportError, NotImplementedError) as error:
+        kind = config.peft_type.value
         raise UserError(
-            f"LoRA cannot be put on {type(model).__name__} ({one_line(error)}); see --target_modules"
+            f"{kind} cannot be put on {type(model).__name__} ({one_line(error)}); see --target_modules"
         ) from error
-    if args.lora_dtype is not None:
+    if dtype is not None:
         for parameter in peft_model.parameters():
             if parameter.requires_grad:
-                parameter.data = parameter.data.to(getattr(torch, args.lora_dtype))
-    logger.info("lora_config: %s", config)
+                parameter.data = parameter.data.to(getattr(torch, dtype))
+    logger.info("%s: %s", type(config).__name__, config)
     return peft_model
 
 
@@ -108,6 +122,23 @@ def find_targets(model: Any, target_modules: list[str], target_regex: str | None
     if not found:
         raise UserError(f"--target_modules: names no layer; give {ALL_LINEAR} or some of {example_layers(model)}")
     return sorted(found)
+
+
+def find_parameters(model: Any, target_parameters: list[str]) -> list[str]:
+    """``--target_parameters``, each the end of a parameter's name; UserError for one that matches nothing."""
+    names = [name for name, _ in model.named_parameters()]
+    for wanted in target_parameters:
+        if not any(name == wanted or name.endswith("." + wanted) for name in names):
+            experts = ", ".join(expert_parameters(model)) or "none of experts"
+            raise UserError(f"--target_parameters {wanted}: the model has no such parameter; it has {experts}")
+    return list(target_parameters)
+
+
+def expert_parameters(model: Any) -> list[str]:
+    """Ends of the names of the parameters that hold the weights of several experts each, which are no linear layers:
+    ``["mlp.experts.down_proj", "mlp.experts.gate_up_proj"]``."""
+    ends = (name.split(".")[-3:] for name, parameter in model.named_parameters() if parameter.ndim == 3)
+    return sorted({".".join(end) for end in ends if "experts" in end})
 
 
 def linear_suffixes(model: Any) -> set[str]:

@@ -17,6 +17,7 @@ from typing import Any
 from rayswift import private
 from rayswift.errors import UserError, one_line
 from rayswift.files import parse_json
+from rayswift.modeling.positions import with_positions
 
 logger = logging.getLogger("rayswift.modeling.loading")
 
@@ -152,8 +153,9 @@ def load_model(
     Args:
         attn_impl: ``--attn_impl``: ``sdpa``, ``eager``, ``flash_attn`` (= ``flash_attention_2``), …; None: automatic.
         device: where the model goes (``"cuda"``, ``"cpu"``); None leaves it where Transformers puts it.
-        model_kwargs: ``--model_kwargs``: further keywords of ``from_pretrained``. ``{"use_safetensors": false}`` allows
-            pickle weights (``pytorch_model.bin``) of a source the user trusts.
+        model_kwargs: ``--model_kwargs``: further keywords of ``from_pretrained``, and ``rope_scaling`` and
+            ``max_model_len`` as flags have them. ``{"use_safetensors": false}`` allows pickle weights
+            (``pytorch_model.bin``) of a source the user trusts.
         new_head: the folder may lack the weights of the head that ``auto_class`` has on the model.
 
     Raises:
@@ -163,8 +165,8 @@ def load_model(
     import transformers
     from transformers.utils import logging as transformers_logging
 
-    options: dict[str, Any] = {"use_safetensors": True, "output_loading_info": True, **(model_kwargs or {})}
-    read_config(model_dir)
+    options: dict[str, Any] = {"use_safetensors": True, "output_loading_info": True}
+    options |= with_positions(read_config(model_dir), model_kwargs or {})
     if options["use_safetensors"]:
         parameter_counts(model_dir)  # a broken file is named here, before seconds of loading
     if attn_impl is not None:

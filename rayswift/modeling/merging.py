@@ -44,6 +44,7 @@ def merge_adapter(
     torch_dtype: str | None = None,
     *,
     new_special_tokens: list[str] | None = None,
+    positions: dict[str, Any] | None = None,
     trust_remote_code: bool = False,
 ) -> str:
     """Write base + adapter as one plain model and return its folder.
@@ -53,6 +54,7 @@ def merge_adapter(
             same way is reused, any other one replaced. A folder given here must be new or empty.
         torch_dtype: dtype of the merged weights; None takes the base model's.
         new_special_tokens: those that the adapter was trained with, when the checkpoint has no tokenizer of its own.
+        positions: ``rope_scaling`` and ``max_model_len`` that it was trained with.
 
     The folder holds config, generation config, safetensors, tokenizer with chat template, and ``args.json`` of the
     checkpoint. It is whole or not there.
@@ -62,12 +64,15 @@ def merge_adapter(
     adapter, target = Path(adapter_dir).resolve(), Path(output_dir or f"{adapter_dir.rstrip('/')}-merged").resolve()
     if output_dir is not None and target.exists() and any(target.iterdir()):
         raise UserError(f"--output_dir {output_dir}: exists and is not empty; name a new folder for the merged model")
+    from transformers import GenerationConfig
+
     dtype = torch_dtype or config_dtype(model_dir)
     made_of = {
         "model": model_fingerprint(model_dir),
         "adapter": [hashlib.sha256((adapter / name).read_bytes()).hexdigest() for name in _ADAPTER_FILES],
         "dtype": dtype,
         "new_special_tokens": new_special_tokens or [],
+        **(positions or {}),
     }
     if is_current(target, made_of):
         logger.info("merged model already there: %s", target)
@@ -80,11 +85,13 @@ def merge_adapter(
         task = "seq_cls"
     model = load_task_model(
         model_dir, task, labels, saved.get("problem_type"), tokenizer, torch_dtype=dtype,
-        trust_remote_code=trust_remote_code,
+        trust_remote_code=trust_remote_code, model_kwargs=positions,
     )  # fmt: skip
     if new_special_tokens:
         add_special_tokens(model, tokenizer, new_special_tokens)
     model = merged_model(load_adapter(model, str(adapter)))
+    if (adapter / "generation_config.json").is_file():  # training knows where replies end
+        model.generation_config.eos_token_id = GenerationConfig.from_pretrained(adapter).eos_token_id
     try:
         with atomic_folder(target) as folder:
             write_model(model, tokenizer, adapter, folder)

@@ -65,7 +65,7 @@ class ResolvedModel:
         args = copy.copy(self.args)
         args.model = merge_adapter(
             self.adapter, self.folder(), torch_dtype=args.torch_dtype, new_special_tokens=args.new_special_tokens,
-            trust_remote_code=args.trust_remote_code,
+            positions=args.positions, trust_remote_code=args.trust_remote_code,
         )  # fmt: skip
         args.adapters = []
         return ResolvedModel(args, self.name)

@@ -6,7 +6,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
-import importlib.util
 import logging
 import os
 import time
@@ -36,6 +35,7 @@ from rayswift.train.deepspeed import deepspeed_config, zero_stage
 from rayswift.train.failures import ended_by
 from rayswift.train.hf_arguments import best_is_last
 from rayswift.train.model import compute_dtype, find_model
+from rayswift.train.needs import check_device, check_packages
 from rayswift.train.packing import join_rows, longest_pass, packing_plan
 from rayswift.train.reporters import open_reporters, reporter_names
 from rayswift.train.resume import Resume, find_resume
@@ -94,6 +94,7 @@ def train(args: Any) -> dict[str, Any]:
     base = ray_cluster.results_at(args, "output_dir", args.output_dir)
     check_writable(base)
     reporter_names(args)
+    check_packages(args)
     resume = find_resume(args.resume_from_checkpoint, base, args.add_version)
     ray_cluster.check_before_start(args)
     model_dir = find_model(args)
@@ -147,10 +148,7 @@ def _connect(inputs: Inputs) -> Machines:
         stage = zero_stage(deepspeed_config(args.deepspeed))
         check_zero_resume(*filesystem_of(inputs.resume.uri), stage, workers.num_workers)
     dtype = compute_dtype(args, model_dir, workers.use_gpu)
-    if args.training_args.get("use_liger_kernel") and not (
-        workers.use_gpu and importlib.util.find_spec("liger_kernel")
-    ):
-        raise UserError("--use_liger_kernel true: needs GPUs and the package liger-kernel; leave it out here")
+    check_device(args, workers.use_gpu)
     if dtype == "bfloat16" and not workers.use_gpu and not supports_bfloat16(use_gpu=False):
         say("this CPU has no bfloat16 instructions: --torch_dtype float32 would be many times faster")
     counts, elastic = parameter_counts(model_dir), isinstance(workers.num_workers, tuple)

@@ -61,9 +61,10 @@ def hf_training_arguments(
         "per_device_train_batch_size": schedule.per_device_batch_size,
         "gradient_accumulation_steps": schedule.accumulation(world_size),
         "gradient_checkpointing": gradient_checkpointing,
-        # What PyTorch calls reentrant is a little faster and as exact, and goes wrong with wrapped models.
+        # What PyTorch calls reentrant is a little faster and as exact, and goes wrong with wrapped models and with
+        # losses of what lies between layers.
         "gradient_checkpointing_kwargs": args.gradient_checkpointing_kwargs
-        or {"use_reentrant": world_size == 1 and not deepspeed},
+        or {"use_reentrant": world_size == 1 and not deepspeed and not args.router_aux_loss_coef},
         "bf16": dtype == "bfloat16",
         "fp16": dtype == "float16",
         "use_cpu": not use_gpu,
@@ -73,7 +74,7 @@ def hf_training_arguments(
         "eval_steps": eval_steps,
         "logging_steps": args.logging_steps,
         "deepspeed": deepspeed,
-        "ddp_find_unused_parameters": False,
+        "ddp_find_unused_parameters": bool(args.lisa_activated_layers and args.train_type == "full"),
         # It would wait for the device at every forward pass; --on_nan looks once a step.
         "logging_nan_inf_filter": False,
         # The loader starts at the step to resume at: there is nothing to skip.
@@ -83,6 +84,11 @@ def hf_training_arguments(
         "log_level": "error",
     }
     values |= {name: value for name, value in args.training_args.items() if not name.startswith(_OURS)}
+    if args.use_galore:
+        settings = {"rank": args.galore_rank, "update_proj_gap": args.galore_update_proj_gap,
+                    "scale": args.galore_scale, "proj_type": args.galore_proj_type}  # fmt: skip
+        values["optim_args"] = ",".join(f"{name}={value}" for name, value in settings.items())
+        values["optim_target_modules"] = args.galore_target_modules or "all-linear"
     if args.training_args.get("logging_strategy") == "epoch":
         values |= {"logging_strategy": "steps", "logging_steps": schedule.steps_per_epoch or schedule.max_steps}
     if wanted == "epoch" and "eval_delay" in values:

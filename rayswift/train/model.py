@@ -63,12 +63,14 @@ def build_model(
     packing: PackedPlan | None,
     resume: str | None = None,
     checkpointing: bool = False,
+    max_steps: int = 1,
 ) -> Any:
     """The model to train, with its adapter if it gets one.
 
     Args:
         resume: the checkpoint that the run goes on from.
         checkpointing: whether its activations are computed twice.
+        max_steps: steps of the run.
     """
     from rayswift.modeling.adapters import freeze_for_full, load_adapter
 
@@ -87,7 +89,7 @@ def build_model(
     elif args.adapters:
         model = load_adapter(model, args.adapters[0], is_trainable=True)
     else:
-        model = _with_new_adapter(model, args, resume)
+        model = _with_new_adapter(model, args, resume, max_steps)
     if args.train_type != "full" and zero_stage(deepspeed_config(args.deepspeed)) != 3:
         from rayswift.train.fused_lora import fuse_lora
 
@@ -105,27 +107,44 @@ def _freeze_unused_head(model: Any) -> None:
         head.requires_grad_(False)
 
 
-def _with_new_adapter(model: Any, args: Any, resume: str | None) -> Any:
-    """``model`` with a fresh LoRA, of which is checked that it changes nothing.
+def _with_new_adapter(model: Any, args: Any, resume: str | None, max_steps: int) -> Any:
+    """``model`` with a fresh adapter, of which is checked that it changes nothing.
 
     One that begins as a part of the base's weights has its first values as ``first_values`` and is saved as plain LoRA;
     going on, they are those of the checkpoint.
     """
     from rayswift.modeling.adapter_kinds import changes_base
-    from rayswift.modeling.adapters import add_lora
     from rayswift.modeling.first_policy import check_first_policy, probe_layers
     from rayswift.modeling.part_of_base import first_values, read_plain, take_off
+    from rayswift.modeling.tuners import add_tuner
 
+    if args.train_type != "lora":
+        return add_tuner(model, args, max_steps)
     way = changes_base({"init_lora_weights": args.init_weights})
     # `true` and `gaussian` leave B at zero; `false` is another model, as the user was told.
     before = probe_layers(model) if args.use_dora or args.init_weights.lower() not in _ZERO_PRODUCT else None
-    model = add_lora(model, args)
+    model = add_tuner(model, args, max_steps)
     if way:
         model.first_values = read_plain(resume, args.lora_rank)[1] if resume else first_values(model, way)
         take_off(model, model.first_values)
     if before is not None:
         check_first_policy(model, before, args.init_weights)
     return model
+
+
+def remarks(model: Any, args: Any) -> list[str]:
+    """What is to be said about a model and the flags beside it, which only the built model shows."""
+    from rayswift.modeling.adapters import expert_parameters
+
+    lines = []
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    experts = expert_parameters(base)
+    if experts and args.train_type != "full" and not args.adapters and not args.target_parameters:
+        more = f"; --target_parameters {' '.join(experts)} trains them" if args.train_type == "lora" else ""
+        lines.append(f"experts stay as they are: {', '.join(experts)} are no linear layers{more}")
+    if args.router_aux_loss_coef and not hasattr(base, "router_aux_loss_coef"):
+        lines.append("--router_aux_loss_coef has no effect here: the model has no router that Transformers balances")
+    return lines
 
 
 def reference_model(args: Any, model_dir: str, dtype: str) -> Any:
@@ -161,11 +180,22 @@ def _load(args: Any, model_dir: str, dtype: str, attn_impl: str | None) -> Any:
         torch_dtype="float32" if args.train_type == "full" and not args.deepspeed else dtype,
         attn_impl=attn_impl,
         trust_remote_code=args.trust_remote_code,
-        model_kwargs=args.model_kwargs,
+        model_kwargs={**args.model_kwargs, **_quantization(args, dtype)},
     )
     if args.new_special_tokens:
         add_special_tokens(model, tokenizer, args.new_special_tokens)
     return model
+
+
+def _quantization(args: Any, dtype: str) -> dict[str, Any]:
+    """How Transformers quantises a model while it loads it; empty where it does not."""
+    settings = args.quantization(dtype)
+    if settings is None:
+        return {}
+    from transformers import BitsAndBytesConfig, HqqConfig
+
+    kinds = {"bnb": BitsAndBytesConfig, "hqq": HqqConfig}
+    return {"quantization_config": kinds[settings.pop("quant_method")](**settings)}
 
 
 def check_savable(model: Any, model_dir: str) -> None:

@@ -56,11 +56,12 @@ def packing_plan(args: Any, model_dir: str, dtype: str, workers: Workers) -> Pac
     Raises:
         UserError: it would train them otherwise than alone; says which layers do.
     """
+    from rayswift.modeling import positions
     from rayswift.modeling.loading import read_config
 
     if not (args.packing or args.padding_free):
         return None
-    row = args.max_length or read_config(model_dir).get("max_position_embeddings")
+    row = args.max_length or positions.longest(read_config(model_dir), args.positions)
     packed = args.packing_length if args.packing and args.packing_length else row
     longest = packed and packed * args.per_device_train_batch_size
     verdict = _verdict(args, model_dir, dtype, workers, longest, [])
@@ -195,7 +196,8 @@ def try_packing(trial: _Trial, hub_token: str | None = None) -> dict[str, Any]:
 
     from rayswift.hub import resolve_model
     from rayswift.modeling import varlen_attention
-    from rayswift.modeling.loading import ATTN_IMPLS
+    from rayswift.modeling.loading import ATTN_IMPLS, read_config
+    from rayswift.modeling.positions import with_positions
     from rayswift.train.packing_check import check_packing
 
     torch.set_num_threads(1)  # many small products: threads would only wait for each other
@@ -209,7 +211,11 @@ def try_packing(trial: _Trial, hub_token: str | None = None) -> dict[str, Any]:
     try:
         model_dir = resolve_model(trial.model, revision=trial.model_revision, use_hf=trial.use_hf, token=hub_token)
         config, _ = AutoConfig.from_pretrained(
-            model_dir, local_files_only=True, return_unused_kwargs=True, **trust, **trial.model_kwargs
+            model_dir,
+            local_files_only=True,
+            return_unused_kwargs=True,
+            **trust,
+            **with_positions(read_config(model_dir), trial.model_kwargs),
         )
         dtype, device = (getattr(torch, trial.dtype), "cuda") if trial.use_gpu else (torch.float32, "cpu")
         return asdict(check_packing(config, choices, dtype, device, trial.longest, **trust))

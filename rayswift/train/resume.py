@@ -7,7 +7,7 @@ import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from rayswift.arguments.training import FULL_WEIGHTS, LORA_WEIGHTS
+from rayswift.arguments.tuner import trained_weights
 from rayswift.console import say
 from rayswift.data.files import filesystem_of
 from rayswift.data.flow.cache import code_hash
@@ -106,8 +106,8 @@ class Resume:
                 f"{saved['deepspeed'] or 'none'}, and its optimiser cannot be taken over; give that, or begin a new "
                 "run on what it trained"
             )
-        optimizer = () if args.resume_only_model or args.reset_optimizer else ("optim",)
-        for name in ("train_type", *optimizer, *(LORA_WEIGHTS if args.train_type == "lora" else FULL_WEIGHTS)):
+        optimizer = () if args.resume_only_model or args.reset_optimizer else ("optim", "optimizer")
+        for name in ("train_type", *optimizer, *trained_weights(args.train_type)):
             if name in saved and saved[name] != given[name]:
                 raise UserError(
                     f"--{name} {given[name]}: the checkpoint was trained with {saved[name]}; give that, or "

@@ -195,12 +195,14 @@ def build_trainer(
 ) -> StepTraining:
     import torch
 
+    from rayswift.data.tokens.carried_template import carry_ends, carry_template
     from rayswift.hub import resolve_model
-    from rayswift.modeling.adapters import parameter_info
+    from rayswift.modeling.adapters import linear_suffixes, parameter_info
     from rayswift.modeling.loading import load_tokenizer
     from rayswift.modeling.task_models import is_classifier, use_own_pad
     from rayswift.train.hf_arguments import hf_training_arguments
-    from rayswift.train.model import build_model, check_savable, reference_model
+    from rayswift.train.model import build_model, check_savable, reference_model, remarks
+    from rayswift.train.optimizers import trainer_settings
 
     args, data, schedule = config.args, config.data, config.schedule
     # What the driver found may be on its machine only.
@@ -219,7 +221,10 @@ def build_trainer(
     tokenizer.add_tokens(args.new_special_tokens, special_tokens=True)
     if is_classifier(args.task_type):
         use_own_pad(tokenizer)
-    model = build_model(args, model_dir, config.dtype, config.packing, resume, checkpointing)
+    model = build_model(args, model_dir, config.dtype, config.packing, resume, checkpointing, schedule.max_steps)
+    carried = carry_template(encoder, tokenizer)
+    if (generation_config := getattr(model, "generation_config", None)) is not None:
+        carry_ends(encoder, generation_config)
     if args.save_strategy != "no":
         check_savable(model, model_dir)
         store.check_room(model)
@@ -233,6 +238,14 @@ def build_trainer(
         device = torch.cuda.get_device_name() if torch.cuda.is_available() else None
         push({"event": "start", "parameter_info": parameter_info(model), "activations": kept, "device": device,
               "workers": rank.world_size})  # fmt: skip
+        lines = remarks(model, args)
+        if not carried:
+            lines.append(f"--template {encoder.template_name} cannot be written as a chat template: the checkpoints' "
+                         "tokenizer keeps what it has, and other programs need the template's own prompts")  # fmt: skip
+        if lines:
+            push({"event": "drops", "lines": lines})
+    if args.use_galore and not args.galore_target_modules:
+        hf_arguments.optim_target_modules = sorted(linear_suffixes(model))
     collate: Collate = PairCollator(pad_token_id) if encoder.preference else Collator(pad_token_id)
     if args.task_type != "causal_lm":
         collate = TaskCollator(pad_token_id, args.task_type, encoder.problem, args.num_labels or 1, config.task)
@@ -254,6 +267,7 @@ def build_trainer(
         "collate": collate,
         "on_nan": args.on_nan,
         "clock": clock,
+        **trainer_settings(args),
     }
     if encoder.preference:
         from rayswift.train.trainers.dpo import PreferenceTrainer
@@ -269,7 +283,7 @@ def build_trainer(
     else:
         from rayswift.train.trainers.sft import SftTrainer
 
-        trainer = SftTrainer(eval_dataset=val_rows, **settings)
+        trainer = SftTrainer(eval_dataset=val_rows, router_aux_loss_coef=args.router_aux_loss_coef, **settings)
     if args.early_stop_interval and val_rows is not None:
         from transformers import EarlyStoppingCallback
 

@@ -29,8 +29,50 @@ SFT = "sft --model m --dataset d"
         (f"{SFT} --lerning_rate 1", "unknown flag --lerning_rate; did you mean --learning_rate?"),
         (f"{SFT} --xyzzy 1", "unknown flag --xyzzy; rayswift sft --help lists the flags"),
         (f"{SFT} --lora_d 1", "--lora_d is short for several flags: --lora_dropout, --lora_dtype"),
-        (f"{SFT} --use_galore true", "--use_galore is SWIFT's; RaySwift does not have it yet"),
-        (f"{SFT} --lisa_activated_layers 2", "--lisa_activated_layers is SWIFT's; RaySwift does not have it yet"),
+        (
+            f"{SFT} --use_galore true",
+            "--use_galore true needs --train_type full: an adapter's gradients are small already",
+        ),
+        (
+            f"{SFT} --train_type full --lisa_activated_layers 2 --use_galore true",
+            "--lisa_activated_layers contradicts --use_galore true: give one of the two",
+        ),
+        (f"{SFT} --lorap_lr_ratio 16", "--lorap_lr_ratio is SWIFT's; RaySwift does not have it yet"),
+        (
+            f"{SFT} --optimizer muonclip",
+            "--optimizer muonclip: SWIFT has it, RaySwift has not; PyTorch has Muon without the clipping of queries "
+            "and keys; give --optimizer muon, for example --optimizer muon",
+        ),
+        (
+            f"{SFT} --optimizer muon --deepspeed zero2",
+            "--optimizer muon contradicts --deepspeed, which flattens the matrices it works on; drop one",
+        ),
+        (f"{SFT} --quant_method bnb", "--quant_method bnb needs --quant_bits, for example --quant_bits 4"),
+        (f"{SFT} --quant_method bnb --quant_bits 3", "--quant_bits 3: --quant_method bnb does 4, 8"),
+        (
+            f"{SFT} --quant_method bnb --quant_bits 4 --train_type full",
+            "--quant_method bnb contradicts --train_type full: such weights stay as they are",
+        ),
+        (
+            f"{SFT} --quant_method hqq --quant_bits 4 --train_type vera",
+            "--train_type vera contradicts --quant_method hqq: PEFT has lora on such weights",
+        ),
+        (
+            f"{SFT} --target_parameters experts.down_proj --lora_dropout 0.1",
+            "--target_parameters contradicts --lora_dropout above 0: PEFT has no such adapter for parameters; drop one",
+        ),
+        (
+            f"{SFT} --train_type adalora --deepspeed zero2",
+            "--train_type adalora contradicts --deepspeed: it reads gradients that DeepSpeed keeps; drop one",
+        ),
+        (
+            f"{SFT} --train_type adalora --adalora_init_r 8",
+            "--adalora_init_r 8: ranks become smaller; give more than --adalora_target_r",
+        ),
+        (
+            f"{SFT} --rope_scaling ntk",
+            "--rope_scaling ntk: choose from linear, dynamic, yarn, or give JSON, for example --rope_scaling yarn",
+        ),
         (
             f"{SFT} --no_cuda true",
             "--no_cuda is SWIFT's; in RaySwift use --use_gpu false",
@@ -53,8 +95,9 @@ SFT = "sft --model m --dataset d"
         (f"{SFT} --deepspeed conf/ds.json", "--deepspeed conf/ds.json: no such file, for example --deepspeed zero2"),
         (f"{SFT} --deepspeed '{{bad'", "--deepspeed {bad: not valid JSON"),
         (
-            f"{SFT} --train_type adalora",
-            "--train_type adalora: SWIFT has it, RaySwift does not have it yet; choose from lora, full",
+            f"{SFT} --train_type reft",
+            "--train_type reft: SWIFT has it, RaySwift has not; PEFT has no interventions; --train_type ia3 trains as "
+            "few weights, for example --train_type lora",
         ),
         (f"{SFT} --max_steps ten", "--max_steps ten: expected a whole number, for example --max_steps 1000"),
         (f"{SFT} --max_steps 1.5", "--max_steps 1.5: expected a whole number"),
@@ -271,7 +314,7 @@ def test_flags_that_change_nothing_say_so_once(
 
 
 def test_swift_flags_that_ask_for_nothing_pass() -> None:
-    parse_arguments("sft", [*SFT.split()[1:], "--use_galore", "false", "--vit_lr", "none"])
+    parse_arguments("sft", [*SFT.split()[1:], "--use_galore", "false", "--lorap_lr_ratio", "none"])
 
 
 def test_ellipsis_as_a_keyword_is_kept() -> None:

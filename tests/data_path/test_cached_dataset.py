@@ -111,3 +111,20 @@ def test_an_export_that_fails_leaves_the_folder_that_was_there(
     assert [path.name for path in tmp_path.iterdir()] == ["cached"]
     assert main(["export", "--to_cached_dataset", "true", *words]) == 0
     assert {file.name: file.read_bytes() for file in cached.iterdir()} != before
+
+
+def test_parts_of_a_cached_dataset_are_named_as_swift_names_them(
+    cached: Path, smollm2_dir: str, tmp_path: Path
+) -> None:
+    """``FOLDER/train`` and ``FOLDER/val``; a whole folder as ``--cached_val_dataset`` is its validation part."""
+    whole = load(Encoder(smollm2_dir, max_length=512), tmp_path / "a", cached_dataset=[str(cached)])
+    train = load(Encoder(smollm2_dir, max_length=512), tmp_path / "a", cached_dataset=[f"{cached}/train"])
+    assert len(train.train) == len(whole.train) and train.val is None
+    for val in (f"{cached}/val", str(cached)):
+        both = load(
+            Encoder(smollm2_dir, max_length=512), tmp_path / "a", cached_dataset=[f"{cached}/train"],
+            cached_val_dataset=[val],
+        )  # fmt: skip
+        assert len(both.train) == len(whole.train) and len(both.val) == len(whole.val)
+    with pytest.raises(UserError, match=r"^--cached_val_dataset .*: no cached dataset there"):
+        load(Encoder(smollm2_dir), tmp_path / "a", cached_dataset=[str(cached)], cached_val_dataset=[str(tmp_path)])

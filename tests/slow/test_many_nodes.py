@@ -104,7 +104,7 @@ def step_of(output: Path) -> int:
 
 def ended_as(alone: dict[int, float], driver: Any, log: Path) -> None:
     """The run ends with the losses of one node: each step once, on the same rows."""
-    assert driver.wait(400) == 0, log.read_text()[-4000:]
+    assert driver.wait(900) == 0, log.read_text()[-4000:]
     assert losses(run_directory(log.with_suffix(""))) == pytest.approx(alone, rel=1e-5)
 
 
@@ -127,7 +127,7 @@ def lose(cluster: Nodes, name: str, command: list[str], label: str) -> tuple[Any
     """A run that has a checkpoint, and one of the nodes that it trains (or reads) on, not its first worker's."""
     driver, log = start(cluster, name, command)
     output = log.with_suffix("")
-    wait_for(lambda: step_of(output) >= 1 or driver.poll() is not None, 500, "step 1")
+    wait_for(lambda: step_of(output) >= 1 or driver.poll() is not None, 900, "step 1")
     hosts = actors(cluster, "RayTrainWorker", "ALIVE") if label == "train" else cluster.nodes["head"].ask(TASKS)
     wait_for(
         lambda: any(output.glob("v*/checkpoint-*/manifest.json")) or driver.poll() is not None, 200, "a checkpoint"

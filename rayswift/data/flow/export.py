@@ -1,4 +1,5 @@
-"""An encoded dataset as a folder: ``export --to_cached_dataset true`` writes it, ``--cached_dataset`` reads it.
+"""An encoded dataset as a folder: ``export --to_cached_dataset true`` writes it, ``--cached_dataset`` and
+``--cached_val_dataset`` read it.
 
 The folder holds the token rows of the training and validation part in their order (Arrow files ``train-*.arrow``,
 ``val-*.arrow``, schema of :func:`rayswift.data.flow.stage.token_schema`) and, in ``cached_dataset.json``, the settings
@@ -65,18 +66,41 @@ def _batch(read: TokenRows, numbers: range) -> pa.RecordBatch:
     return pa.record_batch(arrays, schema)
 
 
-def load_cached_datasets(folders: list[str], encoder: Encoder) -> tuple[RowIndex, RowIndex]:
-    """The training and validation rows of ``--cached_dataset``, each empty where there are none.
+def load_cached_datasets(folders: list[str], val_folders: list[str], encoder: Encoder) -> tuple[RowIndex, RowIndex]:
+    """The training and validation rows of ``--cached_dataset`` and ``--cached_val_dataset``, each empty where there are
+    none.
+
+    ``FOLDER/train`` and ``FOLDER/val`` are the parts of a folder, as SWIFT names them; a whole folder trains its
+    training part, and is validated on the other. As ``--cached_val_dataset`` it is its validation part where it has
+    one, else all of it.
 
     Raises:
         UserError: no such folder, or it was encoded with other settings.
     """
-    trains, vals = [], []
-    for folder in folders:
+    trains, vals = [], {}
+    for given in folders:
+        folder, part = _folder_and_part("--cached_dataset", given, encoder)
+        if part != "val":
+            trains.append(_read_part(folder, "train"))
+        if part != "train":
+            vals[folder] = _read_part(folder, "val")
+    for given in val_folders:
+        folder, part = _folder_and_part("--cached_val_dataset", given, encoder)
+        rows = _read_part(folder, part or "val")
+        vals[folder] = rows if part or len(rows) else _read_part(folder, "train")
+    return concat(trains), concat(list(vals.values()))
+
+
+def _folder_and_part(flag: str, given: str, encoder: Encoder) -> tuple[str, str | None]:
+    """A folder that is right for the encoder, and which part of it is meant."""
+    folder, part = os.path.split(given.rstrip("/"))
+    if part not in ("train", "val") or os.path.isdir(given):
+        folder, part = given, ""
+    try:
         _check(folder, encoder)
-        trains.append(_read_part(folder, "train"))
-        vals.append(_read_part(folder, "val"))
-    return concat(trains), concat(vals)
+    except UserError as error:
+        raise UserError(str(error).replace("--cached_dataset", flag)) from None
+    return folder, part or None
 
 
 def _check(folder: str, encoder: Encoder) -> None:

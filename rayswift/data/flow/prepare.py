@@ -98,7 +98,8 @@ def load_train_data(
     run = _Load(encoder, cache, args.strict, lazy, on_progress)
     rng = np.random.RandomState(args.data_seed)
     # What is never evaluated is trained.
-    ratio = 0.0 if datasets.val or _evaluates_nothing(args) else args.split_dataset_ratio
+    own_val = datasets.val or args.cached_val_dataset
+    ratio = 0.0 if own_val or _evaluates_nothing(args) else args.split_dataset_ratio
     # A stream is read while it trains; nothing is held out of it.
     parts = [
         split_rows(run.standard_rows(dataset), ratio, dataset.spec.num_samples, args, rng)
@@ -114,8 +115,8 @@ def load_train_data(
     run.encode([val] if lazy else [*trained, val])
     encoded_val = run.token_rows(val)
     encoded = run.lazy_rows(blend(trained, args, rng)) if lazy else run.blended(trained, args, rng)
-    if args.cached_dataset:
-        cached, cached_val = load_cached_datasets(args.cached_dataset, encoder)
+    if args.cached_dataset or args.cached_val_dataset:
+        cached, cached_val = load_cached_datasets(args.cached_dataset, args.cached_val_dataset, encoder)
         encoded, encoded_val = concat([encoded, cached]), concat([encoded_val, cached_val])
         if args.dataset and args.dataset_shuffle:
             encoded = encoded.select(rng.permutation(len(encoded)))

@@ -114,8 +114,9 @@ class Encoder(TextSettings):
     def for_training(cls, args: Any, model_dir: str) -> Encoder:
         """As :meth:`from_args`; without ``--max_length`` the model's configuration says what fits (SWIFT's default)."""
         from rayswift.modeling.loading import read_config
+        from rayswift.modeling.positions import longest
 
-        encoder = cls.from_args(args, model_dir, max_length=read_config(model_dir).get("max_position_embeddings"))
+        encoder = cls.from_args(args, model_dir, max_length=longest(read_config(model_dir), args.positions))
         encoder = replace(encoder, preference=args.command == "rlhf" or getattr(args, "template_mode", None) == "rlhf")
         if encoder.task_type == "generative_reranker" and encoder.enable_thinking is None:
             encoder = replace(encoder, enable_thinking=False)  # the judge answers at once

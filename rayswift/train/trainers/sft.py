@@ -7,6 +7,7 @@ import math
 from typing import Any
 
 import torch
+from peft import PeftModel
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from rayswift.train.collate import Batch
@@ -20,8 +21,12 @@ class SftTrainer(StepTraining):
     #: Right tokens, trained tokens, all tokens, steps, steps that train any token.
     NUM_COUNTS = 5
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, router_aux_loss_coef: float = 0.0, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        base: Any = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
+        self.router_aux_loss_coef = router_aux_loss_coef if _is_mixture(base) else 0.0
+        if _is_mixture(base):  # the model itself would add it only where it computes the loss
+            base.config.output_router_logits, base.router_aux_loss_coef = False, 0.0
         # Liger has a loss of its own; ZeRO-3 gathers the head's weights where the head is called as it was built.
         own = self.args.use_liger_kernel or self.is_fsdp_enabled or is_deepspeed_zero3_enabled()
         with self.accelerator.autocast():
@@ -35,6 +40,15 @@ class SftTrainer(StepTraining):
     ) -> Any:
         """The mean over the step's trained tokens, each times its weight; counts right, trained and all tokens
         (no synchronisation)."""
+        if not self.router_aux_loss_coef:
+            return self._token_loss(model, inputs, return_outputs, num_items_in_batch)
+        asked: Any = {**inputs, "output_router_logits": True}
+        loss, outputs = self._token_loss(model, asked, True, num_items_in_batch)
+        # Transformers' loss for the balance of experts, the mean over the micro-batches of a step.
+        loss = loss + self.router_aux_loss_coef * outputs.aux_loss / self.current_gradient_accumulation_steps
+        return (loss, outputs) if return_outputs else loss
+
+    def _token_loss(self, model: Any, inputs: Batch, return_outputs: bool, num_items_in_batch: Any) -> Any:
         labels, mask, weights = inputs["labels"], inputs.get("attention_mask"), inputs.pop("loss_scale", None)
         tokens = torch.tensor(labels.numel()) if mask is None else mask.sum()
         if self.loss_head is not None:
@@ -99,6 +113,11 @@ class SftTrainer(StepTraining):
         """Loss per trained token and token accuracy."""
         loss, right, trained = counts.tolist()
         return {"loss": loss / trained if trained else math.nan, "token_acc": right / trained if trained else math.nan}
+
+
+def _is_mixture(model: Any) -> bool:
+    """Whether a model has experts that Transformers' loss can balance."""
+    return hasattr(model, "router_aux_loss_coef") and hasattr(model.config, "output_router_logits")
 
 
 def count_right(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -19,6 +19,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from rayswift.data.tokens.table import TokenRows
 from rayswift.modeling.part_of_base import read_plain, write_plain
+from rayswift.train import adalora
 from rayswift.train.checkpoints.zero import has_zero_state, load_zero_state, save_zero_state
 from rayswift.train.clock import Clock
 from rayswift.train.collate import Batch, Collate
@@ -63,6 +64,7 @@ class StepTraining(GoingOn, CheckedSteps):
         collate: validation rows to a batch.
         on_nan: what happens at a step whose loss or gradients are no numbers, ``stop`` or ``skip``.
         clock: where its time goes.
+        own_optimizer: Transformers' factory of an optimiser and its keywords; None for that of ``args``.
     """
 
     #: How many numbers ``_counts`` holds.
@@ -85,9 +87,12 @@ class StepTraining(GoingOn, CheckedSteps):
         collate: Collate,
         on_nan: str = "stop",
         clock: Clock | None = None,
+        own_optimizer: tuple[Any, dict[str, Any]] | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
+        if own_optimizer is not None:
+            self.optimizer_cls_and_kwargs = own_optimizer
         self.loader, self.schedule, self.val_rows, self.rank = loader, schedule, val_rows, rank
         self.kept = kept
         self.push, self.save, self.settle, self.wish, self.collate = push, save, settle, wish, collate
@@ -106,6 +111,13 @@ class StepTraining(GoingOn, CheckedSteps):
         self.remove_callback(PrinterCallback)
         self.remove_callback(ProgressCallback)
         self.add_callback(_StepEvents(self))
+        if self._is_adalora:
+            self.add_callback(adalora.Ranks(self))
+
+    @property
+    def _is_adalora(self) -> bool:
+        config: Any = getattr(self.model, "peft_config", {}).get("default")
+        return config is not None and config.peft_type == "ADALORA"
 
     # --- data: RaySwift's loaders are already sharded, so Accelerate must not shard them again ---
 
@@ -274,8 +286,12 @@ class StepTraining(GoingOn, CheckedSteps):
         if isinstance(self.model, PeftModel):
             folder = output_dir or str(self.args.output_dir)
             shutil.rmtree(os.path.join(folder, "ref"), ignore_errors=True)  # TRL's copy of the run's first policy
+            base: Any = self.model.get_base_model()
+            base.generation_config.save_pretrained(folder)
             if first := getattr(self.model, "first_values", None):
                 write_plain(folder, first)
+            if self._is_adalora:
+                adalora.save_state(self.model, folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         """The trained adapter; beside folders of others Transformers would pass it over."""
@@ -284,6 +300,8 @@ class StepTraining(GoingOn, CheckedSteps):
         elif getattr(self.model, "first_values", None):
             config: Any = self.model.peft_config["default"]
             set_peft_model_state_dict(self.model, read_plain(resume_from_checkpoint, config.r)[0])
+        elif self._is_adalora:
+            adalora.load_state(self.model, resume_from_checkpoint)
         else:
             self.model.load_adapter(resume_from_checkpoint, "default", is_trainable=True)
 
