@@ -183,6 +183,7 @@ def test_a_row_of_an_encoded_dataset_is_named_by_its_own_file(files: Path, encod
 
 def test_the_place_of_a_row_of_a_stream(files: Path, encoder: Encoder, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("rayswift.data.flow.stream.STREAM_PACKING_WINDOW", 8)
+    monkeypatch.setattr("rayswift.data.flow.plan.MAX_PLANNED_EPOCHS", 4)
     flags = {"streaming": True, "max_steps": 10, "shuffle_buffer_size": 5}
     args = make_arguments("sft", model="m/m", dataset=[str(files)], **flags)
     streams = plan_streams(args, resolve_datasets(args).train, 24)
