@@ -287,7 +287,8 @@ class StepTraining(GoingOn, CheckedSteps):
             folder = output_dir or str(self.args.output_dir)
             shutil.rmtree(os.path.join(folder, "ref"), ignore_errors=True)  # TRL's copy of the run's first policy
             base: Any = self.model.get_base_model()
-            base.generation_config.save_pretrained(folder)
+            if (generation := getattr(base, "generation_config", None)) is not None:  # a model of numbers has none
+                generation.save_pretrained(folder)
             if first := getattr(self.model, "first_values", None):
                 write_plain(folder, first)
             if self._is_adalora:
