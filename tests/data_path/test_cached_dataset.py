@@ -12,6 +12,7 @@ from rayswift.arguments import make_arguments
 from rayswift.cli.main import main
 from rayswift.data.flow import encode_tasks, stage
 from rayswift.data.flow.cache import TokenCache
+from rayswift.data.flow.export import save_cached_dataset
 from rayswift.data.flow.prepare import TrainData, load_train_data
 from rayswift.data.names import resolve_datasets
 from rayswift.data.tokens.encoder import Encoder
@@ -113,18 +114,19 @@ def test_an_export_that_fails_leaves_the_folder_that_was_there(
     assert {file.name: file.read_bytes() for file in cached.iterdir()} != before
 
 
-def test_parts_of_a_cached_dataset_are_named_as_swift_names_them(
-    cached: Path, smollm2_dir: str, tmp_path: Path
-) -> None:
+def test_parts_of_a_cached_dataset_are_named_as_swift_names_them(smollm2_dir: str, tmp_path: Path) -> None:
     """``FOLDER/train`` and ``FOLDER/val``; a whole folder as ``--cached_val_dataset`` is its validation part."""
-    whole = load(Encoder(smollm2_dir, max_length=512), tmp_path / "a", cached_dataset=[str(cached)])
-    train = load(Encoder(smollm2_dir, max_length=512), tmp_path / "a", cached_dataset=[f"{cached}/train"])
-    assert len(train.train) == len(whole.train) and train.val is None
-    for val in (f"{cached}/val", str(cached)):
-        both = load(
-            Encoder(smollm2_dir, max_length=512), tmp_path / "a", cached_dataset=[f"{cached}/train"],
-            cached_val_dataset=[val],
-        )  # fmt: skip
-        assert len(both.train) == len(whole.train) and len(both.val) == len(whole.val)
+    encoder, cached = Encoder(smollm2_dir, max_length=512), str(tmp_path / "cached")
+    save_cached_dataset(cached, load(encoder, tmp_path / "a", dataset=[str(GSM8K)], split_dataset_ratio=0.1), encoder)
+
+    def sizes(**given: Any) -> tuple[int, int]:
+        data = load(encoder, tmp_path / "a", **given)
+        return len(data.train or ()), len(data.val or ())
+
+    assert sizes(cached_dataset=[cached]) == (36, 4)
+    assert sizes(cached_dataset=[f"{cached}/train"]) == (36, 0)
+    for val in (f"{cached}/val", cached):
+        assert sizes(cached_dataset=[f"{cached}/train"], cached_val_dataset=[val]) == (36, 4)
+    assert sizes(cached_dataset=[cached], cached_val_dataset=[cached]) == (36, 4)
     with pytest.raises(UserError, match=r"^--cached_val_dataset .*: no cached dataset there"):
-        load(Encoder(smollm2_dir), tmp_path / "a", cached_dataset=[str(cached)], cached_val_dataset=[str(tmp_path)])
+        sizes(cached_dataset=[cached], cached_val_dataset=[str(tmp_path)])
