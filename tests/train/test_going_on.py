@@ -13,9 +13,10 @@ from test_trainer import Run, fast, plain_steps  # noqa: F401 -- a fixture
 
 from rayswift.errors import UserError
 from rayswift.train.checkpoints import manifest as checkpoints
+from rayswift.train.checkpoints.reshard import STATE
 from rayswift.train.checkpoints.store import CheckpointStore
 from rayswift.train.loader import Rank
-from rayswift.train.resume import find_resume
+from rayswift.train.resume import Resume, find_resume
 
 ADAM = {"optim": "adamw_torch", "lr_scheduler_type": "cosine", "save_strategy": "steps", "save_steps": 2}
 
@@ -128,3 +129,12 @@ def test_a_restarted_worker_takes_the_newest_of_its_run_or_what_it_was_told(tmp_
     later = save(run / "checkpoint-10", 10)
     assert found(told, 8) == found(own, 4) == (str(later), 10, False)
     assert not [*run.glob(".writing-*")]
+
+
+@pytest.mark.parametrize(("file", "found"), [("optimizer.pt", True), (STATE, True), ("global_step2/a.pt", True),
+                                             ("weights", False)])  # fmt: skip
+def test_every_kind_of_optimiser_state_is_known(tmp_path: Path, file: str, found: bool) -> None:
+    (tmp_path / file).parent.mkdir(exist_ok=True)
+    (tmp_path / file).write_bytes(b"x")
+    checkpoints.write_manifest(LocalFileSystem(), str(tmp_path), 2, checkpoints.hash_files(str(tmp_path)))
+    assert Resume(str(tmp_path), uri=str(tmp_path))._has_optimizer() == found

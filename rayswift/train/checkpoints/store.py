@@ -86,6 +86,7 @@ class CheckpointStore:
         self.local_dir = self._staging if self.remote else self.run_path
         self._size = 0  # bytes of the checkpoint before
         self.waiting: set[str] = set()  # checkpoints that are evaluated
+        self._keeping = threading.Lock()
         self._behind: Behind | None = None
         os.makedirs(self.local_dir, exist_ok=True)
 
@@ -325,7 +326,8 @@ class CheckpointStore:
     def keep(self, last: int, best: int | None, best_path: str | None) -> None:
         """Rank 0: keep the checkpoints that ``--save_total_limit`` means, and name the last and the best."""
         args = self.config.args
-        checkpoints.keep_only(self.filesystem, self.run_path, args.save_total_limit, best_path, self.waiting)
+        with self._keeping:  # scores come in while a checkpoint is written
+            checkpoints.keep_only(self.filesystem, self.run_path, args.save_total_limit, best_path, self.waiting)
         if args.create_checkpoint_symlink and not self.remote:
             with contextlib.suppress(OSError):  # a disk without room for a name
                 self._link(last, best or last)
