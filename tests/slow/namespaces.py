@@ -113,13 +113,8 @@ class Nodes:
             "PYTHONPATH": str(ROOT), "HOME": "/tmp/home", "TMPDIR": "/tmp", "HF_HUB_OFFLINE": "1",
             "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32),
             # A node sees the memory of the whole machine: others' use of it is no reason to end its processes.
-<<<<<<< HEAD
-            "RAY_memory_monitor_refresh_ms": "0", "RAY_raylet_start_wait_time_s": "150", "RAY_USAGE_STATS_ENABLED": "0",
-            "OMP_NUM_THREADS": "1",
-=======
             "RAY_memory_monitor_refresh_ms": "0", "RAY_raylet_start_wait_time_s": "150",
             "RAY_USAGE_STATS_ENABLED": "0", "OMP_NUM_THREADS": "1",
->>>>>>> h-nodes
         }  # fmt: skip
 
     def _first_process(self, name: str, script: str, *arguments: str) -> int:
