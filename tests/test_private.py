@@ -294,7 +294,8 @@ def test_a_controller_that_cannot_be_built_here_runs_as_an_actor(
         lambda: None, embedded=True, alone=True, warm=[], scaling_config=ScalingConfig(num_workers=1),
         run_config=RunConfig(storage_path=str(tmp_path)),
     )  # fmt: skip
-    assert trainer._initialize_and_run_controller(scaling_policy=None, run_id=1) == ["run_id", "scaling_policy"]
+    given = trainer._initialize_and_run_controller(scaling_policy=None, run_id=1)
+    assert given == ["failure_policy", "run_id", "scaling_policy"]
     (line,) = caplog.messages
     assert "training starts some seconds later (unexpected keyword argument 'run_id')" in line
 

@@ -57,7 +57,7 @@ def main() -> None:
             (cluster, "connect", lambda args: Cluster(embedded=True, cpus=2, gpus=0, nodes=1)),
             (driver, "start_warm_workers", lambda *_: []),
             (driver, "make_trainer", trainer),
-            (events, "start_event_queue", lambda: queue),
+            (events, "start_event_queue", lambda facts: queue),
             (ray, "get", lambda value, **_: value),
             (ray.train, "get_context", lambda: context),
             (ray.train, "report", lambda *_, **__: None),

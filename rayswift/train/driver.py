@@ -144,7 +144,7 @@ def _connect(inputs: Inputs) -> Machines:
     cluster = ray_cluster.connect(args)
     workers = ray_cluster.plan_workers(args, cluster)
     quick_look(cluster, inputs.base)
-    if inputs.resume.uri:
+    if inputs.resume.uri and "optimizer" not in args.left_out:
         stage = zero_stage(deepspeed_config(args.deepspeed))
         check_zero_resume(*filesystem_of(inputs.resume.uri), stage, workers.num_workers)
     dtype = compute_dtype(args, model_dir, workers.use_gpu)

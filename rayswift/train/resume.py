@@ -94,18 +94,18 @@ class Resume:
                 f"--model {args.model}: not the model that the checkpoint was trained from (its weights differ); give "
                 "that one, or --adapters CHECKPOINT to begin a new run on this one"
             )
-        without = not args.resume_only_model and not self._has_optimizer()
-        if without and args.deepspeed:
-            raise UserError(
-                f"--resume_from_checkpoint {self.uri}: holds no optimiser state (--save_only_model true), which "
-                "DeepSpeed needs; begin a new run on its weights (--adapters or --model)"
-            )
         saved, given = self._saved_arguments(), args.to_dict()
         if not args.resume_only_model and "deepspeed" in saved and bool(saved["deepspeed"]) != bool(given["deepspeed"]):
             raise UserError(
                 f"--deepspeed {given['deepspeed'] or 'left out'}: the checkpoint was trained with "
                 f"{saved['deepspeed'] or 'none'}, and its optimiser cannot be taken over; give that, or begin a new "
                 "run on what it trained"
+            )
+        without = not args.resume_only_model and not self._has_optimizer()
+        if without and args.deepspeed:
+            raise UserError(
+                f"--resume_from_checkpoint {self.uri}: holds no optimiser state (--save_only_model true), which "
+                "DeepSpeed needs; begin a new run on its weights (--adapters or --model)"
             )
         optimizer = () if args.resume_only_model or args.reset_optimizer else ("optim", "optimizer")
         for name in ("train_type", *optimizer, *trained_weights(args.train_type)):

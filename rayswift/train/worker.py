@@ -58,7 +58,8 @@ def train_loop(loop_config: dict[str, Any]) -> dict[str, Any]:
         places = tuple(StreamPosition(*place) for place in position.stream)
     wish = Notices(config.events, rank).wish
     try:
-        if resume and not weights_only:  # of an attempt of this run, on another number of workers
+        left_out = config.args.left_out if is_first else frozenset()
+        if resume and "optimizer" not in left_out:  # of an attempt of this run, on another number of workers
             stage = zero_stage(deepspeed_config(config.args.deepspeed))
             check_zero_resume(LocalFileSystem(), resume, stage, rank.world_size)
         trainer = build_trainer(config, rank, local_world_size, store, resume, start_step, places, clock, wish)
@@ -66,8 +67,7 @@ def train_loop(loop_config: dict[str, Any]) -> dict[str, Any]:
         # What fails before the first step fails again: restarting the group would only cost minutes.
         logger.exception("the trainer could not be built")
         return {"user_error" if isinstance(error, UserError) else "error": one_line(error, LIMIT)}
-    if is_first:
-        trainer.left_out = config.args.left_out
+    trainer.left_out = left_out
     if config.spare and rank.rank == 0:
         trainer.evaluations = Evaluations(config, store, Evaluator)
     if config.args.step_timeout:

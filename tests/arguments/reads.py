@@ -105,7 +105,7 @@ def training_here() -> Iterator[_Queue]:
             (cluster, "connect", lambda args: Cluster(embedded=True, cpus=2, gpus=0, nodes=1)),
             (driver, "start_warm_workers", lambda *_: []),
             (driver, "make_trainer", make_trainer),
-            (events, "start_event_queue", lambda: queue),
+            (events, "start_event_queue", lambda facts: queue),
             (ray, "get", lambda value, **_: value),
             (ray.train, "get_context", lambda: rank),
             (ray.train, "report", lambda *_, **__: None),

@@ -57,7 +57,9 @@ def test_the_checkpoint_says_model_template_and_system(checkpoint: str, smollm2_
     assert plan.default_adapter is None
     own = plan.encoders(smollm2_dir)[""]
     assert plan.adapter_encoder(checkpoint, own).system == "Answer with one word."
-    assert replace(plan, load_args=False).adapter_encoder(checkpoint, own).system is None
+    settings = {"infer_backend": "vllm", "use_gpu": False, "load_args": False}
+    (bare,) = model_specs(make_arguments("deploy", model=smollm2_dir, adapters=[f"poet={checkpoint}"], **settings))
+    assert bare.adapter_encoder(checkpoint, bare.encoders(smollm2_dir)[""]).system is None
     (unnamed,) = model_specs(make_arguments("deploy", adapters=[checkpoint], infer_backend="vllm", use_gpu=False))
     assert unnamed.default_adapter == "checkpoint-7"
 

@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 
 from rayswift import redaction
-from rayswift.cli import adapters, jobs, main
+from rayswift.cli import adapters, main
+from rayswift.cli.cluster_state import job_list
+from rayswift.cli.status import status
 from rayswift.console import printable, say
 from rayswift.errors import UserError
 from rayswift.generate.types import Answer, SamplingParams
@@ -71,19 +73,27 @@ def test_a_rows_query_and_the_models_answer(capsys: pytest.CaptureFixture[str]) 
 def test_names_on_a_cluster_and_of_an_endpoint(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    node = SimpleNamespace(state="ALIVE", is_head_node=True, node_ip=EVIL, resources_total={EVIL: 1})
-    job = SimpleNamespace(submission_id=EVIL, job_id=None, status="RUNNING", start_time=1,
-                          entrypoint="python \x1b[2J --hub_token X")  # fmt: skip
-    client = SimpleNamespace(get_address=lambda: "", list_jobs=lambda: [job])
-    monkeypatch.setattr(jobs, "_client", lambda address: client)
-    monkeypatch.setattr("ray.util.state.list_nodes", lambda **_: [node])
-    assert jobs.status([]) == 0
+    node = {"state": "alive", "role": "head", "pool": EVIL, "address": EVIL, "resources": {EVIL: 1}}
+    run = {"run": EVIL, "command": "sft", "model": EVIL, "state": "running", "since": 1, "heard": 1, "step": 1,
+           "max_steps": 2, "eta_seconds": None, "checkpoint": None, "nodes": {}, "job": EVIL,
+           **dict.fromkeys(("loss", "eval_loss", "tokens/s", "goodput", "data_wait"))}  # fmt: skip
+    job = SimpleNamespace(submission_id=EVIL, job_id=None, status="RUNNING", start_time=1, end_time=None,
+                          driver_exit_code=None, message=EVIL, entrypoint="python \x1b[2J --hub_token X")  # fmt: skip
+    state = {"time": 2, "nodes": [node], "pools": [], "runs": [run], "deployments": [],
+             "autoscaler": {"pending": [EVIL], "demands": [], "failures": [EVIL]},
+             "jobs": job_list(SimpleNamespace(list_jobs=lambda: [job]))}  # type: ignore[arg-type] # fmt: skip
+    monkeypatch.setattr("rayswift.cli.status.connect_client", lambda address: None)
+    monkeypatch.setattr("rayswift.cli.cluster_state.cluster_state", lambda *_, **__: state)
+    assert status([]) == 0
+    text = capsys.readouterr().out
+    assert text.count(SPELLED) == 9
+    assert "python '\\u001b[2J' --hub_token '***'" in text
+    assert status(["--json"]) == 0
     monkeypatch.setattr(adapters, "_call", lambda *_: {"data": [{"id": EVIL, "model": EVIL}], "id": EVIL})
     assert adapters.adapters(["list"]) == adapters.adapters(["load", "x"]) == 0
     shown = capsys.readouterr().out
     assert not set(EVIL) & set(shown) - set("[2J]0;pwnedab31mc")
-    assert shown.count(SPELLED) == 6
-    assert "python '\\u001b[2J' --hub_token '***'" in shown
+    assert shown.count(SPELLED) == 3
     line = StatusLine(io.StringIO(), live=False, interval=1)
     line.show({"requests": 0, "tokens": 0, "running": 0, "waiting": 0, "errors": 0, "resumed": 0}, {EVIL: "1/1"})
     assert SPELLED in line.stream.getvalue()  # type: ignore[attr-defined]

@@ -30,7 +30,7 @@ def table(numbers: range | list[int]) -> pa.Table:
         "input_ids": ids,
         "labels": [[-100, *row[1:]] for row in ids],
         "loss_scale": [None] * len(ids),
-        "rejected_start": [None] * len(ids),
+        **dict.fromkeys(("rejected_start", "text_ends", "targets"), [None] * len(ids)),
         "source": list(numbers),
         "length": [len(row) for row in ids],
     }

@@ -189,7 +189,7 @@ def test_operations_of_a_batch() -> None:
     expected = (48, 28, full.token * 48 + full.scored * 28 + 8 * 3 * attention * 2 * 300)
     assert full.of_batch({"attention_mask": torch.ones_like(labels), "labels": labels}) == expected
     told = full.of_batch({"attention_mask": torch.ones_like(labels), "targets": torch.zeros(2)})  # --task_type
-    assert told[:2] == (48, 48)
+    assert told[:2] == (48, 2)
     bounds = torch.tensor([0, 24, 48], dtype=torch.int32)
     assert full.of_batch({"cu_seq_lens_q": bounds, "labels": labels.reshape(1, -1)}) == expected
 
