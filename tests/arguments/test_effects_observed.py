@@ -22,6 +22,7 @@ VALUES: dict[str, Any] = {
     "ssl_keyfile": "{}/key.pem", "ssl_certfile": "{}/a.py", "models": {"a": {"model": "{}/other"}},
     "template": "llama3", "template_backend": "jinja", "template_date": "2020-01-01", "agent_template": "react_en",
     "address": "ray://h:1", "allowed_origins": ["http://h"], "new_special_tokens": ["new"], "enable_thinking": False,
+    "rope_scaling": {"rope_type": "linear", "factor": 2.0},
     }  # fmt: skip
 #: What a flag needs beside it to have an effect.
 BESIDE: dict[str, Settings] = {
