@@ -96,7 +96,8 @@ class CheckedSteps(Trainer):
 
     def _leave_out(self, model: Any) -> None:
         """Have this step change nothing: optimisers pass over weights without gradients."""
-        model.zero_grad(set_to_none=True)
+        if not self.is_deepspeed_enabled:  # which has left it out itself
+            model.zero_grad(set_to_none=True)
         self._tr_loss.copy_(self._before_step[0])
         self._counts.copy_(self._before_step[1])
         self._skipped += 1
