@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import argparse
 import copy
+import os
 import re
 import sys
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import yaml
 
@@ -267,10 +269,12 @@ def _serve_config() -> dict[str, Any]:
         "deploy", model=model, infer_backend="vllm", served_model_name="qwen", host="0.0.0.0", use_gpu=True,
         max_replicas=32, vllm_max_model_len=32768, vllm_enable_prefix_caching=True,
     )  # fmt: skip
+    with mock.patch.dict(os.environ, clear=True):  # not what is set where this script runs
+        env_vars = environment(args, True, 32)
     spec = ModelSpec(
         name="qwen", model=model, engine="vllm", use_gpu=True, max_model_len=32768,
         engine_kwargs=engine_kwargs(args, use_gpu=True), max_replicas=32, max_queued_requests=2048,
-        bundles=[{"GPU": 1.0, "CPU": 2.0}], env_vars=environment(args, True, 32), local=False,
+        bundles=[{"GPU": 1.0, "CPU": 2.0}], env_vars=env_vars, local=False,
     )  # fmt: skip
     return serve_config([spec], args, listen=False)
 
