@@ -87,7 +87,8 @@ def without_effect(
         if why_never(spec, command) or len(spec.choices) == 1 or (names and name not in names):
             continue
         for label, run in runs.items():
-            settings = run | beside.get(name, {})
+            needed = beside.get(name, {})
+            settings = run | (needed if needed.keys() <= flags_of(command).keys() else {})
             if (key := repr(settings)) not in known:
                 known[key] = Look(command, settings, observers)
             base = known[key]
@@ -99,8 +100,9 @@ def without_effect(
                 continue
             varied = Look(command, settings | {name: values.get(name, other_value(spec, now))}, observers)
             if varied.args is not None and not why_no_effect(spec, varied.args):
-                if any(varied.view(number) != base.view(number) for number in range(len(observers))):
-                    if "null" not in varied.seen.values():
+                changed = [number for number in range(len(observers)) if varied.view(number) != base.view(number)]
+                if changed:
+                    if any("null" not in (varied.seen[number], base.seen[number]) for number in changed):
                         proven.add(name)
                 elif spec.flag not in varied.told:
                     yield f"{spec.flag} ({label})"
