@@ -261,7 +261,8 @@ def _service() -> dict[str, Any]:
 def _serve_config() -> dict[str, Any]:
     """Qwen2.5-7B-Instruct as `rayswift deploy` would serve it; a gateway behind Serve's proxy on every node."""
     from rayswift.arguments import make_arguments
-    from rayswift.generate.model_spec import ModelSpec, engine_kwargs, environment
+    from rayswift.generate.engine_settings import engine_kwargs, environment
+    from rayswift.generate.model_spec import ModelSpec
     from rayswift.serve.application import serve_config
 
     model = "/mnt/shared/models/Qwen2.5-7B-Instruct"

@@ -11,13 +11,7 @@ from rayswift.arguments.base import Arguments
 from rayswift.arguments.engines import EngineArguments, GenerationArguments
 from rayswift.arguments.exporting import QuantizeArguments
 from rayswift.arguments.fields import Spec, arg, arg_like, specs_of
-from rayswift.arguments.groups import (
-    DatasetArguments,
-    ModelArguments,
-    RayArguments,
-    TemplateArguments,
-    WorkerArguments,
-)
+from rayswift.arguments.groups import DatasetArguments, ModelArguments, TemplateArguments
 from rayswift.arguments.optimizers import LargeModelOptimizers
 from rayswift.arguments.rlhf import DPO_LOSSES, PREFERENCE_METRICS, RlhfRules
 from rayswift.arguments.serving import (
@@ -35,6 +29,7 @@ from rayswift.arguments.training import (
 from rayswift.arguments.training_args import choices_of, passthrough_specs
 from rayswift.arguments.tuner import QuantizedBaseArguments, TunerArguments
 from rayswift.arguments.watching import EvaluationArguments, StepArguments
+from rayswift.arguments.workers import RayArguments, WorkerArguments
 
 _GOING_ON = {"adapters=none": "only with --adapters"}
 #: Values of --loss_scale that weigh every token 0 or 1.

@@ -18,16 +18,19 @@ def find_model(args: Any) -> str:
     such (``args.use_chat_template``).
 
     Raises:
-        UserError: it or ``--ref_model`` is not there, or has no weights; or training cannot begin with ``--adapters``.
+        UserError: it or ``--ref_model`` is not there, or has no weights; it has no such positions as ``--rope_scaling``
+            asks for; or training cannot begin with ``--adapters``.
     """
     from rayswift.hub import resolve_model
     from rayswift.modeling.adapter_folder import check_adapter, read_adapter_config
     from rayswift.modeling.adapter_kinds import not_trainable
-    from rayswift.modeling.loading import weight_files
+    from rayswift.modeling.loading import read_config, weight_files
+    from rayswift.modeling.positions import with_positions
     from rayswift.modeling.task_models import settle_layout
 
     model_dir = resolve_model(args.model, revision=args.model_revision, use_hf=args.use_hf, token=args.hub_token)
     weight_files(model_dir)
+    with_positions(read_config(model_dir), args.positions)
     for adapter in args.adapters[:1]:
         check_adapter(adapter)
         if problem := not_trainable(read_adapter_config(adapter), rlhf=args.command == "rlhf"):

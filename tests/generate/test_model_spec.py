@@ -17,7 +17,8 @@ from rayswift.arguments import make_arguments
 from rayswift.cluster import Cluster
 from rayswift.errors import UserError
 from rayswift.generate import preflight
-from rayswift.generate.model_spec import ModelSpec, engine_kwargs, model_spec, model_specs
+from rayswift.generate.engine_settings import engine_kwargs
+from rayswift.generate.model_spec import ModelSpec, model_spec, model_specs
 from rayswift.modeling.resolved import resolve_model
 from rayswift.serve.application import serve_config
 

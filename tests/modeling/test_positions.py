@@ -15,6 +15,7 @@ from rayswift.errors import UserError
 from rayswift.generate.transformers import context_length
 from rayswift.modeling.loading import load_model, read_config
 from rayswift.modeling.positions import changed_positions, longest
+from rayswift.train.model import find_model
 
 OLD = {"max_position_embeddings": 128, "rope_theta": 5e5}
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128, "rope_theta": 5e5}
@@ -47,6 +48,12 @@ def test_how_far_it_goes_must_be_said() -> None:
         changed_positions(OLD, "yarn", None)
     with pytest.raises(UserError, match="no positions of one kind"):
         changed_positions({"rope_parameters": {"full_attention": {}}, **OLD}, "yarn", 512)
+
+
+def test_it_is_asked_before_a_cluster_is(tmp_path: Path) -> None:
+    llama().save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="--rope_scaling: how far"):
+        find_model(make_arguments("sft", model=str(tmp_path), dataset=["d"], rope_scaling="yarn"))
 
 
 def test_a_model_is_loaded_with_them_and_prompts_may_be_as_long(tmp_path: Path) -> None:
