@@ -28,7 +28,8 @@ if [ $# -eq 0 ]; then
   set -- pt --model Qwen/Qwen2.5-7B --dataset swift/chinese-c4 --streaming true --train_type full --deepspeed zero2 \
     --num_nodes "$SLURM_JOB_NUM_NODES" --max_steps 10000 --save_steps 500
 fi
-HEAD=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+# `sed` reads to the end: under pipefail a pipe that `head` closes early ends the script.
+HEAD=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p)
 PORT=$((20000 + SLURM_JOB_ID % 10000)) # of this job: two may share a node
 ulimit -n 65536 || true
 

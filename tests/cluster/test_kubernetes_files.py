@@ -189,7 +189,9 @@ def test_slurm_runs_one_line_on_every_node(tmp_path: Path) -> None:
     """In a shell where Slurm's and Ray's commands only note what they are told."""
     for name in ("srun", "scontrol"):
         tool = tmp_path / name
-        tool.write_text("#!/bin/bash\n" + ('printf "%s\\n" "$@"' if name == "srun" else "echo n1; echo n2") + "\n")
+        tool.write_text(
+            "#!/bin/bash\n" + ('printf "%s\\n" "$@"' if name == "srun" else "echo n1; sleep 0.1; echo n2") + "\n"
+        )
         tool.chmod(0o755)
     environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "HOME": str(tmp_path), "SLURM_JOB_NODELIST": "n[1-2]",
                    "SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_ID": "77", "SLURM_CPUS_PER_TASK": "8"}  # fmt: skip
