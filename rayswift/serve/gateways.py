@@ -98,9 +98,14 @@ class Gateways:
         return ["", *sorted(set(nodes) & set(self._replica_nodes()))]
 
     def _replica_nodes(self) -> Iterator[str]:
+        """Nodes with replicas; and while an application changes, those with gateways. A controller that has just come
+        back, with the head or without, knows of no replica that runs, and they all do."""
         apps = private.serve_applications()
         for name in (app_name(self._args.app_name, spec) for spec in self._specs):
-            for deployment in (apps.get(name) or {}).get("deployments", {}).values():
+            app = apps.get(name) or {}
+            if app.get("status", "RUNNING") != "RUNNING":
+                yield from self._counts
+            for deployment in app.get("deployments", {}).values():
                 yield from (one["node_id"] for one in deployment["replicas"] if one["state"] == "RUNNING")
 
 

@@ -76,6 +76,17 @@ def test_a_report_leads_to_a_finding_with_its_mend(findings: Any, level: str, sa
     assert bool(found.mend) == (level != "ok")
 
 
+def test_only_a_node_that_was_lost_and_is_not_back_is_dead() -> None:
+    def node(address: str, alive: bool, reason: int) -> dict[str, Any]:
+        return {"NodeManagerAddress": address, "Alive": alive, "DeathReason": reason}
+
+    head_is_back = [node("10.0.0.1", False, 2), node("10.0.0.1", True, 0)]
+    scaled_down = [node("10.0.0.2", False, reason) for reason in (1, 3, 4)]
+    assert list(checks.check_nodes([*head_is_back, *scaled_down])) == []
+    [found] = checks.check_nodes([*head_is_back, *scaled_down, node("10.0.0.3", False, 2)])
+    assert (found.level, found.message) == ("warning", "dead: 10.0.0.3")
+
+
 def test_it_is_well_with_warnings_but_not_with_errors() -> None:
     warning, error = Finding("disk", Level.WARNING, "w", "m"), Finding("disk", Level.ERROR, "e", "m")
     assert Examination([warning], {}).is_well

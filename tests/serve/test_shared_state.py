@@ -8,12 +8,15 @@ import pytest
 
 from rayswift.arguments import make_arguments
 from rayswift.generate.model_spec import ModelSpec
+from rayswift.serve import gateways
 from rayswift.serve.application import build_gateway, gateways_on, serve_config, spread
 from rayswift.serve.gateway import shared
 from rayswift.serve.gateway.shared import Counters, GatewayState, SharedState, TooManyWait
 from rayswift.serve.openai_errors import ApiError
 from rayswift.serve.ports import bind, is_free
 from rayswift.serve.status_line import StatusLine
+
+HEAD = "node:__internal_head__"
 
 
 @pytest.fixture
@@ -109,6 +112,31 @@ def test_gateways_are_one_a_node_or_as_many_as_asked_for_in_turn() -> None:
     assert spread(1, nodes) == {"": 1}
     assert spread(5, nodes) == {"": 2, "a": 2, "b": 1}
     assert spread(4, [""]) == {"": 4}
+
+
+@pytest.mark.parametrize(
+    ("status", "state", "alive", "found"),
+    [
+        ("RUNNING", "RUNNING", "ab", ["", "a"]),
+        ("RUNNING", "STOPPING", "ab", [""]),
+        ("DEPLOYING", "RECOVERING", "ab", ["", "a", "b"]),  # a controller that has just come back
+        ("DEPLOYING", "RECOVERING", "b", ["", "b"]),
+        (None, "", "ab", [""]),
+    ],
+)
+def test_a_gateway_goes_with_the_replicas_of_its_node_but_not_while_they_are_unknown(
+    status: str | None, state: str, alive: str, found: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    app = {"status": status, "deployments": {"LLMServer": {"replicas": [{"node_id": "a", "state": state}]}}}
+    apps = {} if status is None else {"rayswift-m": app}
+    monkeypatch.setattr(gateways.private, "serve_applications", lambda: apps)
+    nodes = [{"NodeID": name, "Resources": {}, "Alive": name in alive} for name in "ab"]
+    nodes.append({"NodeID": "head", "Resources": {HEAD: 1}, "Alive": True})
+    monkeypatch.setattr("ray.nodes", lambda: nodes)
+    args = make_arguments("deploy", model="m", host="0.0.0.0")
+    one = gateways.Gateways(args, [ModelSpec("m", "m", "vllm", local=False)])
+    one._counts = {"": 1, "a": 1, "b": 1}
+    assert one._nodes() == found
 
 
 @pytest.mark.parametrize(

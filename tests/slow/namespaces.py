@@ -26,6 +26,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 HEAD_ADDRESS = "10.77.0.1"
+#: What `ray start` says at last.
+STARTED = "Ray runtime started"
 #: What Ray takes at least, in bytes.
 OBJECT_STORE = 80 * 2**20
 _FAKE_HEAD = "f" * 51 + "00000"
@@ -131,29 +133,32 @@ class Nodes:
         raise AssertionError(f"namespaces: {Path(log.name).read_text()}")
 
     def add(self, name: str, *flags: str, wait: bool = True, **environment: str) -> Node:
-        """A node that has joined Ray; the first one is the head. ``flags``: more of ``ray start``'s."""
-        number = len(self.nodes) + 1
+        """A node that has joined Ray; the first one is the head. ``flags``: more of ``ray start``'s. One of a name that
+        has been switched off is switched on again: empty, at its old address."""
+        number = [*dict.fromkeys([*self.nodes, name])].index(name) + 1
         address = f"10.77.0.{number}"
         # A host's name leads to its address everywhere, as torch's process groups expect.
-        hosts = "127.0.0.1 localhost\n" + "".join(f"{one.address} {one.name}\n" for one in self.nodes.values())
-        hosts += f"{address} {name}\n"
+        known = {**{one.name: one.address for one in self.nodes.values()}, name: address}
+        hosts = "127.0.0.1 localhost\n" + "".join(f"{at} {one}\n" for one, at in known.items())
         pid = self._first_process(name, _PREPARE, name, hosts, *map(str, self._shared))
-        link = f"n{number}"
+        link = f"n{len(self._processes)}"
         inside = ["nsenter", "--target", str(pid), "--net", "ip"]
         switch = ["nsenter", "--target", str(self._switch), "--net", "ip"]
-        _run(*inside, "link", "add", "eth0", "type", "veth", "peer", "name", link, "netns", str(self._switch))
+        own = ["eth0", "address", f"02:00:0a:4d:00:{number:02x}"]
+        _run(*inside, "link", "add", *own, "type", "veth", "peer", "name", link, "netns", str(self._switch))
         _run(*inside, "address", "add", f"{address}/24", "dev", "eth0")
         _run(*inside, "link", "set", "eth0", "up")
         _run(*switch, "link", "set", link, "master", "br0", "up")
         node = Node(name, address, pid, link, self.folder / f"{name}.log", self.environment, self._switch)
         for other in self.nodes.values():
-            if other.pid and psutil.pid_exists(other.pid):
+            if other.name != name and psutil.pid_exists(other.pid):
                 line = shlex.quote(f"{address} {name}")
                 _run("nsenter", "--target", str(other.pid), "--mount", "sh", "-c", f"echo {line} >> /tmp/hosts")
         self.nodes[name] = node
+        before = node.log.read_text().count(STARTED) if node.log.exists() else 0
         self.start_ray(node, *flags, **environment)
         if wait:
-            self.wait_for_ray(node)
+            self.wait_for_ray(node, before + 1)
         return node
 
     def start_ray(self, node: Node, *flags: str, **environment: str) -> None:
@@ -202,7 +207,7 @@ class Nodes:
     def wait_for_ray(self, node: Node, times: int = 1, timeout: float = 240) -> None:
         """Until Ray runs on a node (has been started there so many times)."""
         deadline = time.monotonic() + timeout
-        while node.log.read_text().count("Ray runtime started") < times:
+        while node.log.read_text().count(STARTED) < times:
             assert time.monotonic() < deadline, node.log.read_text()
             time.sleep(0.3)
 

@@ -35,8 +35,19 @@ class Finding:
     mend: str = ""
 
 
+#: Ray's numbers for nodes that ended as they should: stopped, taken away by their cloud, or idle.
+ENDED = (1, 3, 4)
+
 #: What a node reported, by its address.
 Reports = Mapping[str, Mapping[str, Any]]
+
+
+def check_nodes(nodes: Sequence[Mapping[str, Any]]) -> Iterator[Finding]:
+    """No node of Ray's list was lost and has not come back."""
+    alive = {node["NodeManagerAddress"] for node in nodes if node["Alive"]}
+    lost = {node["NodeManagerAddress"] for node in nodes if not node["Alive"] and node.get("DeathReason") not in ENDED}
+    if dead := sorted(lost - alive):
+        yield Finding("nodes", Level.WARNING, f"dead: {some(dead)}", "ray start on them again")
 
 
 def check_versions(reports: Reports) -> Iterator[Finding]:

@@ -57,9 +57,7 @@ def examine(
     import ray
 
     alive = [node for node in ray.nodes() if node["Alive"]]
-    findings = []
-    if dead := [node["NodeManagerAddress"] for node in ray.nodes() if not node["Alive"]]:
-        findings.append(Finding("nodes", Level.WARNING, f"dead: {checks.some(dead)}", "ray start on them again"))
+    findings = list(checks.check_nodes(ray.nodes()))
     probes, reports = _start(alive, findings)
     try:
         nodes = {name: node for node in alive if (name := _name(node, alive)) in probes}
