@@ -119,6 +119,7 @@ class RunBoard:
         self._said, self._meters = 0.0, Meters(run=str(facts.get("run")))
         self.is_on = "run" in facts
         self._facts, self._notes = {"since": round(time.time(), 2), **facts}, 0
+        self._counted: dict[str, float] = {}
         if self.is_on:
             self._note()
             self._meters.set(rayswift_train_max_steps=facts["max_steps"])
@@ -143,6 +144,12 @@ class RunBoard:
         elif kind == "log":
             self._take_row(event["row"], event.get("data_wait"))
 
+    def counted(self, numbers: Mapping[str, float]) -> None:
+        """Say what is counted of the whole run: ``goodput``, ``mfu``; with the rows that follow, too."""
+        if self.is_on:
+            self._counted = dict(numbers)
+            self._meters.set(**{f"rayswift_train_{name}": value for name, value in numbers.items()})
+
     def _note(self, **said: Any) -> None:
         if self._notes % self.FACTS_EVERY == 0:
             said["run"] = self._facts
@@ -150,11 +157,11 @@ class RunBoard:
         note(**said)
 
     def _take_row(self, row: Mapping[str, Any], data_wait: float | None) -> None:
-        numbers = {name: value for name, value in row.items() if isinstance(value, (int, float))}
+        numbers = {name: value for name, value in {**self._counted, **row}.items() if isinstance(value, (int, float))}
         if data_wait is not None:
             numbers["data_wait"] = round(data_wait, 4)
         self._note(step=numbers.pop("global_step"), row=numbers)
-        names = ("loss", "eval_loss", "learning_rate", "grad_norm", "goodput", "mfu")
+        names = ("loss", "eval_loss", "learning_rate", "grad_norm")
         values = {f"rayswift_train_{name}": row.get(name) for name in names}
         values["rayswift_train_tokens_per_second"] = row.get("tokens/s")
         values["rayswift_train_memory_gib"] = row.get("memory(GiB)")

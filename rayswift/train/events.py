@@ -42,8 +42,9 @@ class EventQueue:
             return
         self._events.append(event)
 
-    def drain(self) -> list[dict[str, Any]]:
-        """All events since the last call."""
+    def drain(self, counted: dict[str, float] | None = None) -> list[dict[str, Any]]:
+        """All events since the last call. ``counted``: what the driver alone knows of the run, to be said with it."""
+        self._board.counted(counted or {})
         events, self._events = self._events, []
         return events
 

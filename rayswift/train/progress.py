@@ -108,7 +108,7 @@ class Progress:
         while True:
             stopping = self._stop.is_set()
             try:
-                for event in ray.get(self.queue.drain.remote()):
+                for event in ray.get(self.queue.drain.remote(self.summary.counted())):
                     self._take(event)
                 self._end_hang()
             except ray.exceptions.RayError as error:

@@ -146,6 +146,10 @@ class Summary:
             row["peak_memory(GiB)"] = [round(one, 2) for one in self.memory]
         return row
 
+    def counted(self) -> dict[str, float]:
+        """Those of the row that `rayswift.cluster.board` says while the run goes on."""
+        return {name.lower(): value for name, value in self.row().items() if name in ("goodput", "MFU")}
+
     def lines(self) -> list[str]:
         """For the person at the terminal."""
         row, lines = self.row(), []

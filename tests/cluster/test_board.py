@@ -67,6 +67,7 @@ def test_a_run_says_steps_rows_and_checkpoints_and_its_facts_again_and_again(sai
     for step in (1, 2):
         queue.push({"event": "step", "step": step})
     row = {"loss": 1.5, "tokens/s": 80.0, "global_step": 2, "epoch": 0.1, "memory(GiB)": 1.0, "learning_rate": 1e-4}
+    assert queue.drain({"goodput": 0.75, "mfu": 0.5})
     queue.push({"event": "log", "row": row, "data_wait": 0.25})
     queue.push({"event": "checkpoint", "step": 2, "best": 2})
     notes = list(read_notes("".join(said)))
@@ -74,12 +75,13 @@ def test_a_run_says_steps_rows_and_checkpoints_and_its_facts_again_and_again(sai
     assert [(one.get("attempt"), one.get("step"), one.get("checkpoint")) for one in notes[1:]] == [
         (0, None, None), (None, 1, None), (None, 2, None), (None, None, 2),
     ]  # fmt: skip  # the second step came within the seconds of the first
-    assert notes[3]["row"].items() >= {"loss": 1.5, "tokens/s": 80.0, "data_wait": 0.25}.items()
+    assert notes[3]["row"].items() >= {"loss": 1.5, "tokens/s": 80.0, "data_wait": 0.25, "goodput": 0.75}.items()
     assert ray.labels == {"run": "/out/v0"}
     assert ray.values.items() >= {
         "rayswift_train_step": 2, "rayswift_train_max_steps": 10, "rayswift_train_loss": 1.5,
         "rayswift_train_tokens_per_second": 80.0, "rayswift_train_data_wait_share": 0.25,
         "rayswift_train_checkpoints_total": 1, "rayswift_train_attempts_total": 1,
+        "rayswift_train_goodput": 0.75, "rayswift_train_mfu": 0.5,
     }.items()  # fmt: skip
     for step in range(3, 2 * RunBoard.FACTS_EVERY):
         queue.push({"event": "log", "row": {**row, "global_step": step}})

@@ -13,6 +13,7 @@ import json
 import os
 import secrets
 import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -216,6 +217,12 @@ class Nodes:
         for process in reversed(self._processes):
             process.kill()
             process.wait(30)
+
+
+def send(process: subprocess.Popen[bytes], number: signal.Signals) -> None:
+    """A signal to a command that :meth:`Node.start` started: its process is the one that waits for it."""
+    for command in psutil.Process(process.pid).children():
+        command.send_signal(number)
 
 
 @contextlib.contextmanager

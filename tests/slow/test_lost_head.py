@@ -3,7 +3,7 @@ command that trained goes on when it is run again."""
 
 from __future__ import annotations
 
-import json
+import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -11,25 +11,12 @@ from pathlib import Path
 
 import pytest
 from command_line import QUICK, losses, run_directory, wait_for
-from namespaces import Node, Nodes, nodes
+from load import ask_on, asked
+from namespaces import Node, Nodes, nodes, send
 
 pytestmark = pytest.mark.slow
 
 STEPS, PORT = 40, 8000
-#: Asks one question again and again; prints when it was asked, the status (0: no answer) and the seconds it took.
-LOAD = """
-import json, sys, time, urllib.request
-body = json.dumps({"model": "tiny", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 4}).encode()
-while True:
-    began = time.time()
-    try:
-        request = urllib.request.Request(sys.argv[1], body, {"Content-Type": "application/json"})
-        status = urllib.request.urlopen(request, timeout=60).status
-    except Exception as error:
-        status = getattr(error, "code", 0)
-    print(json.dumps([began, status, round(time.time() - began, 3)]), flush=True)
-    time.sleep(0.2)
-"""
 SERVED = """
 from ray import serve
 apps = serve.status().applications
@@ -51,13 +38,6 @@ def add_head(cluster: Nodes) -> Node:
     return cluster.add("head", "--num-cpus", "0", RAY_gcs_storage="rocksdb", RAY_gcs_storage_path=volume)
 
 
-def asked(log: Path, since: float = 0) -> list[tuple[float, int, float]]:
-    """What the load that writes this file has seen."""
-    lines = log.read_text().splitlines(keepends=True) if log.exists() else []
-    found = [tuple(json.loads(line)) for line in lines if line.endswith("\n")]
-    return [one for one in found if one[0] >= since]
-
-
 def test_what_is_served_answers_while_the_head_is_gone_and_a_retried_command_trains_on(
     cluster: Nodes, tiny_dir: str
 ) -> None:
@@ -73,7 +53,7 @@ def test_what_is_served_answers_while_the_head_is_gone_and_a_retried_command_tra
     )
     assert served.poll() is None, (folder / "deploy.log").read_text()[-4000:]
     load = folder / "load"
-    worker.start(sys.executable, "-c", LOAD, f"http://127.0.0.1:{PORT}/v1/chat/completions", log=load)
+    ask_on(worker, PORT, load)
 
     train = [
         *rayswift, "sft", "--model", tiny_dir, "--dataset", "identity", "--model_name", "robot", "--model_author", "us",
@@ -110,8 +90,9 @@ def test_what_is_served_answers_while_the_head_is_gone_and_a_retried_command_tra
     since = asked(load, lost)
     print("answers:", len(since), "slowest:", sorted(seconds for *_, seconds in since)[-3:])
     assert {status for _, status, _ in since} == {200}
-    head.start(sys.executable, "-c", LOAD, f"http://127.0.0.1:{PORT}/v1/chat/completions", log=folder / "at_head")
+    ask_on(head, PORT, folder / "at_head")
     wait_for(lambda: any(status == 200 for _, status, _ in asked(folder / "at_head")), 100, "the head's gateway")
 
     assert served.poll() is None, (folder / "deploy.log").read_text()[-4000:]
-    served.terminate()
+    send(served, signal.SIGTERM)
+    assert served.wait(100) == 0
