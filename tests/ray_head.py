@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import secrets
 import shutil
@@ -14,6 +15,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
+
+import httpx
 
 GCS = "127.0.0.1:6391"
 PORTS = [
@@ -30,6 +33,11 @@ class Head(NamedTuple):
     address: str
     environment: dict[str, str]
     folder: Path
+
+    def metrics(self) -> str:
+        """What Ray's Prometheus endpoint of the node says; its port stands in the file for Prometheus' discovery."""
+        [targets] = json.loads((self.folder / "prom_metrics_service_discovery.json").read_text())
+        return "".join(httpx.get(f"http://{target}/metrics", timeout=30).text for target in targets["targets"])
 
 
 @contextlib.contextmanager

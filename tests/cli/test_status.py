@@ -14,6 +14,7 @@ import pytest
 from rayswift.cli import cluster_state, jobs
 from rayswift.cli.cluster_state import autoscaler_lines, deployments, describe_run, job_list
 from rayswift.cli.status import status
+from rayswift.cli.status_page import timeline
 from rayswift.cli.status_text import duration, status_lines
 from rayswift.cluster.board import MARK
 from rayswift.errors import UserError
@@ -189,6 +190,25 @@ def test_the_json_and_the_page_hold_no_secret_and_no_markup_of_others(
     assert page.count("<rect") == 4 + 3 + 1  # nodes, jobs and the run
     with pytest.raises(UserError, match=r"--html .*: cannot be written"):
         status(["--html", str(tmp_path / "no" / "page.html")])
+
+
+@pytest.mark.parametrize(
+    ("state", "why", "is_lost"),
+    [
+        ("alive", None, False),
+        ("dead", "Expected termination: received SIGTERM", False),
+        ("dead", "Terminated due to idle (no Ray activity)", False),
+        ("dead", "Terminated due to preemption: spot", True),
+        ("dead", "Unexpected termination: health check failed", True),
+        ("dead", None, True),
+    ],
+)
+def test_the_timeline_shows_a_lost_node_apart_from_one_that_was_not_needed(
+    state: str, why: str | None, is_lost: bool
+) -> None:
+    node = {"pool": "worker", "address": "a", "started": 1, "ended": 2, "state": state, "why": why}
+    drawn = timeline({"time": 3, "nodes": [node], "jobs": [], "runs": []})
+    assert ('class="bad"' in drawn, 'class="node"' in drawn) == (is_lost, not is_lost)
 
 
 def test_what_the_autoscaler_does_is_said() -> None:

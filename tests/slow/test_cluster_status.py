@@ -26,12 +26,6 @@ def rayswift(head: Head, *words: str, status: int = 0) -> str:
     return done.stdout
 
 
-def metrics(head: Head) -> str:
-    """What Ray's Prometheus endpoint of the node says; its port stands in the file for Prometheus' discovery."""
-    [targets] = json.loads((head.folder / "prom_metrics_service_discovery.json").read_text())
-    return "".join(httpx.get(f"http://{target}/metrics", timeout=30).text for target in targets["targets"])
-
-
 @pytest.mark.slow
 def test_a_cluster_says_what_it_does(tiny_dir: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_memory_monitor_refresh_ms", "0")  # it would end workers for what others of the machine use
@@ -68,7 +62,7 @@ def test_a_cluster_says_what_it_does(tiny_dir: str, tmp_path: Path, monkeypatch:
         assert (deployment["status"], deployment["gateways"], deployment["requests"]) == ("running", 1, 1)
         assert [(model["name"], model["replicas"]) for model in deployment["models"]] == [("tiny", 1)]
 
-        exported = set(re.findall(r"^(ray_rayswift_\w+)\{", metrics(head), re.MULTILINE))
+        exported = set(re.findall(r"^(ray_rayswift_\w+)\{", head.metrics(), re.MULTILINE))
         assert exported >= {"ray_rayswift_serve_requests_total", "ray_rayswift_serve_generated_tokens_total",
                             "ray_rayswift_serve_leases_total", "ray_rayswift_serve_waiting_requests"}  # fmt: skip
         asked: set[str] = set()

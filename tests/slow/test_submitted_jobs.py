@@ -51,7 +51,7 @@ def test_a_folder_of_two_gigabytes_is_refused_before_it_is_read(head: Head, tmp_
     at = ["--address", head.address]
     done = submit(head, tmp_path, *RAY, *at, "--working-dir", ".", "--", "python", "-c", "print('ran')")
     assert done.returncode == 1
-    assert "exceeds" in done.stdout + done.stderr
+    assert "exceed" in done.stderr
     done = submit(head, tmp_path, *RAYSWIFT, *at, *SFT)
     assert done.returncode == 2
     [error] = done.stderr.splitlines()
@@ -60,15 +60,15 @@ def test_a_folder_of_two_gigabytes_is_refused_before_it_is_read(head: Head, tmp_
     assert "--working_dir none" in error or ".gitignore" in error
 
 
-def test_a_program_that_raises_ends_both_with_its_status(head: Head, tmp_path: Path) -> None:
-    (tmp_path / "job.py").write_text("import sys\nif sys.argv[1:]:\n    sys.exit(7)\nraise ValueError('broken here')\n")
+def test_a_program_that_raises_ends_both_with_its_status(head: Head, tiny_dir: str, tmp_path: Path) -> None:
+    (tmp_path / "job.py").write_text("raise ValueError('broken here')\n")
     at = ["--address", head.address]
     done = submit(head, tmp_path, *RAY, *at, "--working-dir", ".", "--", sys.executable, "job.py")
     assert done.returncode == 1
     assert "ValueError: broken here" in done.stdout
     plugin = ["--external_plugins", "job.py"]
     (tmp_path / "rows.jsonl").write_text('{"query": "a", "response": "b"}\n')
-    sft = ["sft", "--model", "/nowhere/m", "--dataset", "rows.jsonl", "--output_dir", str(tmp_path / "out"), *plugin]
+    sft = ["sft", "--model", tiny_dir, "--dataset", "rows.jsonl", "--output_dir", str(tmp_path / "out"), *plugin]
     done = submit(head, tmp_path, *RAYSWIFT, *at, *sft)
     print(done.stdout, done.stderr)
     assert done.returncode == 2
