@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -104,6 +106,34 @@ async def test_without_the_actor_gateways_go_on_alone_and_say_what_they_cannot_k
     assert (refused.value.status, refused.value.retry_after) == (503, 2)
     one.close()
     other.close()
+
+
+@pytest.mark.anyio
+async def test_a_request_in_line_waits_no_longer_for_an_actor_that_is_gone_with_the_head(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked: list[str] = []
+
+    class Gone:
+        def __getattr__(self, name: str) -> Any:
+            async def never(*_: Any) -> None:
+                asked.append(name)
+                await asyncio.sleep(60)
+
+            return SimpleNamespace(remote=never)
+
+    monkeypatch.setattr(shared.serve, "get_deployment_handle", lambda deployment, app: Gone())
+    monkeypatch.setattr(shared, "LINE_SECONDS", 0.05)
+    state = SharedState("app", Counters())
+    state.close()
+    async with asyncio.timeout(2), state.place("m", 1):
+        pass
+    with pytest.raises(ApiError):
+        await state.ask("totals", timeout=0.01)
+    before = len(asked)
+    async with state.place("m", 1):
+        pass
+    assert len(asked) == before  # not even asked
 
 
 def test_gateways_are_one_a_node_or_as_many_as_asked_for_in_turn() -> None:

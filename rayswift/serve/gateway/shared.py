@@ -31,8 +31,8 @@ logger = logging.getLogger("rayswift.serve.gateway.shared")
 STATE = "GatewayState"
 #: Seconds between a gateway's reports; one that is silent for so many is dead, and what waits there waits no more.
 REPORT_SECONDS, SILENT_SECONDS = 2.0, 15.0
-#: Seconds that an answer may take.
-ASK_SECONDS = 10.0
+#: Seconds that an answer may take, and that a request in line waits for it: it may hold a replica meanwhile.
+ASK_SECONDS, LINE_SECONDS = 10.0, 1.0
 #: What is of the moment, and ends with its gateway.
 GAUGES = ("running", "waiting")
 
@@ -147,6 +147,7 @@ class SharedState:
         self._actor = None if app is None else serve.get_deployment_handle(STATE, app)
         self._alone = GatewayState() if app is None else None
         self._leaving: set[asyncio.Future[None]] = set()
+        self._is_silent = False  # the actor, since the last time it was asked
         self._reporting = None if app is None else asyncio.ensure_future(self._report())
 
     async def ask(self, method: str, *args: Any, timeout: float | None = ASK_SECONDS) -> Any:
@@ -155,8 +156,11 @@ class SharedState:
             return await getattr(self._alone, method)(*args)
         try:
             async with asyncio.timeout(timeout):
-                return await getattr(self._actor, method).remote(*args)
+                answer = await getattr(self._actor, method).remote(*args)
+            self._is_silent = False
+            return answer
         except (RayError, RayServeException, TimeoutError) as error:
+            self._is_silent = True
             logger.warning("the state that the gateways share does not answer: %s", type(error).__name__)
             raise ApiError(503, "the server is being started again; try again later", retry_after=2) from error
 
@@ -174,13 +178,14 @@ class SharedState:
 
         Serve counts those of a gateway that is alone, and of each where the actor does not answer.
         """
-        if self._actor is None:
+        if self._actor is None or self._is_silent:
             yield
             return
         asking = asyncio.ensure_future(self.ask("wait", self._id, model, limit))
         try:
+            answered, _ = await asyncio.wait({asking}, timeout=LINE_SECONDS)
             with suppress(ApiError):
-                if not await asyncio.shield(asking):
+                if answered and not asking.result():
                     raise TooManyWait
             yield
         finally:  # nobody waits for this
