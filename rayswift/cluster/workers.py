@@ -75,7 +75,8 @@ def plan_workers(args: Any, cluster: Cluster) -> Workers:
     unit, available = ("GPU", cluster.gpus) if use_gpu else ("CPU", cluster.cpus)
     if unit not in resources and count > available:
         least = f"; use --num_workers {int(available)} or less" if available >= 1 else ""
-        raise UserError(f"--num_workers {count} needs {count} {unit}s and {cluster.describe()}{least}")
+        asked = f"--num_workers {count}" if args.num_workers or not args.num_nodes else f"--num_nodes {args.num_nodes}"
+        raise UserError(f"{asked} needs {count} {unit}s and {cluster.describe()}{least}")
     if use_gpu:
         resources.setdefault("GPU", 1)
     selector = train_selector(cluster.kinds, args.node_labels)

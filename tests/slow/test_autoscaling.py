@@ -87,7 +87,7 @@ def test_training_starts_its_nodes_and_replaces_one_that_is_taken_away(cluster: 
     too_many = head.start(*sft(cluster, tiny_dir, "none", "--num_nodes", "4"), log=folder / "refused.log")
     assert too_many.wait(200) == 2
     refused = (folder / "refused.log").read_text()
-    assert "--num_nodes 4: a worker needs 1 CPU, which at most 3 node(s) can give; use --num_nodes 3 or less" in refused
+    assert "--num_nodes 4 needs 4 CPUs and the cluster (1 nodes) has at most 3 CPUs and no GPU; use" in refused
     assert "Traceback" not in refused
 
     began, log = time.time(), folder / "sft.log"

@@ -46,6 +46,7 @@ def test_what_is_served_answers_while_the_head_is_gone_and_a_retried_command_tra
     deploy = [
         *rayswift, "deploy", "--model", tiny_dir, "--infer_backend", "pt", "--served_model_name", "tiny", "--host",
         "0.0.0.0", "--port", str(PORT), "--address", "auto", "--use_gpu", "false", "--max_ongoing_requests", "1",
+        "--max_queued_requests", "20",
     ]  # fmt: skip
     served = worker.start(*deploy, log=folder / "deploy.log")
     wait_for(
