@@ -96,7 +96,12 @@ def test_workers_always_leave_some_cpu_to_ray_data(cpus: int, gpus: int) -> None
             "--num_workers 33 needs 33 GPUs and the cluster (5 nodes) has at most 256 CPUs and 32 GPUs; "
             "use --num_workers 32 or less",
         ),
-        (CLUSTER, {"num_nodes": 5}, "--num_nodes 5 needs 40 GPUs and the cluster (5 nodes) has at most"),
+        (
+            CLUSTER,
+            {"num_nodes": 5},
+            "--num_nodes 5 needs 40 GPUs and the cluster (5 nodes) has at most 256 CPUs and 32 GPUs; use --num_workers "
+            "32 or less",
+        ),
         (
             LAPTOP,
             {"use_gpu": True},
