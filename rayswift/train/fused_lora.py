@@ -8,7 +8,7 @@ random bits a value.
 
 from __future__ import annotations
 
-from functools import partial
+from types import MethodType
 from typing import Any
 
 import torch
@@ -26,15 +26,15 @@ def fuse_lora(model: Any) -> None:
         if type(layer) is Linear and type(layer.base_layer) is nn.Linear and len(layer.lora_A) == 1:
             name = next(iter(layer.lora_A))
             is_plain = name not in layer.lora_variant and layer.lora_B[name].bias is None and not layer.fan_in_fan_out
-            if is_plain:
-                layer.forward = partial(_forward, layer, name, layer.forward)  # type: ignore[method-assign]
+            if is_plain:  # a method, as --torch_compile has one code for all layers then
+                layer.forward = MethodType(_forward, layer)  # type: ignore[method-assign]
 
 
-def _forward(layer: Any, name: str, peft_forward: Any, values: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-    if args or kwargs or not layer.training or layer.merged or layer.disable_adapters:
-        return peft_forward(values, *args, **kwargs)
-    if layer.active_adapters != [name]:
-        return peft_forward(values)
+def _forward(layer: Any, values: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    name = next(iter(layer.lora_A))
+    as_trained = layer.training and not layer.merged and not layer.disable_adapters and layer.active_adapters == [name]
+    if args or kwargs or not as_trained:
+        return Linear.forward(layer, values, *args, **kwargs)
     base, dropout = layer.base_layer, layer.lora_dropout[name]
     p = dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
     return _LoraLinear.apply(
