@@ -116,6 +116,8 @@ class OptimizerArguments(Arguments):
             yield "--zero_hpz_partition_size needs --deepspeed zero3"
         if self.zero_stage == 3 and (self.torch_compile or self.torch_compile_backend or self.torch_compile_mode):
             yield "--torch_compile contradicts --deepspeed zero3, which gathers weights inside each layer: use zero2"
+        if self.torch_compile_mode and self.torch_compile_backend not in (None, "inductor"):
+            yield f"--torch_compile_mode contradicts --torch_compile_backend {self.torch_compile_backend}: drop one"
         if self.fp8 and (getattr(self, "train_type", "full") != "full" or self.deepspeed):
             yield "--fp8 true is for --train_type full without --deepspeed: frozen weights gain little, ZeRO is untried"
         for flag, mend in _NOT_BUILT.items():

@@ -100,6 +100,8 @@ def test_a_backend_or_a_mode_switches_it_on() -> None:
     assert args_of(torch_compile_mode="max-autotune").torch_compile
     with pytest.raises(UserError, match="--torch_compile contradicts --deepspeed zero3"):
         args_of(torch_compile=True, deepspeed="zero3")
+    with pytest.raises(UserError, match="--torch_compile_mode contradicts --torch_compile_backend eager"):
+        args_of(torch_compile_backend="eager", torch_compile_mode="max-autotune")
 
 
 def test_float8_without_what_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -108,10 +108,10 @@ class SftTrainer(StepTraining):
 
     def eval_counts(self, batch: Batch) -> torch.Tensor:
         """Summed loss, right tokens, trained tokens."""
-        labels = batch.pop("labels")
+        labels, places = batch.pop("labels"), batch.pop("places", None)
         batch.pop("loss_scale", None)
         if self.loss_head is not None:
-            with self.accelerator.autocast(), self.loss_head.scoring(labels, smoothing=0.0) as found:
+            with self.accelerator.autocast(), self.loss_head.scoring(labels, smoothing=0.0, places=places) as found:
                 self.model_wrapped(**batch)
             trained = (labels[:, 1:] != -100).sum()
             return torch.stack([found[0].loss, found[0].right, trained]).to(self._counts)
