@@ -116,7 +116,7 @@ def attentions(device: str) -> list[str]:
     """What keeps joined rows apart here, and what says that it is not there."""
     from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available
 
-    from rayswift.modeling.varlen_attention import FLASH, NAME
+    from rayswift.modeling.varlen_attention import FUSED, NAME
 
     if device == "cpu":
         return [NAME]
@@ -124,7 +124,7 @@ def attentions(device: str) -> list[str]:
     for name, is_there in installed.items():
         if not is_there():
             print(f"   –  {name} is not installed")
-    return [*(name for name, is_there in installed.items() if is_there()), FLASH, NAME, "flex_attention"]
+    return [*(name for name, is_there in installed.items() if is_there()), FUSED, NAME, "flex_attention"]
 
 
 def joined_is_alone(attention: str, shape: Sequence[int], tokens: int, check: Check) -> tuple[bool, str]:

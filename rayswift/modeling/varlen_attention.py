@@ -2,8 +2,9 @@
 
 Transformers' ``sdpa`` keeps joined rows apart with a dense (tokens × tokens) mask. Here each row attends to itself
 alone: no mask, and no work across rows. Registered with Transformers as ``rayswift_varlen``; batches without
-``cu_seq_lens_q`` (padded ones, in evaluation) go the usual ``sdpa`` way. ``rayswift_flash`` is the same in one call for
-all rows: PyTorch's own FlashAttention, for half precision on GPUs.
+``cu_seq_lens_q`` (padded ones, in evaluation) go the usual ``sdpa`` way. ``rayswift_fused`` is the same in one call for
+all rows: PyTorch's own FlashAttention, for half precision on GPUs. (Transformers takes whatever has "flash" in its name
+for a package's.)
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-NAME, FLASH = "rayswift_varlen", "rayswift_flash"
+NAME, FUSED = "rayswift_varlen", "rayswift_fused"
 
 
 def varlen_attention(
@@ -62,7 +63,7 @@ def varlen_attention(
     return torch.cat(parts, dim=2).transpose(1, 2).contiguous(), None
 
 
-def flash_attention(
+def fused_attention(
     module: torch.nn.Module,
     query: torch.Tensor,
     key: torch.Tensor,
@@ -82,7 +83,7 @@ def flash_attention(
     if cu_seq_lens_q is None:
         return varlen_attention(module, query, key, value, attention_mask, dropout, scaling, sliding_window, **kwargs)
     if dropout or kwargs.get("softcap") is not None or kwargs.get("s_aux") is not None:
-        raise ValueError(f"{FLASH}: no dropout, no soft-capping and no sinks")
+        raise ValueError(f"{FUSED}: no dropout, no soft-capping and no sinks")
     from torch.nn.attention.varlen import varlen_attn
 
     longest = kwargs["max_length_q"]
@@ -142,6 +143,6 @@ def _mask(*args: Any, **kwargs: Any) -> torch.Tensor | None:
     return None if kwargs.get("attention_mask") is None else sdpa_mask(*args, **kwargs)
 
 
-for _name, _attention in ((NAME, varlen_attention), (FLASH, flash_attention)):
+for _name, _attention in ((NAME, varlen_attention), (FUSED, fused_attention)):
     AttentionInterface.register(_name, _attention)
     AttentionMaskInterface.register(_name, _mask)

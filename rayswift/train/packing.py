@@ -218,7 +218,7 @@ def try_packing(trial: _Trial, hub_token: str | None = None) -> dict[str, Any]:
     else:
         choices = [varlen_attention.NAME, "sdpa", "eager"]
         if trial.use_gpu and trial.dtype != "float32":  # flash-attn where it is installed, else what PyTorch has of it
-            choices.insert(0, varlen_attention.FLASH)
+            choices.insert(0, varlen_attention.FUSED)
             installed = {"flash_attention_3": is_flash_attn_3_available, "flash_attention_2": is_flash_attn_2_available}
             if trial.attn_impl is None:
                 choices = [*(name for name, is_there in installed.items() if is_there()), *choices]

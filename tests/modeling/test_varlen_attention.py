@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ import torch
 
 from rayswift.data.tokens.table import TokenizedRow
 from rayswift.modeling.loading import load_model, load_tokenizer
-from rayswift.modeling.varlen_attention import FLASH, NAME, flash_attention, varlen_attention
+from rayswift.modeling.varlen_attention import FUSED, NAME, fused_attention, varlen_attention
 from rayswift.train.collate import flatten, pad
 
 TEXTS = [
@@ -133,13 +134,14 @@ def test_one_call_for_all_rows_is_each_row_alone(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", kernel)
     torch.manual_seed(0)
     query, key, value = (torch.randn(1, heads, sum(lengths), 8) for heads in (4, 2, 2))
-    module, settings = torch.nn.Module(), {"scaling": 0.3, "sliding_window": window, "cu_seq_lens_q": bounds}
+    module: Any = SimpleNamespace(num_key_value_groups=2)
+    settings: dict[str, Any] = {"scaling": 0.3, "sliding_window": window, "cu_seq_lens_q": bounds}
     wanted, _ = varlen_attention(module, query, key, value, None, **settings)
-    found, _ = flash_attention(module, query, key, value, None, **settings, max_length_q=7)
+    found, _ = fused_attention(module, query, key, value, None, **settings, max_length_q=7)
     assert torch.allclose(found, wanted, atol=1e-6)
     for unknown in ({"softcap": 5.0}, {"s_aux": torch.zeros(4)}, {"dropout": 0.1}):
-        with pytest.raises(ValueError, match=FLASH):
-            flash_attention(module, query, key, value, None, **settings, max_length_q=7, **unknown)
+        with pytest.raises(ValueError, match=FUSED):
+            fused_attention(module, query, key, value, None, **settings, max_length_q=7, **unknown)
     padded, alone = (attention(module, query, key, value, None, scaling=0.3)[0]
-                     for attention in (flash_attention, varlen_attention))  # fmt: skip
+                     for attention in (fused_attention, varlen_attention))  # fmt: skip
     assert torch.equal(padded, alone)

@@ -13,7 +13,7 @@ from tiny_models import llama, llama_config
 from rayswift.arguments import make_arguments
 from rayswift.cluster import Workers
 from rayswift.data.tokens.table import TokenizedRow
-from rayswift.modeling.varlen_attention import FLASH, NAME
+from rayswift.modeling.varlen_attention import FUSED, NAME
 from rayswift.train import packing
 from rayswift.train.collate import Collator
 from rayswift.train.config import PackedPlan
@@ -129,8 +129,8 @@ def test_the_gradients_of_a_step_are_those_of_its_rows_one_by_one() -> None:
 @pytest.mark.parametrize(
     ("dtype", "use_gpu", "attn_impl", "choices"),
     [
-        ("bfloat16", True, None, ["flash_attention_2", FLASH, NAME, "sdpa", "eager"]),
-        ("bfloat16", True, "sdpa", [FLASH, NAME, "sdpa", "eager"]),
+        ("bfloat16", True, None, ["flash_attention_2", FUSED, NAME, "sdpa", "eager"]),
+        ("bfloat16", True, "sdpa", [FUSED, NAME, "sdpa", "eager"]),
         ("float32", True, None, [NAME, "sdpa", "eager"]),
         ("bfloat16", False, None, [NAME, "sdpa", "eager"]),
         ("bfloat16", True, "flex_attention", ["flex_attention"]),

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from rayswift.data.tokens.table import TokenizedRow
 from rayswift.modeling.packed_rows import keep_rows_apart
-from rayswift.modeling.varlen_attention import FLASH, NAME
+from rayswift.modeling.varlen_attention import FUSED, NAME
 from rayswift.train.collate import Collator
 from rayswift.train.fused_lora import fuse_lora
 
@@ -60,7 +60,7 @@ def on_meta(trainer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         (False, "sdpa", False, False),
         (False, "sdpa", True, True),
         (True, NAME, False, True),
-        (True, FLASH, True, False),
+        (True, FUSED, True, False),
     ],
 )
 def test_a_micro_step(
