@@ -27,8 +27,9 @@ def test_without_a_card(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.
     assert said.err.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_rows_that_mix_are_seen(capsys: pytest.CaptureFixture[str]) -> None:
-    """Under an attention that knows no bounds, and with a loss that is not the same."""
+    """Under an attention that knows no bounds."""
     check = gpu_check.Check("cpu", "float32", ends=0.0)
     shape = gpu_check.TINY["tiny"]
     is_equal, text = gpu_check.joined_is_alone("rayswift_varlen", shape, 24, check)

@@ -24,7 +24,7 @@ from rayswift.train.needs import check_device, check_packages
 LAYERS = 4
 
 
-def trained(folder: Path, lora: bool, joined: bool, compile: bool, **flags: Any) -> Any:
+def trained(folder: Path, lora: bool, joined: bool, twice: bool, compile: bool) -> Any:
     """Three steps of a model of four layers, and what its compiler made: graphs, and graphs of one layer alone."""
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
@@ -40,8 +40,9 @@ def trained(folder: Path, lora: bool, joined: bool, compile: bool, **flags: Any)
 
                 model = get_peft_model(model, LoraConfig(target_modules="all-linear", init_lora_weights=False))
                 fuse_lora(model)
-            if flags.get("gradient_checkpointing"):
+            if twice:
                 model.enable_input_require_grads()
+                model.gradient_checkpointing_enable({"use_reentrant": True})
             return model
 
         def prepare(self, folder: Path) -> None:
@@ -51,31 +52,33 @@ def trained(folder: Path, lora: bool, joined: bool, compile: bool, **flags: Any)
                 plan = PackedPlan(NAME) if joined else None
                 assert compile_layers(self.trainer.model, "aot_eager", None, plan) == LAYERS
 
-    steps = [[[row(0), row(1)]], [[row(2)]], [[row(3), row(4), row(5)]]]
-    run = FourLayers(folder, steps, save_strategy="steps", save_steps=3, learning_rate=0.01, **flags)
+    steps = [[[row(0), row(1)]], [[row(2), row(3), row(4)]], [[row(5), row(6), row(7), row(8)]]]
+    run = FourLayers(folder, steps, save_strategy="steps", save_steps=3, learning_rate=0.01)
     return run, torch._dynamo.utils.counters["stats"]["unique_graphs"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    ("lora", "joined", "flags"),
+    ("lora", "joined", "twice"),
     [
-        (False, False, {}),
-        pytest.param(True, True, {"gradient_checkpointing": True}, marks=pytest.mark.slow),
-        pytest.param(True, False, {"gradient_checkpointing": True}, marks=pytest.mark.slow),
-        pytest.param(False, True, {}, marks=pytest.mark.slow),
+        (False, False, False),
+        (True, True, True),
+        (True, False, True),
+        (False, True, False),
     ],
     ids=["full", "lora, joined, computed twice", "lora, computed twice", "full, joined"],
 )
 def test_losses_and_checkpoints_are_those_of_the_model_as_it_is(
-    tmp_path: Path, lora: bool, joined: bool, flags: dict[str, Any]
+    tmp_path: Path, lora: bool, joined: bool, twice: bool
 ) -> None:
     from safetensors.torch import load_file
 
-    plain, none = trained(tmp_path / "plain", lora, joined, compile=False, **flags)
-    run, graphs = trained(tmp_path / "compiled", lora, joined, compile=True, **flags)
+    plain, none = trained(tmp_path / "plain", lora, joined, twice, compile=False)
+    run, graphs = trained(tmp_path / "compiled", lora, joined, twice, compile=True)
     assert [row["loss"] for row in run.log] == pytest.approx([row["loss"] for row in plain.log], rel=1e-5)
-    # As it begins, and of any length; where attention is left out of it two parts each.
-    assert none == 0 < graphs <= 2 * (1 + 3 * joined)
+    # One for the first number of rows, one for any; two where computing twice begins without gradients. Around
+    # attention of joined rows a layer is four parts.
+    assert none == 0 < graphs <= 2 * (1 + 3 * joined) * (1 + twice)
     file = "adapter_model.safetensors" if lora else "model.safetensors"
     wanted, found = (load_file(tmp_path / name / "checkpoint-3" / file) for name in ("plain", "compiled"))
     assert found.keys() == wanted.keys()

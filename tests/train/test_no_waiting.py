@@ -79,8 +79,10 @@ def test_a_micro_step(
                 fuse_lora(model)
             return model
 
-    run = OneModel(tmp_path, plain_steps(1), gradient_checkpointing=checkpointing)
-    trainer = run.trainer
+    trainer = OneModel(tmp_path, plain_steps(1)).trainer
+    if checkpointing:
+        trainer.model.enable_input_require_grads()
+        trainer.model.gradient_checkpointing_enable({"use_reentrant": True})
     assert trainer.loss_head is not None
     on_meta(trainer, monkeypatch)
     for rows in ([row(7, 3)], [row(7, 3), row(4, 2)]):
