@@ -86,13 +86,12 @@ def fused_attention(
         raise ValueError(f"{FUSED}: no dropout, no soft-capping and no sinks")
     from torch.nn.attention.varlen import varlen_attn
 
-    longest = kwargs["max_length_q"]
-    attended = varlen_attn(
-        *(tensor[0].transpose(0, 1) for tensor in (query, key, value)),
-        *(cu_seq_lens_q, cu_seq_lens_q, longest, longest),
-        scale=scaling,
-        window_size=(-1 if sliding_window is None else sliding_window - 1, 0),
-        enable_gqa=query.shape[1] != key.shape[1],
+    q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
+    bounds, longest = cu_seq_lens_q, kwargs["max_length_q"]
+    back = -1 if sliding_window is None else sliding_window - 1
+    groups = q.shape[1] != k.shape[1]
+    attended: Any = varlen_attn(
+        q, k, v, bounds, bounds, longest, longest, scale=scaling, window_size=(back, 0), enable_gqa=groups
     )
     return attended[None], None
 

@@ -133,7 +133,7 @@ class StepTraining(GoingOn, CheckedSteps):
 
     def _prepare_inputs(self, inputs: Any) -> Any:
         """With the lengths of joined rows, which the host knows."""
-        prepared = super()._prepare_inputs(inputs)
+        prepared: Any = super()._prepare_inputs(inputs)
         if (bounds := inputs.get("cu_seq_lens_q")) is not None:
             prepared["cu_seq_lens_q"].row_lengths = bounds.diff().tolist()
         return prepared
