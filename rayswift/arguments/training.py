@@ -64,7 +64,7 @@ class OptimizerArguments(Arguments):
     lr_scheduler_kwargs: dict[str, Any] = arg({}, "settings of that shape, as JSON")
     warmup_ratio: float = arg(0.0, "share of the steps in which the learning rate rises", ge=0, le=1)
     warmup_steps: int | float = arg(0, "steps in which the learning rate rises", ge=0)
-    optim: str = arg("adamw_torch", "optimiser", shown="adamw_torch; on GPUs without DeepSpeed adamw_torch_fused")
+    optim: str = arg("adamw_torch", "optimiser", shown="adamw_torch; without DeepSpeed adamw_torch_fused")
     weight_decay: float = arg(0.1, "weight decay", ge=0)
     adam_beta1: float = arg(0.9, "Adam's decay of the mean", ge=0, lt=1)
     adam_beta2: float = arg(0.95, "Adam's decay of the variance", ge=0, lt=1)

@@ -36,5 +36,6 @@ def test_presets_overlap_sending_and_computing(given: list[dict[str, Any]], pres
 def test_the_optimiser_is_the_fused_one_unless_another_is_asked_for(given: list[dict[str, Any]]) -> None:
     for flags in ({}, {"optim": "adamw_torch"}, {"optim": "sgd"}, {"deepspeed": "zero2"}):
         settle(True, **flags)
-    settle(False)
-    assert [one["optim"] for one in given] == ["adamw_torch_fused", "adamw_torch", "sgd", "adamw_torch", "adamw_torch"]
+        settle(False, **flags)
+    wanted = ["adamw_torch_fused", "adamw_torch", "sgd", "adamw_torch"]
+    assert [one["optim"] for one in given] == [name for name in wanted for _ in range(2)]
