@@ -17,6 +17,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from rayswift.modeling.cpu_attention import RowAttention
+
 NAME, FUSED = "rayswift_varlen", "rayswift_fused"
 
 
@@ -46,10 +48,15 @@ def varlen_attention(
     is_plain = softcap is None and sinks is None
     if cu_seq_lens_q is None and is_plain:
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
+    lengths = [query.shape[2]] if cu_seq_lens_q is None else row_lengths(cu_seq_lens_q)
     groups = query.shape[1] // key.shape[1]
+    if is_plain and query.device.type == "cpu" and attention_mask is None and not dropout:
+        dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else value.dtype
+        sides = (tensor[0].to(dtype) for tensor in (query, key, value))
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        return RowAttention.apply(*sides, lengths, scale, sliding_window).transpose(0, 1)[None].contiguous(), None
     if groups > 1:
         key, value = repeat_kv(key, groups), repeat_kv(value, groups)
-    lengths = [query.shape[2]] if cu_seq_lens_q is None else row_lengths(cu_seq_lens_q)
     parts = []
     for q, k, v in zip(*(tensor.split(lengths, dim=2) for tensor in (query, key, value)), strict=True):
         mask = _window_mask(q, sliding_window) if attention_mask is None else attention_mask

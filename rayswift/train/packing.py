@@ -31,7 +31,13 @@ JOINED_TOKENS, JOINED_TOKENS_GPU = 1024, 8192
 #: What computes joined rows, beside our own code.
 _LIBRARIES = ("torch", "transformers", "kernels", "flash-attn", "flash-linear-attention", "fla-core", "causal-conv1d",
               "mamba-ssm")  # fmt: skip
-_CODE = ("train/collate.py", "train/packing_check.py", "modeling/packed_rows.py", "modeling/varlen_attention.py")
+_CODE = (
+    "train/collate.py",
+    "train/packing_check.py",
+    "modeling/packed_rows.py",
+    "modeling/varlen_attention.py",
+    "modeling/cpu_attention.py",
+)
 
 
 @dataclass(frozen=True)
