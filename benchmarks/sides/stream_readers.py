@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import os
 import random
 import tempfile
 import time
@@ -105,12 +106,14 @@ def main() -> None:
 
     import ray
 
+    import rayswift
     from rayswift.arguments import make_arguments
     from rayswift.data.flow import plan
     from rayswift.data.flow.stream import start_stream_readers
     from rayswift.data.names import resolve_datasets
     from rayswift.data.tokens.encoder import Encoder
 
+    os.chdir(Path(rayswift.__file__).parents[1])  # Ray's workers look there first
     with tempfile.TemporaryDirectory(prefix="rows-", dir=options.out.parent) as folder:
         paths = write_rows(Path(folder), options.nodes, options.rows)
         args = make_arguments(
