@@ -92,7 +92,7 @@ class Upstream:
         self._url = f"http://127.0.0.1:{self._server.sockets[0].getsockname()[1]}"
         self._ticking = asyncio.ensure_future(tick(running))
 
-    async def lease(self) -> AsyncIterator[dict[str, Any]]:
+    async def lease(self, only_prepare: bool = False) -> AsyncIterator[dict[str, Any]]:
         """As ``LLMServer.lease``; it ends when the gateway gives it back."""
         yield {"url": self._url, "token": secrets.token_urlsafe(18)}
         await asyncio.sleep(3600)

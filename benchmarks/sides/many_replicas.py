@@ -57,11 +57,14 @@ class Replicas:
         self._ports = [server.sockets[0].getsockname()[1] for server in self._servers]
         self._next = 0
 
-    async def lease(self) -> AsyncIterator[dict[str, Any]]:
+    async def lease(self, only_prepare: bool = False) -> AsyncIterator[dict[str, Any]]:
         """As ``LLMServer.lease``; it ends when the gateway gives it back."""
         self._next = (self._next + 1) % len(self._ports)
         yield {"url": f"http://127.0.0.1:{self._ports[self._next]}", "token": secrets.token_urlsafe(18)}
         await asyncio.sleep(3600)
+
+    async def check_health(self) -> None:
+        """As ``LLMServer.check_health``."""
 
     async def context_length(self) -> int:
         """As ``LLMServer.context_length``."""
