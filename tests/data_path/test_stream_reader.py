@@ -76,5 +76,5 @@ def test_tasks_that_are_held_back_ask_seldom_but_the_first_at_once(reader: strea
     held_back = [pause for pause in pauses if pause]
     assert 200 < len(held_back) < WORKERS
     assert sum(1 / pause for pause in held_back) < WORKERS / 2, "calls per second"
-    reader._blocks[0] = (None, stream.READY_BYTES)
+    reader._blocks[0] = (None, 8 * stream.READY_BYTES)  # as many times as much as for 64 workers
     assert reader.pause(0, size + 1) == stream.ASK_SECONDS
