@@ -17,6 +17,7 @@ from math import prod
 from pathlib import Path
 
 from rayswift.arguments import make_arguments
+from rayswift.data.flow.stream import STREAM_BLOCK_BYTES, WORKERS_TO_BLOCK
 from rayswift.plan.memory import GIB, activation_bytes, memory_need
 from rayswift.train.deepspeed import deepspeed_config
 from rayswift.train.flops import peak_tflops
@@ -55,11 +56,9 @@ INTERRUPTIONS = 419 / (54 * 24 * 16_384)
 # --- measured on two cores of a machine without GPU (benchmarks/scale_data.py) ------------------------------------
 
 #: Tokens that one core reads, encodes with Qwen2.5's tokenizer and packs in a second; bytes of each in a block.
-TOKENS_PER_CORE, TOKEN_BYTES = 1_000_000, 8.5
-#: Blocks that the reader's process hands to `RANKS` in a second of one core, and what a worker's loader takes for each.
-BLOCKS_PER_CORE, RANKS, SECONDS_PER_BLOCK = 40.0, 512, 0.001
-#: Bytes of a block (`STREAM_BLOCK_BYTES`).
-BLOCK_BYTES = 1 << 20
+TOKENS_PER_CORE, TOKEN_BYTES = 2_360_000, 8.2
+#: Seconds of a core that the reader's process takes to hand one block to one worker, and that worker to take it.
+HANDING, TAKING = 0.53e-3, 1.4e-3
 
 
 @dataclass(frozen=True)
@@ -277,8 +276,8 @@ def data_lines(runs: list[Run]) -> list[str]:
 
 def limit_lines(most: Run, few: Run) -> list[str]:
     """What breaks first at 128 nodes; ``few``: the same on 16."""
-    blocks, cards = most.rate * TOKEN_BYTES / BLOCK_BYTES, most.cards
-    managed = BLOCKS_PER_CORE * RANKS / cards
+    cards, size = most.cards, most.cards // WORKERS_TO_BLOCK * STREAM_BLOCK_BYTES
+    blocks = most.rate * TOKEN_BYTES / size
     hours = 1 / (INTERRUPTIONS * cards)
     checkpoint = 14 * QWEN25.parameters / 1e9  # bfloat16 weights; float32 weights and both moments
     return [
@@ -297,10 +296,10 @@ def limit_lines(most: Run, few: Run) -> list[str]:
         f"3. **Failures.** At the rate of Llama 3's training something fails every {hours:.0f} hours. A checkpoint has "
         f"{checkpoint:.0f} GB, {checkpoint / 128:.1f} for each node to write; with `--save_steps 100` a failure costs "
         f"{50 * most.seconds / 60:.0f} minutes of training on average, and the start of {cards:,} workers.",
-        f"4. **The stream's reader.** One process hands out every block: {blocks:.0f} a second here. With one core it "
-        f"manages {BLOCKS_PER_CORE:.0f} a second for {RANKS} workers, so about {managed:.0f} for {cards:,}: "
-        f"{blocks / managed:.0%} of that is used. Each worker takes {blocks * SECONDS_PER_BLOCK:.1%} of a core to walk "
-        "through all blocks.",
+        f"4. **The stream's reader.** One process hands every block to every worker: blocks of {size >> 20} MiB here "
+        f"(they grow with the workers), {blocks:.1f} a second, {HANDING * 1000:.2f} ms for each worker: "
+        f"{blocks * cards * HANDING:.0%} of a core. A worker takes {blocks * TAKING:.2%} of a core for them. Datasets that "
+        "do not stream have no such process.",
         f"5. **Data nodes and Ray.** {most.rate / TOKENS_PER_CORE:.1f} cores encode all of it. 129 nodes and {cards:,} "
         "workers are within what Ray is tested with (2,000 nodes, 40,000 actors: `release/benchmarks` of its source).",
     ]
