@@ -298,8 +298,8 @@ def limit_lines(most: Run, few: Run) -> list[str]:
         f"{50 * most.seconds / 60:.0f} minutes of training on average, and the start of {cards:,} workers.",
         f"4. **The stream's reader.** One process hands every block to every worker: blocks of {size >> 20} MiB here "
         f"(they grow with the workers), {blocks:.1f} a second, {HANDING * 1000:.2f} ms for each worker: "
-        f"{blocks * cards * HANDING:.0%} of a core. A worker takes {blocks * TAKING:.2%} of a core for them. Datasets that "
-        "do not stream have no such process.",
+        f"{blocks * cards * HANDING:.0%} of a core. A worker takes {blocks * TAKING:.2%} of a core for them. Datasets "
+        "that do not stream have no such process.",
         f"5. **Data nodes and Ray.** {most.rate / TOKENS_PER_CORE:.1f} cores encode all of it. 129 nodes and {cards:,} "
         "workers are within what Ray is tested with (2,000 nodes, 40,000 actors: `release/benchmarks` of its source).",
     ]
