@@ -31,8 +31,8 @@ from harness.options import model_folder, parser
 #: Ranks with which the reader does little but read: what is left of its work is Ray Data's.
 FEW = 8
 ROWS = 64
-#: Bytes of a full block, and of a token in it: an id, a label, and what stands beside each row.
-BLOCK_BYTES, TOKEN_BYTES = 1 << 20, 8.2
+#: Bytes of a token in a block: an id, a label, and what stands beside each row.
+TOKEN_BYTES = 8.2
 
 
 def main() -> None:
@@ -55,7 +55,7 @@ def main() -> None:
             few.append(read(given, FEW, folder / f"few-{number}"))
             many.append(read(given, given.ranks, folder / f"many-{number}"))
             tasks.append(encode(tokenizer, 3 if given.quick else 15, folder / f"task-{number}"))
-    coordination = coordinated(many, few)
+    coordination, full = coordinated(many, few), many[0]["block_bytes"] / TOKEN_BYTES
     rates = [task["tokens"] / task["cpu_s"] for task in tasks]
     per_core = statistics.median(rates)
     print_line(
@@ -67,7 +67,7 @@ def main() -> None:
             "coordination": coordination,
             "data_node": {"tokens_per_core_s": round(per_core), "spread": spread(rates)},
             "limit": {
-                "coordination_tokens_per_s": round(coordination["blocks_per_core_s"] * BLOCK_BYTES / TOKEN_BYTES),
+                "coordination_tokens_per_s": round(coordination["blocks_per_core_s"] * full),
                 "one_core_of_a_data_node_tokens_per_s": round(per_core),
             },
             "pairs": given.pairs,

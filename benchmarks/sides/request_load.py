@@ -49,10 +49,8 @@ async def load(options: argparse.Namespace) -> dict[str, Any]:
     """Ask, and count for so many seconds after the warm-up."""
     question = {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": options.max_tokens}
     body = json.dumps(question).encode()
-    request = b"POST /v1/chat/completions HTTP/1.1\r\nhost: 127.0.0.1\r\ncontent-length: %d\r\n\r\n%b" % (
-        len(body),
-        body,
-    )
+    head = b"POST /v1/chat/completions HTTP/1.1\r\nhost: 127.0.0.1\r\ncontent-length: %d\r\n\r\n"
+    request = head % len(body) + body
     counts, loop = {"answers": 0, "wrong": 0}, asyncio.get_running_loop()
     for _ in range(options.connections):
         await loop.create_connection(lambda: Asking(request, counts), "127.0.0.1", options.port)

@@ -108,8 +108,7 @@ def main() -> None:
 
     import rayswift
     from rayswift.arguments import make_arguments
-    from rayswift.data.flow import plan
-    from rayswift.data.flow.stream import start_stream_readers
+    from rayswift.data.flow import plan, stream
     from rayswift.data.names import resolve_datasets
     from rayswift.data.tokens.encoder import Encoder
 
@@ -128,15 +127,17 @@ def main() -> None:
         mix = plan.plan_streams(args, resolve_datasets(args).train, packing_length=args.max_length)
         assert len(mix.plans[0].tasks) == options.nodes, len(mix.plans[0].tasks)
         began = time.perf_counter()
-        (reader,) = start_stream_readers(mix, encoder, None, mix.start(), num_workers=options.ranks)
+        (reader,) = stream.start_stream_readers(mix, encoder, None, mix.start(), num_workers=options.ranks)
         groups = [list(range(first, options.ranks, options.processes)) for first in range(options.processes)]
         actors = [ray.remote(Ranks).options(num_cpus=0).remote(reader, group, options.ranks) for group in groups]
         found = ray.get([actor.read.remote() for actor in actors])
         seconds = time.perf_counter() - began
         process = process_of_reader()
+        scale = getattr(stream, "WORKERS_TO_BLOCK", 2**31)
         places = [tuple(place) for one in found for place in one["places"]]
         result = {
             "ranks": options.ranks,
+            "block_bytes": stream.STREAM_BLOCK_BYTES * (options.ranks // scale or 1),
             "rows": len(places),
             "rows_once": len(set(places)),
             "tokens": sum(one["tokens"] for one in found),
