@@ -59,6 +59,9 @@ INTERRUPTIONS = 419 / (54 * 24 * 16_384)
 TOKENS_PER_CORE, TOKEN_BYTES = 2_360_000, 8.2
 #: Seconds of a core that the reader's process takes to hand one block to one worker, and that worker to take it.
 HANDING, TAKING = 0.53e-3, 1.4e-3
+#: Requests that a gateway answers in a second of its core (benchmarks/scale_serve.py, one run): by the number of
+#: replicas, with leases that are kept and with one through Serve for each; milliseconds to ask one replica.
+REQUESTS, ASKING = {1: (479, 419), 50: (424, 401), 500: (506, 418)}, 0.7
 
 
 @dataclass(frozen=True)
@@ -203,7 +206,8 @@ def page() -> str:
     """The page's text."""
     runs = [Run(nodes, stage) for nodes in (1, 4, 16) for stage in (2, 3)]
     most = Run(128, 2, 2, 128 * GPUS * 2)
-    return "\n".join([*run_lines(runs), *data_lines([*runs[::2], most]), *limit_lines(most, Run(16, 2, 2))]) + "\n"
+    parts = run_lines(runs), data_lines([*runs[::2], most]), serve_lines(), limit_lines(most, Run(16, 2, 2))
+    return "\n".join(line for part in parts for line in part) + "\n"
 
 
 def run_lines(runs: list[Run]) -> list[str]:
@@ -270,6 +274,26 @@ def data_lines(runs: list[Run]) -> list[str]:
         "One data node is enough for all of these, and a second for when the first is lost. Chats with long templates, "
         "many small files or a slow bucket cost more: whether data is short is the share of a run's time that waits "
         "for it (`rayswift status`).",
+        "",
+    ]
+
+
+def serve_lines() -> list[str]:
+    """What a gateway does before many replicas."""
+    most = max(REQUESTS)
+    return [
+        "## Serving",
+        "",
+        "Whole answers of replicas without engines: addresses in at most 8 processes, among which Serve chooses (of 500 "
+        "the choice takes 6 microseconds). Streams are reckoned by events (`benchmarks/gateway_limit.py`).",
+        "",
+        "| replicas | requests/s for each core of gateways, leases kept | through Serve |",
+        "|---|---|---|",
+        *(f"| {replicas} | {kept} | {leased} |" for replicas, (kept, leased) in REQUESTS.items()),
+        "",
+        "The gateway's core is the limit, not the number of replicas: `--num_gateways` adds more. `/metrics` asks every "
+        f"replica, {ASKING} ms each, {ASKING * most / 1000:.2f} s of a core for {most}; `/health` does so at most once "
+        "a second, and `/livez` asks none.",
         "",
     ]
 
