@@ -284,15 +284,15 @@ def serve_lines() -> list[str]:
     return [
         "## Serving",
         "",
-        "Whole answers of replicas without engines: addresses in at most 8 processes, among which Serve chooses (of 500 "
-        "the choice takes 6 microseconds). Streams are reckoned by events (`benchmarks/gateway_limit.py`).",
+        "Whole answers of replicas without engines: addresses in at most 8 processes, among which Serve chooses (of "
+        "500 the choice takes 6 microseconds). Streams are reckoned by events (`benchmarks/gateway_limit.py`).",
         "",
         "| replicas | requests/s for each core of gateways, leases kept | through Serve |",
         "|---|---|---|",
         *(f"| {replicas} | {kept} | {leased} |" for replicas, (kept, leased) in REQUESTS.items()),
         "",
-        "The gateway's core is the limit, not the number of replicas: `--num_gateways` adds more. `/metrics` asks every "
-        f"replica, {ASKING} ms each, {ASKING * most / 1000:.2f} s of a core for {most}; `/health` does so at most once "
+        "The gateway's core is the limit, not the number of replicas: `--num_gateways` adds more. `/metrics` asks "
+        f"every replica, {ASKING} ms each, {ASKING * most / 1000:.2f} s of a core for {most}; `/health` does so at most once "
         "a second, and `/livez` asks none.",
         "",
     ]
