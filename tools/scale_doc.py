@@ -53,10 +53,10 @@ DATA_CORES = 16
 #: Unexpected interruptions per GPU and hour: Llama 3 (arXiv:2407.21783, 3.3.4), 419 in 54 days on 16,384 H100s.
 INTERRUPTIONS = 419 / (54 * 24 * 16_384)
 
-# --- measured on two cores of a machine without GPU (benchmarks/scale_data.py) ------------------------------------
+# --- measured on two cores of a machine without GPU, one run each (benchmarks/scale_data.py) ------
 
 #: Tokens that one core reads, encodes with Qwen2.5's tokenizer and packs in a second; bytes of each in a block.
-TOKENS_PER_CORE, TOKEN_BYTES = 2_360_000, 8.2
+TOKENS_PER_CORE, TOKEN_BYTES = 1_800_000, 8.2
 #: Seconds of a core that the reader's process takes to hand one block to one worker, and that worker to take it.
 HANDING, TAKING = 0.53e-3, 1.4e-3
 #: Requests that a gateway answers in a second of its core (benchmarks/scale_serve.py, one run): by the number of
@@ -292,8 +292,8 @@ def serve_lines() -> list[str]:
         *(f"| {replicas} | {kept} | {leased} |" for replicas, (kept, leased) in REQUESTS.items()),
         "",
         "The gateway's core is the limit, not the number of replicas: `--num_gateways` adds more. `/metrics` asks "
-        f"every replica, {ASKING} ms each, {ASKING * most / 1000:.2f} s of a core for {most}; `/health` does so at most once "
-        "a second, and `/livez` asks none.",
+        f"every replica, {ASKING} ms each, {ASKING * most / 1000:.2f} s of a core for {most}; `/health` does so at most "
+        "once a second, and `/livez` asks none.",
         "",
     ]
 
