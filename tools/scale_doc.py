@@ -292,8 +292,8 @@ def serve_lines() -> list[str]:
         *(f"| {replicas} | {kept} | {leased} |" for replicas, (kept, leased) in REQUESTS.items()),
         "",
         "The gateway's core is the limit, not the number of replicas: `--num_gateways` adds more. `/metrics` asks "
-        f"every replica, {ASKING} ms each, {ASKING * most / 1000:.2f} s of a core for {most}; `/health` does so at most "
-        "once a second, and `/livez` asks none.",
+        f"every replica, {ASKING} ms each, {ASKING * most / 1000:.2f} s of a core for {most}; `/health` does so at "
+        "most once a second, and `/livez` asks none.",
         "",
     ]
 
