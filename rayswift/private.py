@@ -524,6 +524,26 @@ def name_adapters(server: Any, name_of: Callable[[Any], str]) -> None:
 
 
 @contextlib.contextmanager
+def no_mask_questions(rows_by_mask: bool) -> Iterator[None]:
+    """Forward passes inside do not ask a device what its masks and positions hold, which the host would wait for: a
+    mask is one of padded rows, and positions tell nothing, but where a mask keeps joined rows apart."""
+    from transformers import masking_utils
+
+    own, answers = vars(masking_utils), {"fast_all": lambda *_: False, "find_packed_sequence_indices": lambda *_: None}
+    if rows_by_mask:
+        del answers["find_packed_sequence_indices"]
+    if not answers.keys() <= own.keys():
+        report("transformers.masking_utils", "the host waits for the device at each forward pass")
+        answers = {}
+    before = {name: own[name] for name in answers}
+    own.update(answers)
+    try:
+        yield
+    finally:
+        own.update(before)
+
+
+@contextlib.contextmanager
 def no_pickled_code() -> Iterator[None]:
     """Inside, ``torch.load`` opens no pickle that could run code, whatever its caller asks for.
 

@@ -543,6 +543,31 @@ def test_pefts_rules_for_names() -> None:
     assert private.lora_pattern(["v_proj"], "model.layers.0.q_proj") == "model.layers.0.q_proj"
 
 
+def test_masks_of_padded_rows_are_those_that_are_asked_for() -> None:
+    """And joined rows are kept apart by a mask where they need one, else not; afterwards all is as before."""
+    import torch
+    from transformers import masking_utils
+
+    before = dict(vars(masking_utils))
+    config = SimpleNamespace(_attn_implementation="sdpa", get_text_config=lambda **_: config)
+    joined = torch.tensor([[0, 1, 2, 0, 1]])
+
+    def mask(padding: Any, positions: Any) -> Any:
+        inputs = {"inputs_embeds": torch.zeros(1, 5, 4), "attention_mask": padding, "past_key_values": None}
+        return masking_utils.create_causal_mask(config=config, **inputs, position_ids=positions)
+
+    padding = torch.tensor([[1, 1, 1, 0, 0]])
+    wanted = mask(padding, None), mask(None, joined)
+    assert wanted[1] is not None
+    with private.no_mask_questions(rows_by_mask=True):
+        assert torch.equal(mask(padding, None), wanted[0])
+        assert torch.equal(mask(None, joined), wanted[1])
+    with private.no_mask_questions(rows_by_mask=False):
+        assert torch.equal(mask(padding, None), wanted[0])
+        assert mask(None, joined) is None
+    assert dict(vars(masking_utils)) == before
+
+
 def test_the_report_is_a_warning(caplog: pytest.LogCaptureFixture) -> None:
     private.report("a", "b")
     assert [record.levelno for record in caplog.records] == [logging.WARNING]

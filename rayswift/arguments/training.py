@@ -64,7 +64,7 @@ class OptimizerArguments(Arguments):
     lr_scheduler_kwargs: dict[str, Any] = arg({}, "settings of that shape, as JSON")
     warmup_ratio: float = arg(0.0, "share of the steps in which the learning rate rises", ge=0, le=1)
     warmup_steps: int | float = arg(0, "steps in which the learning rate rises", ge=0)
-    optim: str = arg("adamw_torch", "optimiser")
+    optim: str = arg("adamw_torch", "optimiser", shown="adamw_torch; without DeepSpeed adamw_torch_fused")
     weight_decay: float = arg(0.1, "weight decay", ge=0)
     adam_beta1: float = arg(0.9, "Adam's decay of the mean", ge=0, lt=1)
     adam_beta2: float = arg(0.95, "Adam's decay of the variance", ge=0, lt=1)
@@ -80,6 +80,18 @@ class OptimizerArguments(Arguments):
     gradient_checkpointing_kwargs: dict[str, Any] = arg(
         {}, "settings of gradient checkpointing, as JSON",
         no_effect={"gradient_checkpointing=false": "only with --gradient_checkpointing true"},
+    )  # fmt: skip
+    torch_compile: bool = arg(False, "compile each layer: seconds before the first step, faster ones after it")
+    torch_compile_backend: str | None = arg(
+        None, "what compiles; with it --torch_compile is on", shown="inductor", example="aot_eager"
+    )
+    torch_compile_mode: str | None = arg(
+        None, "how long inductor tries; with it --torch_compile is on", shown="default",
+        choices=("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"),
+    )  # fmt: skip
+    fp8: bool = arg(
+        False, "full training on GPUs from Ada and Hopper on: the products inside the layers in float8, with torchao; "
+        "compiled, as --torch_compile does",
     )  # fmt: skip
     seed: int = arg(42, "seed of training", ge=0)
     deepspeed: str | dict[str, Any] | None = arg(
@@ -102,6 +114,12 @@ class OptimizerArguments(Arguments):
             yield "--deepspeed contradicts --fsdp: both shard the model, give one of the two"
         if self.zero_hpz_partition_size and self.zero_stage != 3:
             yield "--zero_hpz_partition_size needs --deepspeed zero3"
+        if self.zero_stage == 3 and (self.torch_compile or self.torch_compile_backend or self.torch_compile_mode):
+            yield "--torch_compile contradicts --deepspeed zero3, which gathers weights inside each layer: use zero2"
+        if self.torch_compile_mode and self.torch_compile_backend not in (None, "inductor"):
+            yield f"--torch_compile_mode contradicts --torch_compile_backend {self.torch_compile_backend}: drop one"
+        if self.fp8 and (getattr(self, "train_type", "full") != "full" or self.deepspeed):
+            yield "--fp8 true is for --train_type full without --deepspeed: frozen weights gain little, ZeRO is untried"
         for flag, mend in _NOT_BUILT.items():
             if self.training_args.get(flag) and not (flag == "fsdp" and self.deepspeed):
                 yield f"--{flag}: {mend}"
@@ -136,6 +154,7 @@ class OptimizerArguments(Arguments):
         # by a quarter (DeepSpeed#7839).
         if self.deepspeed == "zero0":
             self.deepspeed = None
+        self.torch_compile |= bool(self.torch_compile_backend or self.torch_compile_mode or self.fp8)
         if not self.is_set("learning_rate"):
             self.learning_rate = 1e-5 if getattr(self, "train_type", "lora") == "full" else 1e-4
 

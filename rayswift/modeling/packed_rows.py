@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from rayswift.modeling import varlen_attention  # noqa: F401  (known to Transformers from here on)
+from rayswift.modeling.varlen_attention import row_lengths  # its attention is known to Transformers from here on
 
 #: What a batch of joined rows says about them; models that know nothing of it are not told.
 ROW_KEYS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
@@ -34,7 +34,7 @@ def keep_rows_apart(model: torch.nn.Module, by_row: Sequence[str]) -> None:
     @functools.wraps(forward)
     def of_rows(*args: Any, **kwargs: Any) -> Any:
         joined = kwargs.get("cu_seq_lens_q")
-        bounds[:] = [] if joined is None else joined.tolist()
+        bounds[:] = [] if joined is None or not layers else itertools.accumulate(row_lengths(joined), initial=0)
         return forward(*args, **{k: v for k, v in kwargs.items() if takes_all or k in parameters or k not in ROW_KEYS})
 
     model.forward = of_rows

@@ -2,7 +2,9 @@
 
 Transformers' ``sdpa`` keeps joined rows apart with a dense (tokens × tokens) mask. Here each row attends to itself
 alone: no mask, and no work across rows. Registered with Transformers as ``rayswift_varlen``; batches without
-``cu_seq_lens_q`` (padded ones, in evaluation) go the usual ``sdpa`` way.
+``cu_seq_lens_q`` (padded ones, in evaluation) go the usual ``sdpa`` way. ``rayswift_fused`` is the same in one call for
+all rows: PyTorch's own FlashAttention, for half precision on GPUs. (Transformers takes whatever has "flash" in its name
+for a package's.)
 """
 
 from __future__ import annotations
@@ -15,7 +17,9 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-NAME = "rayswift_varlen"
+from rayswift.modeling.cpu_attention import RowAttention
+
+NAME, FUSED = "rayswift_varlen", "rayswift_fused"
 
 
 def varlen_attention(
@@ -44,10 +48,15 @@ def varlen_attention(
     is_plain = softcap is None and sinks is None
     if cu_seq_lens_q is None and is_plain:
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
+    lengths = [query.shape[2]] if cu_seq_lens_q is None else row_lengths(cu_seq_lens_q)
     groups = query.shape[1] // key.shape[1]
+    if is_plain and query.device.type == "cpu" and attention_mask is None and not dropout:
+        dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else value.dtype
+        sides = (tensor[0].to(dtype) for tensor in (query, key, value))
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        return RowAttention.apply(*sides, lengths, scale, sliding_window).transpose(0, 1)[None].contiguous(), None
     if groups > 1:
         key, value = repeat_kv(key, groups), repeat_kv(value, groups)
-    lengths = [query.shape[2]] if cu_seq_lens_q is None else torch.diff(cu_seq_lens_q).tolist()
     parts = []
     for q, k, v in zip(*(tensor.split(lengths, dim=2) for tensor in (query, key, value)), strict=True):
         mask = _window_mask(q, sliding_window) if attention_mask is None else attention_mask
@@ -59,6 +68,46 @@ def varlen_attention(
             part = _written_out(q, k, v, mask, dropout, scaling, softcap, sinks)
         parts.append(part)
     return torch.cat(parts, dim=2).transpose(1, 2).contiguous(), None
+
+
+def fused_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    cu_seq_lens_q: torch.Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """As :func:`varlen_attention`; what the kernel does not know (a bent score, a sink, dropout, float32) it refuses.
+
+    Args:
+        kwargs: with ``max_length_q``, the tokens of the longest row.
+    """
+    if cu_seq_lens_q is None:
+        return varlen_attention(module, query, key, value, attention_mask, dropout, scaling, sliding_window, **kwargs)
+    if dropout or kwargs.get("softcap") is not None or kwargs.get("s_aux") is not None:
+        raise ValueError(f"{FUSED}: no dropout, no soft-capping and no sinks")
+    from torch.nn.attention.varlen import varlen_attn
+
+    q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
+    bounds, longest = cu_seq_lens_q, kwargs["max_length_q"]
+    back = -1 if sliding_window is None else sliding_window - 1
+    groups = q.shape[1] != k.shape[1]
+    attended: Any = varlen_attn(
+        q, k, v, bounds, bounds, longest, longest, scale=scaling, window_size=(back, 0), enable_gqa=groups
+    )
+    return attended[None], None
+
+
+def row_lengths(bounds: torch.Tensor) -> list[int]:
+    """The tokens of each row, of ``cu_seq_lens_q``. Where they are not noted at the tensor, the host waits for the
+    device."""
+    noted: list[int] | None = getattr(bounds, "row_lengths", None)
+    return torch.diff(bounds).tolist() if noted is None else noted
 
 
 def _written_out(
@@ -100,5 +149,6 @@ def _mask(*args: Any, **kwargs: Any) -> torch.Tensor | None:
     return None if kwargs.get("attention_mask") is None else sdpa_mask(*args, **kwargs)
 
 
-AttentionInterface.register(NAME, varlen_attention)
-AttentionMaskInterface.register(NAME, _mask)
+for _name, _attention in ((NAME, varlen_attention), (FUSED, fused_attention)):
+    AttentionInterface.register(_name, _attention)
+    AttentionMaskInterface.register(_name, _mask)

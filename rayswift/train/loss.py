@@ -64,7 +64,7 @@ class LossHead:
     def __init__(self, layer: nn.Linear, bend: _Bend, label_smoothing: float = 0.0) -> None:
         self.label_smoothing = label_smoothing
         self._bend = bend
-        self._scoring: tuple[torch.Tensor, torch.Tensor | None, float, list[Scored]] | None = None
+        self._scoring: tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, float, list[Scored]] | None = None
         self._layer, self._logits = layer, layer.forward
         layer.forward = self._forward  # type: ignore[assignment]
 
@@ -74,14 +74,19 @@ class LossHead:
 
     @contextmanager
     def scoring(
-        self, labels: torch.Tensor, weights: torch.Tensor | None = None, smoothing: float | None = None
+        self,
+        labels: torch.Tensor,
+        weights: torch.Tensor | None = None,
+        smoothing: float | None = None,
+        places: torch.Tensor | None = None,
     ) -> Iterator[list[Scored]]:
         """Forward passes inside score ``labels`` (int64 (rows, length), −100 where not trained; position t is
         predicted at t − 1), each token's loss times its weight (float (rows, length)). What they found is in the
         list when the block ends; logits of theirs are those of the first position only. ``smoothing``: instead of
-        ``label_smoothing``."""
+        ``label_smoothing``. ``places``: :func:`trained_places` of the labels, found on the host."""
         found: list[Scored] = []
-        self._scoring = labels, weights, self.label_smoothing if smoothing is None else smoothing, found
+        places = trained_places(labels) if places is None else places
+        self._scoring = labels, places, weights, self.label_smoothing if smoothing is None else smoothing, found
         try:
             yield found
         finally:
@@ -90,19 +95,26 @@ class LossHead:
     def _forward(self, hidden: torch.Tensor) -> torch.Tensor:
         if self._scoring is None:
             return self._logits(hidden)
-        labels, weights, smoothing, found = self._scoring
-        layer, trained = self._layer, labels[:, 1:] != -100
+        labels, places, weights, smoothing, found = self._scoring
+        layer = self._layer
         loss, right = _HeadLoss.apply(
-            hidden[:, :-1][trained],
+            hidden.flatten(0, 1).index_select(0, places - 1),
             layer.weight,
             layer.bias,
-            labels[:, 1:][trained],
-            None if weights is None else weights[:, 1:][trained].float(),
+            labels.flatten().index_select(0, places),
+            None if weights is None else weights.flatten().index_select(0, places).float(),
             self._bend,
             smoothing,
         )
         found.append(Scored(loss, right))
         return self._logits(hidden[:, :1])
+
+
+def trained_places(labels: torch.Tensor) -> torch.Tensor:
+    """Where trained labels stand in ``labels.flatten()``, int64 (tokens,). A device would have the host wait here."""
+    trained = labels != -100
+    trained[:, 0] = False
+    return trained.flatten().nonzero()[:, 0]
 
 
 class _HeadLoss(torch.autograd.Function):

@@ -76,7 +76,10 @@ def build_model(
         max_steps: steps of the run.
     """
     from rayswift.modeling.adapters import freeze_for_full, load_adapter
+    from rayswift.train.compiled import check_float8, to_float8
 
+    if args.fp8:
+        check_float8()
     if packing is None:
         model = _load(args, model_dir, dtype, args.attn_impl)
     else:
@@ -89,6 +92,8 @@ def build_model(
         freeze_for_full(model, args)
         if args.task_type == "embedding":
             _freeze_unused_head(model)
+        if args.fp8:
+            to_float8(model)
     elif args.adapters:
         model = load_adapter(model, args.adapters[0], is_trainable=True)
     else:

@@ -31,7 +31,13 @@ JOINED_TOKENS, JOINED_TOKENS_GPU = 1024, 8192
 #: What computes joined rows, beside our own code.
 _LIBRARIES = ("torch", "transformers", "kernels", "flash-attn", "flash-linear-attention", "fla-core", "causal-conv1d",
               "mamba-ssm")  # fmt: skip
-_CODE = ("train/collate.py", "train/packing_check.py", "modeling/packed_rows.py", "modeling/varlen_attention.py")
+_CODE = (
+    "train/collate.py",
+    "train/packing_check.py",
+    "modeling/packed_rows.py",
+    "modeling/varlen_attention.py",
+    "modeling/cpu_attention.py",
+)
 
 
 @dataclass(frozen=True)
@@ -202,7 +208,7 @@ def try_packing(trial: _Trial, hub_token: str | None = None) -> dict[str, Any]:
     one thread."""
     import torch
     from transformers import AutoConfig
-    from transformers.utils import is_flash_attn_2_available
+    from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available
     from transformers.utils import logging as transformers_logging
 
     from rayswift.hub import resolve_model
@@ -216,8 +222,12 @@ def try_packing(trial: _Trial, hub_token: str | None = None) -> dict[str, Any]:
     if trial.attn_impl not in (None, "sdpa"):
         choices = [ATTN_IMPLS.get(trial.attn_impl, trial.attn_impl)]
     else:
-        flash = trial.attn_impl is None and trial.use_gpu and is_flash_attn_2_available()
-        choices = [*(["flash_attention_2"] if flash else []), varlen_attention.NAME, "sdpa", "eager"]
+        choices = [varlen_attention.NAME, "sdpa", "eager"]
+        if trial.use_gpu and trial.dtype != "float32":  # flash-attn where it is installed, else what PyTorch has of it
+            choices.insert(0, varlen_attention.FUSED)
+            installed = {"flash_attention_3": is_flash_attn_3_available, "flash_attention_2": is_flash_attn_2_available}
+            if trial.attn_impl is None:
+                choices = [*(name for name, is_there in installed.items() if is_there()), *choices]
     trust = {"trust_remote_code": trial.trust_remote_code}
     try:
         model_dir = resolve_model(trial.model, revision=trial.model_revision, use_hf=trial.use_hf, token=hub_token)

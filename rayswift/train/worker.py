@@ -284,6 +284,10 @@ def build_trainer(
         from rayswift.train.trainers.sft import SftTrainer
 
         trainer = SftTrainer(eval_dataset=val_rows, router_aux_loss_coef=args.router_aux_loss_coef, **settings)
+    if args.torch_compile:
+        from rayswift.train.compiled import compile_layers
+
+        compile_layers(model, args.torch_compile_backend, args.torch_compile_mode, config.packing)
     if args.early_stop_interval and val_rows is not None:
         from transformers import EarlyStoppingCallback
 

@@ -59,6 +59,7 @@ def settings_of(trainer: Any) -> Any:
     reference = getattr(trainer, "ref_model", None)
     return [
         {name: value for name, value in args.to_dict().items() if name not in _PLACES},
+        [module._compiled_call_impl is not None for module in model.modules()],
         weights(model), None if reference is None else weights(reference), peft, str(model.config), groups, batches,
         [str(row) for row in trainer.val_rows or ()],
         [f"{type(one).__name__} {getattr(one, 'early_stopping_patience', '')}"

@@ -21,7 +21,7 @@ from rayswift.arguments.effects import why_no_effect
 from rayswift.arguments.training_args import TOPIC
 
 #: Fields of TrainingArguments that act where they are made, before a Trainer could read them.
-AT_ONCE = {"tf32", "torch_compile"}
+AT_ONCE = {"tf32"}
 #: Read only where a path is relative, or workers of a cluster are asked for.
 ELSEWHERE = {"storage_path", "resources_per_worker"}
 #: The server's own, read while it runs.

@@ -33,7 +33,7 @@ VALUES: dict[str, Any] = {
     "loss_scale": "last_round", "interleave_prob": [0.5, 0.5], "task_type": "seq_cls", "num_labels": 3,
     "model_kwargs": {"attention_dropout": 0.5}, "metric_for_best_model": "token_acc",
     "include_num_input_tokens_seen": "all", "train_sampling_strategy": "sequential",
-    "accelerator_config": {"non_blocking": True},
+    "accelerator_config": {"non_blocking": True}, "torch_compile_backend": "eager",
 }  # fmt: skip
 TWO = ["{}/pairs.jsonl", "{}/others_pairs.jsonl"]
 KINDS = {
@@ -88,6 +88,7 @@ OBSERVERS: dict[str, list[Observer]] = {
 _TASKS, _PACKAGE = "tests/train/test_task_command.py", "its package is not installed here: tests/train/test_tuners.py"
 _TRAINING: dict[str, str] = {
     "use_gpu": "no GPU is here", "tf32": "no GPU is here", "num_nodes": "tests/cluster/test_placement.py",
+    "fp8": "tests/train/test_compiled.py",
     "eval_async": "tests/train/test_eval_async.py", "target_parameters": "tests/train/test_tuners.py",
     **dict.fromkeys(("quant_method", "quant_bits", "hqq_axis", "bnb_4bit_compute_dtype", "bnb_4bit_quant_type",
                      "bnb_4bit_use_double_quant", "bnb_4bit_quant_storage", "galore_target_modules", "galore_rank",

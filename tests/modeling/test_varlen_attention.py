@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -10,7 +12,7 @@ import torch
 
 from rayswift.data.tokens.table import TokenizedRow
 from rayswift.modeling.loading import load_model, load_tokenizer
-from rayswift.modeling.varlen_attention import NAME
+from rayswift.modeling.varlen_attention import FUSED, NAME, fused_attention, varlen_attention
 from rayswift.train.collate import flatten, pad
 
 TEXTS = [
@@ -110,3 +112,36 @@ def test_a_sliding_window_is_kept(rows: list[TokenizedRow]) -> None:
     assert torch.allclose(*found, rtol=1e-5)
     model.config.sliding_window = None
     assert not torch.allclose(found[0], losses(model, flatten(rows)), rtol=1e-5)
+
+
+@pytest.mark.parametrize("window", [None, 3])
+def test_one_call_for_all_rows_is_each_row_alone(monkeypatch: pytest.MonkeyPatch, window: int | None) -> None:
+    """What PyTorch's kernel for GPUs is given: by its documentation, written out."""
+    lengths, bounds = [5, 1, 7], torch.tensor([0, 5, 6, 13], dtype=torch.int32)
+
+    def kernel(query: Any, key: Any, value: Any, starts: Any, _: Any, most: int, __: int, **settings: Any) -> Any:
+        assert (query.shape, key.shape, most, settings["enable_gqa"]) == ((13, 4, 8), (13, 2, 8), 7, True)
+        back, ahead = settings["window_size"]
+        parts = []
+        for begin, end in itertools.pairwise(starts.tolist()):
+            q, k, v = (one[begin:end].transpose(0, 1) for one in (query, key, value))
+            apart = torch.arange(end - begin)[:, None] - torch.arange(end - begin)
+            seen = (apart >= -ahead) & ((apart <= back) | (back == -1))
+            parts.append(torch.nn.functional.scaled_dot_product_attention(
+                q, k, v, attn_mask=seen, scale=settings["scale"], enable_gqa=True).transpose(0, 1))  # fmt: skip
+        return torch.cat(parts)
+
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", kernel)
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(1, heads, sum(lengths), 8) for heads in (4, 2, 2))
+    module: Any = SimpleNamespace(num_key_value_groups=2)
+    settings: dict[str, Any] = {"scaling": 0.3, "sliding_window": window, "cu_seq_lens_q": bounds}
+    wanted, _ = varlen_attention(module, query, key, value, None, **settings)
+    found, _ = fused_attention(module, query, key, value, None, **settings, max_length_q=7)
+    assert torch.allclose(found, wanted, atol=1e-6)
+    for unknown in ({"softcap": 5.0}, {"s_aux": torch.zeros(4)}, {"dropout": 0.1}):
+        with pytest.raises(ValueError, match=FUSED):
+            fused_attention(module, query, key, value, None, **settings, max_length_q=7, **unknown)
+    padded, alone = (attention(module, query, key, value, None, scaling=0.3)[0]
+                     for attention in (fused_attention, varlen_attention))  # fmt: skip
+    assert torch.equal(padded, alone)

@@ -42,10 +42,10 @@ def test_results_and_gradients(dtype: torch.dtype, tolerance: float) -> None:
 def test_dropout_drops_what_its_mask_says_and_scales_the_rest(monkeypatch: pytest.MonkeyPatch) -> None:
     masks: list[torch.Tensor] = []
 
-    def remembered(values: torch.Tensor, p: float, make: Any = fused_lora._mask) -> Any:
-        keep, share = make(values, p)
-        masks.append(keep)
-        return keep, share
+    def remembered(values: torch.Tensor, seed: Any, p: float, make: Any = fused_lora._mask) -> Any:
+        mask = make(values, seed, p)
+        masks.append(mask != 0)
+        return mask
 
     class Remembered(torch.nn.Module):
         def forward(self, values: torch.Tensor) -> torch.Tensor:
@@ -55,6 +55,8 @@ def test_dropout_drops_what_its_mask_says_and_scales_the_rest(monkeypatch: pytes
     fused, peft = adapted(0.25), adapted()
     fuse_lora(fused)
     found = outcome(fused)
+    assert torch.equal(masks[0], masks.pop())  # the backward pass has the same
+    assert torch.equal(masks[1], masks.pop())
     assert len(masks) == 2
     for layer in peft.modules():
         if hasattr(layer, "lora_dropout"):
@@ -65,9 +67,15 @@ def test_dropout_drops_what_its_mask_says_and_scales_the_rest(monkeypatch: pytes
 
 @pytest.mark.parametrize("p", [0.05, 0.5])
 def test_values_are_kept_independently_and_as_often_as_asked(p: float) -> None:
+    values = torch.empty(1000, 1001)
+
+    def drawn() -> torch.Tensor:
+        mask = fused_lora._mask(values, fused_lora._draw(values, p), p)
+        assert mask is not None
+        return mask != 0
+
     torch.manual_seed(0)
-    keep, share = fused_lora._mask(torch.empty(1000, 1001), p)
-    assert keep is not None
+    share, keep = fused_lora._kept_share(values, p), drawn()
     assert share == pytest.approx(1 - p, abs=1 / 2**16)
     kept = keep.double()
     spread = (p * (1 - p)) ** 0.5
@@ -75,10 +83,9 @@ def test_values_are_kept_independently_and_as_often_as_asked(p: float) -> None:
     for step in (1, 2, 3, 4):  # four values come of one draw
         a, b = kept.flatten()[:-step], kept.flatten()[step:]
         assert abs(float(((a - share) * (b - share)).mean()) / spread**2) < 5 / 1000
+    assert not torch.equal(keep, drawn())
     torch.manual_seed(0)
-    again, _ = fused_lora._mask(torch.empty(1000, 1001), p)
-    assert again is not None
-    assert torch.equal(keep, again)
+    assert torch.equal(keep, drawn())
 
 
 def test_other_layers_and_other_uses_stay_pefts() -> None:

@@ -13,7 +13,7 @@ from tiny_models import llama, llama_config
 from rayswift.arguments import make_arguments
 from rayswift.cluster import Workers
 from rayswift.data.tokens.table import TokenizedRow
-from rayswift.modeling.varlen_attention import NAME
+from rayswift.modeling.varlen_attention import FUSED, NAME
 from rayswift.train import packing
 from rayswift.train.collate import Collator
 from rayswift.train.config import PackedPlan
@@ -124,3 +124,33 @@ def test_the_gradients_of_a_step_are_those_of_its_rows_one_by_one() -> None:
     assert found[0][0] == pytest.approx(found[1][0], rel=1e-5)
     for name, gradient in found[0][1].items():
         assert torch.allclose(gradient, found[1][1][name], rtol=1e-3, atol=1e-5), name
+
+
+@pytest.mark.parametrize(
+    ("dtype", "use_gpu", "attn_impl", "choices"),
+    [
+        ("bfloat16", True, None, ["flash_attention_2", FUSED, NAME, "sdpa", "eager"]),
+        ("bfloat16", True, "sdpa", [FUSED, NAME, "sdpa", "eager"]),
+        ("float32", True, None, [NAME, "sdpa", "eager"]),
+        ("bfloat16", False, None, [NAME, "sdpa", "eager"]),
+        ("bfloat16", True, "flex_attention", ["flex_attention"]),
+    ],
+)
+def test_what_is_tried_for_joined_rows(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    dtype: str,
+    use_gpu: bool,
+    attn_impl: str | None,
+    choices: list[str],
+) -> None:
+    """Of what is installed; the first that is exact is taken."""
+    llama_config().save_pretrained(tmp_path)
+    monkeypatch.setattr("transformers.utils.is_flash_attn_2_available", lambda: True)
+    monkeypatch.setattr("torch.set_num_threads", lambda _: None)
+    tried: list[str] = []
+    found = "rayswift.train.packing_check.check_packing"
+    monkeypatch.setattr(found, lambda _, choices, *__, **___: tried.extend(choices) or PackedPlan(choices[0]))
+    trial = packing._Trial(str(tmp_path), None, False, False, {}, attn_impl, dtype, use_gpu, 64)
+    assert packing.try_packing(trial) == {"attention": choices[0], "by_row": ()}
+    assert tried == choices

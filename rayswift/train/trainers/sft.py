@@ -10,8 +10,9 @@ import torch
 from peft import PeftModel
 from transformers.integrations import is_deepspeed_zero3_enabled
 
+from rayswift import private
 from rayswift.train.collate import Batch
-from rayswift.train.loss import find_loss_head
+from rayswift.train.loss import find_loss_head, trained_places
 from rayswift.train.trainers.step import StepTraining
 
 
@@ -31,6 +32,8 @@ class SftTrainer(StepTraining):
         own = self.args.use_liger_kernel or self.is_fsdp_enabled or is_deepspeed_zero3_enabled()
         with self.accelerator.autocast():
             self.loss_head = None if own else find_loss_head(self.model, self.args.label_smoothing_factor)
+        # Joined rows are kept apart by their bounds; other forms of attention have a mask, made of their positions.
+        self._knows_bounds = base.config._attn_implementation not in ("sdpa", "eager", "flex_attention")
         if self.loss_head is not None:
             # The Trainer counts the trained tokens of a step only for losses that ask for them.
             self.model_accepts_loss_kwargs = self.loss_is_scaled_for_ga = True
@@ -50,12 +53,14 @@ class SftTrainer(StepTraining):
 
     def _token_loss(self, model: Any, inputs: Batch, return_outputs: bool, num_items_in_batch: Any) -> Any:
         labels, mask, weights = inputs["labels"], inputs.get("attention_mask"), inputs.pop("loss_scale", None)
-        tokens = torch.tensor(labels.numel()) if mask is None else mask.sum()
+        tokens = torch.full((), labels.numel(), device=labels.device) if mask is None else mask.sum()
         if self.loss_head is not None:
             del inputs["labels"]
-            with self.loss_head.scoring(labels, weights) as found:
+            places = inputs.pop("places")
+            by_mask = "cu_seq_lens_q" in inputs and not self._knows_bounds
+            with self.loss_head.scoring(labels, weights, places=places) as found, private.no_mask_questions(by_mask):
                 outputs = model(**inputs)
-            trained = (labels[:, 1:] != -100).sum()
+            trained = torch.full((), len(places), device=labels.device)
             loss = found[0].loss / (trained.clamp(min=1) if num_items_in_batch is None else num_items_in_batch)
             if num_items_in_batch is not None and self.args.average_tokens_across_devices:
                 loss *= self.accelerator.num_processes  # the count is that of all workers
@@ -77,6 +82,14 @@ class SftTrainer(StepTraining):
             self._counts[:3] += torch.stack([right.to(self._counts), trained.to(self._counts), tokens.to(self._counts)])
         return (loss, outputs) if return_outputs else loss
 
+    def _prepare_inputs(self, inputs: Any) -> Any:
+        """What the host can tell of a batch is found before the device has it, which would make the host wait."""
+        if self.loss_head is not None and "labels" in inputs:
+            inputs = {**inputs, "places": trained_places(inputs["labels"])}
+            if "attention_mask" in inputs and bool(inputs["attention_mask"].all()):
+                del inputs["attention_mask"]
+        return super()._prepare_inputs(inputs)
+
     def _get_num_items_in_batch(self, batch_samples: list[Batch], device: torch.device) -> Any:
         """Trained tokens of a step on all workers: at least one, for a step without any divides by it too."""
         items = super()._get_num_items_in_batch(batch_samples, device)
@@ -95,10 +108,10 @@ class SftTrainer(StepTraining):
 
     def eval_counts(self, batch: Batch) -> torch.Tensor:
         """Summed loss, right tokens, trained tokens."""
-        labels = batch.pop("labels")
+        labels, places = batch.pop("labels"), batch.pop("places", None)
         batch.pop("loss_scale", None)
         if self.loss_head is not None:
-            with self.accelerator.autocast(), self.loss_head.scoring(labels, smoothing=0.0) as found:
+            with self.accelerator.autocast(), self.loss_head.scoring(labels, smoothing=0.0, places=places) as found:
                 self.model_wrapped(**batch)
             trained = (labels[:, 1:] != -100).sum()
             return torch.stack([found[0].loss, found[0].right, trained]).to(self._counts)

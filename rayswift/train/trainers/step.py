@@ -125,6 +125,19 @@ class StepTraining(GoingOn, CheckedSteps):
         """The loader itself."""
         return self.loader
 
+    def _prepare_input(self, data: Any) -> Any:
+        """A batch to the device, from memory that the device reads by itself: the host goes on meanwhile."""
+        if isinstance(data, torch.Tensor) and data.device.type == "cpu" != self.args.device.type:
+            data = data.pin_memory().to(self.args.device, non_blocking=True)
+        return super()._prepare_input(data)
+
+    def _prepare_inputs(self, inputs: Any) -> Any:
+        """With the lengths of joined rows, which the host knows."""
+        prepared: Any = super()._prepare_inputs(inputs)
+        if (bounds := inputs.get("cu_seq_lens_q")) is not None:
+            prepared["cu_seq_lens_q"].row_lengths = bounds.diff().tolist()
+        return prepared
+
     # --- metrics ---
 
     def floating_point_ops(self, inputs: Batch) -> int:
