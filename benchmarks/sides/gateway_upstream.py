@@ -92,7 +92,7 @@ class Upstream:
         self._url = f"http://127.0.0.1:{self._server.sockets[0].getsockname()[1]}"
         self._ticking = asyncio.ensure_future(tick(running))
 
-    async def lease(self) -> AsyncIterator[dict[str, Any]]:
+    async def lease(self, only_prepare: bool = False) -> AsyncIterator[dict[str, Any]]:
         """As ``LLMServer.lease``; it ends when the gateway gives it back."""
         yield {"url": self._url, "token": secrets.token_urlsafe(18)}
         await asyncio.sleep(3600)
@@ -106,12 +106,15 @@ def build(args: dict[str, Any]) -> Any:
     return serve.deployment(Upstream, **options).bind()
 
 
-def main() -> None:
-    """Deploy and stay until SIGTERM."""
-    options = argparse.ArgumentParser(description=__doc__)
-    options.add_argument("--port", type=int, required=True)
-    options.add_argument("--gateways", type=int, required=True)
-    given = options.parse_args()
+def deploy_with(build: str, port: int, gateways: int, **options: Any) -> None:
+    """Deploy and stay until SIGTERM.
+
+    Args:
+        build: ``module:function`` that makes the application in place of a model's; the module lies beside this one.
+        port: of the gateways.
+        gateways: their number.
+        options: what the function is given beside the deployment's name.
+    """
     import rayswift
 
     os.chdir(Path(rayswift.__file__).parents[1])  # Ray's workers look there first
@@ -122,24 +125,33 @@ def main() -> None:
     from rayswift.serve import application, deploy
 
     plan = ModelSpec(MODEL, MODEL, "transformers", max_ongoing_requests=100_000, max_queued_requests=100_000)
-    several = {"num_gateways": given.gateways} if given.gateways > 1 else {}
-    args = make_arguments("deploy", model=MODEL, port=given.port, use_gpu=False, **several)
+    several = {"num_gateways": gateways} if gateways > 1 else {}
+    args = make_arguments("deploy", model=MODEL, port=port, use_gpu=False, **several)
     real = application.serve_config
 
     def config(*arguments: Any, **keywords: Any) -> dict[str, Any]:
         made = real(*arguments, **keywords)
         for app in made["applications"]:
             if app["import_path"].endswith(":build_model"):
-                app |= {"import_path": f"{Path(__file__).stem}:build"}
-                app["args"] = {"deployment": application.deployment_name(plan)}
+                app |= {"import_path": build}
+                app["args"] = {"deployment": application.deployment_name(plan), **options}
         return made
 
     for module in list(sys.modules.values()):
         if getattr(module, "serve_config", None) is real:
             module.serve_config = config
-    with deploy.deployment(args, [plan]) as gateways:
-        arguments = (args, [plan], gateways) if gateways is not None else (args, [plan])
+    with deploy.deployment(args, [plan]) as started:
+        arguments = (args, [plan], started) if started is not None else (args, [plan])
         deploy.watch(*arguments)
+
+
+def main() -> None:
+    """Deploy what gives events."""
+    options = argparse.ArgumentParser(description=__doc__)
+    options.add_argument("--port", type=int, required=True)
+    options.add_argument("--gateways", type=int, required=True)
+    given = options.parse_args()
+    deploy_with(f"{Path(__file__).stem}:build", given.port, given.gateways)
 
 
 if __name__ == "__main__":

@@ -50,7 +50,8 @@ async def load(
 ) -> dict[str, Any]:
     """Open the streams and count for so many seconds after the warm-up."""
     body = json.dumps({"messages": [], "stream": True, "max_tokens": max_tokens}).encode()
-    request = b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n%b" % (len(body), body)
+    head = b"POST /v1/chat/completions HTTP/1.1\r\nhost: 127.0.0.1\r\ncontent-length: %d\r\n\r\n"
+    request = head % len(body) + body
     counts = {"events": 0, "refused": 0, "lost": 0}
     loop = asyncio.get_running_loop()
     for number in range(streams):

@@ -21,7 +21,7 @@ from rayswift.arguments.fields import specs_of
 from rayswift.cluster import Cluster, address_of
 from rayswift.errors import UserError
 from rayswift.generate.engine_settings import bundles, engine_kwargs, environment, sampling_defaults
-from rayswift.generate.preflight import check_engine, check_model, wants_gpu
+from rayswift.generate.preflight import check_engine, check_model, context_limit, wants_gpu
 from rayswift.modeling.adapter_folder import check_adapter, lora_rank, read_adapter_config
 from rayswift.modeling.adapter_kinds import only_merged
 from rayswift.modeling.loading import folder_fingerprint, read_config, resolve_dtype
@@ -235,7 +235,7 @@ def model_spec(model: ResolvedModel, replicas: tuple[int, int] | None = None) ->
         "engine": args.infer_backend,
         "revision": args.model_revision,
         "use_gpu": use_gpu,
-        "max_model_len": args.vllm_max_model_len or args.max_length,
+        "max_model_len": context_limit(args)[1],
         "engine_kwargs": engine_kwargs(args, use_gpu),
         "sampling": sampling_defaults(args),
         "fingerprints": fingerprints(name, folder, model),

@@ -63,6 +63,13 @@ def _is_gpu_vllm() -> bool:
         return False
 
 
+def context_limit(args: DeployArguments) -> tuple[str, int | None]:
+    """The flag that says how long prompt and answer may be together, and what it says."""
+    if args.infer_backend == "vllm" and args.vllm_max_model_len:
+        return "vllm_max_model_len", args.vllm_max_model_len
+    return "max_length", args.max_length
+
+
 def check_model(args: DeployArguments, model_dir: str, use_gpu: bool) -> None:
     """Raises UserError when the model's configuration or size says that a replica could not work with these flags."""
     from rayswift.modeling import positions
@@ -71,8 +78,7 @@ def check_model(args: DeployArguments, model_dir: str, use_gpu: bool) -> None:
     config = read_config(model_dir)
     dtype = resolve_dtype(args.torch_dtype, model_dir, use_gpu, training=False)
     longest = positions.longest(config, args.positions)
-    wanted = args.vllm_max_model_len or args.max_length
-    flag = "vllm_max_model_len" if args.vllm_max_model_len else "max_length"
+    flag, wanted = context_limit(args)
     if longest and wanted and wanted > longest:
         raise UserError(f"--{flag} {wanted}: the model has {longest} positions; use --{flag} {longest} or less")
     check_kernels(args, config, use_gpu)

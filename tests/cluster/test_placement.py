@@ -238,17 +238,17 @@ def test_what_was_lost_with_a_node_is_made_again_at_once(monkeypatch: pytest.Mon
     packed: Any = SimpleNamespace(unpack=lambda: None)
     reader = stream.StreamReader(None, packed, None, stream.StreamPosition(), 1, 1.0)  # type: ignore[arg-type]
     size = stream.READY_BYTES // 2
-    assert reader.has_room(0, 0)
-    assert reader.has_room(0, size)
+    assert not reader.pause(0, 0)
+    assert not reader.pause(0, size)
     reader._blocks = {0: (None, size), 1: (None, size)}
-    assert not reader.has_room(0, 2 * size)
-    assert not reader.has_room(0, 2 * size)
-    assert reader.has_room(0, 0)  # on another node, from the beginning
-    assert reader.has_room(0, size)
-    assert not reader.has_room(0, 2 * size)
+    assert reader.pause(0, 2 * size)
+    assert reader.pause(0, 2 * size)
+    assert not reader.pause(0, 0)  # on another node, from the beginning
+    assert not reader.pause(0, size)
+    assert reader.pause(0, 2 * size)
     reader.task_ended(0)
-    assert not reader.has_room(1, 1)
-    assert reader.has_room(0, 2 * size)  # a task that had ended, again
+    assert reader.pause(1, 1)
+    assert not reader.pause(0, 2 * size)  # a task that had ended, again
     reader.task_ended(0)
     assert reader._first_task == 1
     assert not reader._ended

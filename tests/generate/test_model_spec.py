@@ -143,6 +143,12 @@ def test_what_cannot_work_is_one_line(smollm2_dir: str, settings: dict, says: st
         model_specs(make_arguments("deploy", **merged))
 
 
+def test_a_limit_of_another_engine_limits_nothing(smollm2_dir: str) -> None:
+    flags = {"model": smollm2_dir, "infer_backend": "transformers", "use_gpu": False, "max_length": 4096}
+    (spec,) = model_specs(make_arguments("deploy", vllm_max_model_len=100_000, **flags))
+    assert spec.max_model_len == 4096
+
+
 @pytest.mark.parametrize(
     ("capability", "found", "says"),
     [

@@ -504,6 +504,20 @@ def test_health_is_what_the_replicas_say(
     assert not replicas.asked
 
 
+def test_hundreds_of_replicas_are_not_asked_anew_by_everyone_who_asks_for_their_health(
+    client: TestClient, replicas: Replicas, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for path in ("/health", "/v1/models") * 5:
+        assert client.get(path).status_code == 200
+    assert sorted(replicas.broadcasts) == [("check_health",), ("context_length",)]
+    replicas.running = [RuntimeError("the engine is dead")]
+    monkeypatch.setattr("rayswift.serve.gateway.forwarding.HEALTH_AGE", 1e-9)
+    assert client.get("/health").status_code == 503
+    monkeypatch.setattr("rayswift.serve.gateway.forwarding.HEALTH_AGE", 60)
+    replicas.running = [None]
+    assert client.get("/health").status_code == 200, "that none was well is not remembered"
+
+
 def test_the_app_lives_as_serve_starts_and_ends_it(make: Callable[..., tuple[Gateway, TestClient]]) -> None:
     with make()[1] as client:
         assert client.get("/health").status_code == 200

@@ -14,6 +14,7 @@ from __future__ import annotations
 import itertools
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -35,13 +36,18 @@ if TYPE_CHECKING:
 
     from rayswift.data.tokens.encoder import Encoder
 
-#: Blocks leave a task as soon as they are this big, so that training starts before a large file is read.
-STREAM_BLOCK_BYTES = 1 << 20
+#: Blocks leave a task as soon as they are this big, so that training starts before a large file is read. They are as
+#: many times as big as there are so many workers: handing one to a worker costs the reader half a millisecond.
+STREAM_BLOCK_BYTES, WORKERS_TO_BLOCK = 1 << 20, 64
 #: Token rows that wait for training, in bytes: of the task that is being trained, and of all later ones together.
 READY_BYTES = 32 << 20
 AHEAD_BYTES = 256 << 20
 #: Tasks that read at once, beside one for each worker: the CPUs of others are not held by what would only wait.
 TASKS_AHEAD = 3
+#: Blocks that a worker is given by one call where so many are ready.
+BLOCKS_AT_ONCE = 8
+#: Seconds until a task that is held back asks again, for each task before it; and the most. Hundreds may be held back.
+ASK_SECONDS, MOST_ASK_SECONDS = 0.1, 2.0
 #: Rows encoded at a time.
 STREAM_BATCH = 64
 #: Rows packed together; packs that are not nearly full wait for the next window.
@@ -60,6 +66,7 @@ def stream_tokens(
     reader: Any | None = None,
     num_cpus: float = 1,
     most_tasks: int | None = None,
+    block_bytes: int = STREAM_BLOCK_BYTES,
 ) -> Dataset:
     """The stream as a lazy dataset of token rows: ``input_ids``, ``labels``, ``loss_scale``; where each is from:
     ``path``, ``kind``, ``number``; its place: ``task``, ``item`` and ``item_rows``, the number of rows of that item.
@@ -72,6 +79,7 @@ def stream_tokens(
         reader: the :class:`StreamReader` that says when enough is ready; None: read on.
         num_cpus: what each task asks of Ray.
         most_tasks: how many run at once; None: as many as there is room for.
+        block_bytes: the size at which a block leaves its task.
     """
     import pyarrow as pa
     import ray
@@ -85,14 +93,14 @@ def stream_tokens(
         for item in batch["id"]:
             task = begin.task + int(item)
             first = begin.item if task == begin.task else 0
-            yield from _in_step(task_tokens(plan, task, first, encoder, drop_log), task, reader)
+            yield from _in_step(task_tokens(plan, task, first, encoder, drop_log), task, reader, block_bytes)
 
-    tasks = one_task_each(pa.table({"id": range(len(plan.tasks) - begin.task)}), True, STREAM_BLOCK_BYTES)
+    tasks = one_task_each(pa.table({"id": range(len(plan.tasks) - begin.task)}), True, block_bytes)
     compute = TaskPoolStrategy(most_tasks) if most_tasks else None
     return tasks.map_batches(read, batch_size=None, num_cpus=num_cpus, compute=compute)
 
 
-def _in_step(tables: Iterator[pa.Table], task: int, reader: Any | None) -> Iterator[pa.Table]:
+def _in_step(tables: Iterator[pa.Table], task: int, reader: Any | None, block_bytes: int) -> Iterator[pa.Table]:
     """The tables of a task, held back while enough is ready.
 
     Ray Data can hold back a task's output too, but its scheduling loop then asks without a pause whether it may go on:
@@ -102,10 +110,10 @@ def _in_step(tables: Iterator[pa.Table], task: int, reader: Any | None) -> Itera
 
     made = asked = 0
     for table in tables:
-        if reader is not None and made - asked >= STREAM_BLOCK_BYTES:
+        if reader is not None and made - asked >= block_bytes:
             asked = made
-            while not ray.get(reader.has_room.remote(task, made)):
-                time.sleep(0.1)
+            while pause := ray.get(reader.pause.remote(task, made)):
+                time.sleep(pause)
         made += table.nbytes
         yield table
     if reader is not None:
@@ -266,19 +274,15 @@ class StreamReader:
     """
 
     def __init__(
-        self,
-        plan: StreamPlan,
-        packed: PackedEncoder,
-        drop_log: Any,
-        start: StreamPosition,
-        num_workers: int,
+        self, plan: StreamPlan, packed: PackedEncoder, drop_log: Any, start: StreamPosition, num_workers: int,
         num_cpus: float,
-    ) -> None:
+    ) -> None:  # fmt: skip
         import ray
 
-        self._asked = dict.fromkeys(range(num_workers), 0)
+        self._asked, self._scale = dict.fromkeys(range(num_workers), 0), max(1, num_workers // WORKERS_TO_BLOCK)
         self._blocks: dict[int, tuple[Any, int]] = {}  # by number: reference and bytes
-        self._end = 0
+        self._first = self._end = 0  # of their numbers
+        self._asking = Counter({0: num_workers})  # by number: workers that have all before it
         self._over = False
         self._error: BaseException | None = None
         self._changed = threading.Condition()
@@ -287,7 +291,8 @@ class StreamReader:
         self._first_task = start.task
         self._ended: set[int] = set()
         own = ray.get_runtime_context().current_actor
-        stream = (plan, packed.unpack(), drop_log, start, own, num_cpus, num_workers + TASKS_AHEAD)
+        limits = (num_workers + TASKS_AHEAD, STREAM_BLOCK_BYTES * self._scale)
+        stream = (plan, packed.unpack(), drop_log, start, own, num_cpus, *limits)
         threading.Thread(target=self._read, args=stream, daemon=True).start()
 
     def _read(self, *stream: Any) -> None:
@@ -307,24 +312,25 @@ class StreamReader:
             self._over = True
             self._changed.notify_all()
 
-    def has_room(self, task: int, made: int) -> bool:
-        """Whether a task that has made so many bytes may make more.
+    def pause(self, task: int, made: int) -> float:
+        """Seconds until a task that has made so many bytes asks again; none when it may make more.
 
         The first task that has not ended never waits for another: only for the workers to train what is ready. Who
         makes again what was lost with a node waits for nobody: the workers wait for it.
         """
         with self._changed:
             if task < self._first_task or made <= self._allowed.get(task, -1):
-                return True
+                return 0.0
             self._made[task] = made
             if task == self._first_task:
-                has_room = sum(size for _, size in self._blocks.values()) < READY_BYTES
+                has_room = sum(size for _, size in self._blocks.values()) < READY_BYTES * self._scale
             else:
                 ahead = (bytes_ for other, bytes_ in self._made.items() if other != self._first_task)
                 has_room = sum(ahead) < AHEAD_BYTES
             if has_room:
                 self._allowed[task] = made
-            return has_room
+                return 0.0
+            return min(ASK_SECONDS * (1 + task - self._first_task), MOST_ASK_SECONDS)
 
     def task_ended(self, task: int) -> None:
         """A task has handed on its last table."""
@@ -336,22 +342,24 @@ class StreamReader:
                 self._ended.remove(self._first_task)
                 self._first_task += 1
 
-    def block(self, worker: int, number: int) -> list[Any] | None:
-        """A block, as a list with its reference; None after the last.
+    def blocks(self, worker: int, number: int) -> list[Any]:
+        """References of the blocks from this number on that are ready, at most :data:`BLOCKS_AT_ONCE`; waits for the
+        first of them. Empty after the last.
 
         Raises:
             Exception: what stopped the stream.
         """
         with self._changed:
+            self._asking[self._asked[worker]] -= 1
+            self._asking[number] += 1
             self._asked[worker] = number
-            for done in [known for known in self._blocks if known < min(self._asked.values())]:
-                del self._blocks[done]
+            while not self._asking[self._first]:  # every worker has it
+                del self._asking[self._first], self._blocks[self._first]
+                self._first += 1
             self._changed.wait_for(lambda: number < self._end or self._over)
-            if number < self._end:
-                return [self._blocks[number][0]]
-            if self._error is not None:
+            if number == self._end and self._error is not None:
                 raise self._error
-            return None
+            return [self._blocks[one][0] for one in range(number, min(number + BLOCKS_AT_ONCE, self._end))]
 
 
 def start_stream_readers(
@@ -378,11 +386,13 @@ def start_stream_readers(
 
 
 def read_stream(reader: Any, worker: int) -> Iterator[pa.Table]:
-    """The stream's tables in order, as one worker sees them; the next one is asked for while one is used."""
+    """The stream's tables in order, as one worker sees them; the next ones are asked for while these are used."""
     import ray
 
-    number, coming = 0, reader.block.remote(worker, 0)
-    while (found := ray.get(coming)) is not None:
-        number += 1
-        coming = reader.block.remote(worker, number)
-        yield ray.get(found[0])
+    number, coming = 0, reader.blocks.remote(worker, 0)
+    while found := ray.get(coming):
+        number += len(found)
+        coming = reader.blocks.remote(worker, number)
+        found.reverse()
+        while found:  # what was used is held no longer
+            yield ray.get(found.pop())

@@ -12,6 +12,7 @@ import functools
 import json
 import logging
 import re
+import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -53,8 +54,9 @@ NAMED_STREAMS = ("/v1/responses", "/v1/messages")
 LINE_SECONDS = 0.1
 #: Seconds that the replicas may take for a call to each of them.
 BROADCAST_SECONDS = 10.0
-#: Seconds for a question about their health; who asks the gateway for it waits about as long.
-HEALTH_SECONDS = 2.0
+#: Seconds for a question about their health; who asks the gateway for it waits about as long. And how old what all of
+#: them said of it may be, and of the length of their context.
+HEALTH_SECONDS, HEALTH_AGE, LENGTH_AGE = 2.0, 1.0, 10.0
 #: States of a deployment without replicas that starts one for the next request, or does so already.
 AWAKENS = ("HEALTHY", "UPSCALING", "DOWNSCALING")
 _USAGE = re.compile(rb'"(?:completion|output)_tokens":\s*(\d+)')
@@ -116,6 +118,7 @@ class Forwarder:
         self.handle, self._session, self._queue_timeout, self.counters = handle, session, queue_timeout, counters
         self._line = line
         self._leases, self._waiting = LeaseCache(), 0
+        self._said: dict[str, tuple[float, list[Any]]] = {}  # by question: when, and the answers
 
         @functools.lru_cache(maxsize=1024)  # a handle with options costs a look-up in Serve: one per adapter is kept
         def lease_call(adapter: str) -> Any:
@@ -172,7 +175,7 @@ class Forwarder:
     async def can_answer(self, may_sleep: bool) -> bool:
         """Whether a running replica says that it is well; ``may_sleep``: or none runs because nobody asked."""
         try:
-            well = await self.broadcast("check_health", timeout=HEALTH_SECONDS)
+            well = await self.broadcast("check_health", timeout=HEALTH_SECONDS, age=HEALTH_AGE)
             return bool(well) or (may_sleep and await asyncio.to_thread(self._is_asleep))
         except ApiError:  # one of them is silent: whether Serve finds another
             asked = self.handle.options(method_name="check_health").remote()
@@ -194,16 +197,20 @@ class Forwarder:
     async def context_length(self) -> int | None:
         """Tokens that a prompt and its answer may have; None when no replica can say."""
         try:
-            return next(iter(await self.broadcast("context_length")), None)
+            return next(iter(await self.broadcast("context_length", age=LENGTH_AGE)), None)
         except ApiError:
             return None
 
-    async def broadcast(self, method: str, *args: Any, timeout: float = BROADCAST_SECONDS) -> list[Any]:
-        """What every running replica answers to a call: nothing when none runs, nor from one that dies meanwhile.
+    async def broadcast(self, method: str, *args: Any, timeout: float = BROADCAST_SECONDS, age: float = 0) -> list[Any]:
+        """What every running replica answers to a call, or has answered in the last ``age`` seconds: nothing when none
+        runs, nor from one that dies meanwhile.
 
         Raises:
             ApiError: one is there and does not answer.
         """
+        when, known = self._said.get(method, (0.0, []))
+        if known and time.monotonic() - when < age:
+            return known
         try:
             asked = self.handle.broadcast(method, *args)
             answers = await asked.results_async(timeout_s=timeout, return_exceptions=True)
@@ -214,7 +221,10 @@ class Forwarder:
         for error in answers:
             if isinstance(error, BaseException):
                 logger.warning("%s: a replica did not answer (%s)", method, type(error).__name__)
-        return [answer for answer in answers if not isinstance(answer, BaseException)]
+        found = [answer for answer in answers if not isinstance(answer, BaseException)]
+        if age:
+            self._said[method] = time.monotonic(), found
+        return found
 
     def close(self) -> None:
         """Send nothing more."""
