@@ -42,7 +42,7 @@ from rayswift.train.resume import Resume, find_resume
 from rayswift.train.run_directory import RunDirectory, check_writable
 from rayswift.train.schedule import StepSchedule, plan_steps
 from rayswift.train.start import make_trainer, torch_config
-from rayswift.train.start.warm_workers import start_warm_workers
+from rayswift.train.start.warm_workers import start_spares, start_warm_workers
 from rayswift.train.stopping import end_if_asked, saved_on_sigterm
 from rayswift.train.summary import Summary, length_line, say_end
 
@@ -162,9 +162,8 @@ def _connect(inputs: Inputs) -> Machines:
     if cluster.embedded and (warning := shortage(need, workers.largest, workers.use_gpu)):
         say(f"warning: {warning}")
     # On a cluster or with accelerators Ray Train says who gets what.
-    early = cluster.embedded and not workers.use_gpu and not elastic
-    warm = start_warm_workers(model_dir, workers.largest) if early else []
-    return Machines(cluster.embedded, workers, dtype, warm)
+    early = workers.largest if cluster.embedded and not workers.use_gpu and not elastic else 0
+    return Machines(cluster.embedded, workers, dtype, start_warm_workers(model_dir, early))
 
 
 # --- data -------------------------------------------------------------------------------------------------------
@@ -295,7 +294,7 @@ def _fit(
         spare=spare_resources(args, machines.workers) if data.val is not None else None,
         task=inputs.task,
     )
-    trainer = _torch_trainer(config, machines, run)
+    trainer = _torch_trainer(config, machines, run, inputs.model_dir)
     reporters, summary = open_reporters(args, run), Summary.of(run, inputs.began, bool(inputs.resume.run_directory))
     place = functools.partial(place_of, data.train, origins=origins)
     progress = Progress(events, schedule, run, reporters, summary, place, args.step_timeout)
@@ -329,7 +328,7 @@ def _fit(
     return outcome
 
 
-def _torch_trainer(config: WorkerConfig, machines: Machines, run: RunDirectory) -> Any:
+def _torch_trainer(config: WorkerConfig, machines: Machines, run: RunDirectory, model_dir: str) -> Any:
     from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig
 
     from rayswift.train.worker import train_loop
@@ -342,6 +341,7 @@ def _torch_trainer(config: WorkerConfig, machines: Machines, run: RunDirectory) 
         embedded=machines.embedded,
         alone=config.data.stream is None,
         warm=machines.warm,
+        start_spares=functools.partial(start_spares, model_dir, len(machines.warm)),
         train_loop_config={"config": config},
         torch_config=torch_config(None if workers.use_gpu else "gloo", embedded=machines.embedded),
         scaling_config=ScalingConfig(

@@ -1,10 +1,11 @@
 """What workers tell the driver while they train: a small actor, because ``ray.train.report`` costs seconds.
 
 Events are plain dicts with an ``event`` key: ``start`` (model facts), ``resume`` (step, and the rows logged before it),
-``step`` (one optimiser step done), ``log`` (a row for logging.jsonl), ``bad_step`` (rows of a step without a number for
-its loss), ``hang`` (where a worker is that does not get on), ``save`` (a checkpoint begins), ``checkpoint`` (it became
-whole, and the seconds that took), ``drops`` (rows a stream dropped), ``note`` (a line for the person), ``end`` (the
-workers' memory); ``seconds`` of the others are the first worker's clock. The other way goes one word: `stop`.
+``step`` (one optimiser step done), ``kept`` (the state after a step is held here), ``log`` (a row for logging.jsonl),
+``bad_step`` (rows of a step without a number for its loss), ``hang`` (where a worker is that does not get on), ``save``
+(a checkpoint begins), ``checkpoint`` (it became whole, and the seconds that took), ``drops`` (rows a stream dropped),
+``note`` (a line for the person), ``end`` (the workers' memory); ``seconds`` of the others are the first worker's clock.
+The other way goes one word: `stop`.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ class EventQueue:
         self._board = RunBoard(facts or {})
         self._events: list[dict[str, Any]] = []
         self._stopping = False
+        self._kept: tuple[int, dict[str, bytes]] = (0, {})
 
     def push(self, event: dict[str, Any]) -> None:
         """Add one event; callers do not wait for it."""
@@ -47,6 +49,19 @@ class EventQueue:
         self._board.counted(counted or {})
         events, self._events = self._events, []
         return events
+
+    def keep(self, step: int, files: dict[str, bytes], seconds: dict[str, float]) -> None:
+        """Hold the state after a step, in the place of the one before; ``seconds``: the first worker's clock then."""
+        self._kept = (step, files)
+        self._events.append({"event": "kept", "step": step, "seconds": seconds})
+
+    def kept_step(self) -> int:
+        """The step whose state is held; 0: none."""
+        return self._kept[0]
+
+    def kept_files(self) -> dict[str, bytes]:
+        """Its state, by the names that files of a checkpoint have."""
+        return self._kept[1]
 
     def stop(self) -> None:
         """Have the workers stop after the step that they are at."""

@@ -201,6 +201,9 @@ class Progress:
         self._hear(event)
         self.summary.goodput.save(event["step"])
 
+    def _on_kept(self, event: dict[str, Any]) -> None:
+        self.summary.goodput.kept(event["step"], event["seconds"])
+
     def _on_checkpoint(self, event: dict[str, Any]) -> None:
         self.last_step, self.best_step = event["step"], event["best"]
         times = f" ({event['seconds']:.1f} s; training waited {event['waited']:.2f} s)" if "waited" in event else ""

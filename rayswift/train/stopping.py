@@ -11,7 +11,7 @@ import enum
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from rayswift.console import say
@@ -30,15 +30,23 @@ class Wish(enum.IntEnum):
     """What the workers do after a step beside training on."""
 
     NOTHING = 0
-    SAVE = 1
-    STOP = 2
+    KEEP = 1
+    SAVE = 2
+    STOP = 3
 
 
 class Notices:
-    """What one worker has heard, and what all of them do about it. ``events``: the driver's event queue."""
+    """What one worker has heard, and what all of them do about it.
 
-    def __init__(self, events: Any, rank: Rank) -> None:
+    Args:
+        events: the driver's event queue.
+        rank: this worker's share.
+        keeps: whether the state after this step shall be kept; the first worker is asked.
+    """
+
+    def __init__(self, events: Any, rank: Rank, keeps: Callable[[], bool] = lambda: False) -> None:
         self._events, self._rank, self._stopping, self._saved = events, rank, threading.Event(), False
+        self._keeps = keeps
         self._group: Any = None
         if rank.world_size > 1:
             import torch
@@ -52,7 +60,7 @@ class Notices:
         """What all workers do after this step; every one of them asks."""
         import ray.train
 
-        own = Wish.NOTHING
+        own = Wish.KEEP if self._rank.rank == 0 and self._keeps() else Wish.NOTHING
         if not self._saved and ray.train.get_preemption_info() is not None:  # a machine of this run goes
             own = Wish.SAVE
         if self._stopping.is_set():

@@ -54,6 +54,7 @@ class Goodput:
         #: Seconds of steps by the step of a checkpoint.
         self._trained = {int(step): float(seconds) for step, seconds in state["trained"].items()}
         self._saving: dict[int, float] = {}
+        self._kept = (0, 0.0)  # the same of the step whose state is held
         self._goes_on = before is not None
         self._attempt = self._base = dict.fromkeys(PHASES, 0.0)
 
@@ -63,7 +64,8 @@ class Goodput:
         now = time.monotonic()
         self._seconds["restarts" if self._goes_on else "start"] += now - self._heard
         self._heard, self._attempt, self._base = now, seconds, seconds
-        kept = max((trained for known, trained in self._trained.items() if known <= step), default=0.0)
+        known_steps = [*self._trained.items(), self._kept]
+        kept = max((trained for known, trained in known_steps if known <= step), default=0.0)
         lost = max(self._seconds["step"] - kept, 0.0)
         self._seconds["step"] -= lost
         self._seconds["restarts"] += lost
@@ -80,6 +82,10 @@ class Goodput:
     def checkpoint(self, step: int) -> None:
         """It is whole: that is kept."""
         self._trained[step] = self._saving.pop(step, self._now()["step"])
+
+    def kept(self, step: int, seconds: dict[str, float]) -> None:
+        """The state after a step is held, when this was the worker's clock."""
+        self._kept = (step, self._seconds["step"] + seconds["step"] - self._base["step"])
 
     def _end_attempt(self) -> None:
         self._seconds, self._base = self._now(), self._attempt

@@ -16,6 +16,7 @@ from rayswift import private
 from rayswift.data.tokens.row_index import LazyRows
 from rayswift.data.tokens.table import LazyItems, StreamPlaces, StreamPosition, TokenRows, TrainItems
 from rayswift.errors import RunFailedError, UserError, one_line
+from rayswift.train.checkpoints.last_step import LastStep
 from rayswift.train.checkpoints.reshard import check_zero_resume
 from rayswift.train.checkpoints.store import CheckpointStore
 from rayswift.train.clock import Clock
@@ -50,13 +51,14 @@ def train_loop(loop_config: dict[str, Any]) -> dict[str, Any]:
     prepare_process(config, rank, context.get_local_world_size())
     local_world_size = context.get_local_world_size()
     store = CheckpointStore(config, rank, context.get_local_rank(), local_world_size)
-    resume, start_step, is_first = store.resume_from()
+    last_step = LastStep(store)
+    resume, start_step, is_first = store.resume_from(last_step.step())
     weights_only = resume if is_first and config.args.begins_anew else None
     position, streams = store.position(None if weights_only else resume), config.data.stream
     places: StreamPlaces = () if streams is None else streams.start()  # also after --ignore_data_skip
     if position is not None and position.stream is not None and position.data == config.data.fingerprint:
         places = tuple(StreamPosition(*place) for place in position.stream)
-    wish = Notices(config.events, rank).wish
+    wish = Notices(config.events, rank, last_step.is_due).wish
     try:
         left_out = config.args.left_out if is_first else frozenset()
         if resume and "optimizer" not in left_out:  # of an attempt of this run, on another number of workers
@@ -67,7 +69,7 @@ def train_loop(loop_config: dict[str, Any]) -> dict[str, Any]:
         # What fails before the first step fails again: restarting the group would only cost minutes.
         logger.exception("the trainer could not be built")
         return {"user_error" if isinstance(error, UserError) else "error": one_line(error, LIMIT)}
-    trainer.left_out = left_out
+    trainer.left_out, trainer.keep = left_out, last_step.keep
     if config.spare and rank.rank == 0:
         trainer.evaluations = Evaluations(config, store, Evaluator)
     if config.args.step_timeout:

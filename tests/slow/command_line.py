@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -70,6 +71,9 @@ def wait_for(condition: Any, timeout: float, what: str) -> Any:
 
 
 def train_workers(driver: int) -> list[psutil.Process]:
-    """The Ray Train workers of the embedded cluster that a driver started."""
-    children = psutil.Process(driver).children(recursive=True)
-    return [child for child in children if "TrainWorker" in " ".join(child.cmdline()[:1])]
+    """The Ray Train workers of the embedded cluster that a driver started, or of a raylet."""
+    found = []
+    for child in psutil.Process(driver).children(recursive=True):
+        with contextlib.suppress(psutil.Error):  # one that has just ended
+            found += [child] if "TrainWorker" in " ".join(child.cmdline()[:1]) else []
+    return found

@@ -2,40 +2,49 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from command_line import QUICK, losses, run, run_directory, start, wait_for
+from command_line import QUICK, losses, run, run_directory, start, train_workers, wait_for
 from ray.cluster_utils import Cluster
 
 pytestmark = pytest.mark.slow
 
-STEPS = 40
+STEPS = 200
 #: Seconds that Ray gives the node.
 NOTICE = 15
 
 
 def command(model: str, output: Path, workers: str) -> list[str]:
-    """No dropout: its random numbers differ with the number of workers. No checkpoint of the schedule is near."""
+    """Steps of half a second; no dropout: its random numbers differ with the number of workers. No checkpoint of the
+    schedule is near."""
     return [
         "sft", "--model", model, "--dataset", "identity", "--model_name", "swift-robot", "--model_author", "swift",
         "--num_workers", workers, "--use_gpu", "false", "--max_steps", str(STEPS), "--save_steps", "1000",
         "--learning_rate", "1e-3", "--split_dataset_ratio", "0", "--torch_dtype", "float32", "--lora_dropout", "0",
-        "--output_dir", str(output), *QUICK,
+        "--output_dir", str(output), *QUICK, "--gradient_accumulation_steps", "32",
     ]  # fmt: skip
 
 
-def test_a_drained_node_costs_the_steps_behind_its_notice(smollm2_dir: str, tmp_path: Path) -> None:
+def test_a_drained_node_costs_the_steps_behind_its_notice(tiny_dir: str, tmp_path: Path) -> None:
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
     driver = None
     try:
         second = cluster.add_node(num_cpus=1)
         output, log = tmp_path / "out", tmp_path / "log"
-        words = command(smollm2_dir, output, "1,2")
+        words = [*command(tiny_dir, output, "1,2"), "--resources_per_worker", '{"CPU": 1}']  # one on each node
         driver = start(*words, "--address", cluster.address, log=log, RAY_USAGE_STATS_ENABLED="0")
-        wait_for(lambda: any(output.glob("v*")) and len(losses(run_directory(output))) >= 3, 400, "step 3")
+        raylets = [node.all_processes["raylet"][0].process.pid for node in cluster.list_all_nodes()]
+
+        def steps() -> int:
+            return len(losses(run_directory(output))) if any(output.glob("v*")) else 0
+
+        wait_for(lambda: all(map(train_workers, raylets)), 200, "a worker on each node")
+        begun = steps()  # of one worker alone, where the other node came later
+        wait_for(lambda: steps() >= begun + 3, 200, "three steps of both")
         drain = [
             str(Path(sys.executable).parent / "ray"), "drain-node", "--address", cluster.address,
             "--node-id", second.node_id, "--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "reclaimed",
@@ -50,12 +59,15 @@ def test_a_drained_node_costs_the_steps_behind_its_notice(smollm2_dir: str, tmp_
             driver.kill()
         cluster.shutdown()
     printed, step = log.read_text(), int(name.removeprefix("checkpoint-"))
-    assert 3 <= step < STEPS
-    assert f"training goes on from step {step}" in printed
+    (again,) = (
+        int(number) for number in re.findall(r"training goes on from step (\d+)", printed) if int(number) > step
+    )
+    # Behind the notice every step is held (docs/train.md).
+    assert 3 <= step < again < STEPS
     assert "Traceback" not in printed
 
-    alone = command(smollm2_dir, tmp_path / "alone", "1")
-    run(*alone, "--gradient_accumulation_steps", "2", log=tmp_path / "alone.log")
+    alone = command(tiny_dir, tmp_path / "alone", "1")
+    run(*alone, "--gradient_accumulation_steps", "64", log=tmp_path / "alone.log")
     found, expected = (losses(run_directory(folder)) for folder in (output, tmp_path / "alone"))
     assert list(found) == list(range(1, STEPS + 1))
     assert found == pytest.approx(expected, rel=1e-4)

@@ -10,6 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -139,17 +140,21 @@ STEPS_OF_ALL = 24
 TOLERANCE = 1e-4
 
 
+def drawn_rows(count: int) -> str:
+    """Rows of which no two are alike, as lines of JSON."""
+    drawn = random.Random(0)
+    rows = [[" ".join(f"w{drawn.randint(3, 159)}" for _ in range(drawn.randint(4, 16))) for _ in range(2)]
+            for _ in range(count)]  # fmt: skip
+    return "\n".join(json.dumps({"query": query, "response": response}) for query, response in rows)
+
+
 @pytest.fixture(scope="module")
 def words(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """The command that trains a tiny model on rows of which no two are alike."""
     folder = tmp_path_factory.mktemp("words")
     llama().save_pretrained(folder / "model")
     word_tokenizer().save_pretrained(folder / "model")
-    drawn = random.Random(0)
-    rows = [[" ".join(f"w{drawn.randint(3, 159)}" for _ in range(drawn.randint(4, 16))) for _ in range(2)]
-            for _ in range(96)]  # fmt: skip
-    lines = [json.dumps({"query": query, "response": response}) for query, response in rows]
-    (folder / "words.jsonl").write_text("\n".join(lines))
+    (folder / "words.jsonl").write_text(drawn_rows(96))
     return [*ELASTIC, "--model", str(folder / "model"), "--dataset", str(folder / "words.jsonl")]
 
 
@@ -290,3 +295,64 @@ def test_a_node_goes_and_training_goes_on_with_the_worker_that_is_left(
     steps = [row["global_step/max_steps"] for row in read_rows(run_directory(output)) if "loss" in row]
     assert steps == [f"{step}/{STEPS_OF_ALL}" for step in range(1, STEPS_OF_ALL + 1)]
     assert losses(run_directory(output)) == pytest.approx(expected, rel=TOLERANCE)
+
+
+def workers_of(checkpoint: Path) -> int:
+    """How many workers wrote it; 0 where it is not whole."""
+    manifest = read_manifest(LocalFileSystem(), str(checkpoint)) or {"files": []}
+    return sum(name.startswith("optimizer/shard-") for name in manifest["files"])
+
+
+def test_three_workers_then_one_then_two_train_every_sample_once(words: list[str], tmp_path: Path) -> None:
+    """Two of three nodes are switched off at once; one comes back, and the worker that was left is killed. One epoch:
+    all that a step trains is trained at no other."""
+    from ray.cluster_utils import Cluster
+
+    rows, steps = 96, 80
+    data = tmp_path / "once.jsonl"
+    data.write_text(drawn_rows(rows * steps))
+    command = [
+        *words, "--deepspeed", "zero2", "--dataset", str(data), "--per_device_train_batch_size", "2",
+        "--num_train_epochs", "1", "--include_num_input_tokens_seen", "non_padding", "--max_failures", "10",
+    ]  # fmt: skip
+    output, log = tmp_path / "out", tmp_path / "log"
+
+    def trained_by(workers: int) -> bool:
+        return any(workers_of(found.parent) == workers for found in output.glob("v*/checkpoint-*/manifest.json"))
+
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+    driver = None
+    try:
+        others = [cluster.add_node(num_cpus=1) for _ in range(2)]
+        driver = start(
+            *command, "--num_workers", "1,3", "--resources_per_worker", '{"CPU": 1}', "--address", cluster.address,
+            "--gradient_accumulation_steps", "16", "--output_dir", str(output), log=log,
+        )  # fmt: skip
+        wait_for(lambda: trained_by(3), 400, "a checkpoint of three workers")
+        for node in others:
+            cluster.remove_node(node, allow_graceful=False)
+        wait_for(lambda: trained_by(1), 200, "a checkpoint of the one that is left")
+        cluster.add_node(num_cpus=1)
+        time.sleep(22)  # Ray Train's view of the cluster is at most 20 s old
+        raylet = cluster.head_node.all_processes["raylet"][0].process.pid
+        for worker in train_workers(raylet):
+            worker.kill()
+        assert driver.wait(400) == 0, log.read_text()[-4000:]
+    finally:
+        if driver is not None and driver.poll() is None:
+            driver.kill()
+        cluster.shutdown()
+    found = run_directory(output)
+    assert f"{steps} steps of {rows} rows" in log.read_text()
+    by_step = [workers_of(found / f"checkpoint-{step}") for step in range(2, steps + 1, 2)]
+    assert list(dict.fromkeys(by_step)) == [3, 1, 2], by_step
+
+    run(
+        *command, "--num_workers", "1", "--gradient_accumulation_steps", "48", "--output_dir", str(tmp_path / "alone"),
+        log=tmp_path / "alone.log",
+    )  # fmt: skip
+    alone = run_directory(tmp_path / "alone")
+    assert list(losses(found)) == list(range(1, steps + 1))
+    assert losses(found) == pytest.approx(losses(alone), rel=1e-3)
+    seen = [[row["num_input_tokens_seen"] for row in read_rows(one) if "loss" in row] for one in (found, alone)]
+    assert seen[0] == seen[1]

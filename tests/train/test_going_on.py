@@ -90,9 +90,14 @@ def test_auto_is_the_newest_whole_checkpoint_or_a_fresh_start(
     assert found == find_resume("true", str(base), True)
     # In a bucket, as on a file system.
     assert find_resume("auto", f"file://{base}", True).step == 2
-    (old / "weights").write_bytes(b"yy")  # its size is right
+    new = save(old.with_name("checkpoint-4"), 4)
+    (new / "weights").write_bytes(b"yyyy")  # its size is right
+    assert find_resume("auto", str(base), True).step == 2
+    said = f"{new}/weights is not what was saved; going on from checkpoint-2, the newest whole one"
+    assert said in capsys.readouterr().out
+    (old / "weights").write_bytes(b"yy")
     assert find_resume("auto", str(base), True).checkpoint is None
-    assert f"({old}/weights is not what was saved): a fresh start" in capsys.readouterr().out
+    assert f"({new}/weights is not what was saved): a fresh start" in capsys.readouterr().out
     # What stands in the way in a folder without versions is the worker's to set aside.
     assert find_resume("auto", str(old.parent), False).run_directory is None
     with pytest.raises(UserError, match="no whole checkpoint"):

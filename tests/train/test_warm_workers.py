@@ -17,9 +17,15 @@ import psutil
 import pytest
 
 
-def fit(train_loop: Callable[..., Any], folder: Path, warm: list[Any]) -> Any:
+def fit(
+    train_loop: Callable[..., Any],
+    folder: Path,
+    warm: list[Any],
+    start_spares: Callable[[], list[Any]] = list,
+    failures: int = 0,
+) -> Any:
     """What rank 0 of a run returned."""
-    from ray.train import LoggingConfig, RunConfig, ScalingConfig
+    from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
 
     from rayswift.train.start import torch_config
     from rayswift.train.start.lean_trainer import LeanTorchTrainer
@@ -29,10 +35,15 @@ def fit(train_loop: Callable[..., Any], folder: Path, warm: list[Any]) -> Any:
         embedded=True,
         alone=True,
         warm=warm,
+        start_spares=start_spares,
         train_loop_config={"folder": str(folder)},
         torch_config=torch_config("gloo", embedded=True),
         scaling_config=ScalingConfig(num_workers=1),
-        run_config=RunConfig(storage_path=str(folder), logging_config=LoggingConfig(log_level="ERROR")),
+        run_config=RunConfig(
+            storage_path=str(folder),
+            logging_config=LoggingConfig(log_level="ERROR"),
+            failure_config=FailureConfig(max_failures=failures),
+        ),
     )
     return trainer.fit().return_value
 
@@ -148,3 +159,40 @@ def test_a_process_that_died_early_is_replaced_and_ctrl_c_ends_the_run_and_its_w
             return
         time.sleep(0.1)
     pytest.fail(f"the worker {worker} still runs")
+
+
+def die_three_times() -> Callable[[dict[str, Any]], list[bool]]:
+    """What the loop returns: of each start whether its process had imported the model."""
+
+    def loop(config: dict[str, Any]) -> list[bool]:
+        import sys
+
+        starts = Path(config["folder"], "starts")
+        with starts.open("a") as file:
+            file.write(f"{'transformers.models.llama.modeling_llama' in sys.modules}\n")
+        found = starts.read_text().split()
+        if len(found) < 4:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return [one == "True" for one in found]
+
+    return loop
+
+
+@pytest.mark.slow
+def test_a_run_that_has_lost_a_worker_has_one_that_waits_for_the_next_time(
+    ray_cluster: None, smollm2_dir: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from rayswift.train.start import warm_workers
+
+    warm = warm_workers.start_warm_workers(smollm2_dir, 1)
+    counted: list[int] = []
+
+    def spares() -> list[Any]:
+        counted.append(len(warm))
+        return warm_workers.start_spares(smollm2_dir, 1)
+
+    assert fit(die_three_times(), tmp_path, warm, spares, failures=3) == [True, False, True, True]
+    assert counted == [0, 0, 0]  # one at a time
+    assert warm == []
+    monkeypatch.setattr(warm_workers, "free_bytes", lambda: warm_workers.SPARE_BYTES)
+    assert warm_workers.start_spares(smollm2_dir, 1) == []

@@ -20,6 +20,7 @@ from rayswift.data.files import filesystem_of
 from rayswift.data.flow.cache import code_hash
 from rayswift.errors import one_line
 from rayswift.train.checkpoints import manifest as checkpoints
+from rayswift.train.checkpoints.last_step import KEPT, write_kept
 from rayswift.train.checkpoints.snapshot import checkpoint_bytes, take_snapshot
 
 if TYPE_CHECKING:
@@ -90,9 +91,10 @@ class CheckpointStore:
         self._behind: Behind | None = None
         os.makedirs(self.local_dir, exist_ok=True)
 
-    def resume_from(self) -> tuple[str | None, int, bool]:
-        """The newest whole checkpoint of this run, else the one the run was told to start from; its step, and whether
-        it is the latter. Rank 0 decides."""
+    def resume_from(self, kept_step: int = 0) -> tuple[str | None, int, bool]:
+        """What the run goes on from, its step, and whether it was told to start from there. That is the state of the
+        step that is held (see :class:`~rayswift.train.checkpoints.last_step.LastStep`) where no checkpoint is as new,
+        the newest whole checkpoint of this run, or what it was told. Rank 0 decides."""
         import torch
 
         found: list[Any] = [None]
@@ -106,6 +108,8 @@ class CheckpointStore:
             if whole and not (told and told[1] >= whole[-1].step):
                 prefix = self.config.run_uri.removesuffix(self.run_path)
                 found = [(prefix + whole[-1].path, whole[-1].step, False)]
+            if kept_step > (found[0][1] if found[0] else 0):
+                found = [(f"{KEPT}checkpoint-{kept_step}", kept_step, False)]
         if self.rank.world_size > 1:
             torch.distributed.broadcast_object_list(found, src=0)
         if found[0] is None:
@@ -122,8 +126,11 @@ class CheckpointStore:
         local = os.path.join(self._staging, "resume", os.path.basename(uri))
         if self.local_rank == 0:
             shutil.rmtree(local, ignore_errors=True)
-            filesystem, path = filesystem_of(uri)
-            fs.copy_files(path, local, source_filesystem=filesystem)
+            if uri.startswith(KEPT):
+                write_kept(self.config.events, local)
+            else:
+                filesystem, path = filesystem_of(uri)
+                fs.copy_files(path, local, source_filesystem=filesystem)
         if self.rank.world_size > 1:
             torch.distributed.barrier()
         return local
@@ -167,9 +174,9 @@ class CheckpointStore:
         started, step = time.monotonic(), trainer.state.global_step
         name = f"checkpoint-{step}"
         local = os.path.join(self.local_dir, name)
-        if (later := take_snapshot(trainer, self._of_all)) is None:
+        if (later := take_snapshot(trainer, self.of_all)) is None:
             return self._save_now(trainer, write, name, local)
-        describe = self._describer(trainer)
+        describe = self.describer(trainer)
         best, best_path = trainer.state.best_global_step, trainer.state.best_model_checkpoint
 
         def save() -> None:
@@ -193,7 +200,7 @@ class CheckpointStore:
         self._behind = None
         error = behind.error()
         reason = no_room(error)
-        told = self._of_all((reason, "" if error is None else one_line(error)))[0]
+        told = self.of_all((reason, "" if error is None else one_line(error)))[0]
         name = f"checkpoint-{behind.step}"
         local = os.path.join(self.local_dir, name)
         if error is not None and not reason:
@@ -208,7 +215,7 @@ class CheckpointStore:
 
     def _save_now(self, trainer: StepTraining, write: Callable[[], None], name: str, local: str) -> bool:
         step = trainer.state.global_step
-        describe = self._describer(trainer)
+        describe = self.describer(trainer)
         share: dict[str, dict[str, Any]] = {}
 
         def description() -> None:
@@ -226,7 +233,7 @@ class CheckpointStore:
         for part in (lambda: self._begin(name), write, description, hash_share):
             if reason := self._attempt(part):
                 return self._give_up(name, local, reason)
-        shares = self._of_all(share)
+        shares = self.of_all(share)
         self._report(name, local, step)
         if reason := self._attempt(finish):
             return self._give_up(name, local, reason)
@@ -245,9 +252,9 @@ class CheckpointStore:
         except Exception as error:
             if not (reason := no_room(error)):
                 raise
-        return next(filter(None, self._of_all(reason)), "")
+        return next(filter(None, self.of_all(reason)), "")
 
-    def _of_all(self, value: T) -> list[T]:
+    def of_all(self, value: T) -> list[T]:
         """The values of all workers, by rank."""
         import torch
 
@@ -268,7 +275,7 @@ class CheckpointStore:
             self.config.events.push.remote({"event": "note", "line": line})
         if self.local_rank == 0:
             shutil.rmtree(local, ignore_errors=True)
-        self._of_all(None)  # nobody begins the next one before this is gone
+        self.of_all(None)  # nobody begins the next one before this is gone
         return False
 
     def _begin(self, name: str) -> None:
@@ -280,7 +287,7 @@ class CheckpointStore:
                 checkpoints.delete_checkpoint(fs.LocalFileSystem(), left)
             checkpoints.begin_checkpoint(self.filesystem, self.run_path, name)
 
-    def _describer(self, trainer: StepTraining) -> Callable[[str], None]:
+    def describer(self, trainer: StepTraining) -> Callable[[str], None]:
         """What rank 0 writes beside the Trainer's files: its arguments and the place in the data that it is at now."""
         stream = trainer.loader.stream_places(trainer.state.global_step)
         batch = self.config.schedule.global_batch_size

@@ -10,7 +10,13 @@ from rayswift.errors import one_line
 
 
 def make_trainer(
-    train_loop: Callable[..., Any], *, embedded: bool, alone: bool, warm: list[Any], **options: Any
+    train_loop: Callable[..., Any],
+    *,
+    embedded: bool,
+    alone: bool,
+    warm: list[Any],
+    start_spares: Callable[[], list[Any]] = list,
+    **options: Any,
 ) -> Any:
     """Ray Train's ``TorchTrainer`` without the processes that this run does not need.
 
@@ -21,7 +27,8 @@ def make_trainer(
         private.check_ray_train()
         from rayswift.train.start.lean_trainer import LeanTorchTrainer
 
-        return LeanTorchTrainer(train_loop, embedded=embedded, alone=alone, warm=warm, **options)
+        own: dict[str, Any] = {"embedded": embedded, "alone": alone, "warm": warm, "start_spares": start_spares}
+        return LeanTorchTrainer(train_loop, **own, **options)
     except Exception as error:
         from ray.train.torch import TorchTrainer
 

@@ -9,7 +9,7 @@ import asyncio
 import logging
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -28,18 +28,30 @@ from rayswift.errors import one_line
 from rayswift.train.failures import Failures
 from rayswift.train.start.warm_workers import wait_until_warm
 
+#: Seconds between two looks at the workers; Ray Train's default is 2.
+HEALTH_CHECK_SECONDS = 0.5
+
 
 class LeanTorchTrainer(TorchTrainer):
     """A trainer whose workers get their data from the token cache or from a stream of their own.
 
     Without ``datasets`` no process deals them out. On an ``embedded`` Ray the controller runs in this process: neither
     of them could outlive the other. ``alone``: nothing else, Ray Data for one, shares the CPUs while the workers run.
-    ``warm``: workers for the first start (see :mod:`rayswift.train.start.warm_workers`).
+    ``warm``: workers for the first start (see :mod:`rayswift.train.start.warm_workers`). ``start_spares``: starts those
+    for the next one.
     """
 
-    def __init__(self, *args: Any, embedded: bool, alone: bool, warm: list[Any], **options: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        embedded: bool,
+        alone: bool,
+        warm: list[Any],
+        start_spares: Callable[[], list[Any]] = list,
+        **options: Any,
+    ) -> None:
         super().__init__(*args, **options)
-        self._embedded, self._alone, self._warm = embedded, alone, warm
+        self._embedded, self._alone, self._warm, self._start_spares = embedded, alone, warm, start_spares
 
     def fit(self) -> Any:
         """Train; what Ray Train gives."""
@@ -64,6 +76,8 @@ class LeanTorchTrainer(TorchTrainer):
         except BaseException:
             controller.stop_workers()
             raise
+        finally:
+            self._warm.clear()
         return controller.get_result()
 
     def _register_sigint_handler(self, controller: Any) -> None:
@@ -83,7 +97,7 @@ class LeanTorchTrainer(TorchTrainer):
         try:
             if self._alone and type(options["scaling_policy"]) is FixedScalingPolicy:
                 options["scaling_policy"] = _UncoordinatedScaling(self.scaling_config)
-            return _ControllerHere(self._warm, **options)
+            return _ControllerHere(self._warm, self._start_spares, **options)
         except Exception as error:
             private.report("Ray Train's controller", f"training starts some seconds later ({one_line(error)})")
             return None
@@ -93,20 +107,33 @@ class _WorkerGroupHere(WorkerGroup):
     """Workers of a controller that is no actor; they would ask it for reported checkpoints, which RaySwift has none of
     (its manifests are what counts)."""
 
-    #: Workers that the first group begins with.
+    #: Workers that the next group begins with.
     warm: list[Any]
+    #: Starts them. A run that has lost a worker will lose another, and its imports would cost more than all else.
+    start_spares: Callable[[], list[Any]]
+    is_first = True
 
     def _create_workers(
         self, num_workers: int, placement_group: Any, resources_per_worker: dict[str, float], **options: Any
     ) -> list[Worker]:
         actors = list(self.warm)
         self.warm.clear()
+        workers = self._begin_with(actors, num_workers, resources_per_worker) or super()._create_workers(
+            num_workers, placement_group, resources_per_worker, **options
+        )
+        if not self.is_first:
+            self.warm.extend(self.start_spares())
+        type(self).is_first = False
+        return workers
+
+    def _begin_with(self, actors: list[Any], num_workers: int, resources_per_worker: dict[str, float]) -> list[Worker]:
+        """As many workers as asked for, or none."""
         try:
             found = ray.get([actor.get_metadata.remote() for actor in actors])
         except RayActorError:
             found = []  # one did not live to see its work: all anew
         if len(found) != num_workers:
-            return super()._create_workers(num_workers, placement_group, resources_per_worker, **options)
+            return []
         workers = [
             Worker(actor, metadata, resources_per_worker, placement_group_bundle_index=bundle)
             for bundle, (actor, metadata) in enumerate(zip(actors, found, strict=True))
@@ -135,9 +162,12 @@ class _WorkerGroupHere(WorkerGroup):
 class _ControllerHere(TrainController):
     """Ray Train's controller in the driver's process."""
 
-    def __init__(self, warm: list[Any], **options: Any) -> None:
-        self.worker_group_cls = type("WarmWorkerGroup", (_WorkerGroupHere,), {"warm": warm})
+    def __init__(self, warm: list[Any], start_spares: Callable[[], list[Any]], **options: Any) -> None:
+        known = {"warm": warm, "start_spares": staticmethod(start_spares)}
+        self.worker_group_cls = type("WarmWorkerGroup", (_WorkerGroupHere,), known)
         super().__init__(**options)
+        # In this process a look at the workers costs a call: one that has died is replaced at once.
+        self._health_check_interval_s = min(self._health_check_interval_s, HEALTH_CHECK_SECONDS)
         # What it says about failures belongs into its files, as on a cluster; the terminal gets one line at the end.
         log = logging.getLogger("ray.train")
         for handler in [one for one in log.handlers if isinstance(one, logging.StreamHandler)]:

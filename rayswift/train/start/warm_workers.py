@@ -12,9 +12,13 @@ from collections.abc import Callable
 from typing import Any
 
 from rayswift import private
+from rayswift.plan.memory import free_bytes
 
 #: What training imports on its way, the slowest ones.
 _MODULES = ("ray.train.torch", "peft", "accelerate", "rayswift.train.trainers.sft", "rayswift.train.worker")
+
+#: Free memory that there must be for each worker that only waits: several times what it takes.
+SPARE_BYTES = 2 * 2**30
 
 
 class RayTrainWorker:
@@ -57,6 +61,12 @@ def start_warm_workers(model_dir: str, count: int) -> list[Any]:
 
     actor = ray.remote(num_cpus=0)(RayTrainWorker)
     return [actor.remote(model_dir) for _ in range(count)]
+
+
+def start_spares(model_dir: str, count: int) -> list[Any]:
+    """Handles of as many that wait for the next start, where there is memory for them."""
+    free = free_bytes()
+    return start_warm_workers(model_dir, count) if free is None or free > SPARE_BYTES * count else []
 
 
 def wait_until_warm(workers: list[Any]) -> None:

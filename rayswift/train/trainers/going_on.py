@@ -1,16 +1,21 @@
-"""How a trainer takes over the state of a checkpoint."""
+"""How a trainer takes over the state of a checkpoint, and gives it away."""
 
 from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
+from peft import get_peft_model_state_dict
+from safetensors.torch import save_file
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer
 from transformers.trainer_callback import ExportableState
+
+from rayswift.modeling.part_of_base import write_plain
+from rayswift.train.clock import Clock
 
 
 class GoingOn(Trainer):
@@ -19,9 +24,14 @@ class GoingOn(Trainer):
 
     Attributes:
         left_out: what stays behind, of ``optimizer``, ``scheduler`` and ``rng``.
+        keep: called on every worker after a step whose state shall be held for workers that start again.
+        keeps_step: whether it is called after this one.
     """
 
     left_out: Collection[str] = ()
+    keep: Callable[[Any], None] = staticmethod(lambda trainer: None)
+    keeps_step = False
+    clock: Clock
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         fresh = {}
@@ -74,3 +84,20 @@ class GoingOn(Trainer):
     def _load_rng_state(self, checkpoint: str | None) -> None:
         if "rng" not in self.left_out:
             super()._load_rng_state(checkpoint)
+
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        """What Transformers does after a step; then its state is complete."""
+        super()._maybe_log_save_evaluate(*args, **kwargs)
+        if self.keeps_step:
+            self.keeps_step = False
+            with self.clock.within("checkpoint"):
+                self.keep(self)
+
+    def save_adapter(self, folder: str, weights: dict[str, Any]) -> None:
+        """What :meth:`_load_from_checkpoint` reads of a LoRA adapter."""
+        tensors = {name: value.contiguous() for name, value in get_peft_model_state_dict(self.model, weights).items()}
+        save_file(tensors, os.path.join(folder, "adapter_model.safetensors"), metadata={"format": "pt"})
+        config: Any = self.model.peft_config
+        config["default"].save_pretrained(folder)
+        if first := getattr(self.model, "first_values", None):
+            write_plain(folder, first)

@@ -387,7 +387,9 @@ class _StepEvents(TrainerCallback):
             control.should_log = True
             control.should_evaluate = control.should_evaluate or args.eval_strategy != "no"
             control.should_save = control.should_save or args.save_strategy != "no"
-        elif wish := self.trainer.wish():
+        elif (wish := self.trainer.wish()) is Wish.KEEP:
+            self.trainer.keeps_step = True
+        elif wish:
             control.should_save = control.should_save or args.save_strategy != "no"
             if wish is Wish.STOP:
                 control.should_training_stop, control.should_evaluate = True, False
