@@ -231,6 +231,7 @@ class SampleArguments(
 
     task_type: str = arg_like(ModelArguments, "task_type", "causal_lm", **_TEXT_ALONE)
 
+    dataset_shuffle: bool = arg_like(DatasetArguments, "dataset_shuffle", True, help="shuffle the rows", shown="false")
     temperature: float | None = arg_like(GenerationArguments, "temperature", 1.0)
 
     def problems(self) -> Iterator[str]:
