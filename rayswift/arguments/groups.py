@@ -130,11 +130,15 @@ class ModelArguments(Arguments):
     )
     use_hf: bool = arg(
         False, "use the Hugging Face hub instead of ModelScope", shown="false; true if USE_HF=1 is set",
-        no_effect=_NOTHING_OF_A_HUB,
+        no_effect={
+            **_NOTHING_OF_A_HUB,
+            "eval_url!=none eval_backend!=native": "only with --eval_backend Native, or a model that is started here",
+        },
     )  # fmt: skip
     hub_token: str | None = arg(
-        None, "access token for the hub", example="TOKEN", decides="", no_effect=_NOTHING_OF_A_HUB
-    )
+        None, "access token for the hub", example="TOKEN", decides="",
+        no_effect={**_NOTHING_OF_A_HUB, "eval_url!=none": SERVED_ELSEWHERE["eval_url!=none"]},
+    )  # fmt: skip
     trust_remote_code: bool = arg(False, "run Python code that comes with a model")
     external_plugins: list[str] = arg(
         [], "Python files to import first (they register datasets and rewards)", aliases=("custom_register_path",),
