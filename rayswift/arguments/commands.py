@@ -209,6 +209,10 @@ class AppArguments(WebPageArguments, DeployArguments):
 
     stream: bool | None = arg_like(GenerationArguments, "stream", True)
 
+    def problems(self) -> Iterator[str]:
+        if self.num_beams > 1:
+            yield "--num_beams: OpenAI's interface, which the page talks, has no beam search; leave it out"
+
     def remarks(self) -> Iterator[str]:
         if self.ssl_certfile and "host" in self.given:
             yield "--host: no effect with --ssl_certfile: the page has TLS, and what answers it stays on 127.0.0.1"

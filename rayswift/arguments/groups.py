@@ -122,8 +122,9 @@ class ModelArguments(Arguments):
         no_effect={"engine=vllm command=infer|sample|deploy|app|eval": "vLLM loads it: --vllm_engine_kwargs"},
     )  # fmt: skip
     adapters: list[str] = arg(
-        [], "LoRA checkpoint folders or ids (deploy: name=path)", aliases=("lora_modules",), no_effect=""
-    )
+        [], "LoRA checkpoint folders or ids (deploy: name=path)", aliases=("lora_modules",),
+        no_effect={"base_url!=none": ""},
+    )  # fmt: skip
     load_args: bool = arg(True, "read model, template and system from the checkpoint's args.json")
     load_data_args: bool = arg(
         False, "read the dataset settings from it too", no_effect={"command=deploy|app|eval": "a server has no dataset"}

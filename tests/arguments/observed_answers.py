@@ -8,6 +8,7 @@ import io
 import json
 import os
 import re
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -69,18 +70,21 @@ def app(args: Any, seen: Record) -> Any:
         mock.patch.object(command, "require_free_port", return_value=None),
         mock.patch.object(command, "Middleware", lambda cls, **about: about),
         mock.patch.object(command.private, "replace_http_protocol", return_value=None),
-        mock.patch.object(command.threading, "Event", mock.MagicMock),
+        mock.patch.object(command, "threading", SimpleNamespace(Event=mock.MagicMock)),
     ):
         return command.app(args)
 
 
 def evaluate(args: Any, seen: Record) -> Any:
+    from rayswift import journal
     from rayswift.eval import evaluate as evaluation
     from rayswift.eval.backends import opencompass_vlmeval as toolkit
 
+    clock = SimpleNamespace(**{**vars(time), "strftime": lambda _: "date"})
+
     def run(words: list[str], **how: Any) -> Any:
         if words[1] == "-c" and "run_task" in words[2]:
-            task = json.loads(Path(words[3]).read_text())
+            task = json.loads(Path(words[3]).read_text().replace(os.getcwd(), ""))
             own = {name: how["env"].get(name) for name in ("OPENAI_API_KEY", "COMPASS_DATA_CACHE")}
             seen.setdefault("tasks", []).append([words[0], task["eval_config"], own])
             folder = Path(words[3]).parent / "1" / "summary"
@@ -91,7 +95,8 @@ def evaluate(args: Any, seen: Record) -> Any:
 
     with (
         mock.patch.object(toolkit.subprocess, "run", run),
-        mock.patch.object(evaluation.time, "strftime", return_value="date"),
+        mock.patch.object(evaluation, "time", clock),
+        mock.patch.object(journal, "time", clock),
     ):
         return evaluation.evaluate(args)
 

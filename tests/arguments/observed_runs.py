@@ -11,6 +11,7 @@ ASKED = ["{}/asked.jsonl", "{}/identity.jsonl", "org/rows"]
 ROWS: Settings = {"val_dataset": ASKED, "result_path": "answers.jsonl"}
 VLLM: Settings = {"infer_backend": "vllm"}
 SAMPLES: Settings = {"dataset": ASKED, "num_return_sequences": 2, "output_file": "a.jsonl"}
+SCALED: Settings = {**VLLM, "max_replicas": 2, "adapters": ["{}/adapter"]}
 BENCHMARK: Settings = {**MODEL, "eval_backend": "OpenCompass", "eval_dataset": ["ARC_c"], "local_dataset": "{}/data"}
 MADE: Settings = {**MODEL, "output_dir": "made"}
 #: The runs of each command; a name that ends with GPU is one on a machine with GPUs.
@@ -29,9 +30,11 @@ RUNS: dict[str, dict[str, Settings]] = {
     },
     "app": {
         "own": MODEL, "vLLM, GPU": {**MODEL, **VLLM}, "url": {"model": "served", "base_url": "http://h/v1"},
+        "scaled": {**MODEL, **SCALED},
     },
     "eval": {
-        "own": BENCHMARK, "vLLM, GPU": {**BENCHMARK, **VLLM},
+        "own": BENCHMARK, "vLLM, GPU": {**BENCHMARK, **VLLM}, "scaled": {**BENCHMARK, **SCALED},
+        "VLMEvalKit": {**BENCHMARK, "eval_backend": "VLMEvalKit"},
         "url": {**BENCHMARK, "model": "served", "eval_url": "http://h/v1"},
     },
     "export": {
@@ -65,6 +68,7 @@ BESIDE: dict[str, Settings] = {
     "vllm_max_lora_rank": {"adapters": ["{}/adapter"]},
 }  # fmt: skip
 ELSEWHERE: dict[str, dict[str, str]] = {
+    "app": {"num_beams": "refused"},
     "infer": {"strict": "it stops: tests/inference/test_infer.py"},
     "sample": {
         **dict.fromkeys(("cache_files", "easy_query_threshold"), "tests/sampling/test_sample_prompts.py"),
