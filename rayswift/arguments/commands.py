@@ -209,6 +209,10 @@ class AppArguments(WebPageArguments, DeployArguments):
 
     stream: bool | None = arg_like(GenerationArguments, "stream", True)
 
+    def problems(self) -> Iterator[str]:
+        if self.num_beams > 1:
+            yield "--num_beams: OpenAI's interface, which the page talks, has no beam search; leave it out"
+
     def remarks(self) -> Iterator[str]:
         if self.ssl_certfile and "host" in self.given:
             yield "--host: no effect with --ssl_certfile: the page has TLS, and what answers it stays on 127.0.0.1"
@@ -231,6 +235,7 @@ class SampleArguments(
 
     task_type: str = arg_like(ModelArguments, "task_type", "causal_lm", **_TEXT_ALONE)
 
+    dataset_shuffle: bool = arg_like(DatasetArguments, "dataset_shuffle", True, help="shuffle the rows", shown="false")
     temperature: float | None = arg_like(GenerationArguments, "temperature", 1.0)
 
     def problems(self) -> Iterator[str]:

@@ -38,6 +38,11 @@ SERVED_TOO = dict.fromkeys(SERVED_ELSEWHERE, "")
 CHAT = "command=infer val_dataset=none dataset=none load_data_args=false"
 #: Rules of what only answers to the rows of a dataset have.
 ASKED_ROWS = {CHAT: "only with --val_dataset"}
+#: Rules of what is about a hub: a model that is served elsewhere comes from none, the rows that ask it may.
+_NOTHING_OF_A_HUB = {
+    **SERVED_TOO,
+    **dict.fromkeys((f"{CHAT} base_url!=none", "command=app base_url!=none"), SERVED_ELSEWHERE["base_url!=none"]),
+}
 #: Rules of the parts of `rayswift export`.
 _ENCODED = {"command=export to_cached_dataset=false": "only with --to_cached_dataset true"}
 _CALIBRATED = "command=export to_cached_dataset=false quant_method!=gptq|awq"
@@ -117,16 +122,24 @@ class ModelArguments(Arguments):
         no_effect={"engine=vllm command=infer|sample|deploy|app|eval": "vLLM loads it: --vllm_engine_kwargs"},
     )  # fmt: skip
     adapters: list[str] = arg(
-        [], "LoRA checkpoint folders or ids (deploy: name=path)", aliases=("lora_modules",), no_effect=""
-    )
+        [], "LoRA checkpoint folders or ids (deploy: name=path)", aliases=("lora_modules",),
+        no_effect={"base_url!=none": ""},
+    )  # fmt: skip
     load_args: bool = arg(True, "read model, template and system from the checkpoint's args.json")
     load_data_args: bool = arg(
         False, "read the dataset settings from it too", no_effect={"command=deploy|app|eval": "a server has no dataset"}
     )
     use_hf: bool = arg(
-        False, "use the Hugging Face hub instead of ModelScope", shown="false; true if USE_HF=1 is set", no_effect=""
-    )
-    hub_token: str | None = arg(None, "access token for the hub", example="TOKEN", decides="", no_effect="")
+        False, "use the Hugging Face hub instead of ModelScope", shown="false; true if USE_HF=1 is set",
+        no_effect={
+            **_NOTHING_OF_A_HUB,
+            "eval_url!=none eval_backend!=native": "only with --eval_backend Native, or a model that is started here",
+        },
+    )  # fmt: skip
+    hub_token: str | None = arg(
+        None, "access token for the hub", example="TOKEN", decides="",
+        no_effect={**_NOTHING_OF_A_HUB, "eval_url!=none": SERVED_ELSEWHERE["eval_url!=none"]},
+    )  # fmt: skip
     trust_remote_code: bool = arg(False, "run Python code that comes with a model")
     external_plugins: list[str] = arg(
         [], "Python files to import first (they register datasets and rewards)", aliases=("custom_register_path",),
@@ -186,7 +199,10 @@ class DatasetArguments(Arguments):
         [], "the same, for validation", example="cached_dataset/val", decides="",
         no_effect={"command=infer|sample": "its rows are token ids, which cannot be asked"},
     )  # fmt: skip
-    val_dataset: list[str] = arg([], "validation datasets, written like --dataset", example="val.jsonl")
+    val_dataset: list[str] = arg(
+        [], "validation datasets, written like --dataset", example="val.jsonl",
+        no_effect={"command=sample": "the rows of --dataset are answered"},
+    )  # fmt: skip
     split_dataset_ratio: float = arg(
         0.01, "share of --dataset held out where no --val_dataset is given", ge=0, lt=1,
         no_effect={
@@ -203,7 +219,9 @@ class DatasetArguments(Arguments):
             "command=infer": "answers keep the order of the rows; see --val_dataset_shuffle",
         },
     )  # fmt: skip
-    val_dataset_shuffle: bool = arg(False, "shuffle the validation rows")
+    val_dataset_shuffle: bool = arg(
+        False, "shuffle the validation rows", no_effect={"command=sample": "see --dataset_shuffle"}
+    )
     data_seed: int = arg(
         42, "seed of sampling, splitting and shuffling",
         no_effect={"command=infer val_dataset_shuffle=false": "only with --val_dataset_shuffle true"},
@@ -319,10 +337,15 @@ class TemplateArguments(Arguments):
         no_effect={"command=infer|deploy|app|sample|eval": "nothing is trained"},
     )  # fmt: skip
     enable_thinking: bool | None = arg(None, "thinking mode of the template", shown="the model's")
-    add_non_thinking_prefix: bool = arg(True, "add the empty thinking block to answers without one")
+    add_non_thinking_prefix: bool = arg(
+        True, "add the empty thinking block to answers without one",
+        no_effect=dict.fromkeys(
+            ("command=app|sample|eval", "command=infer|deploy task_type=causal_lm"), "a prompt has no answer to mark"
+        ),
+    )  # fmt: skip
     agent_template: str | None = arg(
         None, "format of tools and tool calls", aliases=("tools_prompt",), shown="the model's",
-        no_effect={"base_url!=none": ""},
+        no_effect={"base_url!=none": "", f"{CHAT} base_url=none": "a conversation in the terminal has no tools"},
     )  # fmt: skip
     response_prefix: str | None = arg(None, "text that every answer starts with", shown="the template's")
     padding_side: str = arg(

@@ -171,7 +171,7 @@ def endpoint_problems(args: Any) -> Iterator[str]:
     if not args.base_url.startswith(("http://", "https://")):
         yield f"--base_url {args.base_url}: expected an address such as http://127.0.0.1:8000/v1"
     if args.adapters:
-        yield "--adapters: an endpoint loads its own adapters; name one of those it serves with --model"
+        yield "--adapters: the endpoint of --base_url loads its own; name one of those it serves with --model"
 
 
 @dataclass(init=False, repr=False, eq=False)
@@ -306,7 +306,10 @@ class BenchmarkArguments(Arguments):
         value_aliases={"lm_eval": "lm-eval"},
     )
     eval_limit: int | None = arg(None, "rows per benchmark (and subset)", ge=1, shown="all")
-    eval_base: bool = arg(False, "with --adapters: evaluate the model without them too, side by side")
+    eval_base: bool = arg(
+        False, "with --adapters: evaluate the model without them too, side by side",
+        no_effect={"eval_url!=none": SERVED_ELSEWHERE["eval_url!=none"]},
+    )  # fmt: skip
     eval_dataset_args: dict[str, Any] = arg({}, "settings of each benchmark, as JSON", aliases=("eval_datasets_args",))
     eval_generation_config: dict[str, Any] = arg({}, "settings of generation, as JSON")
     eval_output_dir: str = arg("eval_output", "folder of the results", decides="")

@@ -97,7 +97,7 @@ class EnginePool:
             from rayswift.generate.vllm_pool import answered_by_vllm
 
             return answered_by_vllm(dataset, self.model, self.spec, self.size, block_answers)
-        bundle = self.spec.bundles[0]
+        needs = dict(self.spec.bundles[0])
         with warnings.catch_warnings():  # Ray 2.60 wants named parameters and has none for the retries
             warnings.simplefilter("ignore", DeprecationWarning)
             return dataset.map_batches(
@@ -106,8 +106,10 @@ class EnginePool:
                 batch_size=self.batch_size,
                 batch_format="pyarrow",
                 compute=ray.data.ActorPoolStrategy(min_size=self.size[0], max_size=self.size[1]),
-                num_cpus=bundle["CPU"],
-                num_gpus=bundle.get("GPU", 0),
+                num_cpus=needs.pop("CPU"),
+                num_gpus=needs.pop("GPU", 0),
+                memory=needs.pop("memory", None),
+                resources=needs,
                 max_task_retries=BLOCK_RETRIES,
             )
 

@@ -87,11 +87,12 @@ def answer_dataset(job: AnswerJob) -> list[JsonRow]:
 
 
 def result_path(args: InferArguments) -> Path:
-    """``--result_path``, else ``<checkpoint>/infer_result/<date>.jsonl``, else the same below ``result/<model>``."""
+    """``--result_path``, else ``<checkpoint>/infer_result/<date>.jsonl``; with ``--storage_path``, or where no
+    checkpoint answers, the same below ``result/<model>``."""
     if args.result_path:
         return results_folder(args, "result_path", args.result_path)
     checkpoint = Path(args.adapters[0] if args.adapters else args.model or "")
-    if args.base_url or (not args.adapters and not (checkpoint / "args.json").is_file()):
+    if args.base_url or args.storage_path or (not args.adapters and not (checkpoint / "args.json").is_file()):
         checkpoint = Path("result", args.model_suffix)
     name = f"{time.strftime('%Y%m%d-%H%M%S')}.jsonl"
     return results_folder(args, "result_path", str(checkpoint / "infer_result" / name))

@@ -43,8 +43,8 @@ def application(app: dict[str, Any]) -> Any:
     if build != "build_model":
         return seen
     spec = ModelSpec(**app["args"])
-    lora = [spec.adapters, spec.default_adapter, spec.adapter_root, spec.max_adapters] if spec.takes_adapters else []
-    return [*seen, spec.name, spec.local, spec.revision, spec.use_hf, lora, engine(spec)]
+    lora = [spec.adapters, spec.default_adapter, spec.adapter_root, spec.max_adapters, spec.max_lora_rank]
+    return [*seen, spec.name, spec.local, spec.revision, spec.use_hf, lora if spec.takes_adapters else [], engine(spec)]
 
 
 def engine(spec: Any) -> Any:
@@ -73,13 +73,12 @@ def engine(spec: Any) -> Any:
     return seen
 
 
-def plan(args: Arguments) -> Any:
-    """Everything of a deployment but how prompts are laid out (see :func:`asked`)."""
-    from rayswift.cluster import address_of
+@contextlib.contextmanager
+def serve_here(seen: dict[str, Any]) -> Iterator[None]:
+    """Deployments are planned and not started: Serve's applications, what is kept secret, how they end."""
     from rayswift.serve import deploy
     from rayswift.serve.application import serve_config
 
-    seen: dict[str, Any] = {"address": address_of(args), "secrets": {}}
     gateways = mock.MagicMock()
     gateways.names = gateways.others = []
 
@@ -90,20 +89,34 @@ def plan(args: Arguments) -> Any:
                                         [application(app) for app in config["applications"]]]  # fmt: skip
         return gateways
 
-    def status_line(*about: Any) -> Any:
-        seen["status"] = about[2]
-        raise Seen
+    def keep_secret(name: str, value: Any) -> None:
+        seen.setdefault("secrets", {}).setdefault(name, value)
 
     with (
-        contextlib.redirect_stdout(None),
         mock.patch.multiple(
             deploy, Gateways=made, check_room=lambda *_: None, require_free_port=lambda *_: None,
             wait_until_ready=lambda *_: None, stop_applications=lambda _, seconds: seen.update(drain=seconds),
         ),
         mock.patch("ray.serve.start"), mock.patch("ray.serve.get_deployment_handle"),
-        mock.patch("rayswift.serve.status_line.StatusLine", status_line),
-        mock.patch("rayswift.private.keep_secret", lambda name, value: seen["secrets"].setdefault(name, value)),
-        contextlib.suppress(Seen),
+        mock.patch("rayswift.private.keep_secret", keep_secret),
+    ):  # fmt: skip
+        yield
+
+
+def plan(args: Arguments) -> Any:
+    """Everything of a deployment but how prompts are laid out (see :func:`asked`)."""
+    from rayswift.cluster import address_of
+    from rayswift.serve import deploy
+
+    seen: dict[str, Any] = {"address": address_of(args)}
+
+    def status_line(*about: Any) -> Any:
+        seen["status"] = about[2]
+        raise Seen
+
+    with (
+        contextlib.redirect_stdout(None), serve_here(seen),
+        mock.patch("rayswift.serve.status_line.StatusLine", status_line), contextlib.suppress(Seen),
     ):  # fmt: skip
         deploy.deploy(args)  # type: ignore[arg-type]
     return seen

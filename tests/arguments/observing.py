@@ -11,6 +11,7 @@ from rayswift.arguments import Arguments, make_arguments
 from rayswift.arguments.commands import flags_of
 from rayswift.arguments.effects import why_never, why_no_effect
 from rayswift.arguments.fields import Spec
+from rayswift.errors import UserError
 
 Settings = dict[str, Any]
 #: What a command makes of its arguments, as something that can be compared.
@@ -39,7 +40,7 @@ class Look:
         try:
             return work()
         except Exception as error:  # it is seen, too: a refusal names its flag
-            handler.lines.append(str(error))
+            handler.lines.append(str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}")
         finally:
             root.removeHandler(handler)
             self.told = "\n".join([self.told, *handler.lines])
@@ -68,6 +69,12 @@ def other_value(spec: Spec, now: Any) -> Any:
     return [other] if spec.is_list else other
 
 
+def first_difference(one: str, other: str) -> str:
+    """Where two texts part."""
+    place = next((i for i, pair in enumerate(zip(one, other, strict=False)) if pair[0] != pair[1]), 0)
+    return f"{one[max(0, place - 60) : place + 60]!r}, {other[max(0, place - 60) : place + 60]!r}"
+
+
 def without_effect(
     command: str,
     runs: Mapping[str, Settings],
@@ -83,6 +90,13 @@ def without_effect(
     ``values``: what a flag is given, where any other value will not do. ``beside``: what else a flag needs.
     """
     known: dict[str, Look] = {}
+    for label, run in runs.items():  # what is seen must be of the settings alone
+        once, again = (Look(command, run, observers) for _ in range(2))
+        for number in range(len(observers)):
+            if once.view(number) == "null":
+                yield f"the settings alone ({label}): nothing can be seen: {once.told}"
+            if once.view(number) != again.view(number):
+                yield f"the settings alone ({label}): {first_difference(once.view(number), again.view(number))}"
     for name, spec in flags_of(command).items():
         if why_never(spec, command) or len(spec.choices) == 1 or (names and name not in names):
             continue
@@ -94,6 +108,8 @@ def without_effect(
             base = known[key]
             if base.args is None:  # what the flag needs is refused here
                 assert name in beside, (label, settings, base.told)
+                continue
+            if "null" in map(base.view, range(len(observers))):
                 continue
             now = getattr(base.args, name, base.args.training_args.get(name, spec.default))
             if run.get(name) == values.get(name, run):  # that is the run

@@ -3,16 +3,17 @@ asked. One value against another, everything else alike."""
 
 from __future__ import annotations
 
-import json
-import re
+from pathlib import Path
 from typing import Any
 
+import observed_runs
 import pytest
+from observed_answers import WORK, observed
+from observed_files import write_files
 from observed_serving import asked, machine, plan
 from observed_training import hf_arguments, whole
 from observing import Observer, Settings, without_effect
 
-from rayswift.arguments import make_arguments
 from rayswift.arguments.commands import flags_of
 from rayswift.arguments.effects import why_never
 
@@ -80,6 +81,7 @@ RUNS: dict[str, dict[str, Settings]] = {
         "vLLM, GPU": {**MODEL, "infer_backend": "vllm"},
         "adapters": {**MODEL, "infer_backend": "vllm", "adapters": ["{}/adapter"]},
     },
+    **observed_runs.RUNS,
 }  # fmt: skip
 OBSERVERS: dict[str, list[Observer]] = {
     "sft": [hf_arguments, whole], "rlhf": [hf_arguments, whole],
@@ -107,59 +109,17 @@ _TRAINING: dict[str, str] = {
 }  # fmt: skip
 #: Flags that change nothing that is seen here, and why, or what shows it.
 ELSEWHERE: dict[str, dict[str, str]] = {
-    "deploy": {"add_non_thinking_prefix": "it marks answers, which training shows and a prompt for a new one has not"},
+    "deploy": {"add_non_thinking_prefix": "it marks what rerankers read"},
     "sft": _TRAINING,
     "rlhf": _TRAINING,
+    **observed_runs.ELSEWHERE,
 }
 
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """What flags name: two models, an adapter, rows, a plugin."""
-    from peft import LoraConfig, get_peft_model
-    from tiny_models import llama, word_tokenizer
-
-    from rayswift.data.chat.agents import load_agent_formats
-    from rayswift.data.chat.families import load_templates
-
     folder = tmp_path_factory.mktemp("observed")
-    tokenizer = word_tokenizer(160)
-    written = [
-        text for owner in (*load_templates().values(), *load_agent_formats().values()) for text in owner.literals
-    ]
-    tokenizer.add_tokens(sorted({mark for text in written for mark in re.findall(r"<[^<>\s]+>|\w+", text)}))
-    tokenizer.add_tokens(["user", "one", "two", "three", "trained", "other"])
-    tokenizer.chat_template = (
-        "{% if tools %}{{ tools }}{% endif %}"
-        "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
-        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-    )
-    tokenizer.eos_token = "<|im_end|>"
-    for seed, name in enumerate(("model", "other")):
-        model = llama(seed, vocab_size=len(tokenizer), max_position_embeddings=2048)
-        model.save_pretrained(folder / name)
-        tokenizer.save_pretrained(folder / name)
-    lora = LoraConfig(r=4, task_type="CAUSAL_LM", target_modules=["q_proj"])
-    get_peft_model(model, lora).save_pretrained(folder / "adapter")
-    made = make_arguments("sft", model=str(folder / "model"), dataset=["d"], system="trained")
-    for name in ("model", "adapter"):
-        made.save(folder / name / "args.json")
-    for number, name in enumerate(("rows", "others")):
-        rows = [
-            {"messages": [{"role": "user", "content": f"one new w{10 * number + row}"},
-                          {"role": "assistant", "content": "two three"}]}
-            for row in range(6)
-        ]  # fmt: skip
-        pairs = [{**row, "rejected_response": "other"} for row in rows]
-        pairs_name = "pairs.jsonl" if name == "rows" else "others_pairs.jsonl"
-        (folder / pairs_name).write_text("".join(json.dumps(row) + "\n" for row in pairs + pairs))
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    told = [{**row, "label": number % 2} for number, row in enumerate(rows)]
-    (folder / "labels.jsonl").write_text("".join(json.dumps(row) + "\n" for row in told))
-    for name in ("root", "data"):
-        (folder / name).mkdir()
-    for name in ("a.py", "key.pem", "plugin.py"):
-        (folder / name).write_text("x = 1\n")
+    write_files(folder)
     return str(folder)
 
 
@@ -176,11 +136,14 @@ def there(value: Any, folder: str) -> Any:
 def test_flags_change_what_they_say(command: str, files: str) -> None:
     silent: list[str] = []
     proven: set[str] = set()
-    values, beside = there(VALUES, files), there(BESIDE, files)
+    values, beside, observers = there(VALUES, files), there(BESIDE, files), OBSERVERS.get(command)
+    if observers is None:
+        values, beside = values | there(observed_runs.VALUES, files), beside | there(observed_runs.BESIDE, files)
+        observers = [observed(WORK[command], Path(files))]
     for label, run in there(RUNS[command], files).items():
-        values["use_gpu"] = not label.endswith("GPU")
+        values |= {"use_gpu": not label.endswith("GPU"), "stream": "val_dataset" in run}
         with machine(8 if label.endswith("GPU") else 0):
-            silent += without_effect(command, {label: run}, OBSERVERS[command], values, beside, proven)
+            silent += without_effect(command, {label: run}, observers, values, beside, proven)
     silent += [] if command == "rlhf" else [  # most of whose flags are of GRPO, which is not built
         f"{spec.flag}: nothing shows an effect" for name, spec in flags_of(command).items()
         if not why_never(spec, command) and len(spec.choices) != 1 and name not in proven

@@ -95,6 +95,8 @@ def test_a_checkpoint_alone_is_enough_and_its_system_is_used(checkpoint: str, sm
     assert (asked.model, asked.system) == (None, None)  # the caller's arguments are as they were
     assert resolve_model(infer_args(adapters=[checkpoint], system="Mine")).args.system == "Mine"
     assert str(result_path(args)).startswith(checkpoint + "/infer_result/")
+    args.storage_path = "/storage"
+    assert str(result_path(args)).startswith(f"/storage/result/{args.model_suffix}/infer_result/")
 
 
 def test_an_adapter_without_args_json_names_its_base_model(checkpoint: str, smollm2_dir: str) -> None:
