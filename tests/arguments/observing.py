@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
+import os
+import re
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -13,6 +16,8 @@ from rayswift.arguments.effects import why_never, why_no_effect
 from rayswift.arguments.fields import Spec
 from rayswift.errors import UserError
 
+#: The folder that an observer works in, another each time.
+_WORKED_IN = re.compile(re.escape(os.path.join(tempfile.gettempdir(), "tmp")) + r"\w{8}(?!\w)")
 Settings = dict[str, Any]
 #: What a command makes of its arguments, as something that can be compared.
 Observer = Callable[[Arguments], Any]
@@ -48,7 +53,7 @@ class Look:
     def view(self, number: int) -> str:
         if number not in self.seen:
             seen = self._watched(lambda: self.observers[number](self.args))  # type: ignore[arg-type]
-            self.seen[number] = json.dumps(seen, sort_keys=True, default=str)
+            self.seen[number] = _WORKED_IN.sub("", json.dumps(seen, sort_keys=True, default=str))
         return self.seen[number]
 
 
