@@ -70,4 +70,8 @@ def test_a_drained_node_costs_the_steps_behind_its_notice(tiny_dir: str, tmp_pat
     run(*alone, "--gradient_accumulation_steps", "64", log=tmp_path / "alone.log")
     found, expected = (losses(run_directory(folder)) for folder in (output, tmp_path / "alone"))
     assert list(found) == list(range(1, STEPS + 1))
-    assert found == pytest.approx(expected, rel=1e-4)
+    # Sums in another order drift apart in this random model; another row, or one twice, is a hundredth.
+    assert found == pytest.approx(expected, rel=5e-3)
+    assert {one: found[one] for one in range(1, 61)} == pytest.approx(
+        {one: expected[one] for one in range(1, 61)}, rel=1e-4
+    )

@@ -15,8 +15,9 @@ from test_summary import Time, clock, seconds, told  # noqa: F401 -- a fixture
 from test_trainer import fast  # noqa: F401 -- a fixture
 
 from rayswift.train.checkpoints import last_step as module
-from rayswift.train.checkpoints.last_step import LastStep, write_kept
+from rayswift.train.checkpoints.last_step import LastStep
 from rayswift.train.checkpoints.snapshot import copied_together
+from rayswift.train.checkpoints.store import write_kept
 from rayswift.train.loader import Rank
 from rayswift.train.stopping import Notices, Wish
 from rayswift.train.summary import Goodput

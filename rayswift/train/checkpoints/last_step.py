@@ -15,7 +15,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rayswift.errors import one_line
 from rayswift.train.checkpoints.snapshot import checkpoint_bytes, take_snapshot
@@ -26,8 +26,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("rayswift.train")
 
-#: How the address of a state that is held begins.
-KEPT = "kept://"
 #: The share of the time that holding states may take: of steps too short for it not every one is held.
 SHARE = 0.01
 #: Bytes of a state that is too large for it.
@@ -91,12 +89,3 @@ class LastStep:
             logger.warning("the state after step %s is not kept: %s", step, one_line(error))
         worked = (time.thread_time() - began) / (os.cpu_count() or 1)
         self._next = time.monotonic() + (waited + worked) / SHARE
-
-
-def write_kept(events: Any, folder: str) -> None:
-    """Write the state that is held into a folder, as a checkpoint that training goes on from."""
-    import ray
-
-    os.makedirs(folder, mode=0o700)
-    for name, content in ray.get(events.kept_files.remote()).items():
-        (Path(folder) / name).write_bytes(content)

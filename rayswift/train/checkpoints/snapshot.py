@@ -137,7 +137,8 @@ def _weights(model: Any, copy_of: Callable[[Any], Any] = copied) -> dict[str, An
     from peft import PeftModel
 
     of_adapter = isinstance(model, PeftModel)
-    trained, frozen = set(), set()
+    trained: set[int] = set()
+    frozen: set[int] = set()
     for weight in model.parameters():
         (trained if weight.requires_grad else frozen).add(weight.data_ptr())
     changing: dict[tuple[Any, ...], Any] = {}

@@ -12,6 +12,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from pyarrow import fs
@@ -20,7 +21,6 @@ from rayswift.data.files import filesystem_of
 from rayswift.data.flow.cache import code_hash
 from rayswift.errors import one_line
 from rayswift.train.checkpoints import manifest as checkpoints
-from rayswift.train.checkpoints.last_step import KEPT, write_kept
 from rayswift.train.checkpoints.snapshot import checkpoint_bytes, take_snapshot
 
 if TYPE_CHECKING:
@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+#: How the address of a state that is held begins.
+KEPT = "kept://"
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 #: How the writers of safetensors (an error of Rust's) and of torch (which has no reason to give) say it.
 _SAYS_NO_ROOM = re.compile(
@@ -351,3 +353,12 @@ class CheckpointStore:
         """Remove this node's staging folder."""
         if self.local_rank == 0:
             shutil.rmtree(self._staging, ignore_errors=True)
+
+
+def write_kept(events: Any, folder: str) -> None:
+    """Write the state that is held into a folder, as a checkpoint that training goes on from."""
+    import ray
+
+    os.makedirs(folder, mode=0o700)
+    for name, content in ray.get(events.kept_files.remote()).items():
+        (Path(folder) / name).write_bytes(content)

@@ -167,7 +167,7 @@ class _ControllerHere(TrainController):
         self.worker_group_cls = type("WarmWorkerGroup", (_WorkerGroupHere,), known)
         super().__init__(**options)
         # In this process a look at the workers costs a call: one that has died is replaced at once.
-        self._health_check_interval_s = min(self._health_check_interval_s, HEALTH_CHECK_SECONDS)
+        self._health_check_interval_s = HEALTH_CHECK_SECONDS
         # What it says about failures belongs into its files, as on a cluster; the terminal gets one line at the end.
         log = logging.getLogger("ray.train")
         for handler in [one for one in log.handlers if isinstance(one, logging.StreamHandler)]:

@@ -95,9 +95,9 @@ class GoingOn(Trainer):
 
     def save_adapter(self, folder: str, weights: dict[str, Any]) -> None:
         """What :meth:`_load_from_checkpoint` reads of a LoRA adapter."""
-        tensors = {name: value.contiguous() for name, value in get_peft_model_state_dict(self.model, weights).items()}
+        model: Any = self.model
+        tensors = {name: value.contiguous() for name, value in get_peft_model_state_dict(model, weights).items()}
         save_file(tensors, os.path.join(folder, "adapter_model.safetensors"), metadata={"format": "pt"})
-        config: Any = self.model.peft_config
-        config["default"].save_pretrained(folder)
-        if first := getattr(self.model, "first_values", None):
+        model.peft_config["default"].save_pretrained(folder)
+        if first := getattr(model, "first_values", None):
             write_plain(folder, first)
