@@ -95,7 +95,8 @@ def without_effect(
     ``values``: what a flag is given, where any other value will not do. ``beside``: what else a flag needs.
     """
     known: dict[str, Look] = {}
-    for label, run in runs.items():  # what is seen must be of the settings alone
+    # Of the settings alone. What training writes has times in it: there this cannot be told.
+    for label, run in runs.items() if command not in ("sft", "rlhf") else ():
         once, again = (Look(command, run, observers) for _ in range(2))
         for number in range(len(observers)):
             if once.view(number) == "null":
@@ -114,7 +115,7 @@ def without_effect(
             if base.args is None:  # what the flag needs is refused here
                 assert name in beside, (label, settings, base.told)
                 continue
-            if "null" in map(base.view, range(len(observers))):
+            if {base.view(number) for number in range(len(observers))} == {"null"}:
                 continue
             now = getattr(base.args, name, base.args.training_args.get(name, spec.default))
             if run.get(name) == values.get(name, run):  # that is the run
