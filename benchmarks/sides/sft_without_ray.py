@@ -25,6 +25,7 @@ class Queue:
         self.push = types.SimpleNamespace(remote=self._events.append)
         self.drain = types.SimpleNamespace(remote=self._taken)
         self.is_stopping = types.SimpleNamespace(remote=self._never.wait)
+        self.kept_step, self.keep = (types.SimpleNamespace(remote=lambda *_: 0) for _ in range(2))
 
     def _taken(self) -> list[dict[str, Any]]:
         taken, self._events[:] = self._events[:], []

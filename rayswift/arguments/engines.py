@@ -101,11 +101,7 @@ class VllmArguments(Arguments):
         256, "requests run together", ge=1, aliases=("max_num_seqs",), no_effect=_VLLM_OR_SERVED
     )
     vllm_max_model_len: int | None = arg(
-        None,
-        "longest prompt and answer together",
-        ge=1,
-        shown="the model's",
-        no_effect=_VLLM_OR_SERVED,
+        None, "longest prompt and answer together", ge=1, shown="the model's", no_effect=_ONLY_VLLM
     )
     vllm_enforce_eager: bool = arg(False, "no CUDA graphs", aliases=("enforce_eager",))
     vllm_disable_custom_all_reduce: bool = arg(True, "no custom all-reduce", aliases=("disable_custom_all_reduce",))

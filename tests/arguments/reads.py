@@ -79,6 +79,7 @@ class _Queue:
         self.remote = lambda event=None: self.events.append(event) if event else []
         self.ended = threading.Event()
         self.is_stopping = types.SimpleNamespace(remote=self.ended.wait)
+        self.kept_step, self.keep = (types.SimpleNamespace(remote=lambda *_: 0) for _ in range(2))
 
 
 @contextlib.contextmanager
