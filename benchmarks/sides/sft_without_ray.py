@@ -27,7 +27,7 @@ class Queue:
         self.is_stopping = types.SimpleNamespace(remote=self._never.wait)
         self.kept_step, self.keep = (types.SimpleNamespace(remote=lambda *_: 0) for _ in range(2))
 
-    def _taken(self) -> list[dict[str, Any]]:
+    def _taken(self, _counted: Any = None) -> list[dict[str, Any]]:
         taken, self._events[:] = self._events[:], []
         return taken
 

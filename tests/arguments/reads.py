@@ -75,8 +75,8 @@ class _Queue:
 
     def __init__(self) -> None:
         self.events: list[dict[str, Any]] = []
-        self.push = self.drain = self
-        self.remote = lambda event=None: self.events.append(event) if event else []
+        self.push = types.SimpleNamespace(remote=self.events.append)
+        self.drain = types.SimpleNamespace(remote=lambda *_: [])
         self.ended = threading.Event()
         self.is_stopping = types.SimpleNamespace(remote=self.ended.wait)
         self.kept_step, self.keep = (types.SimpleNamespace(remote=lambda *_: 0) for _ in range(2))
