@@ -46,15 +46,19 @@ def varlen_attention(
     """
     softcap, sinks = kwargs.get("softcap"), kwargs.get("s_aux")
     is_plain = softcap is None and sinks is None
+    is_written_out = is_plain and query.device.type == "cpu" and attention_mask is None and not dropout
     if cu_seq_lens_q is None and is_plain:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
+        is_causal = kwargs.get("is_causal") is not False and getattr(module, "is_causal", True)
+        if not is_written_out or not is_causal or query.shape[2] != key.shape[2]:
+            return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
     lengths = [query.shape[2]] if cu_seq_lens_q is None else row_lengths(cu_seq_lens_q)
-    groups = query.shape[1] // key.shape[1]
-    if is_plain and query.device.type == "cpu" and attention_mask is None and not dropout:
+    if is_written_out:
         dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else value.dtype
-        sides = (tensor[0].to(dtype) for tensor in (query, key, value))
+        sides = (side.to(dtype).transpose(0, 1).flatten(1, 2) for side in (query, key, value))
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        return RowAttention.apply(*sides, lengths, scale, sliding_window).transpose(0, 1)[None].contiguous(), None
+        attended = RowAttention.apply(*sides, lengths * len(query), scale, sliding_window)
+        return attended.unflatten(1, (len(query), -1)).permute(1, 2, 0, 3).contiguous(), None
+    groups = query.shape[1] // key.shape[1]
     if groups > 1:
         key, value = repeat_kv(key, groups), repeat_kv(value, groups)
     parts = []

@@ -95,8 +95,7 @@ def without_effect(
     ``values``: what a flag is given, where any other value will not do. ``beside``: what else a flag needs.
     """
     known: dict[str, Look] = {}
-    # Of the settings alone. What training writes has times in it: there this cannot be told.
-    for label, run in runs.items() if command not in ("sft", "rlhf") else ():
+    for label, run in runs.items():  # of the settings alone
         once, again = (Look(command, run, observers) for _ in range(2))
         for number in range(len(observers)):
             if once.view(number) == "null":
