@@ -37,12 +37,6 @@ RUNS: dict[str, dict[str, Settings]] = {
         "VLMEvalKit": {**BENCHMARK, "eval_backend": "VLMEvalKit"},
         "url": {**BENCHMARK, "model": "served", "eval_url": "http://h/v1"},
     },
-    "export": {
-        "merged": {**MADE, "adapters": ["{}/adapter"], "merge_lora": True},
-        "quantised, GPU": {**MADE, "dataset": ["{}/pairs.jsonl"], "quant_method": "gptq"},
-        "cached": {**MADE, "dataset": ["{}/pairs.jsonl"], "to_cached_dataset": True},
-        "Ollama": {**MADE, "to_ollama": True}, "pushed": {**MODEL, "push_to_hub": True, "hub_model_id": "org/new"},
-    },
 }  # fmt: skip
 #: What flags are given in these commands, where it is not what others give them.
 VALUES: dict[str, Any] = {
