@@ -158,7 +158,7 @@ def plan_death(trainer: Any, store: Any, step: int, point: str) -> None:
     elif point == "note":
         around(store, "_begin", False, lambda name: name == f"checkpoint-{step}")
     elif point == "files":
-        around(trainer, "_save", False, lambda folder: folder.endswith(f"checkpoint-{step}"))
+        around(trainer, "_save", False, lambda folder, *_: folder.endswith(f"checkpoint-{step}"))
     else:
         around(store, "_finish", point == "manifest", lambda name, *_: name == f"checkpoint-{step}")
 
