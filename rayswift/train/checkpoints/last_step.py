@@ -1,4 +1,4 @@
-"""The state of a LoRA run after each step, held beside the driver: a worker that dies costs the step that it was at.
+"""The state of a LoRA run after its steps, held beside the driver: a worker that dies costs the steps since then.
 
 It is what a checkpoint holds, as bytes in the memory of the event queue (no file, no bucket, no manifest); workers that
 start again take it where no checkpoint is as new. Training waits for a copy of the adapter and its optimiser, the rest
