@@ -189,8 +189,9 @@ class Nodes:
             node_types[name] = {"min_workers": 0, "node_config": {}, **one, "resources": resources}
         config = {
             "cluster_name": "fake", "max_workers": 8, "upscaling_speed": 4.0, "idle_timeout_minutes": idle_minutes,
-            "provider": {
-                "type": "fake_multinode", "use_node_id_as_ip": True, "disable_node_updaters": True,
+            "provider": {  # named by its class: what Ray reads for the type `fake_multinode` is not in its wheel
+                "type": "external", "use_node_id_as_ip": True, "disable_node_updaters": True,
+                "module": "ray.autoscaler._private.fake_multi_node.node_provider.FakeMultiNodeProvider",
                 "disable_launch_config_check": True, "launch_multiple": True, "head_node_id": _FAKE_HEAD,
                 "gcs_address": f"{HEAD_ADDRESS}:6379",
             },

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import signal
 import sys
 import time
@@ -50,7 +51,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory, tiny_dir: str) -> Iterator
 def changes(cluster: Nodes, since: float = 0) -> list[tuple[float, int]]:
     """When the number of nodes changed, and to what."""
     watched = cluster.folder / "watched"
-    lines = watched.read_text().splitlines() if watched.exists() else []
+    lines = [line for line in watched.read_text().splitlines() if line[:1] == "["] if watched.exists() else []
     return [(when, count) for when, count in map(json.loads, lines) if when >= since]
 
 
@@ -66,9 +67,11 @@ def _none_before_and_after(cluster: Nodes, request: pytest.FixtureRequest) -> It
 
 def raylets(head: Node) -> dict[str, psutil.Process]:
     """Those of the fake machines, by the machine's name."""
-    found = {}
-    for process in psutil.Process(head.pid).children(recursive=True):
-        with contextlib.suppress(psutil.Error):
+    found, namespace = {}, os.readlink(f"/proc/{head.pid}/ns/pid")
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error, OSError):
+            if os.readlink(f"/proc/{process.pid}/ns/pid") != namespace:
+                continue
             name = process.environ().get("RAY_CLOUD_INSTANCE_ID", "")
             if process.name() == "raylet" and not name.endswith("00000"):
                 found[name] = process
@@ -91,7 +94,7 @@ def test_training_starts_its_nodes_and_replaces_one_that_is_taken_away(cluster: 
     assert "Traceback" not in refused
 
     began, log = time.time(), folder / "sft.log"
-    flags = ["--num_nodes", "2", "--max_steps", str(steps), "--save_steps", "2"]
+    flags = ["--num_nodes", "2", "--max_steps", str(steps), "--save_steps", "2", "--gradient_accumulation_steps", "16"]
     driver = head.start(*sft(cluster, tiny_dir, "out", *flags), log=log)
     checkpoint = "out/v*/checkpoint-4/manifest.json"
     wait_for(lambda: list(folder.glob(checkpoint)) or driver.poll() is not None, 400, "a checkpoint")
