@@ -120,7 +120,7 @@ def autoscaling_config(gcs_address: str) -> dict[str, Any]:
             return autoscaling_config_here(gcs_address)
         there = NodeAffinitySchedulingStrategy(head, soft=False)
         read = ray.remote(num_cpus=0)(autoscaling_config_here).options(scheduling_strategy=there)
-        return ray.get(read.remote(gcs_address), timeout=60)  # type: ignore[no-any-return]
+        return ray.get(read.remote(gcs_address), timeout=60)
     except Exception as error:  # of the file, the cluster, the API of Kubernetes
         logger.warning("what the cluster's autoscaler may start is not known, and only nodes that run already are "
                        "counted: %s", one_line(error))  # fmt: skip

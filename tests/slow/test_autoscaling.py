@@ -36,6 +36,15 @@ while True:
         last = now
     time.sleep(0.5)
 """
+#: What a program on a node beside the head knows of the autoscaler.
+ASKED_ELSEWHERE = """
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+from rayswift import private
+node = next(node["NodeID"] for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU"))
+there = ray.remote(num_cpus=0)(private.autoscaler_limits).options(
+    scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False))
+print(json.dumps(ray.get(there.remote())))
+"""
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +95,7 @@ def sft(cluster: Nodes, tiny_dir: str, name: str, *flags: str) -> list[str]:
 
 
 def test_training_starts_its_nodes_and_replaces_one_that_is_taken_away(cluster: Nodes, tiny_dir: str) -> None:
-    head, folder, steps = cluster.nodes["head"], cluster.folder, 40
+    head, folder, steps = cluster.nodes["head"], cluster.folder, 60
     too_many = head.start(*sft(cluster, tiny_dir, "none", "--num_nodes", "4"), log=folder / "refused.log")
     assert too_many.wait(200) == 2
     refused = (folder / "refused.log").read_text()
@@ -101,6 +110,8 @@ def test_training_starts_its_nodes_and_replaces_one_that_is_taken_away(cluster: 
     assert driver.poll() is None, log.read_text()[-4000:]
     assert "; the autoscaler starts " in log.read_text()
     assert max(count for _, count in changes(cluster, began)) == 2
+
+    assert head.ask(ASKED_ELSEWHERE)["CPU"] == MOST
 
     taken = list(raylets(head).values())[-1]
     for process in [*taken.children(recursive=True), taken]:
