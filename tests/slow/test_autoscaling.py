@@ -123,7 +123,7 @@ def test_training_starts_its_nodes_and_replaces_one_that_is_taken_away(cluster: 
 
 def test_a_burst_of_sampling_starts_engines_on_new_nodes(cluster: Nodes, tiny_dir: str) -> None:
     head, folder, began = cluster.nodes["head"], cluster.folder, time.time()
-    prompts = [{"messages": [{"role": "user", "content": f"count to {number}"}]} for number in range(192)]
+    prompts = [{"messages": [{"role": "user", "content": f"count to {number}"}]} for number in range(96)]
     (folder / "prompts.jsonl").write_text("\n".join(map(json.dumps, prompts)))
     driver = head.start(
         *RAYSWIFT, "sample", "--model", tiny_dir, "--dataset", str(folder / "prompts.jsonl"), "--sampler_engine", "pt",
