@@ -56,9 +56,9 @@ def _look(workers: Workers, done: threading.Event, tell: Callable[[str], None] =
 def wait_for_task(reference: Any, asked: str, workers: Workers) -> Any:
     """What a task with a worker's resources returns.
 
-    While no node runs that could take it, says ``asked`` every ten seconds, and asks for the places of all workers, so
-    that the autoscaler starts their nodes together: the task alone would bring one, and its end the others. The places
-    are given up with the first node, for the task to run there.
+    While no node runs that could take it, says ``asked`` every ten seconds, and asks for the places of the other
+    workers, so that the autoscaler starts their nodes together: the task alone would bring one, and its end the others.
+    The places are given up with the first node, for the task to run there.
     """
     import ray
 
@@ -67,11 +67,11 @@ def wait_for_task(reference: Any, asked: str, workers: Workers) -> Any:
         return any(kind.takes(workers.selector) and kind.room(workers.resources_per_worker) for kind in running)
 
     with contextlib.ExitStack() as places:
-        if not could_run():
-            fewest = workers.num_workers if isinstance(workers.num_workers, int) else workers.num_workers[0]
+        others = (workers.num_workers if isinstance(workers.num_workers, int) else workers.num_workers[0]) - 1
+        if others and not could_run():
             group = ray.util.placement_group(
-                [workers.resources_per_worker] * fewest, workers.strategy,
-                bundle_label_selector=[workers.selector] * fewest if workers.selector else None,
+                [workers.resources_per_worker] * others, workers.strategy,
+                bundle_label_selector=[workers.selector] * others if workers.selector else None,
             )  # fmt: skip
             places.callback(ray.util.remove_placement_group, group)
         while not ray.wait([reference], timeout=SECONDS)[0]:

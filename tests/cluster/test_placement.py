@@ -201,13 +201,13 @@ def test_a_run_waits_while_its_group_has_no_place(
 def test_a_task_that_no_node_can_take_yet_is_waited_for_aloud(
     monkeypatch: pytest.MonkeyPatch, runs_already: bool
 ) -> None:
-    """One that runs long says nothing. The places of all workers are asked for while there is no node, and no longer:
-    the task needs one of them."""
+    """One that runs long says nothing. The places of the other workers are asked for while there is no node, and no
+    longer: the task may need one of them."""
     said: list[str] = []
     small, large = (NodeKind({"GPU": gpus}, {"ray.io/node-id": str(gpus)}) for gpus in (0, 8))
     looks = iter([[small, UNKNOWN]] * 3 + [[small, large]] * 2)
     ready = iter([[], [], [], [], ["task"]])
-    workers = Workers((2, 4), True, {"GPU": 1}, "STRICT_SPREAD", {"zone": "a"} if runs_already else {})
+    workers = Workers((3, 4), True, {"GPU": 1}, "STRICT_SPREAD", {"zone": "a"} if runs_already else {})
     monkeypatch.setattr("ray.wait", lambda tasks, timeout: (next(ready), said.append("wait") or tasks))
     monkeypatch.setattr("ray.get", lambda task: f"of {task}")
     monkeypatch.setattr("ray.util.placement_group", lambda *words, **labels: said.append(f"ask {words} {labels}"))
