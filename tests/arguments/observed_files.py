@@ -18,10 +18,11 @@ from rayswift.data.names import register_dataset
 
 
 def other(row):
-    return {"query": "one", "response": "other"}
+    return {"query": "one", "response": "other", "rejected_response": "two"}
 
 
-register_dataset(dataset_path=str(Path(__file__).with_name("asked.jsonl")), preprocess=other)
+for name in ("asked.jsonl", "rich.jsonl"):
+    register_dataset(dataset_path=str(Path(__file__).with_name(name)), preprocess=other)
 """
 CODE = """
 from transformers import LlamaForCausalLM
@@ -38,6 +39,7 @@ def write_rows(path: Path, rows: list[Any]) -> None:
 
 def write_training_rows(folder: Path, called: list[Any]) -> None:
     """Rows of several turns and of many lengths, with tools, a further column and marks; bad ones."""
+
     def pair(*turns: str, **more: Any) -> dict[str, Any]:
         roles = ("user", "assistant") * len(turns)
         messages = [{"role": role, "content": text} for role, text in zip(roles, turns, strict=False)]

@@ -82,10 +82,13 @@ def there(value: Any, folder: str) -> Any:
 def test_flags_change_what_they_say(command: str, files: str) -> None:
     silent: list[str] = []
     proven: set[str] = set()
-    values, beside = there(VALUES | VALUES_IN.get(command, {}), files), there(BESIDE | BESIDE_IN.get(command, {}), files)
+    values, beside = (
+        there(VALUES | VALUES_IN.get(command, {}), files),
+        there(BESIDE | BESIDE_IN.get(command, {}), files),
+    )
     observers = {
-        "deploy": [plan, asked], **dict.fromkeys(observed_training_runs.RUNS, [hf_arguments, whole(Path(files))]),
-        **{name: [observed(work, Path(files))] for name, work in WORK.items()},
+        "deploy": [plan, asked], **{name: [observed(work, Path(files))] for name, work in WORK.items()},
+        **{name: [hf_arguments, whole(Path(files))] for name in observed_training_runs.RUNS},
     }[command]  # fmt: skip
     for label, run in there(RUNS[command], files).items():
         values |= {"use_gpu": not label.endswith("GPU"), "stream": "val_dataset" in run}
