@@ -13,6 +13,10 @@ from rayswift.arguments.fields import arg
 #: Rules of the parts of `rayswift export`.
 _PUSHED = {"push_to_hub=false": "only with --push_to_hub true"}
 _CALIBRATED = {"quant_method!=gptq|awq": "only with --quant_method gptq or awq"}
+_AS_IT_IS = {
+    "merge_lora=false quant_method=none to_cached_dataset=false to_gguf=none to_ollama=false to_peft_format=false":
+        "only for a folder that is made, not to push one that is there",
+}  # fmt: skip
 
 
 @dataclass(init=False, repr=False, eq=False)
@@ -21,8 +25,9 @@ class QuantizeArguments(Arguments):
 
     topic: ClassVar[str] = "Export"
 
-    output_dir: str | None = arg(None, "folder of the result", shown="beside the model, named after what was done")
-    exist_ok: bool = arg(False, "write into a folder that is already there")
+    output_dir: str | None = arg(None, "folder of the result", shown="beside the model, named after what was done",
+                                 no_effect=_AS_IT_IS)  # fmt: skip
+    exist_ok: bool = arg(False, "write into a folder that is already there", no_effect=_AS_IT_IS)
     merge_lora: bool = arg(False, "merge the adapter into the weights")
     quant_method: str | None = arg(
         None, "quantise the weights", choices=("awq", "gptq", "bnb", "fp8", "int8"), swift_only=("gptq_v2",)

@@ -17,7 +17,7 @@ from unittest import mock
 
 from observed_engines import Record, everything_here
 from observed_serving import ASKED
-from observed_training import new_folder
+from observed_training import encode_all, new_folder
 
 from rayswift.arguments import Arguments
 
@@ -102,6 +102,7 @@ def evaluate(args: Any, seen: Record) -> Any:
 
 
 def export(args: Any, seen: Record) -> Any:
+    from rayswift.data.flow import prepare
     from rayswift.exporting import export, quantize
     from rayswift.hub.push import Destination
 
@@ -117,6 +118,7 @@ def export(args: Any, seen: Record) -> Any:
     with (
         mock.patch.object(quantize, "check_libraries"), mock.patch("rayswift.exporting.quantizers.check_libraries"),
         mock.patch.object(quantize, "run_in_task", run_in_task), mock.patch("ray.nodes", return_value=[node]),
+        mock.patch.object(prepare, "encode_all", encode_all(seen)),
         mock.patch.object(Destination, "check_token"), mock.patch.object(Destination, "push", push),
     ):  # fmt: skip
         return export(args).replace(os.getcwd(), "")

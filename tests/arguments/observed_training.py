@@ -81,6 +81,18 @@ def settings_of(trainer: Any) -> Any:
     ]  # fmt: skip
 
 
+def encode_all(seen: dict[str, Any]) -> Callable[..., Any]:
+    """As the data path's own; how many chunks were there already, and how many were made, is seen."""
+    from rayswift.data.flow import encode_tasks
+
+    def encode(tasks: Any, encoder: Any, cache: Any, *how: Any) -> Any:
+        found = encode_tasks.encode_all(tasks, encoder, cache, *how)
+        seen["cache"] = dict(cache.counts)
+        return found
+
+    return encode
+
+
 def whole(files: Path) -> Callable[[Arguments], Any]:
     """An observer: all of a run but its steps. ``files``: what hubs have."""
     return lambda args: _whole(args, files)
@@ -91,12 +103,12 @@ def _whole(args: Arguments, files: Path) -> Any:
     import torch
 
     from rayswift import cluster, train
-    from rayswift.data.flow import cache as token_cache
+    from rayswift.data.flow import prepare
     from rayswift.train import driver, worker
     from rayswift.train.checkpoints.store import CheckpointStore
 
     seen: dict[str, Any] = {}
-    connect, build_trainer, make_cache = cluster.connect, worker.build_trainer, token_cache.TokenCache
+    connect, build_trainer = cluster.connect, worker.build_trainer
 
     def make_trainer(loop: Any, *, train_loop_config: Any, **asked: Any) -> Any:
         config, scaling, runs = train_loop_config["config"], asked["scaling_config"], asked["run_config"]
@@ -118,11 +130,6 @@ def _whole(args: Arguments, files: Path) -> Any:
         trainer.load_checkpoint = lambda folder: seen.update(loaded=Path(folder).name)
         return trainer
 
-    def cache(*about: Any) -> Any:
-        kept = make_cache(*about)
-        seen.setdefault("cache", []).append(kept.counts)
-        return kept
-
     def watch(clock: Any, rank: Any, seconds: float, tell: Any) -> None:
         seen["watched"] = seconds
 
@@ -143,7 +150,7 @@ def _whole(args: Arguments, files: Path) -> Any:
             (cluster, "connect", lambda made: seen.update(address=cluster.address_of(made)) or connect(made)),
             (driver, "shortage", lambda *_: ""), (worker, "build_trainer", build), (worker, "watch", watch),
             (worker, "Evaluations", mock.MagicMock()), (worker, "_await_scores", lambda *_: None),
-            (CheckpointStore, "fetch", lambda _, uri: uri), (token_cache, "TokenCache", cache),
+            (CheckpointStore, "fetch", lambda _, uri: uri), (prepare, "encode_all", encode_all(seen)),
             (ray, "cluster_resources", lambda: {"CPU": 64.0}),
         ):  # fmt: skip
             stack.enter_context(mock.patch.object(owner, name, value))
