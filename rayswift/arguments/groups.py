@@ -52,10 +52,12 @@ _ENCODED = {
     **dict.fromkeys(_OF_ROWS, ""), "command=export to_cached_dataset=false": "only with --to_cached_dataset true",
 }  # fmt: skip
 _MERGED = "only with --merge_lora true"
-#: A model that is pushed, or written as GGUF.
-_AS_IT_IS = (
-    "command=export merge_lora=false quant_method=none to_cached_dataset=false to_ollama=false to_peft_format=false"
+#: A folder that is there is pushed; the same, or one that is made as GGUF.
+NOTHING_MADE = (
+    "command=export merge_lora=false quant_method=none to_cached_dataset=false to_ollama=false to_peft_format=false "
+    "to_gguf=none"
 )
+_AS_IT_IS = NOTHING_MADE.removesuffix(" to_gguf=none")
 
 
 def read_rope_scaling(raw: Any) -> str | dict[str, Any]:
@@ -89,6 +91,7 @@ class ModelArguments(Arguments):
         "what the model is trained or run for: text, classes, vectors, or the order of documents",
         choices=TASK_TYPES,
         swift_only=("decision",),
+        no_effect=_ENCODED,
     )
     num_labels: int | None = arg(None, "classes, or numbers, that the model tells", ge=1, example="2",
                                  no_effect=_CLASSIFIER)  # fmt: skip
@@ -138,11 +141,13 @@ class ModelArguments(Arguments):
     )  # fmt: skip
     adapters: list[str] = arg(
         [], "LoRA checkpoint folders or ids (deploy: name=path)", aliases=("lora_modules",),
-        no_effect={"base_url!=none": ""},
+        no_effect={"base_url!=none": "",
+                   "command=export to_cached_dataset=true": "rows are encoded for --model"},
     )  # fmt: skip
     load_args: bool = arg(
         True, "read model, template and system from the checkpoint's args.json",
-        no_effect={"command=export to_cached_dataset=true": "rows are encoded as training does, by the flags alone"},
+        no_effect={"command=export to_cached_dataset=true": "rows are encoded as training does, by the flags alone",
+                   _AS_IT_IS: "only where a model is loaded, not to push one or write GGUF"},
     )  # fmt: skip
     load_data_args: bool = arg(
         False, "read the dataset settings from it too",
@@ -308,7 +313,9 @@ class DatasetArguments(Arguments):
         decides="",
         no_effect={"command=infer|sample": "rows are read as they are"},
     )
-    remove_unused_columns: bool = arg(True, "drop columns that the model does not take")
+    remove_unused_columns: bool = arg(
+        True, "drop columns that the model does not take", no_effect={"command=export": "tokens alone are kept"}
+    )
 
     def problems(self) -> Iterator[str]:
         weights, names = self.interleave_prob, self.dataset
@@ -371,14 +378,18 @@ class TemplateArguments(Arguments):
     add_non_thinking_prefix: bool = arg(
         True, "add the empty thinking block to answers without one",
         no_effect=dict.fromkeys(
-            ("command=app|sample|eval", "command=infer|deploy task_type=causal_lm"), "a prompt has no answer to mark"
+            ("command=app|sample|eval", "command=infer|deploy task_type=causal_lm", "command=export to_ollama=true"),
+            "a prompt has no answer to mark",
         ),
     )  # fmt: skip
     agent_template: str | None = arg(
         None, "format of tools and tool calls", aliases=("tools_prompt",), shown="the model's",
         no_effect={"base_url!=none": "", f"{CHAT} base_url=none": "a conversation in the terminal has no tools"},
     )  # fmt: skip
-    response_prefix: str | None = arg(None, "text that every answer starts with", shown="the template's")
+    response_prefix: str | None = arg(
+        None, "text that every answer starts with", shown="the template's",
+        no_effect={"command=export quant_method=gptq|awq": "rows have their answers"},
+    )  # fmt: skip
     padding_side: str = arg(
         "right",
         "where short rows are padded",

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 
 from rayswift.arguments.base import Arguments
 from rayswift.arguments.fields import arg
-from rayswift.arguments.groups import ASKED_ROWS, CHAT, SERVED_ELSEWHERE, SERVED_TOO
+from rayswift.arguments.groups import ASKED_ROWS, CHAT, NOTHING_MADE, SERVED_ELSEWHERE, SERVED_TOO
 
 _COMPUTED = {
     "command=export to_cached_dataset=false quant_method=none": "only with --quant_method or --to_cached_dataset true"
@@ -76,7 +76,8 @@ class RayArguments(Arguments):
             **SERVED_TOO,
             **ASKED_ROWS,
             "command=deploy|app": "a server writes no results",
-            "command=export to_cached_dataset=false quant_method=none": "",
+            **dict.fromkeys(_COMPUTED, ""),
+            NOTHING_MADE: "only for a folder that is made, not to push one that is there",
         },
     )
 

@@ -43,7 +43,7 @@ def write_training_rows(folder: Path, called: list[Any]) -> None:
     def pair(*turns: str, **more: Any) -> dict[str, Any]:
         roles = ("user", "assistant") * len(turns)
         messages = [{"role": role, "content": text} for role, text in zip(roles, turns, strict=False)]
-        return {"messages": messages, "rejected_response": "other", "note": "trained", **more}
+        return {"messages": messages, "rejected_response": "other", "note": "other", **more}
 
     rich = [pair("one new", "two three", "three", "two one " * 4 * number) for number in range(1, 12)]
     answer = {"role": "assistant", "content": "two"}
@@ -80,6 +80,10 @@ def write_files(folder: Path) -> None:
     for name, model in (("coded", coded), ("mixture", qwen3_mixture(vocab_size=len(tokenizer)))):
         model.save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
+    coded.model.layers[0].self_attn.q_proj.weight.data[:, 0] += 0.5  # as if an adapter was merged
+    del coded.config.auto_map
+    coded.save_pretrained(folder / "merged")
+    tokenizer.save_pretrained(folder / "merged")
     (folder / "coded" / "own.py").write_text(CODE)
     for seed, name in enumerate(("model", "other")):
         model = llama(seed, vocab_size=len(tokenizer), max_position_embeddings=2048)
@@ -88,8 +92,9 @@ def write_files(folder: Path) -> None:
     lora = LoraConfig(r=4, task_type="CAUSAL_LM", target_modules=["q_proj"])
     get_peft_model(model, lora).save_pretrained(folder / "adapter")
     made = make_arguments("sft", model=str(folder / "model"), dataset=["d"], system="trained", model_author=["trained"])
-    for name in ("model", "adapter"):
-        made.save(folder / name / "args.json")
+    made.save(folder / "model" / "args.json")
+    made.max_model_len = 1024
+    made.save(folder / "adapter" / "args.json")
     for number, name in enumerate(("rows", "others")):
         rows = [
             {"messages": [{"role": "user", "content": f"one new w{10 * number + row}"},

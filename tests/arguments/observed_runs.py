@@ -1,4 +1,4 @@
-"""The runs of the commands that answer and of ``export``, and what their flags are given there."""
+"""The runs of the commands that answer, and what their flags are given there."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ VLLM: Settings = {"infer_backend": "vllm"}
 SAMPLES: Settings = {"dataset": ASKED, "num_return_sequences": 2, "output_file": "a.jsonl"}
 SCALED: Settings = {**VLLM, "max_replicas": 2, "adapters": ["{}/adapter"]}
 BENCHMARK: Settings = {**MODEL, "eval_backend": "OpenCompass", "eval_dataset": ["ARC_c"], "local_dataset": "{}/data"}
-MADE: Settings = {**MODEL, "output_dir": "made"}
 #: The runs of each command; a name that ends with GPU is one on a machine with GPUs.
 RUNS: dict[str, dict[str, Settings]] = {
     "infer": {
@@ -36,12 +35,6 @@ RUNS: dict[str, dict[str, Settings]] = {
         "own": BENCHMARK, "vLLM, GPU": {**BENCHMARK, **VLLM}, "scaled": {**BENCHMARK, **SCALED},
         "VLMEvalKit": {**BENCHMARK, "eval_backend": "VLMEvalKit"},
         "url": {**BENCHMARK, "model": "served", "eval_url": "http://h/v1"},
-    },
-    "export": {
-        "merged": {**MADE, "adapters": ["{}/adapter"], "merge_lora": True},
-        "quantised, GPU": {**MADE, "dataset": ["{}/rich.jsonl"], "quant_method": "gptq", "group_size": -1},
-        "cached": {**MADE, "dataset": ["{}/rich.jsonl"], "to_cached_dataset": True},
-        "Ollama": {**MADE, "to_ollama": True}, "pushed": {**MODEL, "push_to_hub": True, "hub_model_id": "org/new"},
     },
 }  # fmt: skip
 #: What flags are given in these commands, where it is not what others give them.

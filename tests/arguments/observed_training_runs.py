@@ -23,7 +23,7 @@ ONLY: dict[str, tuple[str, ...]] = {"LoRA, GPU": ("use_gpu", "use_cpu")}
 #: What flags are given in these commands, where it is not what others give them.
 VALUES: dict[str, Any] = {
     "val_dataset": ["{}/others.jsonl"], "enable_thinking": True, "columns": {"note": "system"},
-    "num_workers": 2, "target_parameters": ["mlp.experts.gate_up_proj"], "debug": "underflow_overflow",
+    "target_parameters": ["mlp.experts.gate_up_proj"], "debug": "underflow_overflow",
     "custom_dataset_info": ['[{"dataset_path": "{}/rich.jsonl", "columns": {"note": "system"}}]'],
     "placement_strategy": "SPREAD",
     "target_modules": ["q_proj"], "target_regex": ".*q_proj", "modules_to_save": ["lm_head"],

@@ -6,6 +6,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import observed_export_runs
 import observed_runs
 import observed_training_runs
 import pytest
@@ -30,6 +31,7 @@ RUNS: dict[str, dict[str, Settings]] = {
         "adapters": {**MODEL, "infer_backend": "vllm", "adapters": ["{}/adapter"]},
     },
     **observed_runs.RUNS,
+    **observed_export_runs.RUNS,
 }  # fmt: skip
 #: What a flag is given, where any other value will not do. {} is the folder of `files`.
 VALUES: dict[str, Any] = {
@@ -37,7 +39,8 @@ VALUES: dict[str, Any] = {
     "external_plugins": ["{}/plugin.py"],
     "ssl_keyfile": "{}/key.pem", "ssl_certfile": "{}/a.py", "models": {"a": {"model": "{}/other"}},
     "template": "llama3", "template_backend": "jinja", "template_date": "2020-01-01", "agent_template": "react_en",
-    "address": "ray://h:1", "allowed_origins": ["http://h"], "new_special_tokens": ["new"], "enable_thinking": False,
+    "num_workers": 2, "address": "ray://h:1", "allowed_origins": ["http://h"], "new_special_tokens": ["new"],
+    "enable_thinking": False,
     "rope_scaling": {"rope_type": "linear", "factor": 2.0}, "task_type": "seq_cls",
     "model_kwargs": {"attention_dropout": 0.5},
 }  # fmt: skip
@@ -51,7 +54,11 @@ BESIDE: dict[str, Settings] = {
     "merge_lora": {"adapters": ["{}/adapter"]},
 }  # fmt: skip
 VALUES_IN, BESIDE_IN = (
-    {command: getattr(runs, table) for runs in (observed_training_runs, observed_runs) for command in runs.RUNS}
+    {
+        command: getattr(runs, table)
+        for runs in (observed_training_runs, observed_runs, observed_export_runs)
+        for command in runs.RUNS
+    }
     for table in ("VALUES", "BESIDE")
 )
 #: Flags that change nothing that is seen here, and why, or what shows it.
@@ -59,6 +66,7 @@ ELSEWHERE: dict[str, dict[str, str]] = {
     "deploy": {"add_non_thinking_prefix": "it marks what rerankers read"},
     **observed_training_runs.ELSEWHERE,
     **observed_runs.ELSEWHERE,
+    **observed_export_runs.ELSEWHERE,
 }
 
 
@@ -100,4 +108,5 @@ def test_flags_change_what_they_say(command: str, files: str) -> None:
         if not why_never(spec, command) and len(spec.choices) != 1 and name not in proven
     ]  # fmt: skip
     print("\n".join(silent))
-    assert [line for line in silent if line.split()[0].strip(":")[2:] not in ELSEWHERE.get(command, {})] == []
+    known = {f"--{name}" for name in ELSEWHERE.get(command, {})}
+    assert [line for line in silent if known.isdisjoint((line.split()[0].strip(":"), line.partition(":")[0]))] == []
