@@ -147,6 +147,7 @@ class ModelArguments(Arguments):
     load_args: bool = arg(
         True, "read model, template and system from the checkpoint's args.json",
         no_effect={"command=export to_cached_dataset=true": "rows are encoded as training does, by the flags alone",
+                   "command=export to_peft_format=true": "the weights alone are read",
                    _AS_IT_IS: "only where a model is loaded, not to push one or write GGUF"},
     )  # fmt: skip
     load_data_args: bool = arg(
