@@ -278,14 +278,9 @@ class DatasetArguments(Arguments):
         },
     )
     interleave_prob: list[float] | None = arg(
-        None,
-        "mix the datasets with these probabilities, one each",
-        ge=0,
-        le=1,
-        shown="one after the other",
-        example="0.7 0.3",
-        no_effect={"command=infer|sample": _ALL_ROWS},
-    )
+        None, "mix the datasets with these probabilities, one each", ge=0, le=1, shown="one after the other",
+        example="0.7 0.3", no_effect={"command=infer|sample": _ALL_ROWS},
+    )  # fmt: skip
     stopping_strategy: str = arg(
         "first_exhausted",
         "when mixing ends",

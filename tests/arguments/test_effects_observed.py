@@ -19,7 +19,7 @@ from observing import Settings, without_effect
 from rayswift.arguments.commands import flags_of
 from rayswift.arguments.effects import why_never
 
-pytestmark = pytest.mark.slow  # a minute in all: every flag of every command
+pytestmark = pytest.mark.slow  # two minutes in all: every flag of every command
 
 MODEL: Settings = {"model": "{}/model"}
 #: The runs of each command; a name that ends with GPU is one on a machine with GPUs.
