@@ -147,6 +147,7 @@ class ModelArguments(Arguments):
     load_args: bool = arg(
         True, "read model, template and system from the checkpoint's args.json",
         no_effect={"command=export to_cached_dataset=true": "rows are encoded as training does, by the flags alone",
+                   "command=export to_peft_format=true": "the weights alone are read",
                    _AS_IT_IS: "only where a model is loaded, not to push one or write GGUF"},
     )  # fmt: skip
     load_data_args: bool = arg(
@@ -277,14 +278,9 @@ class DatasetArguments(Arguments):
         },
     )
     interleave_prob: list[float] | None = arg(
-        None,
-        "mix the datasets with these probabilities, one each",
-        ge=0,
-        le=1,
-        shown="one after the other",
-        example="0.7 0.3",
-        no_effect={"command=infer|sample": _ALL_ROWS},
-    )
+        None, "mix the datasets with these probabilities, one each", ge=0, le=1, shown="one after the other",
+        example="0.7 0.3", no_effect={"command=infer|sample": _ALL_ROWS},
+    )  # fmt: skip
     stopping_strategy: str = arg(
         "first_exhausted",
         "when mixing ends",

@@ -57,6 +57,15 @@ def about(one: Any) -> Any:
     return [type(one).__name__, plain]
 
 
+def scores(trainer: Any) -> Any:
+    """What an evaluation says of a model that tells numbers."""
+    from rayswift.train.trainers.task import TaskTrainer
+
+    if not isinstance(trainer, TaskTrainer):
+        return None
+    return {name: value for name, value in trainer.evaluate().items() if "second" not in name and "time" not in name}
+
+
 def settings_of(trainer: Any) -> Any:
     """What a trainer trains, on what, how."""
     from rayswift.modeling.adapters import expert_parameters
@@ -77,7 +86,7 @@ def settings_of(trainer: Any) -> Any:
         weights(model), None if reference is None else weights(reference), peft, str(model.config), groups, batches,
         [str(row) for row in trainer.val_rows or ()], how,
         [type(trainer.optimizer).__name__, trainer.on_nan, trainer.processing_class.chat_template],
-        [about(callback) for callback in trainer.callback_handler.callbacks],
+        [about(callback) for callback in trainer.callback_handler.callbacks], scores(trainer),
     ]  # fmt: skip
 
 
@@ -158,6 +167,13 @@ def _whole(args: Arguments, files: Path) -> Any:
     for line in (line for event in queue.events if event["event"] == "drops" for line in event["lines"]):
         logger.warning(line)  # what the driver says
     return {name: value for name, value in seen.items() if not name.endswith("args.json")}
+
+
+def quantised(args: Arguments) -> Any:
+    """How Transformers is asked to quantise the weights under an adapter."""
+    from rayswift.train.model import _quantization
+
+    return str(_quantization(args, "float32"))
 
 
 def hf_arguments(args: Arguments) -> Any:

@@ -34,6 +34,9 @@ VALUES: dict[str, Any] = {
     "loss_scale": "all", "interleave_prob": [0.5, 0.5], "task_type": "seq_cls", "num_labels": 3,
     "attn_impl": "eager", "metric_for_best_model": "token_acc",
     "include_num_input_tokens_seen": "all", "train_sampling_strategy": "sequential",
+    "problem_type": "multi_label_classification", "mrl_dims": {"16": 1.0}, "eval_metric": "paired",
+    "loss_type": "cosine_similarity", "liger_kernel_config": {"rope": False}, "quant_method": "bnb", "quant_bits": 8,
+    "bnb_4bit_quant_storage": "float16",
     "accelerator_config": {"non_blocking": True}, "torch_compile_backend": "eager",
 }  # fmt: skip
 KINDS = {
@@ -67,25 +70,35 @@ BESIDE: dict[str, Settings] = {
     "interleave_prob": {"dataset": TWO},
     "interleave_by": {"dataset": ["{}/pairs.jsonl", "{}/rich.jsonl"], "interleave_prob": [0.5, 0.5]},
     "stopping_strategy": {"dataset": TWO, "interleave_prob": [0.2, 0.8]},
+    **{name: {"train_type": "full", "use_galore": True}
+       for name in ("galore_target_modules", "galore_rank", "galore_update_proj_gap", "galore_scale",
+                    "galore_proj_type", "galore_quantization")},
+    "optim_target_modules": {"optim": "apollo_adamw"}, "liger_kernel_config": {"use_liger_kernel": True},
+    **{name: {"quant_method": "bnb", "quant_bits": 4}
+       for name in ("quant_bits", "bnb_4bit_compute_dtype", "bnb_4bit_quant_type",
+                    "bnb_4bit_use_double_quant", "bnb_4bit_quant_storage")},
+    "quant_method": {"quant_bits": 4},
+    "mrl_dims": {"dataset": ["{}/labels.jsonl"], "task_type": "embedding", "loss_type": "cosine_similarity"},
+    "load_args": {"adapters": ["{}/adapter"]},
+    "load_data_args": {"adapters": ["{}/adapter"], "load_args": True, "model_name": ["a name"],
+                       "dataset": ["{}/trained_identity.jsonl"]},
+    **{name: {"dataset": ["{}/labels.jsonl"], "task_type": "embedding"}
+       for name in ("loss_type", "eval_metric")},
+    "problem_type": {"dataset": ["{}/labels.jsonl"], "task_type": "seq_cls", "num_labels": 2},
     "task_type": {"dataset": ["{}/labels.jsonl"], "num_labels": 2},
     "num_labels": {"dataset": ["{}/labels.jsonl"], "task_type": "seq_cls", "num_labels": 2},
 }  # fmt: skip
-_PACKAGE = "its package is not installed here: tests/train/test_tuners.py"
 _ELSEWHERE: dict[str, str] = {
     "num_nodes": "tests/cluster/test_placement.py", "tf32": "no GPU is here", "fp8": "tests/train/test_compiled.py",
+    "hqq_axis": "hqq is not installed here",
     "strict": "it stops: tests/data_path/test_pipeline.py",
-    **dict.fromkeys(("quant_method", "quant_bits", "hqq_axis", "bnb_4bit_compute_dtype", "bnb_4bit_quant_type",
-                     "bnb_4bit_use_double_quant", "bnb_4bit_quant_storage", "galore_target_modules", "galore_rank",
-                     "galore_update_proj_gap", "galore_scale", "galore_proj_type", "galore_quantization",
-                     "optim_target_modules", "liger_kernel_config"), _PACKAGE),
     **dict.fromkeys(("run_name", "project"), "needs wandb or swanlab: tests/train/test_reporters.py"),
     **dict.fromkeys(("cached_dataset", "cached_val_dataset"), "tests/data_path/test_cached_dataset.py"),
     **dict.fromkeys(("streaming", "shuffle_buffer_size"), "starts Ray: tests/data_path/test_pipeline.py"),
-    **dict.fromkeys(("problem_type", "loss_type", "mrl_dims", "eval_metric"), "tests/train/test_task_command.py"),
-    **dict.fromkeys(("load_args", "load_data_args"), "tests/train/test_new_adapters.py"),
-    **dict.fromkeys(("resume_from_checkpoint", "resume_only_model", "reset_optimizer", "reset_scheduler",
-                     "ignore_data_skip"), "tests/train/test_going_on.py"),
-    **dict.fromkeys(("push_to_hub", "fsdp", "fsdp_config"), "refused: tests/train/test_bad_input.py"),
+    **dict.fromkeys(("resume_from_checkpoint", "resume_only_model", "reset_optimizer", "reset_scheduler"),
+                    "tests/train/test_going_on.py"),
+    "ignore_data_skip": "tests/slow/test_resume.py",
+    **dict.fromkeys(("push_to_hub", "fsdp", "fsdp_config"), "refused: tests/arguments/test_errors.py, test_effects.py"),
 }  # fmt: skip
 #: Flags that change nothing that is seen here, and why, or what shows it.
 ELSEWHERE: dict[str, dict[str, str]] = {"sft": _ELSEWHERE, "rlhf": _ELSEWHERE}

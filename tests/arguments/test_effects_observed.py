@@ -13,13 +13,13 @@ import pytest
 from observed_answers import WORK, observed
 from observed_files import write_files
 from observed_serving import asked, machine, plan
-from observed_training import hf_arguments, whole
+from observed_training import hf_arguments, quantised, whole
 from observing import Settings, without_effect
 
 from rayswift.arguments.commands import flags_of
 from rayswift.arguments.effects import why_never
 
-pytestmark = pytest.mark.slow  # a minute in all: every flag of every command
+pytestmark = pytest.mark.slow  # two minutes in all: every flag of every command
 
 MODEL: Settings = {"model": "{}/model"}
 #: The runs of each command; a name that ends with GPU is one on a machine with GPUs.
@@ -96,7 +96,7 @@ def test_flags_change_what_they_say(command: str, files: str) -> None:
     )
     observers = {
         "deploy": [plan, asked], **{name: [observed(work, Path(files))] for name, work in WORK.items()},
-        **{name: [hf_arguments, whole(Path(files))] for name in observed_training_runs.RUNS},
+        **{name: [hf_arguments, quantised, whole(Path(files))] for name in observed_training_runs.RUNS},
     }[command]  # fmt: skip
     for label, run in there(RUNS[command], files).items():
         values |= {"use_gpu": not label.endswith("GPU"), "stream": "val_dataset" in run}
