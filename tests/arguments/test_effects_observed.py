@@ -101,6 +101,7 @@ _TRAINING: dict[str, str] = {
     **dict.fromkeys(_NOT_SEEN, "not looked at"),
     "use_gpu": "no GPU is here", "tf32": "no GPU is here", "num_nodes": "tests/cluster/test_placement.py",
     "fp8": "tests/train/test_compiled.py",
+    "ddp_timeout": "tests/slow/test_steps_without_numbers.py",
     "eval_async": "tests/train/test_eval_async.py", "target_parameters": "tests/train/test_tuners.py",
     **dict.fromkeys(("quant_method", "quant_bits", "hqq_axis", "bnb_4bit_compute_dtype", "bnb_4bit_quant_type",
                      "bnb_4bit_use_double_quant", "bnb_4bit_quant_storage", "galore_target_modules", "galore_rank",

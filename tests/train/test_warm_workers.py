@@ -37,7 +37,7 @@ def fit(
         warm=warm,
         start_spares=start_spares,
         train_loop_config={"folder": str(folder)},
-        torch_config=torch_config("gloo", embedded=True),
+        torch_config=torch_config("gloo", 1800, embedded=True),
         scaling_config=ScalingConfig(num_workers=1),
         run_config=RunConfig(
             storage_path=str(folder),
