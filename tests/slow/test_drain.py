@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import random
 import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from command_line import QUICK, losses, run, run_directory, start, train_workers, wait_for
+from command_line import QUICK, distinct_rows, losses, run, run_directory, start, train_workers, wait_for
 from ray.cluster_utils import Cluster
 
 pytestmark = pytest.mark.slow
@@ -19,18 +17,6 @@ STEPS = 80
 ROWS = 128  # of a step
 #: Seconds that Ray gives the node.
 NOTICE = 15
-_WORDS = ["red", "green", "blue", "one", "two", "three", "cat", "dog", "bird", "sun", "moon", "rain"]
-
-
-def write_rows(path: Path) -> Path:
-    """Rows enough for all steps, each another text: a step with other rows has another loss."""
-    chance = random.Random(0)
-    with path.open("w") as file:
-        for number in range(ROWS * STEPS):
-            text = " ".join(chance.choices(_WORDS, k=chance.randint(1, 20)))
-            messages = [{"role": "user", "content": f"{number}?"}, {"role": "assistant", "content": text}]
-            file.write(json.dumps({"messages": messages}) + "\n")
-    return path
 
 
 def command(model: str, rows: Path, output: Path, workers: str, of_each: int) -> list[str]:
@@ -50,7 +36,7 @@ def test_a_drained_node_costs_the_steps_behind_its_notice(tiny_dir: str, tmp_pat
     try:
         second = cluster.add_node(num_cpus=1)
         output, log = tmp_path / "out", tmp_path / "log"
-        rows = write_rows(tmp_path / "rows.jsonl")
+        rows = distinct_rows(tmp_path / "rows.jsonl", ROWS * STEPS)
         each = [*command(tiny_dir, rows, output, "1,2", ROWS // 2), "--resources_per_worker", '{"CPU": 1}']
         driver = start(*each, "--address", cluster.address, log=log, RAY_USAGE_STATS_ENABLED="0")
         raylets = [node.all_processes["raylet"][0].process.pid for node in cluster.list_all_nodes()]

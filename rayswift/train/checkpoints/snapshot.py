@@ -63,7 +63,7 @@ def take_snapshot(trainer: StepTraining, of_all: Callable[[Any], list[Any]]) -> 
 
 def optimizer_states(trainer: StepTraining) -> dict[str, Any]:
     """What the optimiser and those around it go on from, by their files in a checkpoint; its tensors go on changing."""
-    parts = {"optimizer.pt": trainer.optimizer, "scheduler.pt": trainer.lr_scheduler}
+    parts: dict[str, Any] = {"optimizer.pt": trainer.optimizer, "scheduler.pt": trainer.lr_scheduler}
     if scaler := getattr(trainer.accelerator, "scaler", None):
         parts["scaler.pt"] = scaler
     return {name: part.state_dict() for name, part in parts.items()}
