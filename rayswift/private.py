@@ -48,6 +48,8 @@ def needed(part: str) -> Iterator[None]:
 
 # --- Ray ----------------------------------------------------------------------------------------------------------
 
+#: Where Kubernetes tells a container its namespace.
+_POD_NAMESPACE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
 _CLUSTER_VARIABLE = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
 
 
@@ -85,27 +87,67 @@ def small_ray() -> Iterator[None]:
 
 def autoscaler_limits() -> dict[str, float]:
     """The most of each resource that the cluster's autoscaler may start; empty without an autoscaler."""
-    try:
-        from ray._private.state import state
-
-        # Ray Train and Ray Data read the same table.
-        return state.get_max_resources_from_cluster_config() or {}
-    except MOVED:
-        report("Ray's table of the autoscaler", "only nodes that run already are counted")
-        return {}
+    limits: dict[str, float] = {}
+    for _, resources, most in autoscaler_types():
+        for name, amount in resources.items():
+            limits[name] = limits.get(name, 0) + amount * most
+    return limits
 
 
 def autoscaler_types() -> list[tuple[str, dict[str, float], int]]:
     """Name, resources and most nodes of each kind of node that the autoscaler may start."""
-    try:
-        from ray._private.state import state
+    import ray
 
-        config = state.get_cluster_config()
-        groups = config.node_group_configs if config else []
-        return [(one.name, dict(one.resources), one.max_count if one.max_count >= 0 else sys.maxsize) for one in groups]
-    except MOVED:
-        report("Ray's table of the autoscaler", "only nodes that run already are counted")
-        return []
+    config = autoscaling_config(ray.get_runtime_context().gcs_address)
+    limit = config.get("max_workers", sys.maxsize)
+    kinds = config.get("available_node_types", {}).items()
+    found = [(name, kind.get("resources", {}), min(kind.get("max_workers", limit), limit)) for name, kind in kinds
+             if name != config.get("head_node_type")]  # fmt: skip
+    return [one for one in found if one[2] > 0]
+
+
+@functools.lru_cache(1)
+def autoscaling_config(gcs_address: str) -> dict[str, Any]:
+    """What the autoscaler of the connected cluster was started with, in the words of Ray's cluster YAML; empty without
+    one. Ray 2.60 has a table for it that nothing in its package writes: it is read where the autoscaler runs."""
+    try:
+        import ray
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+        nodes = [node for node in ray.nodes() if node["Alive"]]
+        head = next(node["NodeID"] for node in nodes if "node:__internal_head__" in node["Resources"])
+        if head == ray.get_runtime_context().get_node_id():
+            return autoscaling_config_here(gcs_address)
+        there = NodeAffinitySchedulingStrategy(head, soft=False)
+        read = ray.remote(num_cpus=0)(autoscaling_config_here).options(scheduling_strategy=there)
+        return ray.get(read.remote(gcs_address), timeout=60)
+    except Exception as error:  # of the file, the cluster, the API of Kubernetes
+        logger.warning("what the cluster's autoscaler may start is not known, and only nodes that run already are "
+                       "counted: %s", one_line(error))  # fmt: skip
+        return {}
+
+
+def autoscaling_config_here(gcs_address: str) -> dict[str, Any]:
+    """:func:`autoscaling_config` on the head: the file that the autoscaler's process was given, or what KubeRay's, in a
+    container of its own, makes of the RayCluster."""
+    import psutil
+    import yaml
+
+    flag = "--autoscaling-config="
+    for process in psutil.process_iter(["cmdline"]):
+        command = process.info["cmdline"] or []
+        if f"--gcs-address={gcs_address}" in command:
+            for file in (word.removeprefix(flag) for word in command if word.startswith(flag)):
+                return cast(dict[str, Any], yaml.safe_load(Path(process.cwd(), file).read_text()))
+    if not (name := os.environ.get("RAY_CLUSTER_NAME")) or not _POD_NAMESPACE.exists():
+        return {}
+    from ray.autoscaler._private.kuberay import autoscaling_config as kuberay
+    from ray.autoscaler._private.kuberay.node_provider import KubernetesHttpApiClient
+
+    cluster = KubernetesHttpApiClient(_POD_NAMESPACE.read_text()).get(f"rayclusters/{name}")
+    if not cluster["spec"].get("enableInTreeAutoscaling"):
+        return {}
+    return cast(dict[str, Any], kuberay._derive_autoscaling_config_from_ray_cr(cluster))
 
 
 def starting_nodes() -> Counter[str]:

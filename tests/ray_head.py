@@ -35,9 +35,14 @@ class Head(NamedTuple):
     folder: Path
 
     def metrics(self) -> str:
-        """What Ray's Prometheus endpoint of the node says; its port stands in the file for Prometheus' discovery."""
+        """What Ray's Prometheus endpoint of the node says; its port stands in the file for Prometheus' discovery. So do
+        those of dashboard and autoscaler, which are the same for every Ray of a machine: only one of them listens."""
         [targets] = json.loads((self.folder / "prom_metrics_service_discovery.json").read_text())
-        return "".join(httpx.get(f"http://{target}/metrics", timeout=30).text for target in targets["targets"])
+        found = []
+        for target in targets["targets"]:
+            with contextlib.suppress(httpx.ConnectError):
+                found.append(httpx.get(f"http://{target}/metrics", timeout=30).text)
+        return "".join(found)
 
 
 @contextlib.contextmanager

@@ -8,9 +8,12 @@ import asyncio
 import functools
 import importlib.util
 import inspect
+import json
 import logging
 import os
 import pickle
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,6 +21,7 @@ from typing import Any
 
 import pyarrow as pa
 import pytest
+import yaml
 from pyarrow import fs
 
 from rayswift import private
@@ -153,22 +157,53 @@ def test_it_is_said_when_ray_may_listen_everywhere(
     assert "set RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0 before this command, or Ray listens on all addresses" in line
 
 
-def test_the_autoscalers_table_is_read(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    from ray._private.state import state
+def test_what_the_autoscaler_may_start_is_read_where_it_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Ray's own process for it, started with a file by a path of its own folder; another cluster's is another's."""
+    types = {"head": {"resources": {"CPU": 8}}, "a100": {"resources": {"GPU": 8, "CPU": 96}, "max_workers": 4},
+             "data": {"resources": {"CPU": 32}}, "spot": {"resources": {"GPU": 8}, "max_workers": 0}}  # fmt: skip
+    config = {"available_node_types": types, "head_node_type": "head", "max_workers": 6}
+    (tmp_path / "cluster.yaml").write_text(json.dumps(config))
+    words = ["--gcs-address=10.0.0.1:6379", "--autoscaling-config=cluster.yaml"]
+    with subprocess.Popen([sys.executable, "-c", "input()", *words], stdin=subprocess.PIPE, cwd=tmp_path) as monitor:
+        assert private.autoscaling_config_here("10.0.0.2:6379") == {}
+        assert private.autoscaling_config_here("10.0.0.1:6379") == config
+        monitor.communicate(b"\n")
+    assert private.autoscaling_config_here("10.0.0.1:6379") == {}
 
-    group = SimpleNamespace(name="a100", resources={"GPU": 8, "CPU": 96}, max_count=4)
-    monkeypatch.setattr(state, "get_max_resources_from_cluster_config", lambda: {"GPU": 64.0})
-    monkeypatch.setattr(state, "get_cluster_config", lambda: SimpleNamespace(node_group_configs=[group]))
-    assert private.autoscaler_limits() == {"GPU": 64.0}
-    assert private.autoscaler_types() == [("a100", {"GPU": 8, "CPU": 96}, 4)]
+    monkeypatch.setattr("ray.get_runtime_context", lambda: SimpleNamespace(gcs_address="a"))
+    monkeypatch.setattr(private, "autoscaling_config", lambda _: config)
+    assert private.autoscaler_types() == [("a100", {"GPU": 8, "CPU": 96}, 4), ("data", {"CPU": 32}, 6)]
+    assert private.autoscaler_limits() == {"GPU": 32, "CPU": 4 * 96 + 6 * 32}
     monkeypatch.undo()
-    assert callable(state.get_max_resources_from_cluster_config)
-    monkeypatch.delattr(type(state), "get_max_resources_from_cluster_config")
-    monkeypatch.delattr(type(state), "get_cluster_config")
-    assert private.autoscaler_limits() == {}
-    assert private.autoscaler_types() == []
-    assert len(caplog.messages) == 1
+    monkeypatch.setattr("ray.nodes", lambda: [])
+    private.autoscaling_config.cache_clear()
+    assert private.autoscaling_config("a") == {}
     assert "only nodes that run already are counted" in caplog.text
+
+
+@pytest.mark.parametrize("autoscaling", [True, False])
+def test_what_kuberays_autoscaler_may_start_is_read_of_its_resource(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, autoscaling: bool
+) -> None:
+    """Of the repository's own manifest, in place of the API of Kubernetes."""
+    from ray.autoscaler._private.kuberay.node_provider import KubernetesHttpApiClient
+
+    manifest = yaml.safe_load((Path(__file__).resolve().parents[1] / "cluster/kuberay/raycluster.yaml").read_text())
+    manifest["metadata"]["namespace"] = "here"
+    manifest["spec"]["enableInTreeAutoscaling"] = autoscaling
+    asked: list[str] = []
+    monkeypatch.setattr(KubernetesHttpApiClient, "get", lambda self, path: asked.append(path) or manifest)
+    monkeypatch.setenv("RAY_CLUSTER_NAME", "rayswift")
+    (tmp_path / "namespace").write_text("here")
+    monkeypatch.setattr(private, "_POD_NAMESPACE", tmp_path / "namespace")
+    found = private.autoscaling_config_here("none")
+    assert asked == ["rayclusters/rayswift"]
+    assert bool(found) == autoscaling
+    if autoscaling:
+        train = found["available_node_types"]["train"]
+        assert (train["max_workers"], train["resources"]["GPU"], train["resources"]["CPU"]) == (4, 8, 96)
 
 
 def test_what_a_job_waits_for_is_read(

@@ -42,7 +42,7 @@ def llama(seed: int = 0, **changes: Any) -> Any:
     return LlamaForCausalLM(llama_config(**changes)).eval()
 
 
-def qwen3_mixture(seed: int = 0) -> Any:
+def qwen3_mixture(seed: int = 0, **changes: Any) -> Any:
     """A float32 Qwen3 mixture of four experts, two of them at a time, with random weights from ``seed``."""
     import torch
     from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
@@ -54,7 +54,7 @@ def qwen3_mixture(seed: int = 0) -> Any:
         "num_experts_per_tok": 2, "max_position_embeddings": 128, "bos_token_id": 1, "eos_token_id": 2,
         "pad_token_id": 2, "decoder_sparse_step": 1,
     }  # fmt: skip
-    return Qwen3MoeForCausalLM(Qwen3MoeConfig(**sizes)).eval()
+    return Qwen3MoeForCausalLM(Qwen3MoeConfig(**(sizes | changes))).eval()
 
 
 def qwen25_half_billion_on_meta() -> Any:

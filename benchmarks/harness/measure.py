@@ -37,8 +37,8 @@ def scratch_folder() -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def side_environ(cache: Path) -> dict[str, str]:
-    """The environment of a side: whatever it caches goes to ``cache``, no GPU, no hub, no questions."""
+def side_environ(cache: Path, gpu: bool = False) -> dict[str, str]:
+    """The environment of a side: whatever it caches goes to ``cache``, no GPU unless asked, no hub, no questions."""
     cache.mkdir(parents=True, exist_ok=True)
     return {
         **os.environ,
@@ -46,7 +46,7 @@ def side_environ(cache: Path) -> dict[str, str]:
         "MODELSCOPE_CACHE": str(cache),
         "HF_HOME": str(cache),
         "HF_HUB_OFFLINE": "1",
-        "CUDA_VISIBLE_DEVICES": "",
+        **({} if gpu else {"CUDA_VISIBLE_DEVICES": ""}),
         "RAY_USAGE_STATS_ENABLED": "0",
     }
 

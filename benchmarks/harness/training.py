@@ -16,7 +16,8 @@ from harness.memory import Memory, MemoryWatch
 
 @dataclass(frozen=True)
 class Training:
-    """Seconds between the first and the last step's row, tokens of a row, the steps' losses, peak memory in MiB."""
+    """Seconds between the first and the last step's row, tokens of a row, the steps' losses, peak memory in MiB (of the
+    card, where one trains)."""
 
     seconds: float
     tokens_per_row: float
@@ -24,9 +25,11 @@ class Training:
     peak: float
 
 
-def train(name: str, command: list[str | Path], place: Path, steps: int, cache: Path | None = None) -> Training:
+def train(
+    name: str, command: list[str | Path], place: Path, steps: int, cache: Path | None = None, gpu: bool = False
+) -> Training:
     """Run a training command to its end, noting when the log in ``place``/output has its rows. ``cache``: of both
-    sides; without it each has its own.
+    sides; without it each has its own. ``gpu``: it may use one.
 
     Raises:
         SystemExit: it failed, or made fewer steps.
@@ -35,9 +38,9 @@ def train(name: str, command: list[str | Path], place: Path, steps: int, cache: 
     with log.open("w") as terminal:
         process = subprocess.Popen(
             [*map(str, command), "--output_dir", str(place / "output")],
-            env=side_environ(cache or place / "cache"), stdout=terminal, stderr=subprocess.STDOUT,
+            env=side_environ(cache or place / "cache", gpu), stdout=terminal, stderr=subprocess.STDOUT,
         )  # fmt: skip
-        with MemoryWatch(process.pid, memory):
+        with MemoryWatch(process.pid, memory, gpu=gpu):
             while process.poll() is None:
                 for row in _rows(place):
                     times.setdefault(row["step"], time.monotonic())
@@ -50,7 +53,7 @@ def train(name: str, command: list[str | Path], place: Path, steps: int, cache: 
         times[steps] - times[1],
         float(found[1]) if found else 0.0,
         [row["loss"] for row in rows],
-        max(one.held for one in memory),
+        max(one.card if gpu else one.held for one in memory),
     )
 
 

@@ -9,10 +9,12 @@ from typing import ClassVar
 
 from rayswift.arguments.base import Arguments
 from rayswift.arguments.fields import arg
+from rayswift.arguments.groups import NOTHING_MADE
 
 #: Rules of the parts of `rayswift export`.
 _PUSHED = {"push_to_hub=false": "only with --push_to_hub true"}
 _CALIBRATED = {"quant_method!=gptq|awq": "only with --quant_method gptq or awq"}
+_MADE = {NOTHING_MADE: "only for a folder that is made, not to push one that is there"}
 
 
 @dataclass(init=False, repr=False, eq=False)
@@ -21,8 +23,9 @@ class QuantizeArguments(Arguments):
 
     topic: ClassVar[str] = "Export"
 
-    output_dir: str | None = arg(None, "folder of the result", shown="beside the model, named after what was done")
-    exist_ok: bool = arg(False, "write into a folder that is already there")
+    output_dir: str | None = arg(None, "folder of the result", shown="beside the model, named after what was done",
+                                 no_effect=_MADE)  # fmt: skip
+    exist_ok: bool = arg(False, "write into a folder that is already there", no_effect=_MADE)
     merge_lora: bool = arg(False, "merge the adapter into the weights")
     quant_method: str | None = arg(
         None, "quantise the weights", choices=("awq", "gptq", "bnb", "fp8", "int8"), swift_only=("gptq_v2",)
@@ -112,7 +115,7 @@ class QuantizeArguments(Arguments):
             yield "--adapters: export takes one adapter; merge several one after the other"
         made = [f"--{name}" for name in ("quant_method", "to_gguf", "to_ollama") if getattr(self, name)]
         if adapters and made and not self.merge_lora:
-            yield f"{', '.join(made)} of an adapter needs --merge_lora true: the merged model is what is converted"
+            yield f"--adapters: {', '.join(made)} needs --merge_lora true: the merged model is what is converted"
         if self.to_peft_format and (self.merge_lora or made):
             yield "--to_peft_format true: an adapter stays one; leave out " + ", ".join(made or ["--merge_lora"])
         others = [f"--{name}" for name in self._ACTIONS if name != "to_cached_dataset" and getattr(self, name)]

@@ -19,6 +19,7 @@ PROBLEM_TYPES = ("single_label_classification", "multi_label_classification", "r
 _CLASSIFIER = {
     "task_type!=seq_cls": "only with --task_type seq_cls",
     "command=infer|deploy|app|sample|eval": "the checkpoint says it",
+    "command=export to_cached_dataset=false": "the checkpoint says it",
 }
 
 
@@ -44,8 +45,19 @@ _NOTHING_OF_A_HUB = {
     **dict.fromkeys((f"{CHAT} base_url!=none", "command=app base_url!=none"), SERVED_ELSEWHERE["base_url!=none"]),
 }
 #: Rules of the parts of `rayswift export`.
-_ENCODED = {"command=export to_cached_dataset=false": "only with --to_cached_dataset true"}
 _CALIBRATED = "command=export to_cached_dataset=false quant_method!=gptq|awq"
+_LAID_OUT = f"{_CALIBRATED} to_ollama=false"
+_OF_ROWS = {_LAID_OUT: "", _CALIBRATED: "only with --to_cached_dataset true or --quant_method gptq or awq"}
+_ENCODED = {
+    **dict.fromkeys(_OF_ROWS, ""), "command=export to_cached_dataset=false": "only with --to_cached_dataset true",
+}  # fmt: skip
+_MERGED = "only with --merge_lora true"
+#: A folder that is there is pushed; the same, or one that is made as GGUF.
+NOTHING_MADE = (
+    "command=export merge_lora=false quant_method=none to_cached_dataset=false to_ollama=false to_peft_format=false "
+    "to_gguf=none"
+)
+_AS_IT_IS = NOTHING_MADE.removesuffix(" to_gguf=none")
 
 
 def read_rope_scaling(raw: Any) -> str | dict[str, Any]:
@@ -79,6 +91,7 @@ class ModelArguments(Arguments):
         "what the model is trained or run for: text, classes, vectors, or the order of documents",
         choices=TASK_TYPES,
         swift_only=("decision",),
+        no_effect=_ENCODED,
     )
     num_labels: int | None = arg(None, "classes, or numbers, that the model tells", ge=1, example="2",
                                  no_effect=_CLASSIFIER)  # fmt: skip
@@ -89,6 +102,7 @@ class ModelArguments(Arguments):
     torch_dtype: str | None = arg(
         None, "precision of the loaded weights", choices=DTYPES, value_aliases=DTYPE_NAMES,
         shown="as in the model's config",
+        no_effect={"command=export merge_lora=false quant_method=none": f"{_MERGED} or --quant_method"},
     )  # fmt: skip
     attn_impl: str | None = arg(
         None, "attention implementation", shown="Transformers' choice",
@@ -110,25 +124,36 @@ class ModelArguments(Arguments):
     rope_scaling: str | dict[str, Any] | None = arg(
         None, "longer positions: linear, dynamic, yarn (with --max_model_len), or the model's rope_scaling as JSON",
         parse=read_rope_scaling, shown="as in the model's config", example="yarn",
+        no_effect={"command=export merge_lora=false": _MERGED},
     )  # fmt: skip
     max_model_len: int | None = arg(
-        None, "positions that the model has, instead of those in its config", ge=1, example="65536"
+        None, "positions that the model has, instead of those in its config", ge=1, example="65536",
+        no_effect={"command=export merge_lora=false to_cached_dataset=false": f"{_MERGED} or --to_cached_dataset true"},
     )  # fmt: skip
     new_special_tokens: list[str] = arg(
-        [], "tokens to add to the vocabulary, or a .txt file with one per line", parse=read_lines
-    )
+        [], "tokens to add to the vocabulary, or a .txt file with one per line", parse=read_lines,
+        no_effect={"command=export merge_lora=false to_cached_dataset=false": f"{_MERGED} or --to_cached_dataset true"},
+    )  # fmt: skip
     model_kwargs: dict[str, Any] = arg(
         {}, "further keyword arguments for loading the model, as JSON",
-        no_effect={"engine=vllm command=infer|sample|deploy|app|eval": "vLLM loads it: --vllm_engine_kwargs"},
+        no_effect={"engine=vllm command=infer|sample|deploy|app|eval": "vLLM loads it: --vllm_engine_kwargs",
+                   "command=export": "weights are converted as they are"},
     )  # fmt: skip
     adapters: list[str] = arg(
         [], "LoRA checkpoint folders or ids (deploy: name=path)", aliases=("lora_modules",),
-        no_effect={"base_url!=none": ""},
+        no_effect={"base_url!=none": "",
+                   "command=export to_cached_dataset=true": "rows are encoded for --model"},
     )  # fmt: skip
-    load_args: bool = arg(True, "read model, template and system from the checkpoint's args.json")
+    load_args: bool = arg(
+        True, "read model, template and system from the checkpoint's args.json",
+        no_effect={"command=export to_cached_dataset=true": "rows are encoded as training does, by the flags alone",
+                   _AS_IT_IS: "only where a model is loaded, not to push one or write GGUF"},
+    )  # fmt: skip
     load_data_args: bool = arg(
-        False, "read the dataset settings from it too", no_effect={"command=deploy|app|eval": "a server has no dataset"}
-    )
+        False, "read the dataset settings from it too",
+        no_effect={"command=deploy|app|eval": "a server has no dataset",
+                   "command=export quant_method!=gptq|awq": "only with --quant_method gptq or awq"},
+    )  # fmt: skip
     use_hf: bool = arg(
         False, "use the Hugging Face hub instead of ModelScope", shown="false; true if USE_HF=1 is set",
         no_effect={
@@ -140,12 +165,17 @@ class ModelArguments(Arguments):
         None, "access token for the hub", example="TOKEN", decides="",
         no_effect={**_NOTHING_OF_A_HUB, "eval_url!=none": SERVED_ELSEWHERE["eval_url!=none"]},
     )  # fmt: skip
-    trust_remote_code: bool = arg(False, "run Python code that comes with a model")
+    trust_remote_code: bool = arg(
+        False,
+        "run Python code that comes with a model",
+        no_effect={_AS_IT_IS: "only where a model is loaded, not to push one or write GGUF"},
+    )
     external_plugins: list[str] = arg(
         [], "Python files to import first (they register datasets and rewards)", aliases=("custom_register_path",),
         no_effect={
             **SERVED_TOO,
             **ASKED_ROWS,
+            **_OF_ROWS,
             "command=deploy|app|eval": "they register datasets and rewards, and a server has none"
         },
     )  # fmt: skip
@@ -183,9 +213,7 @@ class DatasetArguments(Arguments):
 
     topic: ClassVar[str] = "Dataset"
     decides: ClassVar[str] = "answers"
-    no_effect: ClassVar[dict[str, str]] = {
-        **ASKED_ROWS, _CALIBRATED: "only with --to_cached_dataset true or --quant_method gptq or awq"
-    }  # fmt: skip
+    no_effect: ClassVar[dict[str, str]] = {**ASKED_ROWS, **_OF_ROWS}
 
     dataset: list[str] = arg(
         [], "dataset ids, files or folders, each [HF::|MS::]NAME[:SUBSET][#ROWS]", example="train.jsonl",
@@ -197,11 +225,11 @@ class DatasetArguments(Arguments):
     )  # fmt: skip
     cached_val_dataset: list[str] = arg(
         [], "the same, for validation", example="cached_dataset/val", decides="",
-        no_effect={"command=infer|sample": "its rows are token ids, which cannot be asked"},
+        no_effect={"command=infer|sample": "its rows are token ids, which cannot be asked", **_ENCODED},
     )  # fmt: skip
     val_dataset: list[str] = arg(
         [], "validation datasets, written like --dataset", example="val.jsonl",
-        no_effect={"command=sample": "the rows of --dataset are answered"},
+        no_effect={"command=sample": "the rows of --dataset are answered", **_ENCODED},
     )  # fmt: skip
     split_dataset_ratio: float = arg(
         0.01, "share of --dataset held out where no --val_dataset is given", ge=0, lt=1,
@@ -210,6 +238,7 @@ class DatasetArguments(Arguments):
             "cached_val_dataset!=none": "only without --cached_val_dataset",
             "streaming=true": "a stream holds nothing out: give --val_dataset",
             "command=infer|sample": _ALL_ROWS,
+            **_ENCODED,
         },
     )  # fmt: skip
     dataset_shuffle: bool = arg(
@@ -220,7 +249,7 @@ class DatasetArguments(Arguments):
         },
     )  # fmt: skip
     val_dataset_shuffle: bool = arg(
-        False, "shuffle the validation rows", no_effect={"command=sample": "see --dataset_shuffle"}
+        False, "shuffle the validation rows", no_effect={"command=sample": "see --dataset_shuffle", **_ENCODED}
     )
     data_seed: int = arg(
         42, "seed of sampling, splitting and shuffling",
@@ -234,14 +263,18 @@ class DatasetArguments(Arguments):
         "read the dataset as a stream; needs --max_steps",
         no_effect={
             "command=infer|sample": _ALL_ROWS,
-            "command=export to_cached_dataset=true": "the whole dataset is encoded once",
+            "command=export": "the whole dataset is read once",
         },
     )
     shuffle_buffer_size: int = arg(
         1000,
         "rows held for shuffling a stream",
         ge=1,
-        no_effect={"streaming=false": "only with --streaming true", "command=infer|sample": _ALL_ROWS},
+        no_effect={
+            "streaming=false": "only with --streaming true",
+            "command=infer|sample": _ALL_ROWS,
+            "command=export": "the whole dataset is read once",
+        },
     )
     interleave_prob: list[float] | None = arg(
         None,
@@ -280,7 +313,9 @@ class DatasetArguments(Arguments):
         decides="",
         no_effect={"command=infer|sample": "rows are read as they are"},
     )
-    remove_unused_columns: bool = arg(True, "drop columns that the model does not take")
+    remove_unused_columns: bool = arg(
+        True, "drop columns that the model does not take", no_effect={"command=export": "tokens alone are kept"}
+    )
 
     def problems(self) -> Iterator[str]:
         weights, names = self.interleave_prob, self.dataset
@@ -308,7 +343,7 @@ class TemplateArguments(Arguments):
     decides: ClassVar[str] = "answers"
     no_effect: ClassVar[dict[str, str]] = {
         **SERVED_ELSEWHERE,
-        f"{_CALIBRATED} to_ollama=false":
+        _LAID_OUT:
             "only with --to_cached_dataset true, --to_ollama true or --quant_method gptq or awq",
     }  # fmt: skip
 
@@ -325,7 +360,10 @@ class TemplateArguments(Arguments):
         "delete",
         "what happens to longer rows",
         choices=("delete", "left", "right", "split"),
-        no_effect={"command=infer|deploy|app|sample|eval": "a prompt that is too long is refused, never cut"},
+        no_effect={
+            "command=infer|deploy|app|sample|eval": "a prompt that is too long is refused, never cut",
+            **_OF_ROWS,
+        },
     )
     use_chat_template: bool = arg(True, "apply the chat template; false trains on plain text")
     template_backend: str = arg("swift", "template engine", choices=("swift", "jinja"))
@@ -334,20 +372,24 @@ class TemplateArguments(Arguments):
     )
     loss_scale: str = arg(
         "default", "which tokens are trained, and how strongly",
-        no_effect={"command=infer|deploy|app|sample|eval": "nothing is trained"},
+        no_effect={"command=infer|deploy|app|sample|eval": "nothing is trained", **_ENCODED},
     )  # fmt: skip
     enable_thinking: bool | None = arg(None, "thinking mode of the template", shown="the model's")
     add_non_thinking_prefix: bool = arg(
         True, "add the empty thinking block to answers without one",
         no_effect=dict.fromkeys(
-            ("command=app|sample|eval", "command=infer|deploy task_type=causal_lm"), "a prompt has no answer to mark"
+            ("command=app|sample|eval", "command=infer|deploy task_type=causal_lm", "command=export to_ollama=true"),
+            "a prompt has no answer to mark",
         ),
     )  # fmt: skip
     agent_template: str | None = arg(
         None, "format of tools and tool calls", aliases=("tools_prompt",), shown="the model's",
         no_effect={"base_url!=none": "", f"{CHAT} base_url=none": "a conversation in the terminal has no tools"},
     )  # fmt: skip
-    response_prefix: str | None = arg(None, "text that every answer starts with", shown="the template's")
+    response_prefix: str | None = arg(
+        None, "text that every answer starts with", shown="the template's",
+        no_effect={"command=export quant_method=gptq|awq": "rows have their answers"},
+    )  # fmt: skip
     padding_side: str = arg(
         "right",
         "where short rows are padded",

@@ -43,7 +43,10 @@ class TunerArguments(Arguments):
             "llamapro": "PEFT adds no blocks; --train_type full --freeze_parameters_ratio 0.9 trains the last ones",
         },
     )  # fmt: skip
-    tuner_backend: str = arg("peft", "library that makes the adapter", choices=("peft", "unsloth"))
+    tuner_backend: str = arg(
+        "peft", "library that makes the adapter", choices=("peft", "unsloth"),
+        no_effect="adapters are made by PEFT and trained by RaySwift",
+    )  # fmt: skip
     lora_rank: int = arg(8, "rank of the adapter", ge=1, no_effect=_LORA)
     lora_alpha: float = arg(32.0, "scale of the adapter", gt=0, no_effect=_LOW_RANK)
     lora_dropout: float = arg(
@@ -126,8 +129,6 @@ class TunerArguments(Arguments):
                 yield f"--target_parameters contradicts {flag}: PEFT has no such adapter for parameters; drop one"
 
     def remarks(self) -> Iterator[str]:
-        if self.tuner_backend == "unsloth":
-            yield "--tuner_backend unsloth: the adapter is made by PEFT and trained by RaySwift"
         if self.train_type == "lora_llm":
             yield "--train_type lora_llm: what reads pictures is not trained, so this is --train_type lora"
         if self.train_type == "dummy":
@@ -154,8 +155,6 @@ class TunerArguments(Arguments):
 
     def resolve(self) -> None:
         self.train_type = _ALIASES.get(self.train_type, self.train_type)
-        if self.tuner_backend == "unsloth":
-            self.tuner_backend = "peft"
         if self.target_parameters and not self.is_set("lora_dropout"):
             self.lora_dropout = 0.0
 

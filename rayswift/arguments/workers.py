@@ -11,11 +11,12 @@ from typing import Any, ClassVar
 
 from rayswift.arguments.base import Arguments
 from rayswift.arguments.fields import arg
-from rayswift.arguments.groups import ASKED_ROWS, CHAT, SERVED_ELSEWHERE, SERVED_TOO
+from rayswift.arguments.groups import ASKED_ROWS, CHAT, NOTHING_MADE, SERVED_ELSEWHERE, SERVED_TOO
 
 _COMPUTED = {
     "command=export to_cached_dataset=false quant_method=none": "only with --quant_method or --to_cached_dataset true"
 }
+_QUANTISED = {**dict.fromkeys(_COMPUTED, ""), "command=export quant_method=none": "only with --quant_method"}
 _IN_PROCESS = {
     f"{CHAT} engine=transformers": "the model of a conversation is in this process",
     "command=infer engine=transformers stream=true": "--stream true answers in this process",
@@ -48,11 +49,12 @@ class RayArguments(Arguments):
         None, "Ray cluster to join", shown="this machine, or the cluster of the Ray job", example="auto",
         no_effect=_IN_PROCESS,
     )  # fmt: skip
-    use_gpu: bool | None = arg(None, "run on GPUs", shown="true if the cluster has any")
+    use_gpu: bool | None = arg(None, "run on GPUs", shown="true if the cluster has any", no_effect=_QUANTISED)
     resources_per_worker: dict[str, Any] = arg(
         {}, "resources of each worker, as JSON", example='\'{"CPU": 4, "GPU": 1}\'',
         no_effect={
             **_IN_PROCESS,
+            **_QUANTISED,
             "command=infer engine=transformers num_workers=none address=none": "only with --num_workers or --address",
         },
     )  # fmt: skip
@@ -60,7 +62,9 @@ class RayArguments(Arguments):
         {}, "labels of the nodes to use, LABEL=VALUE,…; VALUE may be !V, in(V,W) or !in(V,W)", parse=read_labels,
         example="ray.io/accelerator-type=A100-80G",
         no_effect={
-            **_IN_PROCESS, "command=infer|sample engine=transformers num_workers=none": "give --num_workers",
+            **_IN_PROCESS,
+            **_QUANTISED,
+            "command=infer|sample engine=transformers num_workers=none": "give --num_workers",
         },
     )  # fmt: skip
     storage_path: str | None = arg(
@@ -72,7 +76,8 @@ class RayArguments(Arguments):
             **SERVED_TOO,
             **ASKED_ROWS,
             "command=deploy|app": "a server writes no results",
-            "command=export to_cached_dataset=false quant_method=none": "",
+            **dict.fromkeys(_COMPUTED, ""),
+            NOTHING_MADE: "only for a folder that is made, not to push one that is there",
         },
     )
 

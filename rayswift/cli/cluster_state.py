@@ -45,8 +45,8 @@ def cluster_state(client: JobSubmissionClient, *, whole_logs: bool = False) -> d
         if run := describe_run(list(read_notes(log)), actor.state == "ALIVE", now):
             runs.append({**run, "job": job["id"] if job else actor.job_id, "nodes": dict(where)})
     return {
-        "time": now, "address": address, "nodes": nodes, "pools": pools(nodes), "autoscaler": _autoscaler(client),
-        "jobs": jobs, "runs": runs, "deployments": deployments(client, now),
+        "time": now, "address": address, "nodes": nodes, "pools": pools(nodes),
+        "autoscaler": _autoscaler(client, nodes), "jobs": jobs, "runs": runs, "deployments": deployments(client, now),
     }  # fmt: skip
 
 
@@ -77,6 +77,12 @@ def _node(node: Any) -> dict[str, Any]:
         "started": _seconds(node.start_time_ms), "ended": _seconds(node.end_time_ms),
         "resources": {name: amount for name, amount in resources if not name.startswith(hidden)},
     }  # fmt: skip
+
+
+def is_lost(node: Mapping[str, Any]) -> bool:
+    """Whether it ended otherwise than by being stopped or idle, in Ray's words."""
+    as_meant = ("Expected termination", "Terminated due to idle")
+    return node["state"] == "dead" and not (node["why"] or "").startswith(as_meant)
 
 
 def pools(nodes: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -185,10 +191,13 @@ def _rates(gateways: list[list[dict[str, Any]]], now: float) -> dict[str, Any]:
     return {name: round(sums[name], 2) for name in names}
 
 
-def _autoscaler(client: JobSubmissionClient) -> dict[str, list[str]]:
-    """What the autoscaler starts, what failed, and what is asked for, in its own words, a line each."""
+def _autoscaler(client: JobSubmissionClient, nodes: list[dict[str, Any]]) -> dict[str, list[str]]:
+    """What the autoscaler starts, what failed, and what is asked for, in its own words, a line each. The nodes that it
+    calls terminated are all that ended, idle ones too: those that were lost, with Ray's reason, stand for them."""
     answer = json.loads(_get(client, "/api/cluster_status", format="1") or "{}")
-    return autoscaler_lines(str((answer.get("data") or {}).get("clusterStatus") or ""))
+    found = autoscaler_lines(str((answer.get("data") or {}).get("clusterStatus") or ""))
+    lost = [redact_text(f"{node['pool']} {node['address']}: {node['why']}") for node in nodes if is_lost(node)]
+    return {**found, "failures": [line for line in found["failures"] if ": NodeTerminated (" not in line] + lost}
 
 
 def autoscaler_lines(status: str) -> dict[str, list[str]]:

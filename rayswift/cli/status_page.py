@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
+from rayswift.cli.cluster_state import is_lost
 from rayswift.cli.status_text import resources_line, run_line
 
 WIDTH, HEIGHT, LEFT = 900, 180, 70
@@ -93,7 +94,7 @@ def curve(points: Sequence[tuple[float, float]]) -> str:
 
 def timeline(state: Mapping[str, Any]) -> str:
     """When each node, job and run began and ended."""
-    bars = [("node", f"{node['pool']} {node['address']}", node["started"], node["ended"], _is_lost(node))
+    bars = [("node", f"{node['pool']} {node['address']}", node["started"], node["ended"], is_lost(node))
             for node in state["nodes"]]  # fmt: skip
     bars += [("job", f"{job['id']}", job["started"], job["ended"], job["status"] == "failed") for job in state["jobs"]]
     bars += [("run", str(run["run"]).rstrip("/").rpartition("/")[2], run["since"],
@@ -118,12 +119,6 @@ def timeline(state: Mapping[str, Any]) -> str:
         f'<svg viewBox="0 0 {WIDTH} {y + 20}" role="img">{"".join(lines)}<text x="{label}" y="{y + 14}">{_clock(begin)}'
         f'</text><text x="{WIDTH - 10}" y="{y + 14}" text-anchor="end">{_clock(now)}</text></svg>'
     )
-
-
-def _is_lost(node: Mapping[str, Any]) -> bool:
-    """Whether it ended otherwise than by being stopped or idle, in Ray's words."""
-    as_meant = ("Expected termination", "Terminated due to idle")
-    return node["state"] == "dead" and not (node["why"] or "").startswith(as_meant)
 
 
 def _clock(seconds: float) -> str:

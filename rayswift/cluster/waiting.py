@@ -53,15 +53,32 @@ def _look(workers: Workers, done: threading.Event, tell: Callable[[str], None] =
             logger.debug("nothing is known of what this run waits for: %s", error)
 
 
-def wait_for_task(reference: Any, asked: str, bundle: Mapping[str, float], selector: Mapping[str, str]) -> Any:
-    """What a task returns; says every ten seconds while no node runs that could take it. Arguments: see
-    :func:`waiting_line`."""
+def wait_for_task(reference: Any, asked: str, workers: Workers) -> Any:
+    """What a task with a worker's resources returns.
+
+    While no node runs that could take it, says ``asked`` every ten seconds, and asks for the places of the other
+    workers, so that the autoscaler starts their nodes together: the task alone would bring one, and its end the others.
+    The places are given up with the first node, for the task to run there.
+    """
     import ray
 
-    while not ray.wait([reference], timeout=SECONDS)[0]:
+    def could_run() -> bool:
         running = (kind for kind in node_kinds() if kind.labels and NODE in kind.labels)
-        if not any(kind.takes(selector) and kind.room(bundle) for kind in running):
-            say(waiting_line(asked, bundle, selector))
+        return any(kind.takes(workers.selector) and kind.room(workers.resources_per_worker) for kind in running)
+
+    with contextlib.ExitStack() as places:
+        others = (workers.num_workers if isinstance(workers.num_workers, int) else workers.num_workers[0]) - 1
+        if others and not could_run():
+            group = ray.util.placement_group(
+                [workers.resources_per_worker] * others, workers.strategy,
+                bundle_label_selector=[workers.selector] * others if workers.selector else None,
+            )  # fmt: skip
+            places.callback(ray.util.remove_placement_group, group)
+        while not ray.wait([reference], timeout=SECONDS)[0]:
+            if could_run():
+                places.close()
+            else:
+                say(waiting_line(asked, workers.resources_per_worker, workers.selector))
     return ray.get(reference)
 
 

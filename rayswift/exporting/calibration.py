@@ -29,7 +29,9 @@ def calibration_rows(args: Any, model_dir: str) -> list[np.ndarray]:
         UserError: a dataset that cannot be read, or no row that is long enough.
     """
     settings = copy.copy(args)
-    settings.split_dataset_ratio, settings.streaming, settings.val_dataset = 0.0, False, []
+    settings.split_dataset_ratio, settings.streaming = 0.0, False
+    settings.val_dataset = settings.cached_val_dataset = []
+    settings.new_special_tokens = []  # the model's tokenizer has its own
     if "truncation_strategy" not in args.given:
         settings.truncation_strategy = "right"  # the start of a long row calibrates as well
     encoder = Encoder.from_args(settings, model_dir, max_length=MAX_LENGTH)

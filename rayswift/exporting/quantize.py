@@ -7,6 +7,7 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from rayswift import cluster
+from rayswift.cluster.placement import NodeKind
 from rayswift.errors import UserError, one_line
 from rayswift.exporting.folder import building, copy_files
 from rayswift.exporting.quantizers import CALIBRATED, QuantJob, check_libraries, run_job
@@ -113,7 +114,8 @@ def quantize(args: Any, model_dir: str, target: str) -> str:
 
 
 def task_options(args: Any, found: cluster.Cluster) -> dict[str, Any]:
-    """What the task asks Ray for: ``--resources_per_worker``, else one GPU, else the CPUs of the largest node.
+    """What the task asks Ray for: ``--resources_per_worker``, else one GPU, else the CPUs of the largest node; of
+    those that ``--node_labels`` means.
 
     Raises:
         UserError: no node has it, so that the task would wait for ever.
@@ -123,16 +125,21 @@ def task_options(args: Any, found: cluster.Cluster) -> dict[str, Any]:
     use_gpu = found.gpus > 0 if args.use_gpu is None else args.use_gpu
     if use_gpu and not found.gpus:
         raise UserError(f"--use_gpu true: {found.describe()}; leave it out, or set --address to a cluster with GPUs")
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    alive = [NodeKind(node["Resources"], node.get("Labels")) for node in ray.nodes() if node["Alive"]]
+    nodes = [kind.resources for kind in alive if kind.takes(args.node_labels)]
+    if not nodes and not any(kind.takes(args.node_labels) for kind in found.kinds):
+        wanted = ", ".join(f"{key}={value}" for key, value in args.node_labels.items())
+        raise UserError(f"--node_labels {wanted}: no node here, and none that the autoscaler can start, has them")
     asked = {name: float(amount) for name, amount in args.resources_per_worker.items()}
     asked.setdefault("GPU", 1.0 if use_gpu else 0.0)
-    asked.setdefault("CPU", 1.0 if use_gpu else max(node.get("CPU", 1.0) for node in nodes))
+    asked.setdefault("CPU", 1.0 if use_gpu else max((node.get("CPU", 1.0) for node in nodes), default=1.0))
     limits = {"CPU": found.cpus, "GPU": found.gpus}
     fits = any(all(node.get(name, 0) >= amount for name, amount in asked.items()) for node in nodes)
     startable = all(limits.get(name, math.inf) >= amount for name, amount in asked.items())
     if not fits and (found.embedded or not startable):
         raise UserError(f"--resources_per_worker {args.resources_per_worker}: no node has that; {found.describe()}")
-    return {"num_cpus": asked.pop("CPU"), "num_gpus": asked.pop("GPU"), "resources": asked, "max_retries": 0}
+    return {"num_cpus": asked.pop("CPU"), "num_gpus": asked.pop("GPU"), "resources": asked, "max_retries": 0,
+            "label_selector": args.node_labels}  # fmt: skip
 
 
 def run_in_task(job: QuantJob, rows: list[np.ndarray], folder: str, options: dict[str, Any]) -> None:

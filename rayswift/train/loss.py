@@ -137,38 +137,49 @@ class _HeadLoss(torch.autograd.Function):
         dtype = torch.get_autocast_dtype(device.type) if autocast else weight.dtype
         inputs, matrix = hidden.to(dtype), weight.to(dtype)
         grad_hidden = torch.empty_like(hidden) if for_hidden else None
-        grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=device) if for_weight else None
         grad_bias = torch.zeros(weight.shape[0], dtype=torch.float32, device=device) if for_bias else None
+        grad_weight: torch.Tensor | None = None
         loss = torch.zeros((), dtype=torch.float32, device=device)
         right = torch.zeros((), dtype=torch.int64, device=device)
         size = max((CHUNK_BYTES_CPU if device.type == "cpu" else CHUNK_BYTES) // (4 * vocabulary), 16)
-        for start in range(0, len(targets), size):
-            part = slice(start, start + size)
-            wanted, states = targets[part, None], inputs[part]
-            values = states @ matrix.t()
-            logits = bend((values if bias is None else values + bias).float())
-            right += (logits.argmax(-1) == wanted[:, 0]).sum()
-            normaliser = logits.logsumexp(-1)
-            losses = normaliser - (1 - smoothing) * logits.gather(1, wanted)[:, 0]
-            if smoothing:
-                losses -= smoothing * logits.mean(-1)
-            weights = None if token_weights is None else token_weights[part]
-            loss += (losses if weights is None else losses * weights).sum()
-            if not (for_hidden or for_weight or for_bias):
-                continue
-            gradient = (logits - normaliser[:, None]).exp_()
-            gradient.scatter_add_(1, wanted, torch.full_like(wanted, smoothing - 1, dtype=gradient.dtype))
-            if smoothing:
-                gradient -= smoothing / vocabulary
-            if weights is not None:
-                gradient *= weights[:, None]
-            gradient = bend.backward(gradient, logits).to(dtype)
-            if grad_hidden is not None:
-                grad_hidden[part] = gradient @ matrix
-            if grad_weight is not None:
-                grad_weight += gradient.t() @ states
-            if grad_bias is not None:
-                grad_bias += gradient.sum(0, dtype=torch.float32)
+        # A sum into the weight's gradient passes over all of it. One for as many tokens as a state has values is little
+        # beside the product, and their gradients take no more memory than the weight's.
+        group = hidden.shape[-1] if for_weight else size
+        for begin in range(0, len(targets), group):
+            end = min(begin + group, len(targets))
+            kept = torch.empty(end - begin, vocabulary, dtype=dtype, device=device) if for_weight else None
+            for start in range(begin, end, size):
+                part = slice(start, min(start + size, end))
+                wanted, states = targets[part, None], inputs[part]
+                values = states @ matrix.t()
+                logits = bend((values if bias is None else values + bias).float())
+                right += (logits.argmax(-1) == wanted[:, 0]).sum()
+                normaliser = logits.logsumexp(-1)
+                losses = normaliser - (1 - smoothing) * logits.gather(1, wanted)[:, 0]
+                if smoothing:
+                    losses -= smoothing * logits.mean(-1)
+                weights = None if token_weights is None else token_weights[part]
+                loss += (losses if weights is None else losses * weights).sum()
+                if not (for_hidden or for_weight or for_bias):
+                    continue
+                gradient = (logits - normaliser[:, None]).exp_()
+                gradient.scatter_add_(1, wanted, torch.full_like(wanted, smoothing - 1, dtype=gradient.dtype))
+                if smoothing:
+                    gradient -= smoothing / vocabulary
+                if weights is not None:
+                    gradient *= weights[:, None]
+                gradient = bend.backward(gradient, logits).to(dtype)
+                if grad_hidden is not None:
+                    grad_hidden[part] = gradient @ matrix
+                if kept is not None:
+                    kept[part.start - begin : part.stop - begin] = gradient
+                if grad_bias is not None:
+                    grad_bias += gradient.sum(0, dtype=torch.float32)
+            if kept is not None:
+                of_group = kept.t() @ inputs[begin:end]
+                grad_weight = of_group.float() if grad_weight is None else grad_weight.add_(of_group)
+        if for_weight and grad_weight is None:  # no token is trained
+            grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=device)
         ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
         ctx.dtypes = hidden.dtype, weight.dtype, None if bias is None else bias.dtype
         ctx.mark_non_differentiable(right)

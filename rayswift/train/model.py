@@ -150,6 +150,8 @@ def remarks(model: Any, args: Any) -> list[str]:
     if experts and args.train_type != "full" and not args.adapters and not args.target_parameters:
         more = f"; --target_parameters {' '.join(experts)} trains them" if args.train_type == "lora" else ""
         lines.append(f"experts stay as they are: {', '.join(experts)} are no linear layers{more}")
+    if args.experts_impl and not experts:
+        lines.append("--experts_impl has no effect here: the model is no mixture of experts")
     if args.router_aux_loss_coef and not hasattr(base, "router_aux_loss_coef"):
         lines.append("--router_aux_loss_coef has no effect here: the model has no router that Transformers balances")
     return lines

@@ -200,7 +200,7 @@ def _tried(trial: _Trial, workers: Workers, hub_token: str | None, warm: list[An
     options = {"num_cpus": resources.pop("CPU", 0), "num_gpus": resources.pop("GPU", 0), "resources": resources}
     options |= {"label_selector": workers.selector, "max_calls": 1}
     found = ray.remote(**options)(try_packing).remote(trial, hub_token)
-    return wait_for_task(found, "a worker's node", workers.resources_per_worker, workers.selector)
+    return wait_for_task(found, "a worker's node", workers)
 
 
 def try_packing(trial: _Trial, hub_token: str | None = None) -> dict[str, Any]:

@@ -1,5 +1,5 @@
-"""What ``infer``, ``sample``, ``app`` and ``eval`` make of their arguments: who is asked what and how, what is said,
-returned and written."""
+"""What ``infer``, ``sample``, ``app``, ``eval`` and ``export`` make of their arguments: who is asked what and how, what
+is said, returned and written."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from unittest import mock
 
 from observed_engines import Record, everything_here
 from observed_serving import ASKED
-from observed_training import new_folder
+from observed_training import encode_all, new_folder
 
 from rayswift.arguments import Arguments
 
@@ -101,7 +101,30 @@ def evaluate(args: Any, seen: Record) -> Any:
         return evaluation.evaluate(args)
 
 
+def export(args: Any, seen: Record) -> Any:
+    from rayswift.data.flow import prepare
+    from rayswift.exporting import export, quantize
+    from rayswift.hub.push import Destination
+
+    def run_in_task(job: Any, rows: Any, folder: str, options: Any) -> None:
+        seen["quantised"] = [job, [row.tolist() for row in rows], options]
+
+    def push(self: Any, staging: str, folder: str, message: str) -> str:
+        files = {path.name: path.read_bytes().decode(errors="replace") for path in Path(staging).iterdir()}
+        seen["pushed"] = [vars(self), files, message]
+        return self.name
+
+    node = {"NodeID": "a", "Alive": True, "Resources": {"CPU": 64.0, "GPU": 8.0}}
+    with (
+        mock.patch.object(quantize, "check_libraries"), mock.patch("rayswift.exporting.quantizers.check_libraries"),
+        mock.patch.object(quantize, "run_in_task", run_in_task), mock.patch("ray.nodes", return_value=[node]),
+        mock.patch.object(prepare, "encode_all", encode_all(seen)),
+        mock.patch.object(Destination, "check_token"), mock.patch.object(Destination, "push", push),
+    ):  # fmt: skip
+        return export(args).replace(os.getcwd(), "")
+
+
 #: What is called for a command. Nothing of them is replaced but what `observed_engines` and the above say.
 WORK: dict[str, Callable[[Any, Record], Any]] = {
-    "infer": infer, "sample": sample, "app": app, "eval": evaluate,
+    "infer": infer, "sample": sample, "app": app, "eval": evaluate, "export": export,
 }  # fmt: skip

@@ -18,10 +18,18 @@ from rayswift.data.names import register_dataset
 
 
 def other(row):
-    return {"query": "one", "response": "other"}
+    return {"query": "one", "response": "other", "rejected_response": "two"}
 
 
-register_dataset(dataset_path=str(Path(__file__).with_name("asked.jsonl")), preprocess=other)
+for name in ("asked.jsonl", "rich.jsonl"):
+    register_dataset(dataset_path=str(Path(__file__).with_name(name)), preprocess=other)
+"""
+CODE = """
+from transformers import LlamaForCausalLM
+
+
+class Own(LlamaForCausalLM):
+    pass
 """
 
 
@@ -29,10 +37,28 @@ def write_rows(path: Path, rows: list[Any]) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
+def write_training_rows(folder: Path, called: list[Any]) -> None:
+    """Rows of several turns and of many lengths, with tools, a further column and marks; bad ones."""
+
+    def pair(*turns: str, **more: Any) -> dict[str, Any]:
+        roles = ("user", "assistant") * len(turns)
+        messages = [{"role": role, "content": text} for role, text in zip(roles, turns, strict=False)]
+        return {"messages": messages, "rejected_response": "other", "note": "other", **more}
+
+    rich = [pair("one new", "two three", "three", "two one " * 4 * number) for number in range(1, 12)]
+    answer = {"role": "assistant", "content": "two"}
+    tools = pair(messages=[*called, answer], tools=json.dumps(TOOLS))
+    write_rows(folder / "rich.jsonl", [*rich, *[tools] * 3])
+    write_rows(folder / "bad.jsonl", [pair("one", "two"), {"messages": 5}, pair("two", "one")])
+    write_rows(folder / "trained_identity.jsonl", [
+        pair("one", answer) for answer in ("{{NAME}}", "{{AUTHOR}}", "{{NAME}} two", "{{AUTHOR}} two")
+    ])  # fmt: skip
+
+
 def write_files(folder: Path) -> None:
     """Two models, an adapter, rows, a plugin."""
     from peft import LoraConfig, get_peft_model
-    from tiny_models import llama, word_tokenizer
+    from tiny_models import llama, qwen3_mixture, word_tokenizer
 
     from rayswift.data.chat.agents import load_agent_formats
     from rayswift.data.chat.families import load_templates
@@ -49,6 +75,16 @@ def write_files(folder: Path) -> None:
         "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
     )
     tokenizer.eos_token = "<|im_end|>"
+    coded = llama(vocab_size=len(tokenizer), max_position_embeddings=2048)
+    coded.config.auto_map = {"AutoModelForCausalLM": "own.Own"}
+    for name, model in (("coded", coded), ("mixture", qwen3_mixture(vocab_size=len(tokenizer)))):
+        model.save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
+    coded.model.layers[0].self_attn.q_proj.weight.data[:, 0] += 0.5  # as if an adapter was merged
+    del coded.config.auto_map
+    coded.save_pretrained(folder / "merged")
+    tokenizer.save_pretrained(folder / "merged")
+    (folder / "coded" / "own.py").write_text(CODE)
     for seed, name in enumerate(("model", "other")):
         model = llama(seed, vocab_size=len(tokenizer), max_position_embeddings=2048)
         model.save_pretrained(folder / name)
@@ -56,8 +92,9 @@ def write_files(folder: Path) -> None:
     lora = LoraConfig(r=4, task_type="CAUSAL_LM", target_modules=["q_proj"])
     get_peft_model(model, lora).save_pretrained(folder / "adapter")
     made = make_arguments("sft", model=str(folder / "model"), dataset=["d"], system="trained", model_author=["trained"])
-    for name in ("model", "adapter"):
-        made.save(folder / name / "args.json")
+    made.save(folder / "model" / "args.json")
+    made.max_model_len = 1024
+    made.save(folder / "adapter" / "args.json")
     for number, name in enumerate(("rows", "others")):
         rows = [
             {"messages": [{"role": "user", "content": f"one new w{10 * number + row}"},
@@ -69,13 +106,14 @@ def write_files(folder: Path) -> None:
         write_rows(folder / pairs_name, pairs + pairs)
         write_rows(folder / f"{name}.jsonl", rows)
     write_rows(folder / "labels.jsonl", [{**row, "label": number % 2} for number, row in enumerate(rows)])
-    for name in ("root", "data", "hub_rows"):
-        (folder / name).mkdir()
-    write_rows(folder / "hub_rows" / "train.jsonl", rows[:2])
     called = [
         {"role": "user", "content": "one"}, {"role": "tool_call", "content": '{"name": "look", "arguments": {}}'},
         {"role": "tool_response", "content": "three"},
     ]  # fmt: skip
+    write_training_rows(folder, called)
+    for name in ("root", "data", "hub_rows"):
+        (folder / name).mkdir()
+    write_rows(folder / "hub_rows" / "train.jsonl", rows[:2])
     write_rows(folder / "asked.jsonl", [
         {**rows[0], "note": "a"}, {"messages": called, "tools": json.dumps(TOOLS), "note": "b"}, {"messages": 5},
     ])  # fmt: skip

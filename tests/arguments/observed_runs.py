@@ -13,7 +13,6 @@ VLLM: Settings = {"infer_backend": "vllm"}
 SAMPLES: Settings = {"dataset": ASKED, "num_return_sequences": 2, "output_file": "a.jsonl"}
 SCALED: Settings = {**VLLM, "max_replicas": 2, "adapters": ["{}/adapter"]}
 BENCHMARK: Settings = {**MODEL, "eval_backend": "OpenCompass", "eval_dataset": ["ARC_c"], "local_dataset": "{}/data"}
-MADE: Settings = {**MODEL, "output_dir": "made"}
 #: The runs of each command; a name that ends with GPU is one on a machine with GPUs.
 RUNS: dict[str, dict[str, Settings]] = {
     "infer": {

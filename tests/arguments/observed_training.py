@@ -5,21 +5,23 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import logging
 import os
 import re
+import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
+from observed_engines import hubs
 from reads import training_here
 
 from rayswift.arguments import Arguments
-from rayswift.cluster import Cluster
 
-CLUSTER = Cluster(embedded=True, cpus=64, gpus=0, nodes=1)
+logger = logging.getLogger("rayswift.train")
 #: Of the Trainer's arguments, where this run writes.
 _PLACES = ("output_dir", "logging_dir", "run_name")
 
@@ -49,8 +51,16 @@ def weights(model: Any) -> Any:
     }
 
 
+def about(one: Any) -> Any:
+    """What a callback is, with its plain values."""
+    plain = {name: value for name, value in vars(one).items() if isinstance(value, int | float | str)}
+    return [type(one).__name__, plain]
+
+
 def settings_of(trainer: Any) -> Any:
     """What a trainer trains, on what, how."""
+    from rayswift.modeling.adapters import expert_parameters
+
     model, args = trainer.model, trainer.args
     trainer.create_optimizer()
     groups = [{**group, "params": len(group["params"])} for group in trainer.optimizer.param_groups]
@@ -58,62 +68,95 @@ def settings_of(trainer: Any) -> Any:
                for one in itertools.islice(iter(trainer.loader), 4)]  # fmt: skip
     peft = {name: str(one) for name, one in getattr(model, "peft_config", {}).items()}
     reference = getattr(trainer, "ref_model", None)
+    base = model.get_base_model() if peft else model
+    how = [type(base).__name__, base.config._attn_implementation]
+    how += [base.config._experts_implementation] if expert_parameters(base) else []
     return [
         {name: value for name, value in args.to_dict().items() if name not in _PLACES},
         [module._compiled_call_impl is not None for module in model.modules()],
         weights(model), None if reference is None else weights(reference), peft, str(model.config), groups, batches,
-        [str(row) for row in trainer.val_rows or ()],
-        [f"{type(one).__name__} {getattr(one, 'early_stopping_patience', '')}"
-         for one in trainer.callback_handler.callbacks],
+        [str(row) for row in trainer.val_rows or ()], how,
+        [type(trainer.optimizer).__name__, trainer.on_nan, trainer.processing_class.chat_template],
+        [about(callback) for callback in trainer.callback_handler.callbacks],
     ]  # fmt: skip
 
 
-def whole(args: Arguments) -> Any:
-    """All of a run but its steps."""
-    from rayswift import cluster, train
-    from rayswift.train import driver, worker
-    from rayswift.train.clock import Clock
-    from rayswift.train.loader import Rank
-    from rayswift.train.stopping import Wish
+def encode_all(seen: dict[str, Any]) -> Callable[..., Any]:
+    """As the data path's own; how many chunks were there already, and how many were made, is seen."""
+    from rayswift.data.flow import encode_tasks
 
-    seen: dict[str, Any] = {"told": []}
+    def encode(tasks: Any, encoder: Any, cache: Any, *how: Any) -> Any:
+        found = encode_tasks.encode_all(tasks, encoder, cache, *how)
+        seen["cache"] = dict(cache.counts)
+        return found
+
+    return encode
+
+
+def whole(files: Path) -> Callable[[Arguments], Any]:
+    """An observer: all of a run but its steps. ``files``: what hubs have."""
+    return lambda args: _whole(args, files)
+
+
+def _whole(args: Arguments, files: Path) -> Any:
+    import ray
+    import torch
+
+    from rayswift import cluster, train
+    from rayswift.data.flow import prepare
+    from rayswift.train import driver, worker
+    from rayswift.train.checkpoints.store import CheckpointStore
+
+    seen: dict[str, Any] = {}
+    connect, build_trainer = cluster.connect, worker.build_trainer
 
     def make_trainer(loop: Any, *, train_loop_config: Any, **asked: Any) -> Any:
-        config = train_loop_config["config"]
-        runs = asked["run_config"]
-        seen["asked"] = [str(asked["scaling_config"]), str(runs.failure_config), runs.storage_path]
+        config, scaling, runs = train_loop_config["config"], asked["scaling_config"], asked["run_config"]
+        seen["asked"] = [str(vars(scaling)), str(runs.failure_config), runs.storage_path]
         seen["config"] = [
             config.schedule, config.largest_pass, config.packing, config.model, config.dtype, config.resume,
             config.spare, config.task,
         ]  # fmt: skip
         seen["stream"] = config.data.stream
-        return SimpleNamespace(fit=lambda: fit(config))
-
-    def fit(config: Any) -> Any:
-        worker.prepare_process(config, Rank(0, 1), 1)
-        store = mock.MagicMock(local_dir="out")
-        store.kept_steps.return_value = ()
         seen["store"] = [config.args.save_total_limit, config.args.create_checkpoint_symlink]
-        with mock.patch("ray.train.collective.broadcast_from_rank_zero", return_value=()):
-            trainer = worker.build_trainer(
-                config, Rank(0, 1), 1, store, config.resume, 0, (), Clock(), lambda: Wish.NOTHING
-            )
+        return SimpleNamespace(fit=lambda: SimpleNamespace(return_value=loop({"config": config})))
+
+    def build(*about: Any) -> Any:
+        trainer = build_trainer(*about)
         seen["trainer"] = settings_of(trainer)
-        return SimpleNamespace(return_value={"global_step": 0})
+        trainer.state.best_global_step = 1
+        trainer.train = lambda **how: seen.update(train=how)
+        trainer.save_final = lambda: None
+        trainer.load_checkpoint = lambda folder: seen.update(loaded=Path(folder).name)
+        return trainer
+
+    def watch(clock: Any, rank: Any, seconds: float, tell: Any) -> None:
+        seen["watched"] = seconds
 
     with contextlib.ExitStack() as stack:
         stack.enter_context(new_folder(seen))
         stack.enter_context(contextlib.redirect_stdout(None))
-        stack.enter_context(training_here())
+        queue = stack.enter_context(training_here())
+        stack.callback(shutil.rmtree, "hub", ignore_errors=True)
+        # One thread: a few tiny products each, which others would only wait for.
+        stack.callback(torch.set_num_threads, torch.get_num_threads())
+        torch.set_num_threads(1)
+        stack.enter_context(mock.patch.object(torch, "set_num_threads"))
+        for patch in hubs(seen, files):
+            stack.enter_context(patch)
         for owner, name, value in (
-            (driver, "make_trainer", make_trainer), (driver, "say", seen["told"].append),
+            (driver, "make_trainer", make_trainer), (driver, "say", lambda _: None),
             (driver, "say_end", lambda *_: None),
-            (cluster, "connect", lambda made: seen.update(address=cluster.address_of(made)) or CLUSTER),
-            (driver, "shortage", lambda *_: ""),
+            (cluster, "connect", lambda made: seen.update(address=cluster.address_of(made)) or connect(made)),
+            (driver, "shortage", lambda *_: ""), (worker, "build_trainer", build), (worker, "watch", watch),
+            (worker, "Evaluations", mock.MagicMock()), (worker, "_await_scores", lambda *_: None),
+            (CheckpointStore, "fetch", lambda _, uri: uri), (prepare, "encode_all", encode_all(seen)),
+            (ray, "cluster_resources", lambda: {"CPU": 64.0}),
         ):  # fmt: skip
             stack.enter_context(mock.patch.object(owner, name, value))
         train.rlhf(args) if args.command == "rlhf" else train.sft(args)
-    seen.pop("told")
+    for line in (line for event in queue.events if event["event"] == "drops" for line in event["lines"]):
+        logger.warning(line)  # what the driver says
     return {name: value for name, value in seen.items() if not name.endswith("args.json")}
 
 

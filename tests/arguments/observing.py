@@ -56,6 +56,9 @@ class Look:
             self.seen[number] = _WORKED_IN.sub("", json.dumps(seen, sort_keys=True, default=str))
         return self.seen[number]
 
+    def views(self) -> Iterator[str]:
+        return map(self.view, range(len(self.observers)))
+
 
 def other_value(spec: Spec, now: Any) -> Any:
     """A value of the flag that is another than this."""
@@ -97,11 +100,11 @@ def without_effect(
     known: dict[str, Look] = {}
     for label, run in runs.items():  # of the settings alone
         once, again = (Look(command, run, observers) for _ in range(2))
-        for number in range(len(observers)):
-            if once.view(number) == "null":
+        for view, other in zip(once.views(), again.views(), strict=True):
+            if view == "null":
                 yield f"the settings alone ({label}): nothing can be seen: {once.told}"
-            if once.view(number) != again.view(number):
-                yield f"the settings alone ({label}): {first_difference(once.view(number), again.view(number))}"
+            if view != other:
+                yield f"the settings alone ({label}): {first_difference(view, other)}"
     for name, spec in flags_of(command).items():
         if why_never(spec, command) or len(spec.choices) == 1 or (names and name not in names):
             continue
@@ -114,17 +117,20 @@ def without_effect(
             if base.args is None:  # what the flag needs is refused here
                 assert name in beside, (label, settings, base.told)
                 continue
-            if {base.view(number) for number in range(len(observers))} == {"null"}:
+            if set(base.views()) == {"null"}:
                 continue
             now = getattr(base.args, name, base.args.training_args.get(name, spec.default))
             if run.get(name) == values.get(name, run):  # that is the run
                 continue
-            varied = Look(command, settings | {name: values.get(name, other_value(spec, now))}, observers)
+            settings = settings | {name: values.get(name, other_value(spec, now))}
+            if name == "load_from_cache_file":  # there is something to reuse
+                list(Look(command, settings, observers).views())
+            varied = Look(command, settings, observers)
             if varied.args is not None and not why_no_effect(spec, varied.args):
-                changed = [number for number in range(len(observers)) if varied.view(number) != base.view(number)]
+                pairs = zip(varied.views(), base.views(), strict=True)
+                changed = next(({*pair} for pair in pairs if pair[0] != pair[1]), set())
                 if changed:
-                    if any("null" not in (varied.seen[number], base.seen[number]) for number in changed):
-                        proven.add(name)
+                    proven |= set() if "null" in changed else {name}
                 elif spec.flag not in varied.told:
                     yield f"{spec.flag} ({label})"
             elif varied.args is None and spec.flag not in varied.told:

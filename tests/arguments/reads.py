@@ -111,7 +111,7 @@ def training_here() -> Iterator[_Queue]:
             (ray.train, "get_context", lambda: rank),
             (ray.train, "report", lambda *_, **__: None),
             (ray.train, "get_preemption_info", lambda: None),
-            (packing, "_tried", lambda *_: {"attention": "sdpa", "by_row": []}),
+            (packing, "_tried", lambda trial, *_: {"attention": trial.attn_impl or "sdpa", "by_row": []}),
         ):
             stack.enter_context(mock.patch.object(owner, name, value))
         stack.callback(queue.ended.set)

@@ -190,6 +190,19 @@ def documented(pattern: str) -> list[Any]:
     return found
 
 
+@pytest.mark.parametrize("words", documented("ray "))
+def test_documented_commands_of_ray_parse(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    import click
+    from ray.scripts.scripts import cli as ray_commands
+
+    monkeypatch.chdir(REPOSITORY)
+    context, command, rest = click.Context(ray_commands), ray_commands, words[1:]
+    while isinstance(command, click.Group):
+        name, command, rest = command.resolve_command(context, rest)
+        assert command is not None
+    command.make_context(name, rest)
+
+
 def parse(words: list[str]) -> None:
     """Read a command line (without ``rayswift``) as the command would; raises what it raises."""
     command, rest = cli.find_command(words)

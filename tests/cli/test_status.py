@@ -93,6 +93,10 @@ class Client:
         content: Any = {"/api/serve/applications/": json.dumps({"applications": APPS})}.get(path, "{}")
         if path == "/api/v0/logs/file":
             content = self.logs[params["actor_id"]]
+        if path == "/api/cluster_status":
+            gone = "".join(f" gpu: NodeTerminated (instance_id: {number})\n" for number in (4, 5))
+            text = f"Recent failures:\n{gone} spot: LaunchFailed (latest_attempt: 02:46:57) - no quota\n"
+            content = json.dumps({"data": {"clusterStatus": text}})
         return SimpleNamespace(status_code=200, content=content.encode())
 
 
@@ -108,8 +112,11 @@ def client(monkeypatch: pytest.MonkeyPatch) -> Client:
         node("10.0.0.1", is_head_node=True, resources_total={"memory": 2**35, "node:10.0.0.1": 1.0}, labels={}),
         node("10.0.0.2", resources_total={"GPU": 8.0, "CPU": 96.0}, labels={"ray-subcluster": "train"}),
         node("10.0.0.3", resources_total={"GPU": 8.0, "CPU": 96.0}, labels={"ray-subcluster": "train"}),
-        node("10.0.0.4", "DEAD", resources_total={}, labels={}, end_time_ms=90_000),
-    ]
+        node("10.0.0.4", "DEAD", resources_total={}, labels={}, end_time_ms=90_000,
+             state_message="Unexpected termination: health check failed"),
+        node("10.0.0.5", "DEAD", resources_total={}, labels={}, end_time_ms=90_000,
+             state_message="Terminated due to idle (no Ray activity)"),
+    ]  # fmt: skip
     actors = {
         "EventQueue": [SimpleNamespace(actor_id="q", state="ALIVE", job_id="01", node_id="id-10.0.0.1")],
         "RayTrainWorker": [
@@ -163,13 +170,16 @@ def test_the_status_names_nodes_pools_runs_deployments_and_jobs(
     text = capsys.readouterr().out
     assert SECRET not in text
     for line in (
-        "3 nodes alive, 1 dead", "  10.0.0.1        head     memory 32 GiB", "2 pools",
+        "3 nodes alive, 2 dead", "  10.0.0.1        head     memory 32 GiB", "2 pools",
         "  train           2 nodes: CPU 192, GPU 16", "sft of Qwen, running, since",
         "step 60/100, loss 1.5000, 80 tokens/s, goodput 90.0%, 2% waiting for data, 6m left, checkpoint-40",
         "on 10.0.0.2 × 2, 10.0.0.3 × 2  (raysubmit_1)", "4.0 requests/s  100 tokens/s",
         "qwen  2/3 replicas on 10.0.0.2 × 2", "3 jobs", "rayswift sft --model m --hub_token '***'",
+        "failed: worker 10.0.0.4: Unexpected termination: health check failed", "failed: spot: LaunchFailed",
     ):  # fmt: skip
         assert line in text, line
+    assert "NodeTerminated" not in text
+    assert "10.0.0.5" not in text
 
 
 def test_the_json_and_the_page_hold_no_secret_and_no_markup_of_others(
@@ -187,7 +197,7 @@ def test_the_json_and_the_page_hold_no_secret_and_no_markup_of_others(
     assert "<script" not in page
     assert not re.search(r"(src|href)=", page)
     assert page.count('class="line"') == 2  # loss and tokens/s have two points each
-    assert page.count("<rect") == 4 + 3 + 1  # nodes, jobs and the run
+    assert page.count("<rect") == 5 + 3 + 1  # nodes, jobs and the run
     with pytest.raises(UserError, match=r"--html .*: cannot be written"):
         status(["--html", str(tmp_path / "no" / "page.html")])
 

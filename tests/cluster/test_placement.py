@@ -197,19 +197,31 @@ def test_a_run_waits_while_its_group_has_no_place(
     assert len(said) == lines
 
 
-def test_a_task_that_no_node_can_take_yet_is_waited_for_aloud(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One that runs long says nothing."""
+@pytest.mark.parametrize("runs_already", [True, False])
+def test_a_task_that_no_node_can_take_yet_is_waited_for_aloud(
+    monkeypatch: pytest.MonkeyPatch, runs_already: bool
+) -> None:
+    """One that runs long says nothing. The places of the other workers are asked for while there is no node, and no
+    longer: the task may need one of them."""
     said: list[str] = []
     small, large = (NodeKind({"GPU": gpus}, {"ray.io/node-id": str(gpus)}) for gpus in (0, 8))
-    looks = iter([[small, UNKNOWN], [small, UNKNOWN], [small, large]])
-    ready = iter([[], [], [], ["task"]])
-    monkeypatch.setattr("ray.wait", lambda tasks, timeout: (next(ready), tasks))
+    looks = iter([[small, UNKNOWN]] * 3 + [[small, large]] * 2)
+    ready = iter([[], [], [], [], ["task"]])
+    workers = Workers((3, 4), True, {"GPU": 1}, "STRICT_SPREAD", {"zone": "a"} if runs_already else {})
+    monkeypatch.setattr("ray.wait", lambda tasks, timeout: (next(ready), said.append("wait") or tasks))
     monkeypatch.setattr("ray.get", lambda task: f"of {task}")
-    monkeypatch.setattr(waiting, "node_kinds", lambda: next(looks))
+    monkeypatch.setattr("ray.util.placement_group", lambda *words, **labels: said.append(f"ask {words} {labels}"))
+    monkeypatch.setattr("ray.util.remove_placement_group", lambda group: said.append("give up"))
+    monkeypatch.setattr(waiting, "node_kinds", lambda: [NodeKind({"GPU": 1}, {"ray.io/node-id": "1", "zone": "a"})]
+                        if runs_already else next(looks))  # fmt: skip
     monkeypatch.setattr(waiting, "waiting_line", lambda asked, *_: asked)
     monkeypatch.setattr(waiting, "say", said.append)
-    assert waiting.wait_for_task("task", "a node", {"GPU": 1}, {}) == "of task"
-    assert said == ["a node"] * 2
+    assert waiting.wait_for_task("task", "a node", workers) == "of task"
+    if runs_already:
+        assert said == ["wait"] * 5
+    else:
+        asked = "ask ([{'GPU': 1}, {'GPU': 1}], 'STRICT_SPREAD') {'bundle_label_selector': None}"
+        assert said == [asked, *["wait", "a node"] * 2, "wait", "give up", "wait", "wait"]
 
 
 def test_ctrl_c_ends_a_run_that_waits(monkeypatch: pytest.MonkeyPatch) -> None:

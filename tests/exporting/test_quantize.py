@@ -147,15 +147,30 @@ def test_a_task_that_fails_leaves_no_folder_and_says_so_in_one_line(
 
 def test_the_task_asks_ray_for_what_the_flags_say(ray_cluster: None) -> None:
     found = Cluster(embedded=True, cpus=3, gpus=0, nodes=1)
-    args = SimpleNamespace(use_gpu=None, resources_per_worker={})
-    assert task_options(args, found) == {"num_cpus": 3.0, "num_gpus": 0.0, "resources": {}, "max_retries": 0}
+    args = SimpleNamespace(use_gpu=None, resources_per_worker={}, node_labels={})
+    assert task_options(args, found) == {
+        "num_cpus": 3.0, "num_gpus": 0.0, "resources": {}, "max_retries": 0, "label_selector": {},
+    }  # fmt: skip
     args.resources_per_worker = {"CPU": 2}
     assert task_options(args, found)["num_cpus"] == 2.0
     args.resources_per_worker = {"big_memory": 1}
     with pytest.raises(UserError, match="no node has that"):
         task_options(args, found)
     with pytest.raises(UserError, match="--use_gpu true"):
-        task_options(SimpleNamespace(use_gpu=True, resources_per_worker={}), found)
+        task_options(SimpleNamespace(use_gpu=True, resources_per_worker={}, node_labels={}), found)
+
+
+def test_the_task_runs_on_nodes_with_the_labels(monkeypatch: pytest.MonkeyPatch) -> None:
+    small = {"Alive": True, "Resources": {"CPU": 2.0}, "Labels": {"zone": "a"}}
+    large = {"Alive": True, "Resources": {"CPU": 8.0}, "Labels": {"zone": "b"}}
+    monkeypatch.setattr("ray.nodes", lambda: [small, large])
+    found = Cluster(embedded=False, cpus=10, gpus=0, nodes=2)
+    args = SimpleNamespace(use_gpu=None, resources_per_worker={}, node_labels={"zone": "a"})
+    options = task_options(args, found)
+    assert (options["label_selector"], options["num_cpus"]) == ({"zone": "a"}, 2.0)
+    args.node_labels = {"zone": "c"}
+    with pytest.raises(UserError, match="--node_labels zone=c: no node here"):
+        task_options(args, found)
 
 
 @pytest.mark.parametrize(

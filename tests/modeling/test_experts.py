@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from tiny_models import llama
 
 from rayswift.arguments import make_arguments
 from rayswift.modeling.loading import load_model
@@ -36,3 +37,11 @@ def test_experts_are_computed_as_asked_and_give_the_same(mixture: Path) -> None:
         with torch.no_grad():
             found[asked] = model(input_ids=ids).logits
     torch.testing.assert_close(found["eager"], found["batched_mm"], rtol=1e-4, atol=1e-5)
+
+
+def test_a_model_without_experts_says_that_the_flag_changes_nothing(mixture: Path) -> None:
+    from rayswift.train.model import remarks
+
+    args = make_arguments("sft", model="m", dataset=["d"], experts_impl="eager", train_type="full")
+    assert remarks(llama(), args) == ["--experts_impl has no effect here: the model is no mixture of experts"]
+    assert remarks(load_model(str(mixture), torch_dtype="float32"), args) == []

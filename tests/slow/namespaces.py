@@ -174,7 +174,7 @@ class Nodes:
 
     def add_autoscaling_head(self, types: dict[str, dict[str, Any]], idle_minutes: float = 0.2) -> Node:
         """A head without CPUs whose autoscaler (version 2) starts nodes of these types, by Ray's own provider of fake
-        nodes: real raylets on the head's address, which end when they are idle.
+        nodes (`machines.py`): real raylets on the head's address, which end when they are idle.
 
         Args:
             types: for each its ``resources``, ``max_workers``, and ``labels``.
@@ -189,8 +189,9 @@ class Nodes:
             node_types[name] = {"min_workers": 0, "node_config": {}, **one, "resources": resources}
         config = {
             "cluster_name": "fake", "max_workers": 8, "upscaling_speed": 4.0, "idle_timeout_minutes": idle_minutes,
-            "provider": {
-                "type": "fake_multinode", "use_node_id_as_ip": True, "disable_node_updaters": True,
+            "provider": {  # named by its class: what Ray reads for its type `fake_multinode` is not in its wheel
+                "type": "external", "module": "machines.Machines", "use_node_id_as_ip": True,
+                "disable_node_updaters": True,
                 "disable_launch_config_check": True, "launch_multiple": True, "head_node_id": _FAKE_HEAD,
                 "gcs_address": f"{HEAD_ADDRESS}:6379",
             },
@@ -201,7 +202,8 @@ class Nodes:
         file.write_text(json.dumps(config))  # which YAML is
         return self.add(
             "head", "--num-cpus", "0", "--autoscaling-config", str(file), RAY_FAKE_CLUSTER="1",
-            AUTOSCALER_UPDATE_INTERVAL_S="1", RAY_enable_autoscaler_v2="1", RAY_CLOUD_INSTANCE_ID=_FAKE_HEAD,
+            PYTHONPATH=f"{ROOT}{os.pathsep}{Path(__file__).parent}", AUTOSCALER_UPDATE_INTERVAL_S="1",
+            RAY_enable_autoscaler_v2="1", RAY_CLOUD_INSTANCE_ID=_FAKE_HEAD,
             RAY_OVERRIDE_NODE_ID_FOR_TESTING=_FAKE_HEAD,
         )  # fmt: skip
 

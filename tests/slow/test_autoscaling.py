@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import signal
 import sys
 import time
@@ -35,6 +36,15 @@ while True:
         last = now
     time.sleep(0.5)
 """
+#: What a program on a node beside the head knows of the autoscaler.
+ASKED_ELSEWHERE = """
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+from rayswift import private
+node = next(node["NodeID"] for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU"))
+there = ray.remote(num_cpus=0)(private.autoscaler_limits).options(
+    scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False))
+print(json.dumps(ray.get(there.remote())))
+"""
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +60,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory, tiny_dir: str) -> Iterator
 def changes(cluster: Nodes, since: float = 0) -> list[tuple[float, int]]:
     """When the number of nodes changed, and to what."""
     watched = cluster.folder / "watched"
-    lines = watched.read_text().splitlines() if watched.exists() else []
+    lines = [line for line in watched.read_text().splitlines() if line[:1] == "["] if watched.exists() else []
     return [(when, count) for when, count in map(json.loads, lines) if when >= since]
 
 
@@ -66,9 +76,11 @@ def _none_before_and_after(cluster: Nodes, request: pytest.FixtureRequest) -> It
 
 def raylets(head: Node) -> dict[str, psutil.Process]:
     """Those of the fake machines, by the machine's name."""
-    found = {}
-    for process in psutil.Process(head.pid).children(recursive=True):
-        with contextlib.suppress(psutil.Error):
+    found, namespace = {}, os.readlink(f"/proc/{head.pid}/ns/pid")
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error, OSError):
+            if os.readlink(f"/proc/{process.pid}/ns/pid") != namespace:
+                continue
             name = process.environ().get("RAY_CLOUD_INSTANCE_ID", "")
             if process.name() == "raylet" and not name.endswith("00000"):
                 found[name] = process
@@ -83,7 +95,7 @@ def sft(cluster: Nodes, tiny_dir: str, name: str, *flags: str) -> list[str]:
 
 
 def test_training_starts_its_nodes_and_replaces_one_that_is_taken_away(cluster: Nodes, tiny_dir: str) -> None:
-    head, folder, steps = cluster.nodes["head"], cluster.folder, 40
+    head, folder, steps = cluster.nodes["head"], cluster.folder, 60
     too_many = head.start(*sft(cluster, tiny_dir, "none", "--num_nodes", "4"), log=folder / "refused.log")
     assert too_many.wait(200) == 2
     refused = (folder / "refused.log").read_text()
@@ -91,7 +103,7 @@ def test_training_starts_its_nodes_and_replaces_one_that_is_taken_away(cluster: 
     assert "Traceback" not in refused
 
     began, log = time.time(), folder / "sft.log"
-    flags = ["--num_nodes", "2", "--max_steps", str(steps), "--save_steps", "2"]
+    flags = ["--num_nodes", "2", "--max_steps", str(steps), "--save_steps", "2", "--gradient_accumulation_steps", "16"]
     driver = head.start(*sft(cluster, tiny_dir, "out", *flags), log=log)
     checkpoint = "out/v*/checkpoint-4/manifest.json"
     wait_for(lambda: list(folder.glob(checkpoint)) or driver.poll() is not None, 400, "a checkpoint")
@@ -99,9 +111,12 @@ def test_training_starts_its_nodes_and_replaces_one_that_is_taken_away(cluster: 
     assert "; the autoscaler starts " in log.read_text()
     assert max(count for _, count in changes(cluster, began)) == 2
 
+    assert head.ask(ASKED_ELSEWHERE)["CPU"] == MOST
+
     taken = list(raylets(head).values())[-1]
     for process in [*taken.children(recursive=True), taken]:
-        process.kill()
+        with contextlib.suppress(psutil.NoSuchProcess):  # it has ended with another one
+            process.kill()
     assert driver.wait(400) == 0, log.read_text()[-4000:]
     assert "training goes on from step" in log.read_text()
     assert list(losses(run_directory(folder / "out"))) == list(range(1, steps + 1))
@@ -109,7 +124,7 @@ def test_training_starts_its_nodes_and_replaces_one_that_is_taken_away(cluster: 
 
 def test_a_burst_of_sampling_starts_engines_on_new_nodes(cluster: Nodes, tiny_dir: str) -> None:
     head, folder, began = cluster.nodes["head"], cluster.folder, time.time()
-    prompts = [{"messages": [{"role": "user", "content": f"count to {number}"}]} for number in range(192)]
+    prompts = [{"messages": [{"role": "user", "content": f"count to {number}"}]} for number in range(96)]
     (folder / "prompts.jsonl").write_text("\n".join(map(json.dumps, prompts)))
     driver = head.start(
         *RAYSWIFT, "sample", "--model", tiny_dir, "--dataset", str(folder / "prompts.jsonl"), "--sampler_engine", "pt",

@@ -81,4 +81,4 @@ def test_a_cluster_says_what_it_does(tiny_dir: str, tmp_path: Path, monkeypatch:
         assert "use --num_workers 3 or less" in wrong
 
         assert "stopped" in rayswift(head, "stop", *at, served["id"])
-        assert "2 jobs" in rayswift(head, "status", *at)
+        assert "4 jobs" in rayswift(head, "status", *at)  # the two that were submitted, and doctor's drivers

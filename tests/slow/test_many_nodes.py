@@ -32,7 +32,8 @@ print(json.dumps([[actor.class_name, actor.state, hosts.get(actor.node_id)] for 
 TASKS = (
     HOSTS
     + """
-print(json.dumps([hosts.get(task.node_id) for task in list_tasks(limit=9000) if task.name == "MapBatches(read)"]))
+reading = [task for task in list_tasks(limit=9000) if task.name == "MapBatches(read)"]
+print(json.dumps([[hosts.get(task.node_id), task.state] for task in reading]))
 """
 )
 
@@ -120,15 +121,15 @@ def test_data_nodes_read_and_training_nodes_train(
     assert set(actors(cluster, "StreamReader", "DEAD")) <= set(workers)
     read = cluster.nodes["head"].ask(TASKS)
     assert len(read) >= 2
-    assert set(read) == {"data1"}
+    assert {host for host, _ in read} == {"data1"}
 
 
-def lose(cluster: Nodes, name: str, command: list[str], label: str) -> tuple[Any, Path, Node]:
-    """A run that has a checkpoint, and one of the nodes that it trains (or reads) on, not its first worker's."""
+def lose(cluster: Nodes, name: str, command: list[str]) -> tuple[Any, Path, Node]:
+    """A run that has a checkpoint, and one of the nodes that it trains on, not its first worker's."""
     driver, log = start(cluster, name, command)
     output = log.with_suffix("")
     wait_for(lambda: step_of(output) >= 1 or driver.poll() is not None, 900, "step 1")
-    hosts = actors(cluster, "RayTrainWorker", "ALIVE") if label == "train" else cluster.nodes["head"].ask(TASKS)
+    hosts = actors(cluster, "RayTrainWorker", "ALIVE")
     wait_for(
         lambda: any(output.glob("v*/checkpoint-*/manifest.json")) or driver.poll() is not None, 200, "a checkpoint"
     )
@@ -139,7 +140,7 @@ def lose(cluster: Nodes, name: str, command: list[str], label: str) -> tuple[Any
 def test_a_node_that_is_switched_off_is_replaced_and_no_row_is_trained_twice(
     cluster: Nodes, command: list[str], on_one_node: dict[int, float]
 ) -> None:
-    driver, log, node = lose(cluster, "switched_off", [*command, "--num_nodes", "2"], "train")
+    driver, log, node = lose(cluster, "switched_off", [*command, "--num_nodes", "2"])
     node.kill()
     ended_as(on_one_node, driver, log)
     assert "training goes on from step" in log.read_text()
@@ -149,7 +150,7 @@ def test_a_node_that_is_cut_off_for_half_a_minute_trains_nothing_twice(
     cluster: Nodes, command: list[str], on_one_node: dict[int, float]
 ) -> None:
     cluster.add("train4", "--num-cpus", "1")
-    driver, log, node = lose(cluster, "cut_off", [*command, "--num_nodes", "2"], "train")
+    driver, log, node = lose(cluster, "cut_off", [*command, "--num_nodes", "2"])
     node.cut()
     with pytest.raises(subprocess.TimeoutExpired):
         driver.wait(30)
@@ -157,10 +158,20 @@ def test_a_node_that_is_cut_off_for_half_a_minute_trains_nothing_twice(
     ended_as(on_one_node, driver, log)
 
 
-def test_a_data_node_that_is_switched_off_stops_no_training(
+def test_a_data_node_that_is_switched_off_while_it_reads_stops_no_training(
     cluster: Nodes, command: list[str], on_one_node: dict[int, float]
 ) -> None:
     cluster.add("data2", *DATA_NODE)
-    driver, log, node = lose(cluster, "without_data_node", command, "data")
-    node.kill()
+    driver, log = start(cluster, "without_data_node", command)
+
+    def reads() -> list[str]:
+        assert driver.poll() is None, log.read_text()[-4000:]
+        return [host for host, state in cluster.nodes["head"].ask(TASKS) if state == "RUNNING"]
+
+    host = wait_for(reads, 300, "reading")[0]
+    assert step_of(log.with_suffix("")) == 0
+    cluster.nodes[host].kill()
     ended_as(on_one_node, driver, log)
+    assert {where for where, state in cluster.nodes["head"].ask(TASKS) if state == "FINISHED"} >= {"data1", "data2"} - {
+        host
+    }

@@ -148,7 +148,7 @@ def test_a_loss_with_further_parts_stays_the_models_own() -> None:
     assert find_loss_head(adapted) is None
 
 
-def test_memory_does_not_grow_with_the_vocabulary() -> None:
+def test_memory_does_not_grow_with_the_vocabulary(monkeypatch: pytest.MonkeyPatch) -> None:
     """The largest tensor that the loss makes, of a vocabulary as large as those of today's models."""
     from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -166,3 +166,20 @@ def test_memory_does_not_grow_with_the_vocabulary() -> None:
     with Sizes():
         loss_module._HeadLoss.apply(hidden, layer.weight, None, labels, None, loss_module._Bend(), 0.0)
     assert max(sizes) <= loss_module.CHUNK_BYTES_CPU
+
+    # Of weights that are trained: nothing is larger than their gradient, which few sums are made into.
+    adds = 0
+
+    class Adds(Sizes):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            nonlocal adds
+            adds += "add_" in str(func) and args[0].shape == layer.weight.shape
+            return super().__torch_dispatch__(func, types, args, kwargs)
+
+    layer, hidden = torch.nn.Linear(64, 20_000, bias=False), torch.randn(150, 64)
+    labels, sizes[:] = torch.randint(20_000, (150,)), []
+    with monkeypatch.context() as small, Adds():
+        small.setattr(loss_module, "CHUNK_BYTES_CPU", 2**20)  # chunks of 16 tokens
+        loss_module._HeadLoss.apply(hidden, layer.weight, None, labels, None, loss_module._Bend(), 0.0)
+    assert max(sizes) <= 4 * layer.weight.numel()
+    assert adds == 2

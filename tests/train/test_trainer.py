@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from tiny_models import llama, word_tokenizer
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from rayswift.arguments import make_arguments
 from rayswift.data.tokens.table import TokenizedRow
@@ -67,6 +69,7 @@ class Run:
         full: steps whose checkpoints have no room.
         stop_after: a step after which the driver wants the run to end.
         prepare: called with the trainer before it trains.
+        dtype: what it computes in.
         flags: those of the command.
     """
 
@@ -81,6 +84,7 @@ class Run:
         full: Sequence[int] = (),
         stop_after: int = 0,
         prepare: Callable[[Any], None] = lambda trainer: None,
+        dtype: str = "float32",
         **flags: Any,
     ) -> None:
         from rayswift.train.trainers.sft import SftTrainer
@@ -104,7 +108,7 @@ class Run:
         first = json.loads((Path(resume) / "trainer_state.json").read_text())["global_step"] if resume else 0
         self.trainer = SftTrainer(
             model=self.model(),
-            args=hf_training_arguments(self.args, self.plan, 1, str(folder), "float32", False, val is not None),
+            args=hf_training_arguments(self.args, self.plan, 1, str(folder), dtype, False, val is not None),
             processing_class=word_tokenizer(),
             loader=Batches(steps, first),
             on_nan=self.args.on_nan,
@@ -224,6 +228,40 @@ def test_a_resumed_run_has_the_intervals_that_are_given_now(tmp_path: Path) -> N
 def test_steps_that_never_meet_are_said_before_the_first(flags: dict[str, Any], said: bool) -> None:
     args = make_arguments("sft", model="m/m", dataset=["d"], **flags)
     assert bool(best_is_last(args, StepSchedule(16, 1, args.max_steps, 3))) == said
+
+
+def test_weights_are_made_bfloat16_once_a_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the number of its micro-batches; steps, losses and weights are those of making them each time."""
+    from rayswift.train.trainers.sft import SftTrainer
+
+    steps = [[[row(10 * step + number)] for number in range(3)] for step in range(2)]
+
+    class Casts(TorchDispatchMode):
+        def __init__(self) -> None:
+            super().__init__()
+            self.count: Counter[int] = Counter()
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if "_to_copy" in str(func) and kwargs["dtype"] == torch.bfloat16:
+                self.count[id(args[0])] += 1
+            return func(*args, **(kwargs or {}))
+
+    def trained(folder: str) -> tuple[Run, Casts]:
+        casts = Casts()
+        with casts:
+            return Run(tmp_path / folder, steps, dtype="bfloat16", prepare=lambda _: casts.count.clear()), casts
+
+    once, casts = trained("once")
+    for name in ("training_step", "_get_grad_norm"):
+        monkeypatch.delattr(SftTrainer, name)
+    each, more = trained("each")
+    counts = [(casts.count[id(a)], more.count[id(b)]) for (name, a), (_, b)
+              in zip(*(run.trainer.model.named_parameters() for run in (once, each)), strict=True)
+              if name.endswith("proj.weight")]  # fmt: skip
+    assert set(counts) == {(2, 6)}
+    assert [entry["loss"] for entry in once.log] == [entry["loss"] for entry in each.log]
+    found, wanted = (run.trainer.model.state_dict() for run in (once, each))
+    assert all(torch.equal(found[name], value) for name, value in wanted.items())
 
 
 def test_a_step_that_trains_no_token_logs_no_loss(tmp_path: Path) -> None:

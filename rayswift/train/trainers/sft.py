@@ -38,6 +38,20 @@ class SftTrainer(StepTraining):
             # The Trainer counts the trained tokens of a step only for losses that ask for them.
             self.model_accepts_loss_kwargs = self.loss_is_scaled_for_ga = True
 
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Forward and backward pass of a micro-batch. Those of a step share what autocast makes of float32 weights,
+        which it would else make for each. (Checkpointed layers may make it without gradients first: each for itself.)
+        """
+        if not self._losses and not self.args.gradient_checkpointing:
+            torch.autocast_increment_nesting()
+        return super().training_step(*args, **kwargs)
+
+    def _get_grad_norm(self, *args: Any, **kwargs: Any) -> Any:
+        """The norm of a step's gradients; its passes are over."""
+        if not self.args.gradient_checkpointing and torch.autocast_decrement_nesting() == 0:
+            torch.clear_autocast_cache()
+        return super()._get_grad_norm(*args, **kwargs)
+
     def compute_loss(
         self, model: Any, inputs: Batch, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
