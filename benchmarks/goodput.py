@@ -6,7 +6,8 @@ killed with SIGKILL half a step after the 10th, 30th, … step. ``goodput`` is w
 steps that the run still has over all of its time. ``goodput_after_start`` leaves out what came before the first step,
 which a long run pays once. ``undisturbed``: what all steps would have taken at the median speed before the first kill,
 over the time since the first step; it also counts what slows steps down. ``back_s``: seconds from each kill to the
-next step's row in the log, that step included; ``spread`` is theirs. Bound of ``goodput_after_start``: 0.9.
+next step's row in the log, that step included; ``spread`` is theirs. ``lost_steps``: steps that each kill has thrown
+back. The bound of ``goodput_after_start`` is 0.9; ``within`` says whether it holds.
 
     python benchmarks/goodput.py [--quick|--full] [--source FILE]
 """
@@ -66,6 +67,7 @@ def main() -> None:
             "goodput_after_start": round(after_start, 4),
             "undisturbed": round((steps - 1) * step_s / begun, 4),
             "bound": BOUND,
+            "within": after_start >= BOUND,
             "failures": len(kills),
             "steps": steps,
             "step_s": round(step_s, 2),
@@ -76,7 +78,6 @@ def main() -> None:
             "versions": versions("rayswift", "torch", "transformers", "peft", "ray"),
         },
     )
-    sys.exit(0 if after_start >= BOUND else "failures cost more than their bound")
 
 
 def watched(

@@ -21,7 +21,6 @@ _LOADER, _EVALUATION = (
     "RaySwift evaluates by itself: loss and token accuracy",
 )
 _PUSHED = "training pushes nothing; rayswift export --push_to_hub true does"
-_PROCESS_GROUP = "Ray Train starts the process group"
 _TRACKED = {"report_to!=wandb|swanlab|all": "only with --report_to wandb or swanlab"}
 _LOG = "LOG_LEVEL in the environment says what is logged"
 #: Where a field that RaySwift does not declare itself changes nothing, see `rayswift.arguments.effects`.
@@ -35,7 +34,7 @@ _NO_EFFECT: dict[str, str | dict[str, str]] = {
          "include_for_metrics", "batch_eval_metrics", "bf16_full_eval", "fp16_full_eval"), _EVALUATION,
     ),
     **dict.fromkeys(("log_level", "log_level_replica", "log_on_each_node"), _LOG),
-    **dict.fromkeys(("ddp_backend", "ddp_timeout"), _PROCESS_GROUP),
+    "ddp_backend": "Ray Train starts the process group",
     **dict.fromkeys(
         ("hub_private_repo", "hub_model_id", "hub_strategy", "hub_always_push", "hub_revision"), _PUSHED
     ),

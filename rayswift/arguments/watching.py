@@ -25,6 +25,10 @@ class StepArguments(Arguments):
         None, "seconds after which a forward and backward pass, or waiting for rows or other workers, that does not "
         "end ends the run, with the stack of each worker", gt=0, shown="never", example="600",
     )  # fmt: skip
+    ddp_timeout: int = arg(
+        1800, "seconds after which workers that wait for another one in vain start again (--max_failures)", ge=1,
+        no_effect={"num_workers=1": "one worker waits for nobody"},
+    )  # fmt: skip
 
 
 @dataclass(init=False, repr=False, eq=False)

@@ -343,7 +343,9 @@ def _torch_trainer(config: WorkerConfig, machines: Machines, run: RunDirectory, 
         warm=machines.warm,
         start_spares=functools.partial(start_spares, model_dir, len(machines.warm)),
         train_loop_config={"config": config},
-        torch_config=torch_config(None if workers.use_gpu else "gloo", embedded=machines.embedded),
+        torch_config=torch_config(
+            None if workers.use_gpu else "gloo", config.args.ddp_timeout, embedded=machines.embedded
+        ),
         scaling_config=ScalingConfig(
             num_workers=workers.num_workers,
             use_gpu=workers.use_gpu,

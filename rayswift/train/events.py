@@ -17,6 +17,7 @@ from rayswift.redaction import redact_text
 
 if TYPE_CHECKING:
     from rayswift.cluster import Workers
+    from rayswift.train.checkpoints.held_state import HeldState
     from rayswift.train.run_directory import RunDirectory
     from rayswift.train.schedule import StepSchedule
 
@@ -33,7 +34,7 @@ class EventQueue:
         self._board = RunBoard(facts or {})
         self._events: list[dict[str, Any]] = []
         self._stopping = False
-        self._kept: tuple[int, dict[str, bytes]] = (0, {})
+        self._kept: tuple[int, HeldState | None] = (0, None)
 
     def push(self, event: dict[str, Any]) -> None:
         """Add one event; callers do not wait for it."""
@@ -50,17 +51,17 @@ class EventQueue:
         events, self._events = self._events, []
         return events
 
-    def keep(self, step: int, files: dict[str, bytes], seconds: dict[str, float]) -> None:
+    def keep(self, step: int, state: HeldState, seconds: dict[str, float]) -> None:
         """Hold the state after a step, in the place of the one before; ``seconds``: the first worker's clock then."""
-        self._kept = (step, files)
+        self._kept = (step, state.of_its_own())
         self._events.append({"event": "kept", "step": step, "seconds": seconds})
 
     def kept_step(self) -> int:
         """The step whose state is held; 0: none."""
         return self._kept[0]
 
-    def kept_files(self) -> dict[str, bytes]:
-        """Its state, by the names that files of a checkpoint have."""
+    def kept_state(self) -> HeldState | None:
+        """Its state."""
         return self._kept[1]
 
     def stop(self) -> None:

@@ -12,6 +12,7 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 from rayswift.console import say
@@ -42,9 +43,12 @@ class Notices:
         events: the driver's event queue.
         rank: this worker's share.
         keeps: whether the state after this step shall be kept; the first worker is asked.
+        timeout_s: seconds after which a worker gives up waiting for another.
     """
 
-    def __init__(self, events: Any, rank: Rank, keeps: Callable[[], bool] = lambda: False) -> None:
+    def __init__(
+        self, events: Any, rank: Rank, keeps: Callable[[], bool] = lambda: False, timeout_s: float = 1800
+    ) -> None:
         self._events, self._rank, self._stopping, self._saved = events, rank, threading.Event(), False
         self._keeps = keeps
         self._group: Any = None
@@ -52,7 +56,7 @@ class Notices:
             import torch
 
             # Beside the work of accelerators: a step waits for none of them.
-            self._group = torch.distributed.new_group(backend="gloo")
+            self._group = torch.distributed.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
         if rank.rank == 0:
             threading.Thread(target=self._listen, name="rayswift-notices", daemon=True).start()
 

@@ -58,7 +58,7 @@ def train_loop(loop_config: dict[str, Any]) -> dict[str, Any]:
     places: StreamPlaces = () if streams is None else streams.start()  # also after --ignore_data_skip
     if position is not None and position.stream is not None and position.data == config.data.fingerprint:
         places = tuple(StreamPosition(*place) for place in position.stream)
-    wish = Notices(config.events, rank, last_step.is_due).wish
+    wish = Notices(config.events, rank, last_step.is_due, config.args.ddp_timeout).wish
     try:
         left_out = config.args.left_out if is_first else frozenset()
         if resume and "optimizer" not in left_out:  # of an attempt of this run, on another number of workers

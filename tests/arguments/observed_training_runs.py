@@ -89,6 +89,7 @@ BESIDE: dict[str, Settings] = {
     "num_labels": {"dataset": ["{}/labels.jsonl"], "task_type": "seq_cls", "num_labels": 2},
 }  # fmt: skip
 _ELSEWHERE: dict[str, str] = {
+    "ddp_timeout": "tests/slow/test_steps_without_numbers.py",
     "num_nodes": "tests/cluster/test_placement.py", "tf32": "no GPU is here", "fp8": "tests/train/test_compiled.py",
     "hqq_axis": "hqq is not installed here",
     "strict": "it stops: tests/data_path/test_pipeline.py",

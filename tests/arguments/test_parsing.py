@@ -126,12 +126,12 @@ def test_deepspeed_is_a_preset_json_or_a_file(tmp_path: Path) -> None:
 
 
 def test_training_arguments_pass_through_with_their_types() -> None:
-    words = "--bf16 true --label_smoothing_factor 0.1 --ddp_timeout 60 --run_name r --label_names a b"
+    words = "--bf16 true --label_smoothing_factor 0.1 --ddp_bucket_cap_mb 60 --run_name r --label_names a b"
     words += " --neftune_noise_alpha 5"
     arguments = parse_arguments("sft", [*SFT, *words.split()])
     assert arguments.training_args == {
-        "bf16": True, "label_smoothing_factor": 0.1, "ddp_timeout": 60, "run_name": "r", "label_names": ["a", "b"],
-        "neftune_noise_alpha": 5,
+        "bf16": True, "label_smoothing_factor": 0.1, "ddp_bucket_cap_mb": 60, "run_name": "r",
+        "label_names": ["a", "b"], "neftune_noise_alpha": 5,
     }  # fmt: skip
     assert {"bf16", "run_name"} <= arguments.given
     with pytest.raises(UserError, match="--hub_strategy often: choose from end, every_save"):

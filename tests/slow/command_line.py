@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -19,6 +20,20 @@ QUICK = [
     "--max_length", "64", "--gradient_accumulation_steps", "1", "--logging_steps", "1",
     "--gradient_checkpointing", "false", "--report_to", "none",
 ]  # fmt: skip
+
+
+_WORDS = ["red", "green", "blue", "one", "two", "three", "cat", "dog", "bird", "sun", "moon", "rain"]
+
+
+def distinct_rows(path: Path, count: int) -> Path:
+    """That many rows, each another text: a step with other rows has another loss."""
+    chance = random.Random(0)
+    with path.open("w") as file:
+        for number in range(count):
+            text = " ".join(chance.choices(_WORDS, k=chance.randint(1, 20)))
+            messages = [{"role": "user", "content": f"{number}?"}, {"role": "assistant", "content": text}]
+            file.write(json.dumps({"messages": messages}) + "\n")
+    return path
 
 
 def start(*arguments: str, log: Path, **environment: str) -> subprocess.Popen[str]:

@@ -6,13 +6,14 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
-from command_line import QUICK, losses, read_rows, run, run_directory, start, train_workers
+from command_line import QUICK, distinct_rows, losses, read_rows, run, run_directory, start, train_workers, wait_for
 
 pytestmark = pytest.mark.slow
 
@@ -46,13 +47,13 @@ def test_twenty_kills_at_random_points_change_no_bit(tmp_path: Path) -> None:
     assert left == sorted(path.name for path in (tmp_path / "undisturbed").iterdir())
 
 
-def command(model: str, output: Path) -> list[str]:
-    """Two workers, dropout on (random numbers must be restored), steps of about half a second."""
+def command(model: str, output: Path, *more: str) -> list[str]:
+    """Two workers, dropout on (random numbers must be restored)."""
     return [
         "sft", "--model", model, "--dataset", "identity", "--model_name", "swift-robot", "--model_author", "swift",
         "--num_workers", "2", "--use_gpu", "false", "--max_steps", str(STEPS), "--save_steps", "2",
         "--save_total_limit", "2", "--learning_rate", "1e-3", "--split_dataset_ratio", "0", "--torch_dtype", "float32",
-        "--max_failures", str(KILLS), "--output_dir", str(output), *QUICK, "--gradient_accumulation_steps", "32",
+        "--max_failures", str(KILLS), "--output_dir", str(output), *QUICK, "--gradient_accumulation_steps", "32", *more,
     ]  # fmt: skip
 
 
@@ -94,3 +95,30 @@ def test_any_number_of_killed_workers_changes_no_bit(tiny_dir: str, tmp_path: Pa
     assert (found / last).read_bytes() == (expected / last).read_bytes()
     assert read_rows(found)[-1]["global_step"] == STEPS
     assert not list(found.glob(".writing-*")) and not list(found.glob("*.aside*"))
+
+
+def test_steps_held_in_memory_change_no_bit(tiny_dir: str, tmp_path: Path) -> None:
+    """Steps of about half a second and no checkpoint but the last one: a killed worker's are held in memory."""
+    steps = 8 * KILLS + 4
+    rows = distinct_rows(tmp_path / "rows.jsonl", 64 * steps)
+    more = ["--dataset", str(rows), "--max_steps", str(steps), "--save_steps", "1000"]
+    run(*command(tiny_dir, tmp_path / "undisturbed", *more), log=tmp_path / "undisturbed.log")
+    output, log = tmp_path / "out", tmp_path / "log"
+    chance = random.Random(0)
+    driver = start(*command(tiny_dir, output, *more), log=log)
+    for kill in range(KILLS):
+        step = 8 * kill + 5
+        wait_for(lambda: any(output.glob("v*")) and step in losses(run_directory(output)), 300, f"step {step}")  # noqa: B023
+        time.sleep(chance.uniform(0, 1.0))
+        largest = sorted(train_workers(driver.pid), key=lambda one: one.memory_info().rss)[-2:]  # others only wait
+        chance.choice(largest).kill()
+        again = kill + 1
+        wait_for(lambda: log.read_text().count("training goes on from step") >= again, 300, "another start")  # noqa: B023
+    assert driver.wait(600) == 0, log.read_text()[-4000:]
+    held = [int(step) for step in re.findall(r"training goes on from step (\d+)", log.read_text())]
+    assert len(held) == KILLS and all(step >= 8 * kill for kill, step in enumerate(held)) and held[0] > 0
+    found, expected = run_directory(output), run_directory(tmp_path / "undisturbed")
+    assert [path.name for path in found.glob("checkpoint-*")] == [f"checkpoint-{steps}"]
+    assert losses(found) == losses(expected)
+    last = f"checkpoint-{steps}/adapter_model.safetensors"
+    assert (found / last).read_bytes() == (expected / last).read_bytes()

@@ -58,16 +58,20 @@ def test_a_bad_row_costs_its_step(smollm2_dir: str, tmp_path: Path, deepspeed: l
     assert "--on_nan skip leaves such steps out" in last_line
 
 
-def hanging(folder: Path) -> str:
-    """A PYTHONPATH whose processes hang in worker 1 at step 3."""
+def hanging(folder: Path, once: bool = False) -> str:
+    """A PYTHONPATH whose processes hang in worker 1 at step 3; ``once``: the first of them."""
+    sign = folder / "hung"
     (folder / "sitecustomize.py").write_text(
-        "import sys, time\n"
+        "import pathlib, sys, time\n"
         "if 'default_worker.py' in ' '.join(sys.orig_argv):\n"
         "    from rayswift.train.loader import EpochLoader\n"
         "    items = EpochLoader.micro_batch_items\n"
         "    def micro_batch_items(self, step):\n"
-        "        while step == 2 and self.rank.rank == 1:\n"
-        "            time.sleep(1)\n"
+        f"        sign, once = pathlib.Path({str(sign)!r}), {once}\n"
+        "        if step == 2 and self.rank.rank == 1 and not (once and sign.exists()):\n"
+        "            sign.touch()\n"
+        "            while True:\n"
+        "                time.sleep(1)\n"
         "        return items(self, step)\n"
         "    EpochLoader.micro_batch_items = micro_batch_items\n"
     )
@@ -100,3 +104,19 @@ def test_a_worker_that_hangs_is_named(smollm2_dir: str, tmp_path: Path, how: str
     else:
         assert "does not answer at all" in line
     assert "checkpoint-2 in " in printed
+
+
+def test_workers_that_wait_in_vain_start_again(tiny_dir: str, tmp_path: Path) -> None:
+    """Worker 1 hangs once; nobody watches it, but worker 0 does not wait for ever."""
+    command = [
+        "sft", "--model", tiny_dir, "--dataset", "identity", "--model_name", "x", "--model_author", "y",
+        "--num_workers", "2", "--max_steps", "5", "--split_dataset_ratio", "0", "--use_gpu", "false",
+        "--save_steps", "2", "--ddp_timeout", "10", "--max_failures", "1",
+        "--output_dir", str(tmp_path / "out"), *QUICK,
+    ]  # fmt: skip
+    printed = run(*command, log=tmp_path / "log", PYTHONPATH=hanging(tmp_path, once=True))
+    assert (tmp_path / "hung").exists()
+    assert "training goes on from step 2" in printed
+    directory = run_directory(tmp_path / "out")
+    assert list(losses(directory)) == [1, 2, 3, 4, 5]
+    assert read_rows(directory)[-1]["seconds"]["restarts"] > 10

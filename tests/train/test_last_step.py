@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,15 +10,19 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
 from test_ending import Queue
 from test_saving_behind import Stored
 from test_summary import Time, clock, seconds, told  # noqa: F401 -- a fixture
 from test_trainer import fast  # noqa: F401 -- a fixture
+from tiny_models import llama
 
+from rayswift.modeling.part_of_base import first_values, take_off
 from rayswift.train.checkpoints import last_step as module
+from rayswift.train.checkpoints.held_state import HeldState
 from rayswift.train.checkpoints.last_step import LastStep
-from rayswift.train.checkpoints.snapshot import copied_together
-from rayswift.train.checkpoints.store import write_kept
+from rayswift.train.checkpoints.packed import packed, unpacked
 from rayswift.train.loader import Rank
 from rayswift.train.stopping import Notices, Wish
 from rayswift.train.summary import Goodput
@@ -28,7 +33,7 @@ class Kept(Stored):
 
     def prepare(self, folder: Path) -> None:
         super().prepare(folder)
-        self.states: dict[int, dict[str, bytes]] = {}
+        self.states: dict[int, HeldState] = {}
         self.last_step = LastStep(self.store)
         self.trainer.keep, self.trainer.wish = self.keep, lambda: Wish.KEEP
 
@@ -37,7 +42,30 @@ class Kept(Stored):
         assert self.last_step._thread is not None
         self.last_step._thread.join()
         queue: Any = self.queue
-        self.states[queue.kept_step.remote()] = queue.kept_files.remote()
+        self.states[queue.kept_step.remote()] = queue.kept_state.remote()
+
+
+class OtherAdapter(Kept):
+    """The same with an adapter of another kind."""
+
+    kind = ""
+
+    def model(self) -> Any:
+        base = llama()
+        targets = {"task_type": "CAUSAL_LM", "target_modules": ["q_proj", "down_proj"]}
+        if self.kind == "counting":
+
+            def count(module: Any, _: Any) -> None:
+                module.seen = module.seen + 1  # put anew
+
+            base.model.norm.register_buffer("seen", torch.zeros(1))
+            base.model.norm.register_forward_pre_hook(count)
+            return get_peft_model(base, LoraConfig(modules_to_save=["norm"], **targets))
+        model = get_peft_model(base, LoraConfig(use_dora=self.kind == "dora", **targets))
+        if self.kind == "pissa":
+            model.first_values = first_values(model, "pissa")
+            take_off(model, model.first_values)
+        return model
 
 
 @pytest.fixture
@@ -58,14 +86,43 @@ def test_a_run_goes_on_from_any_step_that_is_held_to_the_same_bits(
     straight = Kept(tmp_path / "straight", **flags)
     assert list(straight.states) == [1, 2, 3, 4]  # of the last one there is a checkpoint
     for step in (1, 3):
-        queue: Any = Queue()
-        queue.keep.remote(step, straight.states[step], {})
-        write_kept(queue, str(tmp_path / f"checkpoint-{step}"))
+        straight.states[step].write(str(tmp_path / f"checkpoint-{step}"))
         again = Kept(tmp_path / f"again{step}", resume=str(tmp_path / f"checkpoint-{step}"), **flags)
         for name, value in weights(straight).items():
             assert torch.equal(value, weights(again)[name]), (step, name)
         assert [row["loss"] for row in again.log][-1] == [row["loss"] for row in straight.log][-1] or logging_steps > 1
         assert list(again.states) == list(range(step + 1, 5))
+
+
+@pytest.mark.parametrize("kind", ["dora", "counting", "pissa"])
+def test_what_is_held_is_the_checkpoint_of_that_step(
+    tmp_path: Path, no_ray: None, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    monkeypatch.setattr(OtherAdapter, "kind", kind)
+    run = OtherAdapter(tmp_path, train_type="lora", save_steps=2, weight_decay=0.1)
+    seen = []
+    for step in (2, 4):
+        saved, held = tmp_path / f"checkpoint-{step}", tmp_path / f"held-{step}"
+        run.states[step].write(str(held))
+        names = {path.name for path in held.iterdir()}
+        assert names == {
+            "adapter_config.json", "adapter_model.safetensors", "args.json", "optimizer.pt", "position.json",
+            "rng_state.pth", "scheduler.pt", "trainer_state.json",
+        }  # fmt: skip
+        adapters = [load_file(folder / "adapter_model.safetensors") for folder in (saved, held)]
+        assert adapters[0].keys() == adapters[1].keys()
+        assert all(torch.equal(value, adapters[1][name]) for name, value in adapters[0].items())
+        seen.append(adapters[1].get("base_model.model.model.norm.seen"))
+        moments = [torch.load(folder / "optimizer.pt")["state"] for folder in (saved, held)]
+        assert all(torch.equal(value, moments[1][number][name])
+                   for number, one in moments[0].items() for name, value in one.items())  # fmt: skip
+        configs = [json.loads((folder / "adapter_config.json").read_text()) for folder in (saved, held)]
+        assert configs[0] | {"inference_mode": False} == configs[1]
+        for name in ("rng_state.pth", "scheduler.pt"):
+            assert (saved / name).read_bytes() == (held / name).read_bytes(), name
+        rows = [json.loads((folder / "trainer_state.json").read_text()) for folder in (saved, held)]
+        assert rows[0]["log_history"] == rows[1]["log_history"]
+    assert kind != "counting" or seen[1] - seen[0] == 2
 
 
 def test_what_is_held_is_taken_where_no_checkpoint_is_as_new(tmp_path: Path, no_ray: None) -> None:
@@ -113,7 +170,7 @@ def test_holding_steps_costs_a_hundredth_of_the_time(
     args = SimpleNamespace(train_type="lora", max_failures=3, deepspeed=None)
     store: Any = SimpleNamespace(config=SimpleNamespace(args=args, events=Queue()), rank=Rank(0, 1))
     last_step = LastStep(store)
-    last_step._send(lambda folder: None, lambda folder: None, 1, {}, 0.2)
+    last_step._send(lambda: HeldState({}, b"", []), 1, {}, 0.2)
     for seconds_later, due in ((59.9, False), (60.1, True)):
         now[0] = 100.0 + seconds_later
         assert last_step.is_due() is due
@@ -161,7 +218,7 @@ def test_small_tensors_are_copied_together_as_they_are() -> None:
         3: (torch.ones(2, dtype=torch.int64), "text"),
         "b": shared,
     }
-    found = copied_together(state)
+    found = unpacked(*packed(state))
     assert found["a"][0].tolist() == state["a"][0].tolist()
     assert found["a"][1].shape == ()
     assert (found[3][0].dtype, found[3][1]) == (torch.int64, "text")

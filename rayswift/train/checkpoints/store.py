@@ -12,7 +12,6 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from pyarrow import fs
@@ -121,6 +120,7 @@ class CheckpointStore:
 
     def fetch(self, uri: str) -> str:
         """A checkpoint as a folder of this node; every worker calls it."""
+        import ray
         import torch
 
         if "://" not in uri:
@@ -129,13 +129,20 @@ class CheckpointStore:
         if self.local_rank == 0:
             shutil.rmtree(local, ignore_errors=True)
             if uri.startswith(KEPT):
-                write_kept(self.config.events, local)
+                ray.get(self.config.events.kept_state.remote()).write(local)
             else:
                 filesystem, path = filesystem_of(uri)
                 fs.copy_files(path, local, source_filesystem=filesystem)
         if self.rank.world_size > 1:
             torch.distributed.barrier()
         return local
+
+    def scratch(self, name: str) -> str:
+        """An empty folder of this worker, which goes with the staging folder."""
+        folder = os.path.join(self._staging, name)
+        shutil.rmtree(folder, ignore_errors=True)
+        os.makedirs(folder, mode=0o700)
+        return folder
 
     def position(self, checkpoint: str | None) -> checkpoints.Position | None:
         """The position in a checkpoint that :meth:`resume_from` gave."""
@@ -353,12 +360,3 @@ class CheckpointStore:
         """Remove this node's staging folder."""
         if self.local_rank == 0:
             shutil.rmtree(self._staging, ignore_errors=True)
-
-
-def write_kept(events: Any, folder: str) -> None:
-    """Write the state that is held into a folder, as a checkpoint that training goes on from."""
-    import ray
-
-    os.makedirs(folder, mode=0o700)
-    for name, content in ray.get(events.kept_files.remote()).items():
-        (Path(folder) / name).write_bytes(content)

@@ -37,10 +37,12 @@ def make_trainer(
         return TorchTrainer(train_loop, **options)
 
 
-def torch_config(backend: str | None, *, embedded: bool) -> Any:
-    """Ray Train's ``TorchConfig``; on an ``embedded`` Ray one whose workers open nothing beyond this machine."""
+def torch_config(backend: str | None, timeout_s: int, *, embedded: bool) -> Any:
+    """Ray Train's ``TorchConfig``; on an ``embedded`` Ray one whose workers open nothing beyond this machine.
+    ``timeout_s``: after which a worker gives up waiting for another."""
     from ray.train.torch import TorchConfig
 
     from rayswift.train.start.local_group import LocalTorchConfig
 
-    return LocalTorchConfig(backend=backend) if embedded else TorchConfig(backend=backend)
+    kind = LocalTorchConfig if embedded else TorchConfig
+    return kind(backend=backend, timeout_s=timeout_s)

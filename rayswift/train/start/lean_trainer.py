@@ -38,7 +38,7 @@ class LeanTorchTrainer(TorchTrainer):
     Without ``datasets`` no process deals them out. On an ``embedded`` Ray the controller runs in this process: neither
     of them could outlive the other. ``alone``: nothing else, Ray Data for one, shares the CPUs while the workers run.
     ``warm``: workers for the first start (see :mod:`rayswift.train.start.warm_workers`). ``start_spares``: starts those
-    for the next one.
+    for another one.
     """
 
     def __init__(
@@ -116,6 +116,8 @@ class _WorkerGroupHere(WorkerGroup):
     def _create_workers(
         self, num_workers: int, placement_group: Any, resources_per_worker: dict[str, float], **options: Any
     ) -> list[Worker]:
+        if not self.is_first and not self.warm:
+            self.warm.extend(self.start_spares())  # one process imports sooner than Ray Train has it all imported
         actors = list(self.warm)
         self.warm.clear()
         workers = self._begin_with(actors, num_workers, resources_per_worker) or super()._create_workers(

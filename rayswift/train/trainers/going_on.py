@@ -8,13 +8,10 @@ from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
-from peft import get_peft_model_state_dict
-from safetensors.torch import save_file
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer
 from transformers.trainer_callback import ExportableState
 
-from rayswift.modeling.part_of_base import write_plain
 from rayswift.train.clock import Clock
 
 
@@ -92,12 +89,3 @@ class GoingOn(Trainer):
             self.keeps_step = False
             with self.clock.within("checkpoint"):
                 self.keep(self)
-
-    def save_adapter(self, folder: str, weights: dict[str, Any]) -> None:
-        """What :meth:`_load_from_checkpoint` reads of a LoRA adapter."""
-        model: Any = self.model
-        tensors = {name: value.contiguous() for name, value in get_peft_model_state_dict(model, weights).items()}
-        save_file(tensors, os.path.join(folder, "adapter_model.safetensors"), metadata={"format": "pt"})
-        model.peft_config["default"].save_pretrained(folder)
-        if first := getattr(model, "first_values", None):
-            write_plain(folder, first)
