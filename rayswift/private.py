@@ -13,6 +13,7 @@ import functools
 import inspect
 import logging
 import os
+import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -57,17 +58,20 @@ _CLUSTER_VARIABLE = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
 def small_ray() -> Iterator[None]:
     """A Ray that starts here is for this process: on 127.0.0.1 alone, and without the processes that serve others.
 
-    Those count usage (switched off), follow log files (for drivers that print them) and watch a cluster's size: three
-    imports of Ray that would compete with the work. The variable is Ray's for Windows and macOS, where no other node
-    joins a Ray; ``1`` in the environment keeps all interfaces. Ray reads it once, when it is imported.
+    Those count usage (switched off), follow log files (for drivers that print them), watch a cluster's size and tell a
+    dashboard: four imports of Ray that would compete with the work. The variable is Ray's for Windows and macOS, where
+    no other node joins a Ray; ``1`` in the environment keeps all interfaces. Ray reads it once, when it is imported.
     """
-    from ray._private import node, ray_constants
+    from ray._private import node, ray_constants, services
 
     inside = os.environ.setdefault(_CLUSTER_VARIABLE, "0") == "0"
     wanted: list[tuple[Any, str, Any, str]] = [
         (getattr(node, "Node", None), name, lambda *_, **__: None, "Ray starts some seconds later")
         for name in ("start_api_server", "start_log_monitor", "start_monitor")
     ]
+    start = getattr(services, "start_ray_process", None)
+    wanted.append((services, "start_ray_process", functools.partial(_start_without_agent, start),
+                   "an agent of its dashboard runs beside the work"))  # fmt: skip
     if inside:
         wanted.append((ray_constants, "ENABLE_RAY_CLUSTER", False, f"set {_CLUSTER_VARIABLE}=0 before this command, "
                        "or Ray listens on all addresses of this machine"))  # fmt: skip
@@ -83,6 +87,26 @@ def small_ray() -> Iterator[None]:
         finally:
             if os.environ[_CLUSTER_VARIABLE] == "0":
                 del os.environ[_CLUSTER_VARIABLE]  # a Ray that a program starts later is its own affair
+
+
+def _start_without_agent(start: Callable[..., Any], command: list[str], *args: Any, **options: Any) -> Any:
+    """What starts Ray's processes, but for the agent of the dashboard. Who waits to hear of its ports hears of none, as
+    of a plain ``pip install ray``; the raylet wants a process to run and to watch."""
+    flags = dict(word.split("=", 1) for word in command if word.startswith("--") and "=" in word)
+    if (name := "--dashboard_agent_command") in flags:
+        try:
+            from ray import _raylet
+
+            for port in ("METRICS_AGENT", "METRICS_EXPORT", "DASHBOARD_AGENT_LISTEN"):
+                port_name = getattr(_raylet, f"{port}_PORT_NAME")
+                _raylet.persist_port(flags["--session_dir"], flags["--node_id"], port_name, -1)
+            instead = subprocess.list2cmdline(
+                [sys.executable, "-ISu", str(Path(__file__).parent / "cluster" / "idle.py")]
+            )
+            command = [f"{name}={instead}" if word.startswith(f"{name}=") else word for word in command]
+        except MOVED:
+            report("Ray's ports of a node", "an agent of its dashboard runs beside the work")
+    return start(command, *args, **options)
 
 
 def autoscaler_limits() -> dict[str, float]:

@@ -21,7 +21,7 @@ import httpx
 GCS = "127.0.0.1:6391"
 PORTS = [
     "--node-ip-address", "127.0.0.1", "--port", "6391", "--dashboard-port", "8271", "--ray-client-server-port", "9391",
-    # Every Ray of a machine, an embedded one too, wants 52365: the second one's agent listens nowhere and takes no job.
+    # Every Ray of a machine but an embedded one wants 52365: the second one's agent listens nowhere and takes no job.
     "--dashboard-agent-listen-port", "0",
 ]  # fmt: skip
 DASHBOARD = "http://127.0.0.1:8271"

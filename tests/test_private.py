@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import pickle
+import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -25,6 +26,7 @@ import yaml
 from pyarrow import fs
 
 from rayswift import private
+from rayswift.cluster import idle
 
 
 @pytest.fixture(autouse=True)
@@ -99,6 +101,42 @@ def test_a_small_ray_replaces_three_starts_and_one_constant_and_puts_them_back(
     ) == before  # fmt: skip
     assert "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER" not in os.environ
     assert caplog.messages == []
+
+
+def test_a_small_ray_has_no_agent_of_the_dashboard(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The raylet's command: what it runs instead ends with the raylet, and who waits for the agent's ports hears of
+    none."""
+    from ray._private import services
+
+    started: list[list[str]] = []
+    monkeypatch.setattr(services, "start_ray_process", lambda command, *_, **__: started.append(command))
+    node = "0f" * 28
+    agent, *words = ["--dashboard_agent_command=python agent.py", f"--session_dir={tmp_path}", f"--node_id={node}"]
+    with private.small_ray():
+        services.start_ray_process(["raylet", agent, *words], "raylet", fate_share=True)
+        services.start_ray_process(["gcs"], "gcs_server", fate_share=True)
+    (_, instead, *others), gcs = started
+    assert (others, gcs) == (words, ["gcs"])
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {
+        f"{name}_{node}": "-1" for name in ("metrics_agent_port", "metrics_export_port", "dashboard_agent_listen_port")
+    }
+    python, _, file = shlex.split(instead.removeprefix("--dashboard_agent_command="))
+    assert (python, file) == (sys.executable, idle.__file__)
+    parents, slept = iter([7, 7, 7, 1]), list[float]()
+    monkeypatch.setattr(idle, "os", SimpleNamespace(getppid=lambda: next(parents)))
+    monkeypatch.setattr(idle, "time", SimpleNamespace(sleep=slept.append))
+    idle.wait_for_parent()
+    assert slept == [idle.SECONDS] * 2
+    monkeypatch.setattr(idle, "os", SimpleNamespace(getppid=lambda: 1))  # gone before this one began
+    idle.wait_for_parent()
+
+    monkeypatch.delattr("ray._raylet.persist_port")
+    with private.small_ray():
+        services.start_ray_process(["raylet", agent, *words], "raylet", fate_share=True)
+    assert started[-1] == ["raylet", agent, *words]
+    assert "an agent of its dashboard runs beside the work" in caplog.text
 
 
 def test_rays_list_of_the_files_of_a_job_and_its_variable_are_there(
