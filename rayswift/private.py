@@ -379,6 +379,21 @@ def check_ray_train() -> None:
         raise NotAvailable(f"Ray Train's {', '.join(changed)} changed")
 
 
+def check_synchronization() -> None:
+    """Raises NotAvailable when the actor in which Ray Train's workers wait for each other is made, asked or ended in
+    another way than ``train/start/alone.py`` knows."""
+    with needed("Ray Train's SynchronizationActor"):
+        from ray.train.v2._internal.execution.worker_group import state, worker_group
+
+        methods = worker_group.SynchronizationActor.__ray_metadata__.modified_class
+        asked = {name for name in vars(methods) if name[0] != "_" and not name.startswith("get_")}
+        if asked != {"broadcast_from_rank_zero", "reset", "set_required_ranks"}:
+            raise TypeError(f"its methods are {', '.join(sorted(asked))}")
+        inspect.signature(methods.broadcast_from_rank_zero).bind(None, world_rank=0, world_size=1, data=None,
+                                                                 caller_method_name="")  # fmt: skip
+        inspect.signature(state._shutdown_sync_actor).bind(None)
+
+
 def replace_http_protocol(where: str) -> None:
     """Have the servers that others start with uvicorn's own choice of a protocol take the class at ``module:Name``."""
     from uvicorn import config

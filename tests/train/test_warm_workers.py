@@ -52,11 +52,13 @@ def fit(
 
 
 def process_and_modules() -> Callable[[dict[str, Any]], tuple[int, bool, int]]:
-    """What the loop returns: its process, whether that had imported the model, and how many the group's sum counts."""
+    """What the loop returns: its process, whether that had imported the model, and how many the group's sum counts.
+    What it listens on and what runs beside it is in files; all that workers wait for each other in works."""
 
     def loop(config: dict[str, Any]) -> tuple[int, bool, int]:
         import sys
 
+        import ray.train.collective
         import torch
 
         ones = torch.ones(1)
@@ -65,6 +67,11 @@ def process_and_modules() -> Callable[[dict[str, Any]], tuple[int, bool, int]]:
             (found.laddr.ip, found.laddr.port) for found in psutil.Process().net_connections("inet")
             if found.status == psutil.CONN_LISTEN
         )))  # fmt: skip
+        beside = [found.cmdline()[:1] for found in psutil.Process(os.getppid()).children()]
+        Path(config["folder"], "beside").write_text(repr(beside))
+        ray.train.collective.barrier()
+        assert ray.train.collective.broadcast_from_rank_zero({"a": 1}) == {"a": 1}
+        ray.train.report({"step": 1})
         return os.getpid(), "transformers.models.llama.modeling_llama" in sys.modules, int(ones)
 
     return loop
@@ -97,6 +104,9 @@ def test_a_run_begins_in_the_process_that_has_imported(ray_cluster: None, smollm
     assert fit(process_and_modules(), tmp_path, warm) == (pid, True, 1)
     listening = ast.literal_eval((tmp_path / "listening").read_text())
     assert {ip for ip, port in listening if port not in ray_ports} <= {"127.0.0.1"}
+    beside = (tmp_path / "beside").read_text()
+    assert "RayTrainWorker" in beside
+    assert "SynchronizationActor" not in beside
 
 
 def test_a_notebook_leaves_the_controller_to_a_process_of_its_own(
@@ -119,6 +129,38 @@ def test_a_notebook_leaves_the_controller_to_a_process_of_its_own(
     assert asyncio.run(cell()) == 7
     assert len(started) == 1
     assert warm == []  # they wait for a controller in this process
+
+
+def test_a_worker_alone_waits_for_nobody(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """Ray Train's own groups, shared state and calls, with what stands in for their actor."""
+    from ray.train.v2._internal.execution.checkpoint.sync_actor import SynchronizationActor
+    from ray.train.v2._internal.execution.worker_group import state, worker_group
+
+    from rayswift.train.start.alone import Alone, alone_in_group
+
+    monkeypatch.setattr("ray.put", lambda value: [value])
+    killed: list[Any] = []
+    monkeypatch.setattr("ray.kill", killed.append)
+    with alone_in_group():
+        one: Any = worker_group.SynchronizationActor.options(label_selector={}).remote(timeout_s=1, warn_interval_s=1)
+        assert type(one) is Alone
+        group: Any = SimpleNamespace(_worker_group_state=SimpleNamespace(sync_actor=one))
+        monkeypatch.setattr("ray.get", lambda found: found[0])
+        required = worker_group.WorkerGroup.set_required_barrier_ranks
+        assert [required(group, ranks) for ranks in (None, [0], [1], [])] == [True, True, False, False]
+        assert one.broadcast_from_rank_zero.remote(world_rank=0, world_size=1, data="d", caller_method_name="") == ["d"]
+        assert one.reset.remote() == [None]
+        state._shutdown_sync_actor(one)
+        assert killed == []
+        state._shutdown_sync_actor("another's")
+        assert killed == ["another's"]
+    assert worker_group.SynchronizationActor is SynchronizationActor
+    assert caplog.messages == []
+
+    monkeypatch.setattr(SynchronizationActor.__ray_metadata__.modified_class, "wait", lambda self: None, raising=False)
+    with alone_in_group():
+        assert worker_group.SynchronizationActor is SynchronizationActor
+    assert "one more process runs beside the worker" in caplog.text
 
 
 @pytest.mark.slow

@@ -26,6 +26,7 @@ from ray.train.v2._internal.execution.worker_group import Worker, WorkerGroup
 from rayswift import private
 from rayswift.errors import one_line
 from rayswift.train.failures import Failures
+from rayswift.train.start.alone import alone_in_group
 from rayswift.train.start.warm_workers import wait_until_warm
 
 #: Seconds between two looks at the workers; Ray Train's default is 2.
@@ -71,14 +72,19 @@ class LeanTorchTrainer(TorchTrainer):
             self._warm.clear()  # they wait for a controller in this process
             return super()._initialize_and_run_controller(**options)
         try:
+            with alone_in_group() if self.scaling_config.num_workers == 1 else nullcontext():
+                self._run(controller)
+        finally:
+            self._warm.clear()
+        return controller.get_result()
+
+    def _run(self, controller: _ControllerHere) -> None:
+        try:
             with _interrupted_at_once():
                 asyncio.run(controller.run())
         except BaseException:
             controller.stop_workers()
             raise
-        finally:
-            self._warm.clear()
-        return controller.get_result()
 
     def _register_sigint_handler(self, controller: Any) -> None:
         """Ctrl-C ends this process at once. Ray Train's own way waits for the controller, which may wait for nodes, and
