@@ -69,7 +69,7 @@ def small_ray() -> Iterator[None]:
         (getattr(node, "Node", None), name, lambda *_, **__: None, "Ray starts some seconds later")
         for name in ("start_api_server", "start_log_monitor", "start_monitor")
     ]
-    start = getattr(services, "start_ray_process", None)
+    start: Any = getattr(services, "start_ray_process", None)
     wanted.append((services, "start_ray_process", functools.partial(_start_without_agent, start),
                    "an agent of its dashboard runs beside the work"))  # fmt: skip
     if inside:
@@ -97,9 +97,10 @@ def _start_without_agent(start: Callable[..., Any], command: list[str], *args: A
         try:
             from ray import _raylet
 
+            known: Any = _raylet
             for port in ("METRICS_AGENT", "METRICS_EXPORT", "DASHBOARD_AGENT_LISTEN"):
-                port_name = getattr(_raylet, f"{port}_PORT_NAME")
-                _raylet.persist_port(flags["--session_dir"], flags["--node_id"], port_name, -1)
+                port_name = getattr(known, f"{port}_PORT_NAME")
+                known.persist_port(flags["--session_dir"], flags["--node_id"], port_name, -1)
             instead = subprocess.list2cmdline(
                 [sys.executable, "-ISu", str(Path(__file__).parent / "cluster" / "idle.py")]
             )

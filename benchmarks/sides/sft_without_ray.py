@@ -1,6 +1,6 @@
 """``rayswift sft`` with its worker in this process and no Ray: the same data path, model, trainer and log.
 
-What needs a Ray is replaced: the connection, the event queue, Ray Train. How joined rows are trained must be in the
+What needs a Ray is replaced: the connection and Ray Train. How joined rows are trained must be in the
 cache already (a run of ``rayswift sft`` puts it there).
 
     python sft_without_ray.py --model DIR --dataset FILE ...
@@ -10,36 +10,18 @@ from __future__ import annotations
 
 import contextlib
 import sys
-import threading
 import types
 from typing import Any
 from unittest import mock
 
 
-class Queue:
-    """The event queue, in this process."""
-
-    def __init__(self) -> None:
-        self._events: list[dict[str, Any]] = []
-        self._never = threading.Event()
-        self.push = types.SimpleNamespace(remote=self._events.append)
-        self.drain = types.SimpleNamespace(remote=self._taken)
-        self.is_stopping = types.SimpleNamespace(remote=self._never.wait)
-        self.kept_step, self.keep = (types.SimpleNamespace(remote=lambda *_: 0) for _ in range(2))
-
-    def _taken(self, _counted: Any = None) -> list[dict[str, Any]]:
-        taken, self._events[:] = self._events[:], []
-        return taken
-
-
 def main() -> None:
-    import ray
     import ray.train
 
     from rayswift import cluster
     from rayswift.arguments import parse_arguments
     from rayswift.cluster import Cluster
-    from rayswift.train import driver, events, packing, worker
+    from rayswift.train import driver, packing, worker
 
     def trainer(loop: Any, *, train_loop_config: Any, **_: Any) -> Any:
         return types.SimpleNamespace(
@@ -49,7 +31,6 @@ def main() -> None:
     def no_trial(*_: Any) -> Any:
         sys.exit("how this model trains joined rows is not in the cache: run rayswift sft first")
 
-    queue = Queue()
     context = types.SimpleNamespace(
         get_world_rank=lambda: 0, get_world_size=lambda: 1, get_local_rank=lambda: 0, get_local_world_size=lambda: 1
     )
@@ -58,8 +39,6 @@ def main() -> None:
             (cluster, "connect", lambda args: Cluster(embedded=True, cpus=2, gpus=0, nodes=1)),
             (driver, "start_warm_workers", lambda *_: []),
             (driver, "make_trainer", trainer),
-            (events, "start_event_queue", lambda facts: queue),
-            (ray, "get", lambda value, **_: value),
             (ray.train, "get_context", lambda: context),
             (ray.train, "report", lambda *_, **__: None),
             (ray.train, "get_preemption_info", lambda: None),

@@ -75,7 +75,7 @@ class WorkerConfig:
         run_uri: the run directory, a local path or a URI.
         resume: URI of the checkpoint to start from, or None.
         resume_step: its step.
-        events: the driver's event queue.
+        events: the driver's event queue (see :mod:`rayswift.train.events`).
         spare: the resources of ``--eval_async``'s evaluator; None where workers evaluate.
         task: of the losses of tasks that tell numbers.
     """

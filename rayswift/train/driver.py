@@ -325,6 +325,7 @@ def _fit(
         raise
     finally:
         run.close()
+        events.close()
     return outcome
 
 

@@ -1,4 +1,6 @@
-"""What workers tell the driver while they train: a small actor, because ``ray.train.report`` costs seconds.
+"""What workers tell the driver while they train: a small queue, because ``ray.train.report`` costs seconds.
+
+Who has the queue ``tell``s it something, which waits for nothing, or ``ask``s it, each by the name of a method.
 
 Events are plain dicts with an ``event`` key: ``start`` (model facts), ``resume`` (step, and the rows logged before it),
 ``step`` (one optimiser step done), ``kept`` (the state after a step is held here), ``log`` (a row for logging.jsonl),
@@ -10,10 +12,12 @@ The other way goes one word: `stop`.
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING, Any
 
 from rayswift.cluster.board import RunBoard
 from rayswift.redaction import redact_text
+from rayswift.train.local_events import EventsHere, QueueGone
 
 if TYPE_CHECKING:
     from rayswift.cluster import Workers
@@ -21,10 +25,11 @@ if TYPE_CHECKING:
     from rayswift.train.run_directory import RunDirectory
     from rayswift.train.schedule import StepSchedule
 
+logger = logging.getLogger("rayswift.train")
+
 
 class EventQueue:
-    """Keeps events in order until the driver fetches them, and says to the cluster what they mean. Lives on the
-    driver's node and asks for no CPU.
+    """Keeps events in order until the driver fetches them, and says to the cluster what they mean.
 
     Args:
         facts: of the run, for its `RunBoard`; without them nothing is said.
@@ -81,10 +86,46 @@ def run_facts(args: Any, workers: Workers, schedule: StepSchedule, run: RunDirec
     }  # fmt: skip
 
 
-def start_event_queue(facts: dict[str, Any] | None = None) -> Any:
-    """Start the queue's actor on this node; ``facts`` of the run are for those who ask the cluster."""
-    import ray
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+class EventsOfActor:
+    """The queue as an actor on the driver's node, which asks for no CPU."""
 
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    return ray.remote(EventQueue).options(num_cpus=0, scheduling_strategy=here).remote(facts)
+    def __init__(self, facts: dict[str, Any]) -> None:
+        import ray
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        self._actor = ray.remote(EventQueue).options(num_cpus=0, scheduling_strategy=here).remote(facts)
+
+    def tell(self, name: str, *args: Any) -> None:
+        """Call a method of the queue without waiting for it."""
+        getattr(self._actor, name).remote(*args)
+
+    def ask(self, name: str, *args: Any) -> Any:
+        """What a method of the queue returns.
+
+        Raises:
+            QueueGone: the actor is.
+        """
+        import ray
+
+        try:
+            return ray.get(getattr(self._actor, name).remote(*args))
+        except ray.exceptions.RayError as error:
+            raise QueueGone from error
+
+    def settle(self) -> None:
+        """Nothing: calls are answered in the order in which they came."""
+
+    def close(self) -> None:
+        """Nothing: the actor ends with its driver."""
+
+
+def start_event_queue(facts: dict[str, Any] | None = None) -> EventsHere | EventsOfActor:
+    """Start the queue of a run: in this process, or with ``facts`` of the run, for those who ask the cluster, as an
+    actor on this node."""
+    if facts is None:
+        try:
+            return EventsHere(EventQueue())
+        except OSError as error:  # the path of the folder for temporary files may be too long
+            logger.warning("workers reach this process in no socket (%s): one more process runs beside them", error)
+    return EventsOfActor(facts or {})

@@ -20,6 +20,7 @@ from rayswift.console import say
 from rayswift.errors import RunFailedError
 from rayswift.files import write_whole
 from rayswift.train.clock import PHASES
+from rayswift.train.local_events import QueueGone
 from rayswift.train.summary import Goodput, Summary, format_seconds
 from rayswift.train.watch import hang_line, stacks_text
 
@@ -40,7 +41,7 @@ class Progress:
     """Consumes events on a thread while ``TorchTrainer.fit`` blocks. Use as a context manager.
 
     Args:
-        queue: the event queue actor.
+        queue: the event queue (see :mod:`rayswift.train.events`).
         schedule: the run's steps.
         run: where logging.jsonl, runs/ and images/ go.
         reporters: what else the numbers go to; closed at the end.
@@ -103,15 +104,14 @@ class Progress:
             raise RunFailedError(self.failure)
 
     def _loop(self) -> None:
-        import ray
-
         while True:
-            stopping = self._stop.is_set()
+            if stopping := self._stop.is_set():
+                self.queue.settle()
             try:
-                for event in ray.get(self.queue.drain.remote(self.summary.counted())):
+                for event in self.queue.ask("drain", self.summary.counted()):
                     self._take(event)
                 self._end_hang()
-            except ray.exceptions.RayError as error:
+            except QueueGone as error:
                 logger.debug("no events: %s", error)
                 return
             if stopping:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from rayswift.console import say
 from rayswift.errors import Terminated
+from rayswift.train.local_events import QueueGone
 
 if TYPE_CHECKING:
     from rayswift.train.loader import Rank
@@ -79,10 +80,8 @@ class Notices:
         return own
 
     def _listen(self) -> None:
-        import ray
-
-        with contextlib.suppress(ray.exceptions.RayError):  # the driver is gone
-            while not ray.get(self._events.is_stopping.remote()):
+        with contextlib.suppress(QueueGone):
+            while not self._events.ask("is_stopping"):
                 threading.Event().wait(ASK_SECONDS)
             self._stopping.set()
 
@@ -108,7 +107,7 @@ def saved_on_sigterm(events: Any) -> Iterator[Ending]:
     def ask() -> None:
         say(f"SIGTERM: the workers stop after this step and save it (at most {GRACE_SECONDS:.0f} s; a second signal "
             "ends the run at once)")  # fmt: skip
-        events.stop.remote()
+        events.tell("stop")
 
     def on_sigterm(number: int, frame: Any) -> None:
         if ending.asked:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import ctypes
+import functools
 import logging
 import os
 from collections.abc import Callable, Iterator
@@ -73,7 +74,7 @@ def train_loop(loop_config: dict[str, Any]) -> dict[str, Any]:
     if config.spare and rank.rank == 0:
         trainer.evaluations = Evaluations(config, store, Evaluator)
     if config.args.step_timeout:
-        watch(clock, rank, config.args.step_timeout, config.events.push.remote)
+        watch(clock, rank, config.args.step_timeout, functools.partial(config.events.tell, "push"))
     try:
         with private.no_pickled_code():  # a checkpoint may be a stranger's
             if weights_only:
@@ -82,7 +83,7 @@ def train_loop(loop_config: dict[str, Any]) -> dict[str, Any]:
             if rank.rank == 0:
                 history, seconds = store.history(resume), clock.read()
                 event = {"event": "resume", "step": start_step, "history": history, "seconds": seconds}
-                config.events.push.remote(event)
+                config.events.tell("push", event)
             trainer.train(resume_from_checkpoint=resume)
         trainer.save_final()
     except (UserError, RunFailedError):
@@ -116,7 +117,7 @@ def _tell_end(config: WorkerConfig, rank: Rank, clock: Clock) -> None:
     if rank.world_size > 1:
         torch.distributed.all_gather_object(memory, memory[0])
     if rank.rank == 0:
-        config.events.push.remote({"event": "end", "memory": memory, "seconds": clock.read()})
+        config.events.tell("push", {"event": "end", "memory": memory, "seconds": clock.read()})
 
 
 def _await_scores(trainer: StepTraining, rank: Rank) -> None:
@@ -232,8 +233,7 @@ def build_trainer(
         store.check_room(model)
     pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
 
-    def push(event: dict[str, Any]) -> None:
-        config.events.push.remote(event)
+    push = functools.partial(config.events.tell, "push")
 
     if rank.rank == 0:
         kept = "computed twice" if checkpointing else "kept"
@@ -304,7 +304,7 @@ def _loader(
     if data.train is not None:
 
         def report(line: str) -> None:
-            config.events.push.remote({"event": "drops", "lines": [line]})
+            config.events.tell("push", {"event": "drops", "lines": [line]})
 
         rows = data.train
         items = LazyItems(rows, encoder, report) if isinstance(rows, LazyRows) else TrainItems(rows, data.packs)
@@ -331,11 +331,7 @@ def _loader(
 class _Nobody:
     """An event queue that nobody reads."""
 
-    @property
-    def push(self) -> _Nobody:
-        return self
-
-    def remote(self, *_: Any) -> None:
+    def tell(self, *_: Any) -> None:
         """Nothing."""
 
 

@@ -10,7 +10,7 @@ import contextlib
 import sys
 import threading
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -75,11 +75,21 @@ class _Queue:
 
     def __init__(self) -> None:
         self.events: list[dict[str, Any]] = []
-        self.push = types.SimpleNamespace(remote=self.events.append)
-        self.drain = types.SimpleNamespace(remote=lambda *_: [])
         self.ended = threading.Event()
-        self.is_stopping = types.SimpleNamespace(remote=self.ended.wait)
-        self.kept_step, self.keep = (types.SimpleNamespace(remote=lambda *_: 0) for _ in range(2))
+
+    def tell(self, name: str, event: dict[str, Any]) -> None:
+        self.events.append(event)
+
+    def ask(self, name: str, *args: Any) -> Any:
+        answers: dict[str, Callable[[], Any]] = {
+            "drain": list, "is_stopping": self.ended.wait, "kept_step": int, "keep": dict,
+        }  # fmt: skip
+        return answers[name]()
+
+    def settle(self) -> None:
+        pass
+
+    close = settle
 
 
 @contextlib.contextmanager

@@ -7,7 +7,7 @@ import gzip
 import itertools
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -501,17 +501,12 @@ def test_which_stream_gives_the_next_unit_is_a_function_of_its_number(tmp_path: 
 
 
 @pytest.fixture(scope="module")
-def drop_log(ray_cluster: None) -> Iterator[Any]:
+def drop_log() -> Any:
     """What readers tell of dropped rows."""
-    import ray
-
-    log = start_event_queue()
-    yield log
-    ray.kill(log)
+    return start_event_queue()
 
 
 def test_a_stream_reads_on_behind_a_broken_line(drop_log: Any, plain: Encoder, tmp_path: Path) -> None:
-    import ray
 
     path = tmp_path / "a.jsonl.gz"
     lines = [json.dumps({"text": f"row {n}"}) for n in range(40)]
@@ -519,7 +514,7 @@ def test_a_stream_reads_on_behind_a_broken_line(drop_log: Any, plain: Encoder, t
     path.write_bytes(gzip.compress("\n".join(lines).encode()))
     plan = dataclasses.replace(stream_plan(path), tasks=(((0, 0),),))
     texts = decoded(task_tokens(plan, 0, 0, plain, drop_log), plain)
-    reported = [line for event in ray.get(drop_log.drain.remote()) for line in event["lines"]]
+    reported = [line for event in drop_log.ask("drain") for line in event["lines"]]
     assert sorted(texts) == sorted(f"row {n}" for n in range(40) if n != 16)
     assert len(reported) == 1
     assert reported[0].startswith("1 rows dropped: broken JSON: ")
@@ -538,14 +533,13 @@ def test_what_stops_a_stream_reaches_the_worker(ray_cluster: None, plain: Encode
 
 
 def test_rows_that_a_stream_drops_are_reported(drop_log: Any, plain: Encoder, tmp_path: Path) -> None:
-    import ray
 
     path = write(tmp_path / "a.jsonl", BAD_ROWS)
     encoder = Encoder(plain.model_dir, use_chat_template=False, loss_scale="all", max_length=50)
     one_epoch = dataclasses.replace(stream_plan(path), tasks=(((0, 0),),))
     tables = list(task_tokens(one_epoch, 0, 0, encoder, drop_log))
     assert sum(map(len, tables)) == 2
-    reported = [line for event in ray.get(drop_log.drain.remote()) for line in event["lines"]]
+    reported = [line for event in drop_log.ask("drain") for line in event["lines"]]
     assert sorted(reported) == [
         f"1 rows dropped: longer than --max_length 50 (first at {path}:3)",
         f"1 rows dropped: the messages column is empty or not a list (first at {path}:5)",

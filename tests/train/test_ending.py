@@ -28,11 +28,12 @@ FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 class Queue(EventQueue):
-    """An event queue as workers see it, without an actor."""
+    """An event queue as workers see it, in this process."""
 
-    def __getattribute__(self, name: str) -> Any:
-        method = super().__getattribute__(name)
-        return method if name.startswith("_") or name == "drain" else SimpleNamespace(remote=method)
+    def ask(self, name: str, *args: Any) -> Any:
+        return getattr(self, name)(*args)
+
+    tell = ask
 
 
 # --- a full disk ------------------------------------------------------------------------------------------------
@@ -148,7 +149,6 @@ def test_a_worker_stops_when_the_driver_asks_and_saves_once_before_a_machine_goe
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(stopping, "ASK_SECONDS", 0.01)
-    monkeypatch.setattr("ray.get", lambda value: value)
     going: list[Any] = [None]
     monkeypatch.setattr("ray.train.get_preemption_info", lambda: going[0])
     queue = Queue()
@@ -156,7 +156,7 @@ def test_a_worker_stops_when_the_driver_asks_and_saves_once_before_a_machine_goe
     assert notices.wish() is Wish.NOTHING
     going[0] = SimpleNamespace(deadline_ms=1)
     assert [notices.wish() for _ in range(3)] == [Wish.SAVE, Wish.NOTHING, Wish.NOTHING]
-    queue.stop.remote()
+    queue.tell("stop")
     assert notices._stopping.wait(20)
     assert [notices.wish() for _ in range(2)] == [Wish.STOP, Wish.STOP]
 
@@ -171,11 +171,10 @@ def test_the_first_sigterm_asks_the_workers_and_the_second_ends_the_command(
 ) -> None:
     queue, before = Queue(), signal.getsignal(signal.SIGTERM)
     asked = threading.Event()
-    stop = queue.stop.remote
 
     class Asked(Queue):
         def stop(self) -> None:
-            stop()
+            queue.stop()
             asked.set()
 
     def of_command(*_: Any) -> None:
@@ -186,7 +185,7 @@ def test_the_first_sigterm_asks_the_workers_and_the_second_ends_the_command(
         with saved_on_sigterm(Asked()) as ending:
             os.kill(os.getpid(), signal.SIGTERM)
             assert asked.wait(20)
-            assert ending.asked and queue.is_stopping.remote()
+            assert ending.asked and queue.is_stopping()
             with pytest.raises(Terminated):
                 terminate()
         assert signal.getsignal(signal.SIGTERM) is of_command

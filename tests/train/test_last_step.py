@@ -42,7 +42,7 @@ class Kept(Stored):
         assert self.last_step._thread is not None
         self.last_step._thread.join()
         queue: Any = self.queue
-        self.states[queue.kept_step.remote()] = queue.kept_state.remote()
+        self.states[queue.kept_step()] = queue.kept_state()
 
 
 class OtherAdapter(Kept):
@@ -68,19 +68,12 @@ class OtherAdapter(Kept):
         return model
 
 
-@pytest.fixture
-def no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ray.get", lambda value: value)
-
-
 def weights(run: Stored) -> dict[str, torch.Tensor]:
     return {name: value.clone() for name, value in run.trainer.model.named_parameters() if value.requires_grad}
 
 
 @pytest.mark.parametrize("logging_steps", [1, 3])
-def test_a_run_goes_on_from_any_step_that_is_held_to_the_same_bits(
-    tmp_path: Path, no_ray: None, logging_steps: int
-) -> None:
+def test_a_run_goes_on_from_any_step_that_is_held_to_the_same_bits(tmp_path: Path, logging_steps: int) -> None:
     """With dropout, whose random numbers must come back, and moments and a schedule that go on."""
     flags = {"train_type": "lora", "logging_steps": logging_steps, "save_strategy": "no"}
     straight = Kept(tmp_path / "straight", **flags)
@@ -96,7 +89,7 @@ def test_a_run_goes_on_from_any_step_that_is_held_to_the_same_bits(
 
 @pytest.mark.parametrize("kind", ["dora", "counting", "pissa"])
 def test_what_is_held_is_the_checkpoint_of_that_step(
-    tmp_path: Path, no_ray: None, monkeypatch: pytest.MonkeyPatch, kind: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
     monkeypatch.setattr(OtherAdapter, "kind", kind)
     run = OtherAdapter(tmp_path, train_type="lora", save_steps=2, weight_decay=0.1)
@@ -125,13 +118,13 @@ def test_what_is_held_is_the_checkpoint_of_that_step(
     assert kind != "counting" or seen[1] - seen[0] == 2
 
 
-def test_what_is_held_is_taken_where_no_checkpoint_is_as_new(tmp_path: Path, no_ray: None) -> None:
+def test_what_is_held_is_taken_where_no_checkpoint_is_as_new(tmp_path: Path) -> None:
     run = Kept(tmp_path, train_type="lora", save_steps=2)
     store, queue = run.store, run.store.config.events
     store.config.resume = None
     assert store.resume_from(LastStep(store).step()) == (f"{tmp_path}/checkpoint-5", 5, False)
     assert store.resume_from(5)[0] == f"{tmp_path}/checkpoint-5"  # the disk's, of two
-    queue.keep.remote(6, run.states[4], {})
+    queue.ask("keep", 6, run.states[4], {})
     folder, step, told = store.resume_from(LastStep(store).step())
     assert (step, told) == (6, False)
     assert folder is not None
@@ -160,9 +153,7 @@ def test_which_runs_hold_their_steps(settings: dict[str, Any], on: bool) -> None
     assert LastStep(store).is_due() is on
 
 
-def test_holding_steps_costs_a_hundredth_of_the_time(
-    tmp_path: Path, no_ray: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_holding_steps_costs_a_hundredth_of_the_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Training waited 0.2 s, and the thread works 0.8 s of one of two cores: the next one is due in a minute."""
     now, worked = [100.0], iter([0.0, 0.8])
     monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: now[0], thread_time=lambda: next(worked)))

@@ -5,14 +5,16 @@ from __future__ import annotations
 import errno
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+import pickle
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from rayswift.errors import RunFailedError
-from rayswift.train.events import start_event_queue
+from rayswift.train.events import EventQueue, EventsOfActor, start_event_queue
+from rayswift.train.local_events import EventsHere
 from rayswift.train.progress import Progress, format_seconds, plot_rows, read_log
 from rayswift.train.reporters import TensorBoard
 from rayswift.train.run_directory import RunDirectory
@@ -58,10 +60,8 @@ Watch = Callable[..., Progress]
 
 
 @pytest.fixture(scope="module")
-def watch(ray_cluster: None) -> Iterator[Watch]:
-    """What the driver does around a training that sends these events. All of them share the queue's process."""
-    import ray
-
+def watch() -> Watch:
+    """What the driver does around a training that sends these events. All of them share the queue."""
     queue = start_event_queue()
 
     def watched(
@@ -69,12 +69,11 @@ def watch(ray_cluster: None) -> Iterator[Watch]:
     ) -> Progress:
         with Progress(queue, PLAN, run, reporters, **options) as progress:
             for event in events:
-                ray.get(queue.push.remote(event))
-        assert ray.get(queue.drain.remote()) == []
+                queue.tell("push", event)
+        assert queue.ask("drain") == []
         return progress
 
-    yield watched
-    ray.kill(queue)
+    return watched
 
 
 def log(step: int, loss: float) -> dict[str, Any]:
@@ -226,17 +225,17 @@ def test_a_log_that_cannot_be_written_is_said_once_and_made_whole_later(
     assert [row["global_step/max_steps"].split("/")[0] for row in read_log(run)] == ["1", "2", "3", "4"]
 
 
-def test_only_the_newest_of_waiting_steps_is_kept_and_nothing_else_is_lost(ray_cluster: None) -> None:
-    import ray
-
-    queue = start_event_queue()
+@pytest.mark.parametrize("where", ["in the driver", "an actor"])
+def test_only_the_newest_of_waiting_steps_is_kept_and_nothing_else_is_lost(where: str, ray_cluster: None) -> None:
+    queue = EventsHere(EventQueue()) if where == "in the driver" else EventsOfActor({})
+    worker = pickle.loads(pickle.dumps(queue)) if where == "in the driver" else queue
     for step in (1, 2, 3):
-        queue.push.remote({"event": "step", "step": step})
-    queue.push.remote(log(3, 1.0))
-    queue.push.remote({"event": "step", "step": 4})
-    assert ray.get(queue.drain.remote()) == [{"event": "step", "step": 3}, log(3, 1.0), {"event": "step", "step": 4}]
-    assert ray.get(queue.drain.remote()) == []
-    ray.kill(queue)
+        worker.tell("push", {"event": "step", "step": step})
+    worker.tell("push", log(3, 1.0))
+    worker.tell("push", {"event": "step", "step": 4})
+    queue.settle()
+    assert queue.ask("drain") == [{"event": "step", "step": 3}, log(3, 1.0), {"event": "step", "step": 4}]
+    assert queue.ask("drain") == []
 
 
 def test_a_run_without_rows_has_no_pictures(run: RunDirectory) -> None:

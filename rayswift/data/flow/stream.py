@@ -74,7 +74,7 @@ def stream_tokens(
     Args:
         plan: the frozen plan.
         encoder: turns standard rows into token ids.
-        drop_log: an actor whose ``push`` takes ``{"event": "drops", ...}``; where dropped rows are reported.
+        drop_log: the run's event queue, which is told of dropped rows by ``push`` of ``{"event": "drops", ...}``.
         start: the place to begin at; tasks before it are not run.
         reader: the :class:`StreamReader` that says when enough is ready; None: read on.
         num_cpus: what each task asks of Ray.
@@ -184,7 +184,7 @@ def _tell(drops: DropReport, strict: bool, drop_log: Any | None) -> None:
     if strict:
         refuse_bad_rows(drops, strict)
     if (drops.counts or drops.notes) and drop_log is not None:
-        drop_log.push.remote({"event": "drops", "lines": drops.lines()})
+        drop_log.tell("push", {"event": "drops", "lines": drops.lines()})
 
 
 def _shuffled(rows: Iterator[PlacedRow], plan: StreamPlan, rng: Any) -> Iterator[list[PlacedRow]]:

@@ -40,8 +40,10 @@ class HeldState:
         return cls(files, pickle.dumps(places), [buffer.view(torch.uint8).numpy() for buffer in buffers])
 
     def of_its_own(self) -> HeldState:
-        """The same without memory that another process has lent."""
-        return replace(self, buffers=[bytes(buffer) for buffer in self.buffers])
+        """The same without memory that another process has lent (Ray does, to read)."""
+        lent = [memoryview(buffer).readonly for buffer in self.buffers]
+        found = zip(self.buffers, lent, strict=True)
+        return replace(self, buffers=[bytes(buffer) if is_lent else buffer for buffer, is_lent in found])
 
     def write(self, folder: str) -> None:
         """Make it a checkpoint that training goes on from."""

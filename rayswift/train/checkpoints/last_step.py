@@ -53,10 +53,8 @@ class LastStep:
 
     def step(self) -> int:
         """The step whose state is held; 0 where there is none, and on other ranks than the first."""
-        import ray
-
         events = self._store.config.events
-        return int(ray.get(events.kept_step.remote())) if self.is_on and self._store.rank.rank == 0 else 0
+        return int(events.ask("kept_step")) if self.is_on and self._store.rank.rank == 0 else 0
 
     def keep(self, trainer: StepTraining) -> None:
         """Hold the state that training has now."""
@@ -107,11 +105,9 @@ class LastStep:
         return True
 
     def _send(self, state: Callable[[], HeldState], step: int, seconds: dict[str, float], waited: float) -> None:
-        import ray
-
         began = time.thread_time()
         try:
-            ray.get(self._store.config.events.keep.remote(step, state(), seconds))
+            self._store.config.events.ask("keep", step, state(), seconds)
         except Exception as error:  # no room for its files, the driver is gone: checkpoints are what is left
             logger.warning("the state after step %s is not kept: %s", step, one_line(error))
         worked = (time.thread_time() - began) / (os.cpu_count() or 1)

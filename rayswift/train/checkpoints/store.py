@@ -120,7 +120,6 @@ class CheckpointStore:
 
     def fetch(self, uri: str) -> str:
         """A checkpoint as a folder of this node; every worker calls it."""
-        import ray
         import torch
 
         if "://" not in uri:
@@ -129,7 +128,7 @@ class CheckpointStore:
         if self.local_rank == 0:
             shutil.rmtree(local, ignore_errors=True)
             if uri.startswith(KEPT):
-                ray.get(self.config.events.kept_state.remote()).write(local)
+                self.config.events.ask("kept_state").write(local)
             else:
                 filesystem, path = filesystem_of(uri)
                 fs.copy_files(path, local, source_filesystem=filesystem)
@@ -169,7 +168,7 @@ class CheckpointStore:
             line = (f"warning: {self.run_path} has room for {free / 2**30:.2f} GiB, and two checkpoints take about "
                     f"{need / 2**30:.2f}: those that find none are not saved (--save_total_limit 1 keeps one, "
                     "--save_only_model true saves no optimiser)")  # fmt: skip
-            self.config.events.push.remote({"event": "note", "line": line})
+            self.config.events.tell("push", {"event": "note", "line": line})
 
     def save(self, trainer: StepTraining, write: Callable[[], None]) -> bool:
         """Save this step's checkpoint: while training goes on where its state can be copied (:meth:`settle` waits for
@@ -281,7 +280,7 @@ class CheckpointStore:
             whole = checkpoints.list_checkpoints(self.filesystem, self.run_path)
             last = os.path.basename(whole[-1].path) if whole else "there is none yet"
             line = f"{name} was not saved ({reason}); training goes on, the last whole checkpoint: {last}"
-            self.config.events.push.remote({"event": "note", "line": line})
+            self.config.events.tell("push", {"event": "note", "line": line})
         if self.local_rank == 0:
             shutil.rmtree(local, ignore_errors=True)
         self.of_all(None)  # nobody begins the next one before this is gone
@@ -337,7 +336,7 @@ class CheckpointStore:
         waited for it, and how long it took."""
         checkpoints.end_checkpoint(self.filesystem, self.run_path, f"checkpoint-{step}")
         self.keep(step, best, best_path)
-        self.config.events.push.remote({"event": "checkpoint", "step": step, "best": best, **times})
+        self.config.events.tell("push", {"event": "checkpoint", "step": step, "best": best, **times})
 
     def keep(self, last: int, best: int | None, best_path: str | None) -> None:
         """Rank 0: keep the checkpoints that ``--save_total_limit`` means, and name the last and the best."""
