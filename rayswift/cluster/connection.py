@@ -74,6 +74,8 @@ def connect(args: Any) -> Cluster:
     os.environ.setdefault("RAY_raylet_start_wait_time_s", "120")
     # Ray's workers would be the first to wait for whatever else runs on this machine.
     os.environ.setdefault("RAY_worker_niceness", "0")
+    # One process for each core, before anybody asks for one: each wakes a hundred times a second while others work.
+    os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
     # RaySwift shows progress itself; Ray Data's full log stays in its file.
     os.environ.setdefault("RAY_DATA_LOG_LEVEL", "ERROR")
     import ray
