@@ -345,7 +345,11 @@ def _torch_trainer(config: WorkerConfig, machines: Machines, run: RunDirectory, 
         start_spares=functools.partial(start_spares, model_dir, len(machines.warm)),
         train_loop_config={"config": config},
         torch_config=torch_config(
-            None if workers.use_gpu else "gloo", config.args.ddp_timeout, embedded=machines.embedded
+            None if workers.use_gpu else "gloo",
+            config.args.ddp_timeout,
+            embedded=machines.embedded,
+            # DeepSpeed makes a group where it finds none, and so may Accelerate for accelerators.
+            alone=workers.num_workers == 1 and not workers.use_gpu and not config.args.deepspeed,
         ),
         scaling_config=ScalingConfig(
             num_workers=workers.num_workers,

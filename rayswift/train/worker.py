@@ -148,7 +148,7 @@ def prepare_process(config: WorkerConfig, rank: Rank, local_world_size: int) -> 
         from rayswift.train.deepspeed import prepare_deepspeed
 
         prepare_deepspeed(config.use_gpu, local_world_size)
-    elif rank.world_size == 1 and torch.cuda.device_count() <= 1:
+    elif rank.world_size == 1 and (not config.use_gpu or torch.cuda.device_count() <= 1):
         # Accelerate reads it, and would wrap the model for a group of one. (Of several GPUs without it, the Trainer
         # would make replicas.)
         os.environ.pop("LOCAL_RANK", None)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from command_line import QUICK, distinct_rows, start, wait_for
+from command_line import QUICK, distinct_rows, start, train_workers, wait_for
 from serving import beyond_this_machine, free_port, listening
 
 pytestmark = pytest.mark.slow
@@ -45,6 +45,9 @@ def test_beside_one_training_worker_runs_nothing_that_only_idles(tiny_dir: str, 
     try:
         wait_for(lambda: "'loss'" in log.read_text(errors="replace"), 300, "the first step")
         running = [one.cmdline() for one in psutil.Process(process.pid).children(recursive=True)]
+        (worker,) = train_workers(process.pid)
+        threads = [path.read_text().strip() for path in Path(f"/proc/{worker.pid}/task").glob("*/comm")]
+        assert not [name for name in threads if "gloo" in name]
         names = sorted(words[0].removeprefix("ray::") for words in running if words and words[0].startswith("ray::"))
         assert names == ["RayTrainWorker", "RuntimeEnvAgent"]
         others = [one for one in running if one and not one[0].startswith("ray::")]

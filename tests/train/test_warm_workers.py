@@ -131,6 +131,31 @@ def test_a_notebook_leaves_the_controller_to_a_process_of_its_own(
     assert warm == []  # they wait for a controller in this process
 
 
+def test_a_worker_alone_joins_no_group_but_knows_which_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    from rayswift.train.start import torch_config
+    from rayswift.train.start.local_group import join_group
+
+    own = {"world_rank": 0, "world_size": 1, "local_rank": 0, "local_world_size": 1, "node_rank": 0}
+    context = SimpleNamespace(**{f"get_{name}": lambda value=value: value for name, value in own.items()})
+    monkeypatch.setattr("ray.train.get_context", lambda: context)
+    monkeypatch.setattr("ray.train.torch.get_device", lambda: "cpu")
+    monkeypatch.setattr(os, "environ", dict(os.environ))
+    given: list[Any] = []
+    group: Any = type("Group", (), {"__len__": lambda self: 1, "get_resources_per_worker": lambda self: {},
+                                    "execute": lambda self, *args: given.append(args)})()  # fmt: skip
+    for alone in (True, False):
+        config = torch_config("gloo", 1800, embedded=True, alone=alone)
+        config.backend_cls().on_start(group, config)
+    assert [backend for _, _, backend, *_ in given] == [None, "gloo"]
+    join, *args = given[0]
+    assert join is join_group
+    join(*args)
+    assert not torch.distributed.is_initialized()
+    assert (os.environ["RANK"], os.environ["WORLD_SIZE"], os.environ["ACCELERATE_TORCH_DEVICE"]) == ("0", "1", "cpu")
+
+
 def test_a_worker_alone_waits_for_nobody(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     """Ray Train's own groups, shared state and calls, with what stands in for their actor."""
     from ray.train.v2._internal.execution.checkpoint.sync_actor import SynchronizationActor

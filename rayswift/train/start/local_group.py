@@ -10,6 +10,7 @@ import secrets
 import shutil
 import sys
 import tempfile
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
@@ -25,8 +26,12 @@ ADDRESS = "127.0.0.1"
 _LEAVE_SECONDS = 30
 
 
+@dataclass
 class LocalTorchConfig(TorchConfig):
-    """Ray Train's ``TorchConfig`` for workers that are all on this machine."""
+    """Ray Train's ``TorchConfig`` for workers that are all on this machine. ``alone``: one worker, which needs no group
+    (gloo's thread wakes a hundred times a second)."""
+
+    alone: bool = False
 
     @property
     def backend_cls(self) -> type:
@@ -42,10 +47,9 @@ class _LocalBackend(Backend):
         self._folder = tempfile.mkdtemp(prefix="rayswift-group-")
         self._shared_memory = secrets.randbelow(2**16), len(worker_group)
         gpus = worker_group.get_resources_per_worker().get("GPU", 0)
-        worker_group.execute(
-            join_group, os.path.join(self._folder, "store"), backend_config.backend or ("nccl" if gpus else "gloo"),
-            backend_config.timeout_s, self._shared_memory[0],
-        )  # fmt: skip
+        backend = None if backend_config.alone else backend_config.backend or ("nccl" if gpus else "gloo")
+        store = os.path.join(self._folder, "store")
+        worker_group.execute(join_group, store, backend, backend_config.timeout_s, self._shared_memory[0])
 
     def on_shutdown(self, worker_group: Any, backend_config: LocalTorchConfig) -> None:
         try:
@@ -64,8 +68,9 @@ class _LocalBackend(Backend):
             unlink_shared_memory(ADDRESS, str(port), rank)
 
 
-def join_group(store: str, backend: str, timeout_s: int, port: int) -> None:
-    """What each worker does: join the process group by the file ``store``, with connections inside this machine."""
+def join_group(store: str, backend: str | None, timeout_s: int, port: int) -> None:
+    """What each worker does: join the process group by the file ``store``, with connections inside this machine, and
+    without a ``backend`` only learn which worker it is."""
     import torch.distributed
     from ray.train.torch import get_device
 
@@ -79,6 +84,8 @@ def join_group(store: str, backend: str, timeout_s: int, port: int) -> None:
     }  # fmt: skip
     for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
         os.environ.setdefault(name, "lo0" if sys.platform == "darwin" else "lo")
+    if backend is None:
+        return
     torch.distributed.init_process_group(
         backend, init_method=f"file://{store}", rank=own.get_world_rank(), world_size=own.get_world_size(),
         timeout=timedelta(seconds=timeout_s),
