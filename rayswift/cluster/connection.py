@@ -28,8 +28,8 @@ START_TRIES = 3
 class Cluster:
     """What the connected cluster has, counting the nodes its autoscaler may still start.
 
-    ``embedded``: no address was given. ``started``: this connection started the Ray, so its caller may end it.
-    ``kinds``: its nodes; empty where only their sums are known.
+    ``embedded``: this machine alone, without an address. ``started``: this connection started the Ray, so its caller
+    may end it. ``kinds``: its nodes; empty where only their sums are known.
     """
 
     embedded: bool
@@ -85,12 +85,12 @@ def connect(args: Any) -> Cluster:
         _start_ray(address)
     resources = ray.cluster_resources()
     limits = private.autoscaler_limits()
-    kinds = node_kinds()
+    kinds, nodes = node_kinds(), sum(node["Alive"] for node in ray.nodes())
     return Cluster(
-        embedded=address is None,
+        embedded=address is None and nodes < 2,  # a program may have connected to a cluster itself
         cpus=most_cpus(),
         gpus=max(resources.get("GPU", 0), limits.get("GPU", 0)),
-        nodes=sum(node["Alive"] for node in ray.nodes()),
+        nodes=nodes,
         gpus_per_node=int(max((kind.resources.get("GPU", 0) for kind in kinds), default=0)),
         started=is_new and address is None,
         kinds=kinds,

@@ -154,3 +154,7 @@ def test_connecting_keeps_a_running_ray(ray_cluster: None, monkeypatch: pytest.M
     assert (found.embedded, found.cpus, found.nodes) == (True, 3, 1)
     assert ray.get_runtime_context().get_node_id() == node
     assert plan_workers(arguments(num_workers=2, use_gpu=False), found).resources_per_worker == {"CPU": 1.0}
+    nodes = ray.nodes()
+    monkeypatch.setattr("ray.nodes", lambda: nodes * 2)  # of a cluster that a program has connected to
+    found = cluster.connect(arguments())
+    assert (found.embedded, found.nodes) == (False, 2)
