@@ -120,9 +120,9 @@ def _mask(values: torch.Tensor, seed: torch.Tensor | None, p: float) -> torch.Te
     """
     if seed is None or seed.dtype == torch.bool:
         return seed
-    generator = np.random.Generator(np.random.SFC64(seed.numpy()))
     count = values.numel()
-    random = torch.from_numpy(generator.integers(0, 2**64, (count + 3) // 4, np.uint64)).view(torch.int16)[:count]
+    # Without a Generator around it, which takes half as long again; the numbers are the same.
+    random = torch.from_numpy(np.random.SFC64(seed.numpy()).random_raw((count + 3) // 4)).view(torch.int16)[:count]
     mask = random.ge_(_dropped(p) - _VALUES // 2).neg_()
     return mask.to(_BITS[values.element_size()]).view(values.shape)
 

@@ -102,10 +102,22 @@ def build_model(
         from rayswift.train.fused_lora import fuse_lora
 
         fuse_lora(model)
+    if _computes_here(args):
+        from rayswift.train.fused_layers import fuse_layers
+
+        fuse_layers(model)
     if checkpointing:
         # Frozen embeddings give inputs without gradients, and recomputed layers would then have none either.
         model.enable_input_require_grads()
     return model
+
+
+def _computes_here(args: Any) -> bool:
+    """Whether PyTorch's own operations for CPUs train the model, with all of its weights in this process."""
+    import torch
+
+    is_whole = zero_stage(deepspeed_config(args.deepspeed)) != 3
+    return is_whole and not (torch.accelerator.is_available() or args.torch_compile)
 
 
 def _freeze_unused_head(model: Any) -> None:
