@@ -81,7 +81,7 @@ def test_room_for_two_checkpoints_is_looked_at_before_the_first_step(
     args = SimpleNamespace(save_only_model=False)
     weights = sum(weight.numel() for weight in model.parameters()) * 4
     assert checkpoint_bytes(model, args) == 3 * weights
-    events = SimpleNamespace(push=SimpleNamespace(remote=lambda event: said.append(event["line"])))
+    events = SimpleNamespace(tell=lambda name, event: said.append(event["line"]))
     config: Any = SimpleNamespace(args=args, run_uri=str(tmp_path), events=events)
     for free, lines in ((6 * weights, 0), (6 * weights - 1, 1)):
         monkeypatch.setattr("shutil.disk_usage", lambda path, free=free: SimpleNamespace(free=free))
