@@ -1,4 +1,4 @@
-"""The event queue of a run on one machine: in the driver's process, where threads serve workers over a socket of files.
+"""The event queue of a run on one machine: in the driver's process, where threads serve workers over a Unix socket.
 
 An actor would be one more process of Ray's, which wakes a hundred times a second beside the training that it counts.
 Who opens the socket must know the run's key, and the folder is the user's alone.

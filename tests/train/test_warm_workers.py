@@ -15,6 +15,7 @@ from typing import Any
 
 import psutil
 import pytest
+from command_line import QUICK, distinct_rows, start, train_workers, wait_for
 
 
 def fit(
@@ -264,3 +265,27 @@ def test_lost_workers_are_replaced_by_warm_ones_and_the_next_time_one_waits(
     assert warm == []
     monkeypatch.setattr(warm_workers, "free_bytes", lambda: warm_workers.SPARE_BYTES)
     assert warm_workers.start_spares(smollm2_dir, 1) == []
+
+
+@pytest.mark.slow
+def test_beside_one_training_worker_runs_nothing_that_only_idles(tiny_dir: str, tmp_path: Path) -> None:
+    """Of Ray's Python processes each wakes a hundred times a second."""
+    data = distinct_rows(tmp_path / "rows.jsonl", 64)
+    log = tmp_path / "log"
+    process = start("sft", "--model", tiny_dir, "--dataset", str(data), *QUICK, "--max_steps", "100000",
+                    "--use_gpu", "false", "--output_dir", str(tmp_path / "out"), log=log)  # fmt: skip
+    try:
+        wait_for(lambda: "'loss'" in log.read_text(errors="replace"), 300, "the first step")
+        running = [one.cmdline() for one in psutil.Process(process.pid).children(recursive=True)]
+        (worker,) = train_workers(process.pid)
+        threads = [path.read_text().strip() for path in Path(f"/proc/{worker.pid}/task").glob("*/comm")]
+        assert not [name for name in threads if "gloo" in name]
+        names = sorted(words[0].removeprefix("ray::") for words in running if words and words[0].startswith("ray::"))
+        assert names == ["RayTrainWorker", "RuntimeEnvAgent"]
+        others = [one for one in running if one and not one[0].startswith("ray::")]
+        assert len(others) == 3, others  # of Ray: the control service, the raylet, what the raylet has to watch
+    finally:
+        process.send_signal(signal.SIGINT)
+        process.wait(60)
+    assert "Traceback" not in log.read_text()
+    assert "rayswift.train" not in log.read_text()  # of a logger: something moved
