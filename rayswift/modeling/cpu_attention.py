@@ -73,7 +73,8 @@ def _products_by_onednn(dtype: torch.dtype) -> Iterator[None]:
 
     PyTorch gives it those that it may compute from bfloat16 parts, summed in float32: of bfloat16 values, the same.
     """
-    settings: Any = torch.backends.mkldnn.matmul
+    mkldnn: Any = torch.backends.mkldnn
+    settings = mkldnn.matmul
     before = settings.fp32_precision
     if dtype == torch.bfloat16:
         settings.fp32_precision = "bf16"
