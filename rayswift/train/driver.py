@@ -141,10 +141,6 @@ def _connect(inputs: Inputs) -> Machines:
     from rayswift.modeling.loading import parameter_counts, supports_bfloat16
 
     args, model_dir = inputs.args, inputs.model_dir
-    if args.train_type != "full" and not ray_cluster.has_nvidia_driver():
-        # CPU workers with the allocator of Ray's own processes (where this starts a Ray): glibc's leaves a quarter more
-        # behind. It gives pages back, which full training, with its large gradients, would feel.
-        os.environ.setdefault("RAY_LD_PRELOAD_ON_WORKERS", "1")
     cluster = ray_cluster.connect(args)
     workers = ray_cluster.plan_workers(args, cluster)
     quick_look(cluster, inputs.base)

@@ -280,7 +280,6 @@ def test_beside_one_training_worker_runs_nothing_that_only_idles(tiny_dir: str, 
         (worker,) = train_workers(process.pid)
         threads = [path.read_text().strip() for path in Path(f"/proc/{worker.pid}/task").glob("*/comm")]
         assert not [name for name in threads if "gloo" in name]
-        assert "jemalloc" in Path(f"/proc/{worker.pid}/maps").read_text()  # Ray's own
         names = sorted(words[0].removeprefix("ray::") for words in running if words and words[0].startswith("ray::"))
         assert names == ["RayTrainWorker", "RuntimeEnvAgent"]
         others = [one for one in running if one and not one[0].startswith("ray::")]
