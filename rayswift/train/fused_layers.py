@@ -18,25 +18,18 @@ from torch.overrides import TorchFunctionMode
 def fuse_layers(model: Any) -> None:
     """Train the RMSNorm layers and gated MLPs of ``model`` as one operation each, where that gives what they give, to
     the bit."""
-    forms: dict[type, _Norm | None] = {}
-    gated: dict[type, bool] = {}
     norms = []
     with torch.no_grad():
         for layer in model.modules():
-            kind = type(layer)
+            # Each for itself: layers of one class differ (DeepSeek's norms in eps, Gemma 3n's MLPs in what they drop).
             if "forward" in vars(layer):
                 continue
-            if kind.__name__.endswith("RMSNorm"):
-                if kind not in forms:
-                    forms[kind] = _norm_form(layer)
-                if (form := forms[kind]) is not None:
+            if type(layer).__name__.endswith("RMSNorm"):
+                if (form := _norm_form(layer)) is not None:
                     layer.rms_norm, layer.forward = form, MethodType(_norm, layer)
                     norms.append(layer)
-            elif all(hasattr(layer, name) for name in ("gate_proj", "up_proj", "down_proj", "act_fn")):
-                if kind not in gated:
-                    gated[kind] = _is_gated(layer)
-                if gated[kind]:
-                    layer.forward = MethodType(_mlp, layer)
+            elif _is_gated(layer):
+                layer.forward = MethodType(_mlp, layer)
         if any(norm.weight.dtype == torch.float32 for norm in norms):
             _find_products(model, norms)
 
@@ -74,8 +67,11 @@ def _norm_form(layer: Any) -> _Norm | None:
 
 def _is_gated(layer: Any) -> bool:
     """Whether an MLP is ``down(activation(gate) * up)``, and its activation without weights of its own."""
+    if not all(hasattr(layer, name) for name in ("gate_proj", "up_proj", "down_proj", "act_fn")):
+        return False
     base = getattr(layer.gate_proj, "base_layer", layer.gate_proj)
-    if type(base) is not nn.Linear or any(True for _ in layer.act_fn.parameters()):
+    own = list(layer.act_fn.parameters()) if isinstance(layer.act_fn, nn.Module) else []
+    if type(base) is not nn.Linear or own:
         return False
     training = layer.training
     layer.eval()  # dropout is random

@@ -117,3 +117,24 @@ def test_what_is_another_layer_stays() -> None:
     model.model.layers[0].mlp.act_fn = nn.PReLU()  # its weight is trained
     fuse_layers(model)
     assert fused(model) == (2, 0)
+
+
+def test_layers_of_one_class_are_looked_at_one_by_one() -> None:
+    """DeepSeek's norms differ in eps; Gemma 3n's MLPs, in what their first layers drop."""
+    model = llama(num_hidden_layers=2)
+    first, second = model.model.layers
+    first.input_layernorm.variance_epsilon = 0.5
+    del second.input_layernorm.weight
+    second.input_layernorm.weight = None
+    own = type(second.mlp).forward
+    second.mlp.__class__ = type(
+        "OtherMLP", (type(second.mlp),), {"forward": lambda self, x: own(self, x) * self.factor}
+    )
+    first.mlp.__class__ = second.mlp.__class__
+    first.mlp.factor, second.mlp.factor = 1.0, 2.0
+    del first.mlp.act_fn
+    first.mlp.act_fn = torch.nn.functional.silu  # a function, in models with code of their own
+    fuse_layers(model)
+    assert first.input_layernorm.rms_norm.eps == 0.5
+    assert not hasattr(second.input_layernorm, "rms_norm")
+    assert ("forward" in vars(first.mlp), "forward" in vars(second.mlp)) == (True, False)
