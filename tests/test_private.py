@@ -550,7 +550,14 @@ def test_a_replica_says_in_one_line_what_it_misses() -> None:
 def test_pytorch_knows_the_cpus_bfloat16_and_without_that_its_instructions(monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
 
-    assert private.cpu_has_bfloat16() == torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    supported = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    assert private.cpu_has_bfloat16() == supported
+
+    def no_file(*_: Any) -> None:
+        raise FileNotFoundError
+
+    monkeypatch.setattr(private, "open", no_file, raising=False)  # where there is no /proc
+    assert private.cpu_has_bfloat16() == supported
     monkeypatch.setattr(torch.ops, "mkldnn", SimpleNamespace())
     for capability, expected in (("AVX512", True), ("AVX2", False), ("NO AVX", False)):
         monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda capability=capability: capability)

@@ -91,10 +91,10 @@ def resolve_dtype(requested: str | None, model_dir: str, use_gpu: bool, *, train
 
 def supports_bfloat16(use_gpu: bool) -> bool:
     """True when the device computes in bfloat16 at speed. A driver that sees no GPU itself trusts the workers' GPUs."""
-    import torch
-
     if not use_gpu:
         return private.cpu_has_bfloat16()
+    import torch
+
     return not torch.cuda.is_available() or torch.cuda.is_bf16_supported(including_emulation=False)
 
 

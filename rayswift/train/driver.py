@@ -345,7 +345,7 @@ def _torch_trainer(config: WorkerConfig, machines: Machines, run: RunDirectory, 
         start_spares=functools.partial(start_spares, model_dir, len(machines.warm)),
         train_loop_config={"config": config},
         torch_config=torch_config(
-            None if workers.use_gpu else "gloo",
+            "nccl" if workers.use_gpu else "gloo",
             config.args.ddp_timeout,
             embedded=machines.embedded,
             # DeepSpeed makes a group where it finds none, and so may Accelerate for accelerators.

@@ -1,11 +1,13 @@
 """RMSNorm and gated MLPs as one operation each, for training on CPUs: fewer passes over memory, less that is kept.
 
-Transformers' RMSNorm keeps its input twice in float32; a gated MLP keeps what its activation gives beside its inputs.
-Here the inputs alone are kept. Which layers these are is tried out on random numbers: no list of classes says so.
+Transformers' RMSNorm keeps its input twice in float32; a gated MLP keeps what its activation gives beside its inputs;
+and the linear layers behind both keep their results. Here the inputs alone are kept. Which layers these are is tried
+out on random numbers: no list of classes says so.
 """
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, replace
 from types import MethodType
 from typing import Any
@@ -13,6 +15,8 @@ from typing import Any
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
+
+from rayswift.train.made_again import MadeAgain, made_again
 
 
 def fuse_layers(model: Any) -> None:
@@ -32,6 +36,14 @@ def fuse_layers(model: Any) -> None:
                 layer.forward = MethodType(_mlp, layer)
         if any(norm.weight.dtype == torch.float32 for norm in norms):
             _find_products(model, norms)
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+
+    @functools.wraps(type(base).forward)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        with made_again():
+            return type(self).forward(self, *args, **kwargs)
+
+    base.forward = MethodType(forward, base)
 
 
 @dataclass(frozen=True)
@@ -99,42 +111,48 @@ def _is_same(layer: Any, fused: Any, *args: Any) -> bool:
 
 
 def _norm(layer: Any, values: torch.Tensor) -> torch.Tensor:
-    return _RmsNorm.apply(values, layer.weight, layer.rms_norm)
+    return _RmsNorm.of(values, layer.weight, layer.rms_norm)
 
 
-class _RmsNorm(torch.autograd.Function):
+class _RmsNorm(MadeAgain):
     """``(weight + offset) · values / rms(values)`` over the last dimension; float32 inside."""
 
     @staticmethod
     def forward(ctx: Any, values: torch.Tensor, weight: torch.Tensor, form: _Norm) -> torch.Tensor:
-        wide = values.float()
-        scale = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + form.eps)
+        scale = torch.rsqrt(values.float().pow(2).mean(-1, keepdim=True) + form.eps)
         ctx.save_for_backward(values, weight, scale)
-        ctx.offset = form.offset
-        factor = weight.float() + form.offset if form.late else weight
-        result = wide * scale
-        result = result.mul_(factor).to(values.dtype) if form.late else result.to(values.dtype) * factor
-        if form.for_products and torch.is_autocast_enabled("cpu"):
-            result = result.to(torch.get_autocast_dtype("cpu"))
-        return result
+        narrow = form.for_products and torch.is_autocast_enabled("cpu")
+        ctx.form, ctx.dtype = form, torch.get_autocast_dtype("cpu") if narrow else None
+        return _RmsNorm.make(ctx, values, weight, scale)[0]
+
+    @staticmethod
+    def make(ctx: Any, *kept: Any) -> tuple[torch.Tensor, Any]:
+        """The result and the values over their root mean square."""
+        values, weight, scale = kept
+        normal = values.float() * scale
+        if ctx.form.late:
+            result = (normal * (weight.float() + ctx.form.offset)).to(values.dtype)
+        else:
+            result = normal.to(values.dtype) * weight
+        return result if ctx.dtype is None else result.to(ctx.dtype), normal
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         values, weight, scale = ctx.saved_tensors
-        normal, gradient = values.float() * scale, grads[0].float()
+        normal, gradient = _RmsNorm.take(ctx), grads[0].float()
         of_weight = None
         if ctx.needs_input_grad[1]:
             of_weight = (gradient * normal).flatten(0, -2).sum(0).to(weight.dtype)
-        of_normal = gradient * (weight.float() + ctx.offset if ctx.offset else weight)
+        of_normal = gradient * (weight.float() + ctx.form.offset if ctx.form.offset else weight)
         mean = (of_normal * normal).mean(-1, keepdim=True)
         return of_normal.addcmul_(normal, mean, value=-1).mul_(scale).to(values.dtype), of_weight, None
 
 
 def _mlp(layer: Any, values: torch.Tensor) -> torch.Tensor:
-    return layer.down_proj(_Gated.apply(layer.gate_proj(values), layer.up_proj(values), layer.act_fn))
+    return layer.down_proj(_Gated.of(layer.gate_proj(values), layer.up_proj(values), layer.act_fn))
 
 
-class _Gated(torch.autograd.Function):
+class _Gated(MadeAgain):
     """``activation(gate) * up``."""
 
     @staticmethod
@@ -144,11 +162,18 @@ class _Gated(torch.autograd.Function):
         return activation(gate) * up
 
     @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        gate, up = ctx.saved_tensors
+    def make(ctx: Any, *kept: Any) -> tuple[torch.Tensor, Any]:
+        """The result, and the activation with the way back to its input."""
+        gate, up = kept
         with torch.enable_grad():
             given = gate.detach().requires_grad_()
             activated = ctx.activation(given)
+        return activated.detach() * up, (given, activated)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        _, up = ctx.saved_tensors
+        given, activated = _Gated.take(ctx)
         (of_gate,) = torch.autograd.grad(activated, given, grads[0] * up)
         return of_gate, grads[0] * activated.detach(), None
 

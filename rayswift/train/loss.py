@@ -23,6 +23,8 @@ logger = logging.getLogger("rayswift.train.loss")
 #: Memory of one chunk's logits in float32: large products keep a GPU busy; on CPUs the passes over them stay in the
 #: cache, and glibc keeps what is freed (beyond 32 MiB it does not).
 CHUNK_BYTES, CHUNK_BYTES_CPU = 64 * 2**20, 16 * 2**20
+#: On CPUs, memory of the gradients that make one product.
+GROUP_BYTES_CPU = 24 * 2**20
 
 
 @dataclass
@@ -82,7 +84,7 @@ class LossHead:
     ) -> Iterator[list[Scored]]:
         """Forward passes inside score ``labels`` (int64 (rows, length), −100 where not trained; position t is
         predicted at t − 1), each token's loss times its weight (float (rows, length)). What they found is in the
-        list when the block ends; logits of theirs are those of the first position only. ``smoothing``: instead of
+        list when the block ends; logits of theirs are zeros of one position. ``smoothing``: instead of
         ``label_smoothing``. ``places``: :func:`trained_places` of the labels, found on the host."""
         found: list[Scored] = []
         places = trained_places(labels) if places is None else places
@@ -107,7 +109,7 @@ class LossHead:
             smoothing,
         )
         found.append(Scored(loss, right))
-        return self._logits(hidden[:, :1])
+        return hidden.new_zeros(len(hidden), 1, layer.out_features)
 
 
 def trained_places(labels: torch.Tensor) -> torch.Tensor:
@@ -142,40 +144,44 @@ class _HeadLoss(torch.autograd.Function):
         loss = torch.zeros((), dtype=torch.float32, device=device)
         right = torch.zeros((), dtype=torch.int64, device=device)
         size = max((CHUNK_BYTES_CPU if device.type == "cpu" else CHUNK_BYTES) // (4 * vocabulary), 16)
-        # A sum into the weight's gradient passes over all of it. One for as many tokens as a state has values is little
-        # beside the product, and their gradients take no more memory than the weight's.
+        # The gradients of a group of tokens make one product. A sum into the weight's gradient passes over all of it:
+        # one for as many tokens as a state has values is little beside the product, and their gradients take no more
+        # memory than the weight's. Without it a CPU multiplies some chunks at once a quarter faster than each.
         group = hidden.shape[-1] if for_weight else size
+        if device.type == "cpu" and not for_weight:
+            group = max(GROUP_BYTES_CPU // (dtype.itemsize * vocabulary) // size, 1) * size
         for begin in range(0, len(targets), group):
             end = min(begin + group, len(targets))
-            kept = torch.empty(end - begin, vocabulary, dtype=dtype, device=device) if for_weight else None
+            kept = torch.empty(end - begin, vocabulary, dtype=dtype, device=device) if for_hidden or for_weight else None
             for start in range(begin, end, size):
                 part = slice(start, min(start + size, end))
-                wanted, states = targets[part, None], inputs[part]
-                values = states @ matrix.t()
+                wanted = targets[part, None]
+                values = inputs[part] @ matrix.t()
                 logits = bend((values if bias is None else values + bias).float())
-                right += (logits.argmax(-1) == wanted[:, 0]).sum()
-                normaliser = logits.logsumexp(-1)
-                losses = normaliser - (1 - smoothing) * logits.gather(1, wanted)[:, 0]
+                likeliest = logits.argmax(-1, keepdim=True)
+                right += (likeliest == wanted).sum()
+                gradient = torch.softmax(logits, -1)
+                normaliser = logits.gather(1, likeliest) - gradient.gather(1, likeliest).log()
+                losses = (normaliser - (1 - smoothing) * logits.gather(1, wanted))[:, 0]
                 if smoothing:
                     losses -= smoothing * logits.mean(-1)
                 weights = None if token_weights is None else token_weights[part]
                 loss += (losses if weights is None else losses * weights).sum()
-                if not (for_hidden or for_weight or for_bias):
+                if kept is None and grad_bias is None:
                     continue
-                gradient = (logits - normaliser[:, None]).exp_()
                 gradient.scatter_add_(1, wanted, torch.full_like(wanted, smoothing - 1, dtype=gradient.dtype))
                 if smoothing:
                     gradient -= smoothing / vocabulary
                 if weights is not None:
                     gradient *= weights[:, None]
-                gradient = bend.backward(gradient, logits).to(dtype)
-                if grad_hidden is not None:
-                    grad_hidden[part] = gradient @ matrix
+                gradient = bend.backward(gradient, logits)
                 if kept is not None:
                     kept[part.start - begin : part.stop - begin] = gradient
                 if grad_bias is not None:
-                    grad_bias += gradient.sum(0, dtype=torch.float32)
-            if kept is not None:
+                    grad_bias += gradient.sum(0)
+            if kept is not None and grad_hidden is not None:
+                grad_hidden[begin:end] = kept @ matrix
+            if kept is not None and for_weight:
                 of_group = kept.t() @ inputs[begin:end]
                 grad_weight = of_group.float() if grad_weight is None else grad_weight.add_(of_group)
         if for_weight and grad_weight is None:  # no token is trained

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import time
 from typing import TYPE_CHECKING, Any
 
 from rayswift.errors import UserError, one_line
@@ -19,14 +20,18 @@ class TensorBoard:
     """Event files in ``runs/``."""
 
     def __init__(self, run: RunDirectory) -> None:
-        from torch.utils.tensorboard import SummaryWriter
+        # PyTorch's SummaryWriter writes with it, too, and would bring PyTorch into the driver.
+        from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
-        self._writer = SummaryWriter(str(run.local / "runs"))
+        self._writer = EventFileWriter(str(run.local / "runs"))
 
     def log(self, values: dict[str, float], step: int) -> None:
         """Add numbers by their tags."""
-        for tag, value in values.items():
-            self._writer.add_scalar(tag, value, step)
+        from tensorboard.compat.proto.event_pb2 import Event
+        from tensorboard.compat.proto.summary_pb2 import Summary
+
+        numbers = [Summary.Value(tag=tag, simple_value=value) for tag, value in values.items()]
+        self._writer.add_event(Event(wall_time=time.time(), step=step, summary=Summary(value=numbers)))
         self._writer.flush()
 
     def close(self) -> None:

@@ -165,7 +165,7 @@ def test_memory_does_not_grow_with_the_vocabulary(monkeypatch: pytest.MonkeyPatc
     labels = torch.randint(250_000, (150,))
     with Sizes():
         loss_module._HeadLoss.apply(hidden, layer.weight, None, labels, None, loss_module._Bend(), 0.0)
-    assert max(sizes) <= loss_module.CHUNK_BYTES_CPU
+    assert max(sizes) <= loss_module.GROUP_BYTES_CPU
 
     # Of weights that are trained: nothing is larger than their gradient, which few sums are made into.
     adds = 0

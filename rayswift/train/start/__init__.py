@@ -37,13 +37,13 @@ def make_trainer(
         return TorchTrainer(train_loop, **options)
 
 
-def torch_config(backend: str | None, timeout_s: int, *, embedded: bool, alone: bool = False) -> Any:
+def torch_config(backend: str, timeout_s: int, *, embedded: bool, alone: bool = False) -> Any:
     """Ray Train's ``TorchConfig``; on an ``embedded`` Ray one whose workers open nothing beyond this machine, and where
     one that is ``alone`` joins no process group. ``timeout_s``: after which a worker gives up waiting for another."""
+    if embedded:
+        from rayswift.train.start.local_group import LocalTorchConfig
+
+        return LocalTorchConfig(backend=backend, timeout_s=timeout_s, alone=alone)
     from ray.train.torch import TorchConfig
 
-    from rayswift.train.start.local_group import LocalTorchConfig
-
-    if embedded:
-        return LocalTorchConfig(backend=backend, timeout_s=timeout_s, alone=alone)
     return TorchConfig(backend=backend, timeout_s=timeout_s)

@@ -10,14 +10,15 @@ import secrets
 import shutil
 import sys
 import tempfile
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
 import ray
 from ray.exceptions import GetTimeoutError
-from ray.train.backend import Backend
-from ray.train.torch import TorchConfig
+from ray.train.backend import Backend, BackendConfig
 
 from rayswift.train.deepspeed import unlink_shared_memory
 
@@ -27,15 +28,29 @@ _LEAVE_SECONDS = 30
 
 
 @dataclass
-class LocalTorchConfig(TorchConfig):
-    """Ray Train's ``TorchConfig`` for workers that are all on this machine. ``alone``: one worker, which needs no group
-    (gloo's thread wakes a hundred times a second)."""
+class LocalTorchConfig(BackendConfig):
+    """What Ray Train's ``TorchConfig`` is, for workers that are all on this machine. ``alone``: one worker, which needs
+    no group (gloo's thread wakes a hundred times a second)."""
 
+    backend: str
+    timeout_s: int
     alone: bool = False
 
     @property
     def backend_cls(self) -> type:
         return _LocalBackend
+
+    @property
+    def train_func_context(self) -> Callable[[], AbstractContextManager[None]]:
+        return _on_own_device
+
+
+def _on_own_device() -> AbstractContextManager[None]:
+    """What a worker trains within: of several GPUs that it sees its own is the current one."""
+    from ray.train.torch import TorchConfig
+
+    context: AbstractContextManager[None] = TorchConfig().train_func_context()
+    return context
 
 
 class _LocalBackend(Backend):
@@ -46,8 +61,7 @@ class _LocalBackend(Backend):
         self._clean_up()
         self._folder = tempfile.mkdtemp(prefix="rayswift-group-")
         self._shared_memory = secrets.randbelow(2**16), len(worker_group)
-        gpus = worker_group.get_resources_per_worker().get("GPU", 0)
-        backend = None if backend_config.alone else backend_config.backend or ("nccl" if gpus else "gloo")
+        backend = None if backend_config.alone else backend_config.backend
         store = os.path.join(self._folder, "store")
         worker_group.execute(join_group, store, backend, backend_config.timeout_s, self._shared_memory[0])
 
