@@ -152,7 +152,9 @@ class _HeadLoss(torch.autograd.Function):
             group = max(GROUP_BYTES_CPU // (dtype.itemsize * vocabulary) // size, 1) * size
         for begin in range(0, len(targets), group):
             end = min(begin + group, len(targets))
-            kept = torch.empty(end - begin, vocabulary, dtype=dtype, device=device) if for_hidden or for_weight else None
+            kept = (
+                torch.empty(end - begin, vocabulary, dtype=dtype, device=device) if for_hidden or for_weight else None
+            )
             for start in range(begin, end, size):
                 part = slice(start, min(start + size, end))
                 wanted = targets[part, None]
