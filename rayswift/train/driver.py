@@ -42,6 +42,7 @@ from rayswift.train.resume import Resume, find_resume
 from rayswift.train.run_directory import RunDirectory, check_writable
 from rayswift.train.schedule import StepSchedule, plan_steps
 from rayswift.train.start import make_trainer, torch_config
+from rayswift.train.start.allocator import worker_environment
 from rayswift.train.start.warm_workers import start_spares, start_warm_workers
 from rayswift.train.stopping import end_if_asked, saved_on_sigterm
 from rayswift.train.summary import Summary, length_line, say_end
@@ -369,6 +370,7 @@ def _torch_trainer(config: WorkerConfig, machines: Machines, run: RunDirectory, 
             ),
             checkpoint_config=CheckpointConfig(num_to_keep=None),
             logging_config=LoggingConfig(log_level="WARNING"),
+            worker_runtime_env={"env_vars": worker_environment(workers.use_gpu)},
         ),
     )
 

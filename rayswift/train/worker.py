@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import ctypes
 import functools
 import logging
 import os
@@ -143,7 +142,6 @@ def prepare_process(config: WorkerConfig, rank: Rank, local_world_size: int) -> 
     transformers_logging.disable_progress_bar()
     if not config.use_gpu:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world_size))
-        _keep_freed_memory()
     if config.args.deepspeed:
         from rayswift.train.deepspeed import prepare_deepspeed
 
@@ -153,16 +151,6 @@ def prepare_process(config: WorkerConfig, rank: Rank, local_world_size: int) -> 
         # would make replicas.)
         os.environ.pop("LOCAL_RANK", None)
     set_seed(config.args.seed)
-
-
-def _keep_freed_memory() -> None:
-    """Have glibc keep what a step frees for the next one: each page that it gave back would be zeroed anew, a
-    twentieth of a step's time. (This thread is not the process's first; what such threads free goes back at once.)"""
-    trim_threshold, top_pad, mmap_threshold = -1, -2, -3
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        for option, value in ((trim_threshold, 2**31 - 1), (top_pad, 64 * 2**20), (mmap_threshold, 32 * 2**20)):
-            mallopt(option, value)
 
 
 def _needs_checkpointing(config: WorkerConfig, model_dir: str, world_size: int, local_world_size: int) -> bool:

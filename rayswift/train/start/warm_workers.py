@@ -13,6 +13,7 @@ from typing import Any
 
 from rayswift import private
 from rayswift.plan.memory import free_bytes
+from rayswift.train.start.allocator import worker_environment
 
 #: What training imports on its way, the slowest ones.
 _MODULES = ("ray.train.torch", "peft", "accelerate", "rayswift.train.trainers.sft", "rayswift.train.worker")
@@ -59,7 +60,8 @@ def start_warm_workers(model_dir: str, count: int) -> list[Any]:
     """Handles of ``count`` workers that begin to import. Ray Train's placement group accounts for their CPUs."""
     import ray
 
-    actor = ray.remote(num_cpus=0)(RayTrainWorker)
+    environment = {"env_vars": worker_environment(use_gpu=False)}
+    actor = ray.remote(num_cpus=0, runtime_env=environment)(RayTrainWorker)
     return [actor.remote(model_dir) for _ in range(count)]
 
 
