@@ -328,7 +328,7 @@ def test_another_ray_train_starts_plainly_with_one_line(
     from ray.train.v2._internal.execution.worker_group import WorkerGroup
     from ray.train.v2._internal.execution.worker_group.worker import RayTrainWorker
 
-    from rayswift.train.start import make_trainer
+    from rayswift.train.start import make_trainer, torch_config
 
     if moved == "name":
         monkeypatch.delattr(WorkerGroup, "_create_workers")
@@ -338,8 +338,8 @@ def test_another_ray_train_starts_plainly_with_one_line(
         monkeypatch.setattr(RayTrainWorker, "a_new_one", lambda self: None, raising=False)
     warm = [object()]
     trainer = make_trainer(
-        lambda: None, embedded=True, alone=True, warm=warm, scaling_config=ScalingConfig(num_workers=1),
-        run_config=RunConfig(storage_path=str(tmp_path)),
+        lambda: None, embedded=True, alone=True, warm=warm, torch_config=torch_config("gloo", 60, embedded=True),
+        scaling_config=ScalingConfig(num_workers=1), run_config=RunConfig(storage_path=str(tmp_path)),
     )  # fmt: skip
     assert type(trainer) is TorchTrainer
     assert warm == []
@@ -351,21 +351,21 @@ def test_a_controller_that_cannot_be_built_here_runs_as_an_actor(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
 ) -> None:
     from ray.train import RunConfig, ScalingConfig
-    from ray.train.torch import TorchTrainer
+    from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
-    from rayswift.train.start import lean_trainer, make_trainer
+    from rayswift.train.start import lean_trainer, make_trainer, torch_config
 
-    def _as_an_actor(self: TorchTrainer, **controller_init_kwargs: Any) -> list[str]:
+    def _as_an_actor(self: DataParallelTrainer, **controller_init_kwargs: Any) -> list[str]:
         return sorted(controller_init_kwargs)
 
     def refuse(*_: Any, **__: Any) -> None:
         raise TypeError("unexpected keyword argument 'run_id'")
 
     monkeypatch.setattr(lean_trainer, "_ControllerHere", refuse)
-    monkeypatch.setattr(TorchTrainer, "_initialize_and_run_controller", _as_an_actor)
+    monkeypatch.setattr(DataParallelTrainer, "_initialize_and_run_controller", _as_an_actor)
     trainer = make_trainer(
-        lambda: None, embedded=True, alone=True, warm=[], scaling_config=ScalingConfig(num_workers=1),
-        run_config=RunConfig(storage_path=str(tmp_path)),
+        lambda: None, embedded=True, alone=True, warm=[], torch_config=torch_config("gloo", 60, embedded=True),
+        scaling_config=ScalingConfig(num_workers=1), run_config=RunConfig(storage_path=str(tmp_path)),
     )  # fmt: skip
     given = trainer._initialize_and_run_controller(scaling_policy=None, run_id=1)
     assert given == ["failure_policy", "run_id", "scaling_policy"]

@@ -1,7 +1,7 @@
 """``rayswift sft`` with its worker in this process and no Ray: the same data path, model, trainer and log.
 
-What needs a Ray is replaced: the connection and Ray Train. How joined rows are trained must be in the
-cache already (a run of ``rayswift sft`` puts it there).
+What needs a Ray is replaced: the connection and Ray Train. The process has a worker's environment. How joined rows
+are trained must be in the cache already (a run of ``rayswift sft`` puts it there).
 
     python sft_without_ray.py --model DIR --dataset FILE ...
 """
@@ -9,6 +9,7 @@ cache already (a run of ``rayswift sft`` puts it there).
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 import types
 from typing import Any
@@ -49,4 +50,8 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    from rayswift.train.start.allocator import worker_environment
+
+    if environment := worker_environment(use_gpu=False):  # read when a process starts
+        os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | environment)
     main()

@@ -6,7 +6,7 @@ over memory, and what the operation's own backward pass needs in any case.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 from weakref import WeakValueDictionary
 
 import torch
@@ -23,18 +23,18 @@ class MadeAgain(torch.autograd.Function):
     @classmethod
     def of(cls, *args: Any) -> torch.Tensor:
         """``apply``."""
-        result: torch.Tensor = cls.apply(*args)
+        result: Any = cls.apply(*args)
         if result.grad_fn is not None:
-            result.operation = cls  # type: ignore[attr-defined]
+            result.operation = cls
             _results[result.untyped_storage().data_ptr()] = result
-        return result
+        return cast(torch.Tensor, result)
 
     @classmethod
     def made(cls, ctx: Any) -> tuple[torch.Tensor, Any]:
         """What :meth:`make` gives; readers share it, until :meth:`take`."""
         if getattr(ctx, "made_before", None) is None:
             ctx.made_before = cls.make(ctx, *ctx.saved_tensors)
-        return ctx.made_before  # type: ignore[no-any-return]
+        return ctx.made_before
 
     @classmethod
     def take(cls, ctx: Any) -> Any:
@@ -64,4 +64,4 @@ def _find(kept: Any) -> torch.Tensor:
     if isinstance(kept, torch.Tensor):
         return kept
     operation, ctx, *place = kept
-    return operation.made(ctx)[0].as_strided(*place)  # type: ignore[no-any-return]
+    return operation.made(ctx)[0].as_strided(*place)

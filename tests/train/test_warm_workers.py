@@ -70,6 +70,7 @@ def process_and_modules() -> Callable[[dict[str, Any]], tuple[int, bool, int]]:
         )))  # fmt: skip
         beside = [found.cmdline()[:1] for found in psutil.Process(os.getppid()).children()]
         Path(config["folder"], "beside").write_text(repr(beside))
+        Path(config["folder"], "tunables").write_text(os.environ.get("GLIBC_TUNABLES", ""))
         ray.train.collective.barrier()
         assert ray.train.collective.broadcast_from_rank_zero({"a": 1}) == {"a": 1}
         ray.train.report({"step": 1})
@@ -108,12 +109,13 @@ def test_a_run_begins_in_the_process_that_has_imported(ray_cluster: None, smollm
     beside = (tmp_path / "beside").read_text()
     assert "RayTrainWorker" in beside
     assert "SynchronizationActor" not in beside
+    assert "tcache_count=0" in (tmp_path / "tunables").read_text()
 
 
 def test_a_notebook_leaves_the_controller_to_a_process_of_its_own(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from ray.train.torch import TorchTrainer
+    from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
     started: list[dict[str, Any]] = []
 
@@ -121,7 +123,7 @@ def test_a_notebook_leaves_the_controller_to_a_process_of_its_own(
         started.append(options)
         return SimpleNamespace(error=None, return_value=7)
 
-    monkeypatch.setattr(TorchTrainer, "_initialize_and_run_controller", run_elsewhere)
+    monkeypatch.setattr(DataParallelTrainer, "_initialize_and_run_controller", run_elsewhere)
     warm: list[Any] = [object()]
 
     async def cell() -> Any:
