@@ -93,6 +93,10 @@ class OptimizerArguments(Arguments):
         False, "full training on GPUs from Ada and Hopper on: the products inside the layers in float8, with torchao; "
         "compiled, as --torch_compile does",
     )  # fmt: skip
+    pure_bf16: bool = arg(
+        False, "full training: weights, gradients and optimiser in bfloat16 alone, as SWIFT has them: half of "
+        "their memory, a higher loss", no_effect={"train_type!=full": "only with --train_type full"},
+    )  # fmt: skip
     seed: int = arg(42, "seed of training", ge=0)
     deepspeed: str | dict[str, Any] | None = arg(
         None, f"{', '.join(DEEPSPEED_PRESETS)}, JSON, or a .json file", parse=read_deepspeed, example="zero2"
@@ -120,6 +124,13 @@ class OptimizerArguments(Arguments):
             yield f"--torch_compile_mode contradicts --torch_compile_backend {self.torch_compile_backend}: drop one"
         if self.fp8 and (getattr(self, "train_type", "full") != "full" or self.deepspeed):
             yield "--fp8 true is for --train_type full without --deepspeed: frozen weights gain little, ZeRO is untried"
+        if self.pure_bf16 and getattr(self, "train_type", "full") == "full":
+            if self.deepspeed:
+                yield "--pure_bf16 true contradicts --deepspeed, which trains float32 weights; drop one of the two"
+            if self.training_args.get("fp16"):
+                yield "--pure_bf16 true contradicts --fp16 true: drop one of the two"
+            if (dtype := getattr(self, "torch_dtype", None)) not in (None, "bfloat16"):
+                yield f"--pure_bf16 true contradicts --torch_dtype {dtype}: drop one of the two"
         for flag, mend in _NOT_BUILT.items():
             if self.training_args.get(flag) and not (flag == "fsdp" and self.deepspeed):
                 yield f"--{flag}: {mend}"
@@ -344,3 +355,5 @@ class TrainingRules(ModelArguments, DatasetArguments, TemplateArguments, Optimiz
         for flag, dtype in (("fp16", "float16"), ("bf16", "bfloat16")):
             if self.training_args.get(flag) and "torch_dtype" not in self.given:
                 self.torch_dtype = dtype
+        if self.pure_bf16 and getattr(self, "train_type", "full") == "full":
+            self.torch_dtype = "bfloat16"

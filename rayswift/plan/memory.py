@@ -47,7 +47,8 @@ def memory_need(args: Any, model_dir: str, dtype: str, num_workers: int, use_gpu
     if config is None:
         # Full training keeps float32 weights; adapters are float32 beside the frozen weights.
         weights = 0 if trained == total else total * quantized // 8 if quantized else item * total
-        return MemoryNeed(weights + _OPTIMISER_BYTES * trained + reference)
+        pure = args.pure_bf16 and trained == total
+        return MemoryNeed(weights + _OPTIMISER_BYTES // (2 if pure else 1) * trained + reference)
     states = _OPTIMISER_BYTES * trained // (num_workers if stage >= 1 else 1)
     weights = (item * total + reference) // (num_workers if stage >= 3 else 1)
     # ZeRO-3 has no gradients beside those of the optimiser's shard.

@@ -187,7 +187,8 @@ def _load(args: Any, model_dir: str, dtype: str, attn_impl: str | None) -> Any:
     """A model as it is trained.
 
     Full training keeps float32 master weights: DeepSpeed makes its own from half-precision ones, without it the model
-    is loaded in float32 and computes under autocast (bfloat16 weights would lose updates smaller than 1/256).
+    is loaded in float32 and computes under autocast (bfloat16 weights, ``--pure_bf16``, lose updates smaller than 1/256
+    of a weight).
     """
     from rayswift.modeling.loading import add_special_tokens, load_tokenizer
     from rayswift.modeling.task_models import load_task_model
@@ -199,7 +200,7 @@ def _load(args: Any, model_dir: str, dtype: str, attn_impl: str | None) -> Any:
         args.num_labels,
         args.problem_type,
         tokenizer,
-        torch_dtype="float32" if args.train_type == "full" and not args.deepspeed else dtype,
+        torch_dtype="float32" if args.train_type == "full" and not args.deepspeed and not args.pure_bf16 else dtype,
         attn_impl=attn_impl,
         trust_remote_code=args.trust_remote_code,
         model_kwargs={**args.model_kwargs, **_quantization(args, dtype)},

@@ -42,7 +42,7 @@ VALUES: dict[str, Any] = {
 KINDS = {
     "adalora": ("adalora_target_r", "adalora_init_r", "adalora_tinit", "adalora_tfinal", "adalora_deltaT",
                 "adalora_beta1", "adalora_beta2", "adalora_orth_reg_weight"),
-    "full": ("lisa_activated_layers", "freeze_parameters", "freeze_parameters_ratio"),
+    "full": ("lisa_activated_layers", "freeze_parameters", "freeze_parameters_ratio", "pure_bf16"),
     "boft": ("boft_block_size", "boft_n_butterfly_factor", "boft_dropout"), "bone": ("reft_rank",),
     "vera": ("vera_rank", "vera_projection_prng_key", "vera_dropout", "vera_d_initial"),
 }  # fmt: skip

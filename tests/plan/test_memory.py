@@ -34,6 +34,11 @@ def test_full_training(smollm2_dir: str, dtype: str, deepspeed: str | None, per_
     assert found == MemoryNeed(pytest.approx(per_parameter * parameters, rel=1e-6))
 
 
+def test_full_training_in_bfloat16_alone(smollm2_dir: str) -> None:
+    parameters = parameter_counts(smollm2_dir).parameters
+    assert need(smollm2_dir, train_type="full", pure_bf16=True) == MemoryNeed(pytest.approx(8 * parameters, rel=1e-6))
+
+
 def test_adapters(smollm2_dir: str) -> None:
     parameters = parameter_counts(smollm2_dir).parameters
     found = need(smollm2_dir, lora_rank=8)

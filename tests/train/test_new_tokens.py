@@ -79,6 +79,13 @@ def test_full_training_and_its_reference_have_room_for_them(folder: str) -> None
         assert logits(model).shape[-1] >= 162
 
 
+def test_full_training_has_float32_weights_unless_asked_otherwise(folder: str) -> None:
+    for pure, dtype in ((False, torch.float32), (True, torch.bfloat16)):
+        args = arguments(train_type="full", pure_bf16=pure)
+        for model in (build_model(args, folder, "bfloat16", None), reference_model(args, folder, "bfloat16")):
+            assert {weight.dtype for weight in model.parameters()} == {dtype}
+
+
 def test_layers_that_are_trained_anyway_are_left_to_that(folder: str) -> None:
     for flags in ({"modules_to_save": ["embed_tokens"]}, {"target_modules": ["all-embedding"]}):
         assert logits(build_model(arguments(**flags), folder, "float32", None)).shape[-1] >= 162
