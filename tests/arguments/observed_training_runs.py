@@ -42,7 +42,7 @@ VALUES: dict[str, Any] = {
 KINDS = {
     "adalora": ("adalora_target_r", "adalora_init_r", "adalora_tinit", "adalora_tfinal", "adalora_deltaT",
                 "adalora_beta1", "adalora_beta2", "adalora_orth_reg_weight"),
-    "full": ("lisa_activated_layers", "freeze_parameters", "freeze_parameters_ratio", "pure_bf16"),
+    "full": ("lisa_activated_layers", "freeze_parameters", "freeze_parameters_ratio"),
     "boft": ("boft_block_size", "boft_n_butterfly_factor", "boft_dropout"), "bone": ("reft_rank",),
     "vera": ("vera_rank", "vera_projection_prng_key", "vera_dropout", "vera_d_initial"),
 }  # fmt: skip
@@ -63,6 +63,7 @@ BESIDE: dict[str, Settings] = {
     "lisa_step_interval": {"train_type": "full", "lisa_activated_layers": 1},
     "trainable_parameters": {"train_type": "full", "freeze_parameters_ratio": 0.5},
     "zero_hpz_partition_size": {"deepspeed": "zero3"},
+    "pure_bf16": {"train_type": "full", "torch_dtype": "bfloat16"},
     **{name: {"train_type": kind} for kind, names in KINDS.items() for name in names},
     "boft_block_num": {"train_type": "boft", "boft_block_size": 0, "boft_block_num": 2},
     "fourier_n_frequency": {"train_type": "fourierft", "fourier_n_frequency": 100},
