@@ -725,6 +725,11 @@ def load_zero_state(engine: Any, state: dict[str, Any]) -> None:
             getattr(zero, event)()
 
 
+def may_have_changed(tensor: Any) -> bool:
+    """Whether something was written into a tensor since it was made."""
+    return bool(getattr(tensor, "_version", 1))
+
+
 def cpu_has_bfloat16() -> bool:
     """Whether this CPU multiplies bfloat16 matrices at speed, by what oneDNN asks of it."""
     # Linux says it to those who have not imported PyTorch, which takes a second and 130 MiB.

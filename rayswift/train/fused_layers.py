@@ -37,6 +37,8 @@ def fuse_layers(model: Any) -> None:
         if any(norm.weight.dtype == torch.float32 for norm in norms):
             _find_products(model, norms)
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if "forward" in vars(base):  # hooks of Accelerate's; results are kept then
+        return
 
     @functools.wraps(type(base).forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:

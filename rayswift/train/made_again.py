@@ -11,6 +11,8 @@ from weakref import WeakValueDictionary
 
 import torch
 
+from rayswift import private
+
 
 class MadeAgain(torch.autograd.Function):
     """An operation whose result is not kept for those who read it, within :func:`made_again`."""
@@ -55,7 +57,7 @@ def made_again() -> Any:
 
 def _keep(tensor: torch.Tensor) -> Any:
     result: Any = _results.get(tensor.untyped_storage().data_ptr())
-    if result is None or result._version or result.dtype != tensor.dtype:
+    if result is None or private.may_have_changed(result) or result.dtype != tensor.dtype:
         return tensor
     return result.operation, result.grad_fn, tensor.shape, tensor.stride(), tensor.storage_offset()
 

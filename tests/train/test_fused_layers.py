@@ -120,6 +120,17 @@ def test_a_result_that_was_changed_is_kept() -> None:
     assert values.grad is not None and torch.allclose(values.grad, own, rtol=1e-4, atol=1e-6)
 
 
+def test_a_forward_of_the_models_own_stays() -> None:
+    """Accelerate's hooks are one."""
+    model, asked = llama(num_hidden_layers=1), []
+    own = model.forward
+    model.forward = lambda **inputs: (asked.append(1), own(**inputs))[1]
+    fuse_layers(model)
+    model(input_ids=torch.zeros(1, 4, dtype=torch.int64)).logits.sum().backward()
+    assert asked
+    assert fused(model) == (3, 1)
+
+
 def test_only_what_linear_layers_read_gets_their_dtype() -> None:
     """The norms of queries and keys go on to the rotation, which is float32 where the norm is."""
     model = model_of("qwen3")

@@ -146,7 +146,7 @@ def test_a_worker_alone_joins_no_group_but_knows_which_it_is(monkeypatch: pytest
     monkeypatch.setattr("ray.train.torch.get_device", lambda: "cpu")
     monkeypatch.setattr(os, "environ", dict(os.environ))
     given: list[Any] = []
-    group: Any = type("Group", (), {"__len__": lambda self: 1, "get_resources_per_worker": lambda self: {},
+    group: Any = type("Group", (), {"__len__": lambda self: 1,
                                     "execute": lambda self, *args: given.append(args)})()  # fmt: skip
     for alone in (True, False):
         config = torch_config("gloo", 1800, embedded=True, alone=alone)

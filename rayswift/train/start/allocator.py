@@ -1,6 +1,6 @@
 """glibc's memory for training workers on CPUs, by its tunables: a process reads them when it starts.
 
-Measured with LoRA on SmolLM2-135M, 800 to 1,200 tokens a pass: a worker takes 1.1 GiB with them, 1.5 without, of which
+Measured with LoRA on SmolLM2-135M, 800 to 1,200 tokens a pass: a worker takes 1.2 GiB with them, 1.5 without, of which
 1.0 is in use at the peak, and pages are zeroed once instead of in each step.
 """
 
